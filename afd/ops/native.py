@@ -1,0 +1,186 @@
+"""The compiled kernels: the only module that imports `afd._C`, and the last one to see a tensor as a tensor.
+
+Arguments arrive checked by `afd.ops.checks`; here layout and aliasing are settled, addresses taken, and the kernel
+launched on torch's current stream under the tensor's device guard. Tensors whose memory layout the kernels cannot walk
+are copied to a contiguous one first (and the result copied back), so every layout gives the same values.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_C: ModuleType | None
+try:
+    from afd import _C  # type: ignore[attr-defined, no-redef]  # torch comes first: the kernels use its OpenMP threads
+except ImportError as error:
+    _C, _missing = None, f"the compiled module afd._C cannot be imported ({error})"
+else:
+    _missing = ""
+
+_DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/include/afd/common.h, DType
+_ISAS = ("baseline", "avx2", "avx512")  # csrc/include/afd/common.h, Isa
+_isa = _ISAS.index(_C.cpu.usable_isas()[-1]) if _C else 0
+
+
+def import_error() -> str | None:
+    """Why `afd._C` could not be imported, or None."""
+    return _missing or None
+
+
+@functools.cache
+def device_reason(device: torch.device) -> str | None:
+    """Why no kernel serves tensors on `device`, or None if they do."""
+    if _C is None:
+        return _missing
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"there are no kernels for {device.type} tensors"
+    if not hasattr(_C, "cuda"):
+        return "afd was built without CUDA kernels (no nvcc at build time, or AFD_CUDA=off)"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device" + ("" if torch.version.cuda else " (this torch is a CPU build)")
+    major, minor = torch.cuda.get_device_capability(device)
+    if not covers(_C.cuda.architectures, major, minor):
+        return f"the GPU is sm_{major}{minor}, which the compiled architectures {_C.cuda.architectures} do not cover"
+    return None
+
+
+def covers(architectures: str, major: int, minor: int) -> bool:
+    """Whether code compiled for `architectures` (CMake's notation, comma-separated) runs on sm_<major><minor>."""
+    for entry in architectures.split(","):
+        number, _, kind = entry.partition("-")
+        compiled_major, compiled_minor = divmod(int(number), 10)
+        machine_code = kind != "virtual" and compiled_major == major and compiled_minor <= minor
+        ptx = kind != "real" and (compiled_major, compiled_minor) <= (major, minor)
+        if machine_code or ptx:
+            return True
+    return False
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why no kernel serves an op on `x`, or None if one does."""
+    reason = device_reason(x.device)
+    if reason is None and x.dtype != torch.float32:
+        reason = f"the kernels' iterates are float32, not {x.dtype}"
+    return reason
+
+
+def build_info() -> dict[str, Any]:
+    """What the compiled module holds: compiler, CPU instruction sets, CUDA runtime and architectures."""
+    if _C is None:
+        return {"missing": _missing}
+    cuda = getattr(_C, "cuda", None)
+    return {
+        "compiler": _C.compiler,
+        "cpu_isas": _C.cpu.compiled_isas(),
+        "cpu_isa": _ISAS[_isa],
+        "cpu_threads": torch.get_num_threads() if _C.cpu.has_team() else 1,
+        "cpu_threads_from": "torch's OpenMP" if _C.cpu.has_team() else "no OpenMP runtime found in the process",
+        "cuda_runtime": cuda and f"{cuda.runtime_version // 1000}.{cuda.runtime_version % 1000 // 10}",
+        "cuda_architectures": cuda and cuda.architectures,
+    }
+
+
+def pgd_step(
+    out: Tensor,
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    alpha: float,
+    eps: float,
+    low: float,
+    high: float,
+    alphas: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> None:
+    """`afd.ops.pgd_step` into `out`, which may be x_adv."""
+    _apart(out, x_adv=x_adv, x=x, grad=grad)
+    if not (_walkable(out) and out.stride() == x_adv.stride() == x.stride() == grad.stride()):
+        return _through_copy(pgd_step, out, x_adv, x, grad, alpha, eps, low, high, alphas, epsilons)
+    if grad.dtype == torch.float64:
+        grad = grad.float()
+    return _launch(
+        "pgd_step", out,
+        x_adv.data_ptr(), x.data_ptr(), grad.data_ptr(), out.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
+        alpha, _address(alphas), eps, _address(epsilons), low, high,
+    )  # fmt: skip
+
+
+def random_start(
+    out: Tensor,
+    x: Tensor,
+    eps: float,
+    low: float,
+    high: float,
+    seed: int,
+    first_sample: int = 0,
+    epsilons: Tensor | None = None,
+) -> None:
+    """`afd.ops.random_start` into `out`, which may be x."""
+    _apart(out, x=x)
+    if not (out.is_contiguous() and x.is_contiguous()):  # elements are numbered in logical order
+        return _through_copy(random_start, out, x, eps, low, high, seed, first_sample, epsilons)
+    return _launch(
+        "random_start", out,
+        x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high, seed, first_sample,
+    )  # fmt: skip
+
+
+# --- From tensors to launches ---------------------------------------------------------------------------------------
+
+
+def _launch(name: str, out: Tensor, *arguments: Any) -> None:
+    """Runs a kernel where `out` lives and marks `out` as changed."""
+    assert _C is not None
+    if out.is_cuda:
+        with torch.cuda.device(out.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            if status := getattr(_C.cuda, name)(*arguments, out.device.index, stream):
+                raise RuntimeError(f"the CUDA kernel {name} failed to launch: {_C.cuda.error_string(status)}")
+    else:
+        getattr(_C.cpu, name)(*arguments, _isa, torch.get_num_threads())
+    torch.autograd.graph.increment_version(out)
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Samples, and elements in each."""
+    samples = x.shape[0]
+    return samples, x.numel() // samples if samples else 0
+
+
+def _address(per_sample: Tensor | None) -> int:
+    return 0 if per_sample is None else per_sample.data_ptr()
+
+
+def _walkable(x: Tensor) -> bool:
+    """Whether samples lie one after another in memory without gaps."""
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _through_copy(op: Any, out: Tensor, *arguments: Any) -> None:
+    """Runs op on contiguous copies and writes the result into `out`."""
+    dense = torch.empty_like(out, memory_format=torch.contiguous_format)
+    op(dense, *(a.contiguous() if isinstance(a, Tensor) else a for a in arguments))
+    out.copy_(dense)
+
+
+def _apart(out: Tensor, **inputs: Tensor) -> None:
+    """Refuses an output that overlaps an input, unless it is that very tensor being updated."""
+    for name, tensor in inputs.items():
+        if tensor is out or tensor.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+            continue
+        (first, end), (other_first, other_end) = _memory(out), _memory(tensor)
+        if first < other_end and other_first < end:
+            raise ValueError(f"the result would be written over {name}, which shares its memory; pass a clone")
+
+
+def _memory(x: Tensor) -> tuple[int, int]:
+    """First and one past last byte that x touches."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + (reach * x.element_size() if x.numel() else 0)

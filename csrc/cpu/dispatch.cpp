@@ -1,0 +1,69 @@
+// Each CPU kernel exists once per instruction set, in a namespace of that name; these functions forward to the one
+// asked for. This file is compiled for the baseline, so it runs anywhere.
+
+#include "cpu/dispatch.h"
+
+#include "afd/pgd_step.h"
+#include "afd/random_start.h"
+
+#ifdef AFD_HAVE_AVX2
+#define AFD_WHERE_AVX2(...) __VA_ARGS__
+#else
+#define AFD_WHERE_AVX2(...)
+#endif
+#ifdef AFD_HAVE_AVX512
+#define AFD_WHERE_AVX512(...) __VA_ARGS__
+#else
+#define AFD_WHERE_AVX512(...)
+#endif
+
+#define AFD_FORWARD(op, Args)                                                       \
+  namespace baseline {                                                              \
+  void op(const Args&, int);                                                        \
+  }                                                                                 \
+  AFD_WHERE_AVX2(namespace avx2 { void op(const Args&, int); })                     \
+  AFD_WHERE_AVX512(namespace avx512 { void op(const Args&, int); })                 \
+  void op(const Args& args, Launch launch) {                                        \
+    switch (launch.isa) {                                                           \
+      AFD_WHERE_AVX512(case Isa::avx512 : return avx512::op(args, launch.threads);) \
+      AFD_WHERE_AVX2(case Isa::avx2 : return avx2::op(args, launch.threads);)       \
+      default:                                                                      \
+        return baseline::op(args, launch.threads);                                  \
+    }                                                                               \
+  }
+
+namespace afd::cpu {
+
+AFD_FORWARD(pgd_step, PgdStep)
+AFD_FORWARD(random_start, RandomStart)
+
+std::vector<Isa> compiled_isas() { return {Isa::baseline, AFD_WHERE_AVX2(Isa::avx2, ) AFD_WHERE_AVX512(Isa::avx512)}; }
+
+bool runs_here(Isa isa) {
+#if defined(__x86_64__)
+  switch (isa) {
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && runs_here(Isa::avx2);
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    case Isa::baseline:
+      return true;
+  }
+#endif
+  return isa == Isa::baseline;
+}
+
+const char* name_of(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    case Isa::baseline:
+      return "baseline";
+  }
+  return "unknown";
+}
+
+}  // namespace afd::cpu
