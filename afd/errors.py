@@ -1,12 +1,31 @@
-"""How afd words an error: the argument, what was given, what is allowed."""
+"""How afd words an error: the argument, what was given, what is allowed. The CLI prints these without a traceback."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 
+class AfdError(Exception):
+    """Something a user can mend: input, data files, checkpoints."""
+
+
+class InputError(AfdError, ValueError):
+    """An argument has a value that is not allowed."""
+
+
+class InputTypeError(AfdError, TypeError):
+    """An argument has a type or dtype that is not allowed."""
+
+
 def one_of(argument: str, value: object, allowed: Iterable[str]) -> None:
-    """Raises ValueError unless `value` is one of `allowed`."""
+    """Raises InputError unless `value` is one of `allowed`."""
     names = list(allowed)
     if value not in names:
-        raise ValueError(f"{argument} is {value!r}; allowed are {', '.join(names)}")
+        raise InputError(f"{argument} is {value!r}; allowed are {', '.join(names)}")
+
+
+def at_least(argument: str, value: float, least: float) -> None:
+    """Raises InputError unless `value` is a finite number >= least."""
+    if not (math.isfinite(value) and value >= least):
+        raise InputError(f"{argument} is {value}; it must be a finite number >= {least}")

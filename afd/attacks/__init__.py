@@ -1,0 +1,22 @@
+"""Attacks on classifiers: short algorithms over `afd.ops`, run by `afd.attacks.engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from afd.attacks.pgd import PGD
+
+__all__ = ["PGD", "Attack", "AttackFactory"]
+
+
+class Attack(Protocol):
+    """(x, y) -> x_adv, in the terms of `PGD.__call__`."""
+
+    def __call__(self, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
+        """Adversarial images like x."""
+
+
+AttackFactory = Callable[[nn.Module], Attack]

@@ -1,0 +1,30 @@
+"""Networks: encoders, the classifier that exposes its features, and the projection discriminator."""
+
+from __future__ import annotations
+
+from afd.errors import one_of
+from afd.nn.classifier import FeatureClassifier
+from afd.nn.convnet import ConvNet
+from afd.nn.discriminator import ProjectionDiscriminator
+from afd.nn.resnet import ResNet18
+
+__all__ = ["MODELS", "ConvNet", "FeatureClassifier", "ProjectionDiscriminator", "ResNet18", "build_model"]
+
+MODELS = ("convnet", "resnet18")
+
+
+def build_model(name: str, image_shape: tuple[int, int, int], num_classes: int, width: int) -> FeatureClassifier:
+    """A freshly initialised classifier.
+
+    Args:
+        name: "convnet" or "resnet18".
+        image_shape: (channels, height, width) of an image.
+        num_classes: number of logits.
+        width: filters of the first layer.
+
+    Raises:
+        InputError: unknown name.
+    """
+    one_of("model", name, MODELS)
+    encoder = ConvNet(image_shape, width) if name == "convnet" else ResNet18(image_shape[0], width)
+    return FeatureClassifier(encoder, encoder.num_features, num_classes)
