@@ -1,8 +1,8 @@
 """The ops all of afd is built on: fused kernels on CPU and CUDA, with the same formulas in PyTorch beside them.
 
-Every op takes and returns torch tensors, runs on the tensor's device and torch's current stream, and never waits for the
-device. None is differentiable: an attack differentiates the model, not its own steps. Which implementation serves a
-tensor is decided in `afd.ops.backend`.
+Every op takes and returns torch tensors, runs on the tensor's device and torch's current stream, and never waits for
+the device. None is differentiable: an attack differentiates the model, not its own steps. Which implementation serves
+a tensor is decided in `afd.ops.backend`.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def random_start(
 ) -> Tensor:
     """A uniform random point of the ball around each image, clamped to the bounds.
 
-    Linf: ``clamp(x + eps * u, *bounds)`` with u uniform in (-1, 1) from Philox4x32-10 (Salmon et al. 2011). u depends on
-    nothing but (seed, first_sample + row, element), so it is the same on CPU and CUDA and for any split of a batch.
+    Linf: ``clamp(x + eps * u, *bounds)`` with u uniform in (-1, 1) from Philox4x32-10 (Salmon et al. 2011). u depends
+    on nothing but (seed, first_sample + row, element): it is the same on CPU and CUDA and for any split of a batch.
 
     Args:
         x: clean images, float32 (float64 is served by the reference), [N, ...].
@@ -135,6 +135,7 @@ def _start_settings(
     eps: Setting, bounds: Bounds, seed: int, first_sample: int, norm: str
 ) -> tuple[float, float, float, int, int, Tensor | None]:
     checks.norm(norm)
-    checks.counter("seed", seed)
+    checks.counter("seed", seed)  # here, because torch's own overflow error would not name them
+    checks.counter("first_sample", first_sample)
     radius, radii = _split(eps)
     return radius, *bounds, seed, first_sample, radii

@@ -1,4 +1,4 @@
-"""What every op asks of its arguments, whichever backend serves it. Reads no tensor values, so it never synchronises."""
+"""What every op asks of its arguments, whichever backend serves it. No tensor value is read: nothing synchronises."""
 
 from __future__ import annotations
 
@@ -50,6 +50,16 @@ def gradient(grad: Tensor, x: Tensor) -> None:
         raise TypeError(f"grad is {grad.dtype}; allowed are {allowed}")
 
 
+def apart(written: str, out: Tensor, **inputs: Tensor) -> None:
+    """No input shares memory with `out`, which an op writes while it reads them."""
+    for name, tensor in inputs.items():
+        if tensor.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+            continue
+        (first, end), (other_first, other_end) = _memory(out), _memory(tensor)
+        if first < other_end and other_first < end:
+            raise ValueError(f"{name} shares memory with {written}, which is written in place; pass a clone of {name}")
+
+
 def setting(name: str, value: float, values: Tensor | None, x: Tensor, *, signed: bool = False) -> None:
     """A step or radius: one finite number, or a tensor [N] of them in x's dtype and on its device."""
     if values is None:
@@ -74,3 +84,11 @@ def counter(name: str, value: int) -> None:
     """A seed or index of the random generator."""
     if not 0 <= value < 2**63:
         raise ValueError(f"{name} is {value}; it must be in [0, 2**63)")
+
+
+def _memory(x: Tensor) -> tuple[int, int]:
+    """First and one past last byte that x touches."""
+    if not x.numel():
+        return 0, 0
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + reach * x.element_size()

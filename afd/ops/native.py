@@ -1,6 +1,6 @@
 """The compiled kernels: the only module that imports `afd._C`, and the last one to see a tensor as a tensor.
 
-Arguments arrive checked by `afd.ops.checks`; here layout and aliasing are settled, addresses taken, and the kernel
+Arguments arrive checked by `afd.ops.checks`; here layout is settled, addresses taken, and the kernel
 launched on torch's current stream under the tensor's device guard. Tensors whose memory layout the kernels cannot walk
 are copied to a contiguous one first (and the result copied back), so every layout gives the same values.
 """
@@ -100,11 +100,10 @@ def pgd_step(
     epsilons: Tensor | None = None,
 ) -> None:
     """`afd.ops.pgd_step` into `out`, which may be x_adv."""
-    _apart(out, x_adv=x_adv, x=x, grad=grad)
     if not (_walkable(out) and out.stride() == x_adv.stride() == x.stride() == grad.stride()):
         return _through_copy(pgd_step, out, x_adv, x, grad, alpha, eps, low, high, alphas, epsilons)
     if grad.dtype == torch.float64:
-        grad = grad.float()
+        grad = grad.sign().float()  # sign first: the cast alone would flush tiny gradients to zero
     return _launch(
         "pgd_step", out,
         x_adv.data_ptr(), x.data_ptr(), grad.data_ptr(), out.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
@@ -123,7 +122,6 @@ def random_start(
     epsilons: Tensor | None = None,
 ) -> None:
     """`afd.ops.random_start` into `out`, which may be x."""
-    _apart(out, x=x)
     if not (out.is_contiguous() and x.is_contiguous()):  # elements are numbered in logical order
         return _through_copy(random_start, out, x, eps, low, high, seed, first_sample, epsilons)
     return _launch(
@@ -168,19 +166,3 @@ def _through_copy(op: Any, out: Tensor, *arguments: Any) -> None:
     dense = torch.empty_like(out, memory_format=torch.contiguous_format)
     op(dense, *(a.contiguous() if isinstance(a, Tensor) else a for a in arguments))
     out.copy_(dense)
-
-
-def _apart(out: Tensor, **inputs: Tensor) -> None:
-    """Refuses an output that overlaps an input, unless it is that very tensor being updated."""
-    for name, tensor in inputs.items():
-        if tensor is out or tensor.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
-            continue
-        (first, end), (other_first, other_end) = _memory(out), _memory(tensor)
-        if first < other_end and other_first < end:
-            raise ValueError(f"the result would be written over {name}, which shares its memory; pass a clone")
-
-
-def _memory(x: Tensor) -> tuple[int, int]:
-    """First and one past last byte that x touches."""
-    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-    return x.data_ptr(), x.data_ptr() + (reach * x.element_size() if x.numel() else 0)

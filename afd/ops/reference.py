@@ -48,7 +48,7 @@ def random_start(
     """clamp(x + ε·u, low, high), u uniform in (-1, 1) from Philox(seed; sample, element)."""
     samples, elements = x.shape[0], x[:1].numel()
     blocks = torch.arange((elements + 3) // 4, device=x.device)
-    rows = torch.arange(first_sample, first_sample + samples, device=x.device)
+    rows = torch.arange(samples, device=x.device) + first_sample  # wraps at 2**64 as the kernels do
     bits = philox(seed, rows[:, None], blocks[None, :], RANDOM_START_STREAM)
     uniform = symmetric_uniform(bits).flatten(1)[:, :elements].reshape(x.shape).to(x.dtype)
     return (x + _per_sample(eps, epsilons, x) * uniform).clamp_(low, high)

@@ -35,7 +35,7 @@ def _register(name: str, arguments: str, functional: Any, updated: str, in_place
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, functional, device)
         LIBRARY.impl(f"{name}_", in_place, device)
-    torch.library.register_fake(f"afd::{name}", lambda first, *rest: torch.empty_like(first), lib=LIBRARY)
+    torch.library.register_fake(f"afd::{name}", lambda first, *_: torch.empty_like(first), lib=LIBRARY)
     torch.library.register_fake(f"afd::{name}_", lambda *_: None, lib=LIBRARY)
     torch.library.register_autograd(f"afd::{name}", _no_gradient, lib=LIBRARY)
 
@@ -71,10 +71,13 @@ def _pgd_step(x_adv: Tensor, *rest: Any) -> Tensor:
 
 def _pgd_step_(x_adv: Tensor, *rest: Any) -> None:
     _check_pgd_step(x_adv, *rest)
+    checks.apart("x_adv", x_adv, x=rest[0], grad=rest[1])
     _serve("pgd_step", x_adv, x_adv, *rest)
 
 
-_REST = "Tensor x, Tensor grad, float alpha, float eps, float low, float high, Tensor? alphas=None, Tensor? epsilons=None"
+_REST = (
+    "Tensor x, Tensor grad, float alpha, float eps, float low, float high, Tensor? alphas=None, Tensor? epsilons=None"
+)
 _register("pgd_step", f"Tensor x_adv, {_REST}", _pgd_step, f"Tensor(a!) x_adv, {_REST}", _pgd_step_)
 
 
@@ -108,6 +111,8 @@ def _random_start(x: Tensor, *rest: Any) -> Tensor:
 
 def _random_start_(x_adv: Tensor, x: Tensor, *rest: Any) -> None:
     _check_random_start(x_adv, x, *rest)
+    if x is not x_adv:
+        checks.apart("x_adv", x_adv, x=x)
     _serve("random_start", x_adv, x, *rest)
 
 

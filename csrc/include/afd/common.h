@@ -27,6 +27,7 @@ AFD_HOST_DEVICE float at(const PerSample& setting, int64_t sample) {
   return setting.values ? setting.values[sample] : setting.value;
 }
 
+// Both give b if either is NaN: with a bound as a and the value as b, a NaN value stays visible.
 AFD_HOST_DEVICE float min_of(float a, float b) { return a < b ? a : b; }
 AFD_HOST_DEVICE float max_of(float a, float b) { return a > b ? a : b; }
 

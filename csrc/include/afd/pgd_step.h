@@ -3,7 +3,7 @@
 //     out = clamp(clamp(x_adv + alpha * sign(grad), x - eps, x + eps), low, high)
 //
 // The ball is enforced by min/max against x -+ eps (as AutoAttack does), not through delta = x_adv - x, which would
-// round once more. sign(0) and sign(NaN) are 0, as in torch.sign.
+// round once more. sign(0) and sign(NaN) are 0, as in torch.sign; NaN in x_adv, x or eps gives NaN.
 #pragma once
 
 #include "afd/common.h"
@@ -46,8 +46,10 @@ struct GradBF16 {
 AFD_HOST_DEVICE float pgd_step_element(float x_adv, float x, float sign, float alpha, float eps, float low,
                                        float high) {
   const float stepped = x_adv + alpha * sign;
-  const float in_ball = min_of(max_of(stepped, x - eps), x + eps);
-  return min_of(max_of(in_ball, low), high);
+  const float least = x - eps, most = x + eps;
+  const float in_ball = min_of(most, max_of(least, stepped));
+  const float in_bounds = min_of(high, max_of(low, in_ball));
+  return least == least ? in_bounds : least;
 }
 
 namespace cpu {

@@ -23,7 +23,7 @@ struct RandomStart {
 };
 
 AFD_HOST_DEVICE float random_start_element(float x, float uniform, float eps, float low, float high) {
-  return min_of(max_of(x + eps * uniform, low), high);
+  return min_of(high, max_of(low, x + eps * uniform));
 }
 
 namespace cpu {
