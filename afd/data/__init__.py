@@ -1,0 +1,10 @@
+"""Images from files to the device: digits, MNIST and CIFAR, split once and for all, served as [0, 1] batches."""
+
+from __future__ import annotations
+
+from afd.data.datasets import NAMES, Splits, load
+from afd.data.errors import DataError
+from afd.data.images import Images
+from afd.data.loader import Batches
+
+__all__ = ["NAMES", "Batches", "DataError", "Images", "Splits", "load"]

@@ -1,0 +1,39 @@
+"""Augmentation of whole batches: every image gets its own crop and flip, in a handful of tensor operations."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+    """A random crop of the zero-padded image, then a horizontal flip half of the time: the usual CIFAR augmentation.
+
+    Each image is replaced by one of the (2 * padding + 1)^2 windows of its own size, all equally likely.
+
+    Args:
+        x: images [B, C, H, W], any dtype and device.
+        generator: a CPU generator; the draws do not depend on the device of x, so neither does the result.
+        padding: width of the zero border on each side, at least 0.
+
+    Returns:
+        A new tensor like x.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {list(x.shape)}; it must be [B, C, H, W]")
+    if padding < 0:
+        raise ValueError(f"padding is {padding}; it must be at least 0")
+    batch, channels, height, width = x.shape
+    # One tensor, so one copy to the device. Not waiting for it is safe: CUDA stages pageable memory before it returns.
+    draws = torch.randint((2 * padding + 1) ** 2 * 2, (batch, 1), generator=generator).to(x.device, non_blocking=True)
+    window, flip = draws // 2, draws % 2 == 1
+    top, left = window // (2 * padding + 1), window % (2 * padding + 1)
+
+    across = torch.arange(width, device=x.device)
+    rows = top + torch.arange(height, device=x.device)
+    columns = left + torch.where(flip, across.flip(0), across)
+    # Where each output pixel lies in its padded plane: crop and flip become one gather, the same for all channels.
+    position = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
+    planes = F.pad(x, (padding,) * 4).flatten(2)
+    return planes.gather(2, position.flatten(1).unsqueeze(1).expand(-1, channels, -1)).view(x.shape)

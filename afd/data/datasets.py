@@ -1,0 +1,68 @@
+"""The datasets by name, each split the same way: train, validation and test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from afd.data import cifar, digits, fetch, mnist
+from afd.data.images import Images
+from afd.data.split import stratified
+from afd.errors import one_of
+
+VALIDATION_SEED = 6621
+
+_FROM_FILES: dict[str, Callable[..., tuple[Images, Images]]] = {
+    "mnist": mnist.read,
+    "cifar10": cifar.CIFAR10.read,
+    "cifar100": cifar.CIFAR100.read,
+}
+
+NAMES = ("digits", *_FROM_FILES)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three parts of a dataset; no image is in two.
+
+    Attributes:
+        train: what a model learns from.
+        validation: cut from the training data, to choose checkpoints and settings by.
+        test: the dataset's own test set, to report from and for nothing else.
+    """
+
+    train: Images
+    validation: Images
+    test: Images
+
+
+def load(name: str, root: str | Path | None = None, *, validation: float = 0.1, download: bool = True) -> Splits:
+    """Reads a dataset from its files, fetching them first if need be.
+
+    Validation images are drawn from the training data, class by class and with a fixed seed: the same on every machine.
+
+    Args:
+        name: "digits" (comes with scikit-learn, 1x8x8), "mnist" (1x28x28), "cifar10" or "cifar100" (3x32x32).
+        root: the folder with the files, or with the folder they unpack to (`mnist`, `MNIST/raw`,
+            `cifar-10-batches-bin`, `cifar-100-binary`); None for the user's cache folder. Digits ignore it.
+        validation: part of the training data to hold out as validation split, in (0, 1).
+        download: whether missing files may be fetched, by checksum, into `root`.
+
+    Returns:
+        The three splits, in CPU memory.
+
+    Raises:
+        ValueError: the name is unknown, or `validation` is not in (0, 1).
+        DataError: files are missing and cannot be fetched, or are corrupt.
+    """
+    one_of("name", name, NAMES)
+    if not 0 < validation < 1:
+        raise ValueError(f"validation is {validation}; it must be in (0, 1)")
+    if name == "digits":
+        train, test = digits.read()
+    else:
+        folder = fetch.default_root() if root is None else Path(root).expanduser()
+        train, test = _FROM_FILES[name](folder, download=download)
+    rest, held = stratified(train.labels, validation, VALIDATION_SEED)
+    return Splits(train.take(rest), train.take(held), test)

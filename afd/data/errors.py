@@ -1,0 +1,7 @@
+"""What goes wrong between a data file and a tensor."""
+
+from __future__ import annotations
+
+
+class DataError(OSError):
+    """A data file is missing, cannot be fetched, or does not hold what its format promises."""

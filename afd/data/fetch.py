@@ -1,0 +1,128 @@
+"""Finding a dataset's files on disk, and fetching them by checksum where they are missing."""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from afd.data.errors import DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the files of a dataset are, on disk and on the network.
+
+    Attributes:
+        name: the dataset's name.
+        files: what must be there; each may also be there gzip-packed, with .gz added to its name.
+        folders: where inside the data root to look besides the root itself; fetched files go to the first.
+        url: the address that the names in `md5` are added to.
+        md5: what to fetch, with its checksum: the files with .gz added, or a .tar.gz of `folders[0]`.
+    """
+
+    name: str
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
+    url: str
+    md5: Mapping[str, str]
+
+
+def default_root() -> Path:
+    """The user's cache folder of this library."""
+    import pooch
+
+    return Path(pooch.os_cache("afd"))
+
+
+def locate(source: Source, root: Path, *, download: bool) -> list[Path]:
+    """Paths of a dataset's files, in the order of `source.files`, all from one folder.
+
+    Looks in `root` and in the source's folders inside it. Where no folder has all files, the missing ones of the first
+    of those folders are added to it: from the archive, if it lies in `root`, else from the network. What is there
+    already is never replaced.
+
+    Raises:
+        DataError: files are missing and could not be fetched, or what was fetched has another checksum.
+    """
+    home = root / source.folders[0]
+    for folder in (root, *(root / name for name in source.folders)):
+        if (found := _present(source, folder)) is not None:
+            return found
+    try:
+        _obtain(source, root, home, download=download)
+    # pooch's own errors: requests raises OSErrors, a wrong checksum is a ValueError.
+    except (OSError, ValueError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise DataError(_advice(source, root, error)) from error
+    found = _present(source, home)
+    if found is None:
+        raise DataError(_advice(source, root, "what was fetched does not hold all of them"))
+    return found
+
+
+def _present(source: Source, folder: Path) -> list[Path] | None:
+    """The files in this folder, or None unless all are there."""
+    found = [_either(folder, name) for name in source.files]
+    paths = [path for path in found if path is not None]
+    return paths if len(paths) == len(found) else None
+
+
+def _either(folder: Path, name: str) -> Path | None:
+    """The file as it is or gzip-packed, whichever is there."""
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def _obtain(source: Source, root: Path, home: Path, *, download: bool) -> None:
+    """Adds the missing files to `home`.
+
+    Everything is fetched, checked and unpacked in a temporary folder beside it and moved only then, whole file by whole
+    file: an interruption leaves nothing behind, and processes that fetch at the same time do not disturb each other.
+    """
+    local = [name for name in source.md5 if (root / name).is_file()]
+    if not download and len(local) < len(source.md5):
+        raise DataError("downloading is switched off")
+    root.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
+        fetched = Path(temporary)
+        for name, md5 in source.md5.items():
+            archive = _checked(root / name, md5) if name in local else _retrieve(source.url + name, md5, fetched)
+            if name.endswith(".tar.gz"):
+                with tarfile.open(archive) as tar:
+                    tar.extractall(fetched, filter="data")  # refuses absolute paths, links outwards and devices
+        home.mkdir(parents=True, exist_ok=True)
+        unpacked = fetched / home.name
+        for name in source.files:
+            path = _either(unpacked, name) or _either(fetched, name)
+            if path is not None and _either(home, name) is None:
+                path.replace(home / path.name)
+
+
+def _retrieve(url: str, md5: str, folder: Path) -> Path:
+    import pooch
+
+    name = url.rpartition("/")[2]
+    return Path(pooch.retrieve(url, known_hash=f"md5:{md5}", fname=name, path=folder))
+
+
+def _checked(path: Path, md5: str) -> Path:
+    import pooch
+
+    found = pooch.file_hash(str(path), alg="md5")
+    if found != md5:
+        raise DataError(f"{path} has md5 {found}; expected {md5}")
+    return path
+
+
+def _advice(source: Source, root: Path, reason: object) -> str:
+    """What is missing, where it was looked for, why it could not be fetched, and the two ways to get it."""
+    places = ", ".join(str(folder) for folder in (root, *(root / name for name in source.folders)))
+    addresses = ", ".join(source.url + name for name in source.md5)
+    return (
+        f"the files of {source.name} ({', '.join(source.files)}) are not all in one of {places}, "
+        f"and they could not be fetched: {reason}. Either allow the network, so that they come from {addresses}, "
+        f"or put the files into {root / source.folders[0]} "
+        f"(for files that lie elsewhere, name their folder with --data-root, or root= in Python)"
+    )
