@@ -13,13 +13,13 @@ from afd.errors import one_of
 
 VALIDATION_SEED = 6621
 
-_FROM_FILES: dict[str, Callable[..., tuple[Images, Images]]] = {
+READERS: dict[str, Callable[..., tuple[Images, Images]]] = {
     "mnist": mnist.read,
     "cifar10": cifar.CIFAR10.read,
     "cifar100": cifar.CIFAR100.read,
 }
 
-NAMES = ("digits", *_FROM_FILES)
+NAMES = ("digits", *READERS)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,6 @@ def load(name: str, root: str | Path | None = None, *, validation: float = 0.1, 
         train, test = digits.read()
     else:
         folder = fetch.default_root() if root is None else Path(root).expanduser()
-        train, test = _FROM_FILES[name](folder, download=download)
+        train, test = READERS[name](folder, download=download)
     rest, held = stratified(train.labels, validation, VALIDATION_SEED)
     return Splits(train.take(rest), train.take(held), test)

@@ -1,0 +1,172 @@
+"""Batches: every image once an epoch, in an order that (seed, epoch) decides and nothing else does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from afd.data import Batches, Images
+from afd.data.augment import crop_and_flip
+
+
+def numbered(count: int) -> Images:
+    """Images that carry their number, in the label and in two pixels."""
+    number = torch.arange(count)
+    pixels = torch.stack([number // 256, number % 256], dim=1).to(torch.uint8).view(-1, 1, 1, 2)
+    return Images(pixels, number, scale=255.0, num_classes=max(count, 1), name="numbered")
+
+
+def order(batches: Batches) -> list[int]:
+    return [int(label) for _, y in batches for label in y]
+
+
+sizes = {"count": st.integers(1, 70), "batch_size": st.integers(1, 80), "shuffle": st.booleans()}
+places = {"seed": st.integers(0, 2**63 - 1), "epoch": st.integers(0, 2**31)}
+
+
+@given(**sizes, **places)
+def test_each_image_once(count: int, batch_size: int, shuffle: bool, seed: int, epoch: int) -> None:
+    images = numbered(count)
+    batches = Batches(images, batch_size, shuffle=shuffle, seed=seed)
+    batches.set_epoch(epoch)
+    served = list(batches)
+    assert len(served) == len(batches) == -(-count // batch_size)
+    assert [len(y) for _, y in served[:-1]] == [batch_size] * (len(batches) - 1)
+    assert 1 <= len(served[-1][1]) <= batch_size
+    for x, y in served:
+        assert x.dtype == torch.float32
+        assert y.dtype == torch.int64
+        assert torch.equal(x, images.images(y))
+    seen = order(batches)
+    assert sorted(seen) == list(range(count))
+    assert shuffle or seen == list(range(count))
+
+
+@given(**sizes, **places)
+def test_drop_last(count: int, batch_size: int, shuffle: bool, seed: int, epoch: int) -> None:
+    images = numbered(count)
+    if count < batch_size:
+        with pytest.raises(
+            ValueError, match=f"batch_size is {batch_size}; with drop_last it must be at most the {count}"
+        ):
+            Batches(images, batch_size, drop_last=True)
+        return
+    dropping = Batches(images, batch_size, shuffle=shuffle, seed=seed, drop_last=True)
+    dropping.set_epoch(epoch)
+    served = list(dropping)
+    assert len(served) == len(dropping) == count // batch_size
+    assert {len(y) for _, y in served} == {batch_size}
+    whole = Batches(images, batch_size, shuffle=shuffle, seed=seed)
+    whole.set_epoch(epoch)
+    assert order(dropping) == order(whole)[: len(served) * batch_size]
+
+
+@given(**places)
+def test_seed_and_epoch_decide_the_order(seed: int, epoch: int) -> None:
+    images = numbered(60)
+    first = Batches(images, 7, shuffle=True, seed=seed)
+    first.set_epoch(epoch)
+    once = order(first)
+    torch.rand(3)  # the global generator has no say
+    assert order(first) == once
+    second = Batches(images, 16, shuffle=True, seed=seed, augment=crop_and_flip)
+    second.set_epoch(epoch + 1)
+    assert order(second) != once
+    second.set_epoch(epoch)
+    assert order(second) == once  # nor have the batch size, the augmentation or what was served before
+    third = Batches(images, 7, shuffle=True, seed=seed + 1)
+    third.set_epoch(epoch)
+    assert order(third) != once
+
+
+def test_seed_and_epoch_are_not_added_up() -> None:
+    images = numbered(60)
+    first, second = Batches(images, 60, shuffle=True, seed=0), Batches(images, 60, shuffle=True, seed=1)
+    first.set_epoch(1)
+    assert order(first) != order(second)
+
+
+def test_global_generator_is_left_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(4)
+    torch.manual_seed(0)
+    list(Batches(numbered(20), 4, shuffle=True, augment=crop_and_flip))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_augmentation_sees_every_batch_and_follows_the_epoch() -> None:
+    images = Images(
+        torch.randint(256, (50, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8),
+        torch.zeros(50, dtype=torch.int64),
+        scale=255.0,
+        num_classes=1,
+        name="noise",
+    )
+    batches = Batches(images, 16, seed=3, augment=crop_and_flip)
+
+    def epoch(number: int) -> Tensor:
+        batches.set_epoch(number)
+        return torch.cat([x for x, _ in batches])
+
+    first = epoch(0)
+    assert first.shape == (50, 3, 8, 8)
+    assert not torch.equal(first, images.images())
+    assert not torch.equal(first, epoch(1))
+    assert torch.equal(first, epoch(0))
+    abandoned = iter(batches)
+    next(abandoned)
+    assert torch.equal(first, epoch(0))
+
+
+def test_batches_are_copies() -> None:
+    images = numbered(4)
+    for x, y in Batches(images, 2):
+        x.fill_(9.0)
+        y.fill_(9)
+    assert torch.equal(images.labels, torch.arange(4))
+    assert torch.equal(images.images(), numbered(4).images())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"batch_size": -3}, "batch_size is -3"),
+        ({"batch_size": 1, "seed": -1}, "seed is -1"),
+        ({"batch_size": 1, "images": numbered(0)}, "images is empty"),
+    ],
+)
+def test_refuses(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Batches(**({"images": numbered(3)} | arguments))  # type: ignore[arg-type]
+
+
+def test_epoch_is_not_negative() -> None:
+    with pytest.raises(ValueError, match="epoch is -1"):
+        Batches(numbered(3), 1).set_epoch(-1)
+
+
+@pytest.mark.gpu
+def test_cuda_serves_the_same_batches(cuda: torch.device) -> None:
+    images = numbered(300)
+    here = Batches(images, 64, shuffle=True, seed=5, augment=crop_and_flip)
+    there = Batches(images, 64, shuffle=True, seed=5, augment=crop_and_flip, device=cuda)
+    for (x, y), (x_there, y_there) in zip(here, there, strict=True):
+        assert x_there.is_cuda
+        assert torch.equal(x_there.cpu(), x)
+        assert torch.equal(y_there.cpu(), y)
+
+
+@pytest.mark.gpu
+def test_cuda_batches_never_wait_for_the_device(cuda: torch.device) -> None:
+    batches = Batches(numbered(300), 64, shuffle=True, augment=crop_and_flip, device=cuda)
+    served = iter(batches)
+    next(served)  # the order of the epoch is copied once, at its start
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(served)) == 4
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
