@@ -1,0 +1,47 @@
+"""The commands: ``afd train | info`` (also ``python -m afd``). A user's mistake ends in one line and exit status 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from afd import info as information
+from afd.config import TrainConfig
+from afd.errors import AfdError
+from afd.training import train as run_training
+
+
+def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
+    """Train a classifier and measure its best checkpoint.
+
+    Args:
+        config: the run.
+    """
+    run_training(config)
+
+
+def info() -> None:
+    """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
+    print("\n".join(information.lines()))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": train, "info": info},
+            prog="afd",
+            description="Adversarial Feature Desensitization: train, and see what serves your tensors.",
+            args=arguments,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+    except AfdError as error:
+        print(f"afd: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("afd: interrupted; checkpoints of finished epochs are kept", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,205 @@
+"""What a training run is made of, as frozen dataclasses: the CLI reads them, a checkpoint keeps them.
+
+Fields that are None take the data set's value from `PRESETS`; `TrainConfig.settled` fills them in. Attribute docstrings
+are the CLI's help lines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+from tyro.conf import arg
+
+from afd.errors import InputError, at_least
+
+
+def fraction(text: str) -> float:
+    """A number written as "0.3" or "8/255".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    numerator, slash, denominator = text.partition("/")
+    return float(numerator) / float(denominator) if slash else float(numerator)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
+
+
+Number = Annotated[
+    float,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT|P/Q",
+        instance_from_str=lambda words: fraction(words[0]),
+        is_instance=_is_number,
+        str_from_instance=lambda value: [f"{value:g}"],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, from where, and how they are served."""
+
+    name: Annotated[Literal["digits", "mnist", "cifar10", "cifar100"], arg(name="data")] = "digits"
+    """Data set; digits ships with scikit-learn, the others are files."""
+    root: Annotated[Path | None, arg(name="data-root")] = None
+    """Folder of the data files; by default a cache folder, filled from the network."""
+    validation: Number = 0.1
+    """Share of the training images kept apart to choose the best checkpoint."""
+    batch_size: int = 128
+    """Images a batch."""
+    augment: bool | None = None
+    """Random crop with padding 4 and horizontal flip. Default: for CIFAR only."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network."""
+
+    name: Annotated[Literal["convnet", "resnet18"] | None, arg(name="model")] = None
+    """Network. Default: convnet for digits and MNIST, resnet18 for CIFAR."""
+    width: int | None = None
+    """Filters of the first layer. Default: 32 for convnet, 64 for resnet18 (the paper's MNIST network: 16)."""
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """The Linf PGD attack to train against and to validate with."""
+
+    eps: Number | None = None
+    """Radius of the Linf ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR."""
+    steps: Annotated[int | None, arg(name="attack-steps")] = None
+    """Steps of the training attack. Default: 10."""
+    alpha: Number | None = None
+    """Step size. Default: 2.5 eps / steps."""
+    eval_steps: int = 20
+    """Steps of the validation attack."""
+
+    def step_size(self, steps: int) -> float:
+        """The step size of an attack of `steps` steps."""
+        assert self.eps is not None
+        return self.alpha if self.alpha is not None else 2.5 * self.eps / max(steps, 1)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """How the network is trained."""
+
+    name: Annotated[Literal["natural", "afd"], arg(name="method")] = "afd"
+    """natural: cross-entropy on clean images; afd: adversarial feature desensitization."""
+    loss: Literal["dcgan", "wgan", "hinge"] = "wgan"
+    """Loss of the game between discriminator and features."""
+    schedule: Literal["simultaneous", "alternating"] = "simultaneous"
+    """simultaneous: the paper's Algorithm 1; alternating: the authors' released code."""
+    lr: Number = 0.1
+    """Learning rate of features and classifier (alpha)."""
+    lr_discriminator: Number = 0.1
+    """Learning rate of the discriminator (beta)."""
+    lr_features: Number = 0.5
+    """Learning rate of the features against the discriminator (gamma)."""
+    momentum: Number = 0.9
+    """Momentum of every SGD optimizer."""
+    weight_decay: Number = 1e-4
+    """Weight decay of features and classifier."""
+    discriminator_rounds: int = 1
+    """The features answer the discriminator in every so many rounds."""
+    penalty: Number = 0.0
+    """Weight of the discriminator's gradient penalty."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: data, network, attack, method, and where its results go."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    epochs: int | None = None
+    """Passes over the training images. Default: 60 digits, 10 MNIST, 300 CIFAR."""
+    milestones: tuple[Number, ...] = (0.5, 5 / 6)
+    """Shares of the epochs after which all learning rates fall to a tenth (the paper's CIFAR: 150 and 250 of 300)."""
+    seed: int = 0
+    """Of initial weights, batch order, augmentation and attack starts."""
+    device: str = "auto"
+    """torch device; auto takes CUDA where there is one."""
+    out: Path = Path("runs/latest")
+    """Folder for checkpoints and TensorBoard logs."""
+
+    def settled(self) -> TrainConfig:
+        """The same run with every default of its data set written out.
+
+        Raises:
+            InputError: a number out of its range.
+        """
+        preset = PRESETS[self.data.name]
+        name = self.model.name or preset.model
+        config = dataclasses.replace(
+            self,
+            data=_filled(self.data, augment=preset.augment),
+            model=_filled(self.model, name=name, width={"convnet": 32, "resnet18": 64}[name]),
+            attack=_filled(self.attack, eps=preset.eps, steps=10),
+            epochs=preset.epochs if self.epochs is None else self.epochs,
+        )
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        data, model, attack = self.data, self.model, self.attack
+        assert model.width is not None
+        assert attack.eps is not None
+        assert attack.steps is not None
+        assert self.epochs is not None
+        at_least("batch-size", data.batch_size, 1)
+        at_least("width", model.width, 1)
+        at_least("eps", attack.eps, 0)
+        at_least("attack-steps", attack.steps, 0)
+        at_least("eval-steps", attack.eval_steps, 0)
+        at_least("alpha", attack.step_size(attack.steps), 0)
+        at_least("epochs", self.epochs, 0)
+        at_least("seed", self.seed, 0)
+        if not 0 < data.validation < 1:
+            raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
+        if any(not 0 < share <= 1 for share in self.milestones):
+            raise InputError(f"milestones are {self.milestones}; each must be a share of the epochs, in (0, 1]")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain types only, for a checkpoint's metadata."""
+        plain = dataclasses.asdict(self)
+        plain["out"] = str(self.out)
+        plain["data"]["root"] = None if self.data.root is None else str(self.data.root)
+        return plain
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a data set asks for where the user says nothing."""
+
+    model: str
+    eps: float
+    epochs: int
+    augment: bool
+
+
+PRESETS = {
+    "digits": Preset("convnet", eps=0.2, epochs=60, augment=False),
+    "mnist": Preset("convnet", eps=0.3, epochs=10, augment=False),
+    "cifar10": Preset("resnet18", eps=8 / 255, epochs=300, augment=True),
+    "cifar100": Preset("resnet18", eps=8 / 255, epochs=300, augment=True),
+}
+
+
+_Config = TypeVar("_Config", DataConfig, ModelConfig, AttackConfig)
+
+
+def _filled(config: _Config, **defaults: Any) -> _Config:
+    """`config` with `defaults` in the fields that are None."""
+    missing = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)

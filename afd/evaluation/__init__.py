@@ -1,0 +1,7 @@
+"""What training achieved, measured."""
+
+from __future__ import annotations
+
+from afd.evaluation.accuracy import accuracy, accuracy_curve
+
+__all__ = ["accuracy", "accuracy_curve"]
