@@ -50,7 +50,8 @@ def pgd_step(
         ValueError: shapes or devices that disagree, eps < 0, reversed bounds, unknown norm.
     """
     with torch.no_grad():
-        return torch.ops.afd.pgd_step.default(x_adv, x, grad, *_pgd_settings(alpha, eps, bounds, norm))
+        out: Tensor = torch.ops.afd.pgd_step.default(x_adv, x, grad, *_pgd_settings(alpha, eps, bounds, norm))
+    return out
 
 
 def pgd_step_(
@@ -99,7 +100,8 @@ def random_start(
         ValueError: eps < 0, reversed bounds, unknown norm, seed or first_sample out of range.
     """
     with torch.no_grad():
-        return torch.ops.afd.random_start.default(x, *_start_settings(eps, bounds, seed, first_sample, norm))
+        out: Tensor = torch.ops.afd.random_start.default(x, *_start_settings(eps, bounds, seed, first_sample, norm))
+    return out
 
 
 def random_start_(

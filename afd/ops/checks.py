@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from afd.errors import one_of
+from afd.errors import InputError, InputTypeError, one_of
 
 NORMS = ("Linf",)
 ITERATE_DTYPES = (torch.float32, torch.float64)
@@ -22,24 +22,24 @@ def norm(name: str) -> None:
 def images(name: str, x: Tensor) -> None:
     """A floating tensor [N, ...] that an iterate can live in."""
     if x.dtype not in ITERATE_DTYPES:
-        raise TypeError(f"{name} is {x.dtype}; allowed are torch.float32 and torch.float64")
+        raise InputTypeError(f"{name} is {x.dtype}; allowed are torch.float32 and torch.float64")
     if x.dim() < 1:
-        raise ValueError(f"{name} has no batch dimension; it must have shape [N, ...]")
+        raise InputError(f"{name} has no batch dimension; it must have shape [N, ...]")
 
 
 def same_as(name: str, tensor: Tensor, x: Tensor) -> None:
     """`tensor` has the shape and device of x."""
     if tensor.shape != x.shape:
-        raise ValueError(f"{name} has shape {list(tensor.shape)}; it must match x, {list(x.shape)}")
+        raise InputError(f"{name} has shape {list(tensor.shape)}; it must match x, {list(x.shape)}")
     if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
+        raise InputError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
 
 
 def iterate(name: str, tensor: Tensor, x: Tensor) -> None:
     """`tensor` is like x in shape, device and dtype."""
     same_as(name, tensor, x)
     if tensor.dtype != x.dtype:
-        raise TypeError(f"{name} is {tensor.dtype}; it must have x's dtype, {x.dtype}")
+        raise InputTypeError(f"{name} is {tensor.dtype}; it must have x's dtype, {x.dtype}")
 
 
 def gradient(grad: Tensor, x: Tensor) -> None:
@@ -47,7 +47,7 @@ def gradient(grad: Tensor, x: Tensor) -> None:
     same_as("grad", grad, x)
     if grad.dtype not in GRAD_DTYPES:
         allowed = ", ".join(str(dtype) for dtype in GRAD_DTYPES)
-        raise TypeError(f"grad is {grad.dtype}; allowed are {allowed}")
+        raise InputTypeError(f"grad is {grad.dtype}; allowed are {allowed}")
 
 
 def apart(written: str, out: Tensor, **inputs: Tensor) -> None:
@@ -57,33 +57,33 @@ def apart(written: str, out: Tensor, **inputs: Tensor) -> None:
             continue
         (first, end), (other_first, other_end) = _memory(out), _memory(tensor)
         if first < other_end and other_first < end:
-            raise ValueError(f"{name} shares memory with {written}, which is written in place; pass a clone of {name}")
+            raise InputError(f"{name} shares memory with {written}, which is written in place; pass a clone of {name}")
 
 
 def setting(name: str, value: float, values: Tensor | None, x: Tensor, *, signed: bool = False) -> None:
     """A step or radius: one finite number, or a tensor [N] of them in x's dtype and on its device."""
     if values is None:
         if not math.isfinite(value) or (value < 0 and not signed):
-            raise ValueError(f"{name} is {value}; it must be a finite number{'' if signed else ' >= 0'}")
+            raise InputError(f"{name} is {value}; it must be a finite number{'' if signed else ' >= 0'}")
         return
     if values.shape != (x.shape[0],):
-        raise ValueError(f"{name} has shape {list(values.shape)}; per-sample values need [{x.shape[0]}]")
+        raise InputError(f"{name} has shape {list(values.shape)}; per-sample values need [{x.shape[0]}]")
     if not values.is_contiguous():
-        raise ValueError(f"{name} has stride {values.stride()}; per-sample values must be contiguous")
+        raise InputError(f"{name} has stride {values.stride()}; per-sample values must be contiguous")
     if values.dtype != x.dtype or values.device != x.device:
-        raise TypeError(f"{name} is {values.dtype} on {values.device}; it must be {x.dtype} on {x.device}, like x")
+        raise InputTypeError(f"{name} is {values.dtype} on {values.device}; it must be {x.dtype} on {x.device}, like x")
 
 
 def bounds(low: float, high: float) -> None:
     """The box that images live in."""
     if not low < high:
-        raise ValueError(f"bounds are ({low}, {high}); low must be less than high")
+        raise InputError(f"bounds are ({low}, {high}); low must be less than high")
 
 
 def counter(name: str, value: int) -> None:
     """A seed or index of the random generator."""
     if not 0 <= value < 2**63:
-        raise ValueError(f"{name} is {value}; it must be in [0, 2**63)")
+        raise InputError(f"{name} is {value}; it must be in [0, 2**63)")
 
 
 def _memory(x: Tensor) -> tuple[int, int]:

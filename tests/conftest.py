@@ -1,0 +1,27 @@
+"""What every test room shares: the devices, and how hypothesis draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Kernels and thread pools warm up at their first call, so the time of one example says nothing.
+settings.register_profile("afd", deadline=None, max_examples=40, print_blob=True)
+settings.load_profile("afd")
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that the ops serve; the CUDA cases carry the gpu mark."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The GPU, for tests (marked gpu) that make sense only there."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    return torch.device("cuda")

@@ -1,0 +1,103 @@
+"""What the ops refuse, on either backend, with a message that names the argument and what was given."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from afd import ops
+from afd.ops import backend, checks
+
+X = torch.rand(3, 4)
+GOOD = {"x_adv": X.clone(), "x": X, "grad": X.clone(), "alpha": 0.1, "eps": 0.1}
+
+# what is changed about a good call, the error, and its words
+PGD_ERRORS = [
+    ({"norm": "L7"}, ValueError, "norm is 'L7'; allowed are Linf"),
+    ({"x": X.half()}, TypeError, "x is torch.float16; allowed are torch.float32 and torch.float64"),
+    (dict.fromkeys(("x", "x_adv", "grad"), torch.tensor(0.5)), ValueError, "x has no batch dimension"),
+    ({"x_adv": X[:2].clone()}, ValueError, "x_adv has shape [2, 4]; it must match x, [3, 4]"),
+    ({"x_adv": X.double()}, TypeError, "x_adv is torch.float64; it must have x's dtype, torch.float32"),
+    ({"grad": X[:, :2].clone()}, ValueError, "grad has shape [3, 2]; it must match x, [3, 4]"),
+    ({"grad": X.int()}, TypeError, "grad is torch.int32; allowed are torch.float32, torch.float16"),
+    ({"alpha": float("nan")}, ValueError, "alpha is nan; it must be a finite number"),
+    ({"alpha": float("inf")}, ValueError, "alpha is inf; it must be a finite number"),
+    ({"eps": -0.5}, ValueError, "eps is -0.5; it must be a finite number >= 0"),
+    ({"eps": float("inf")}, ValueError, "eps is inf; it must be a finite number >= 0"),
+    ({"eps": torch.rand(2)}, ValueError, "eps has shape [2]; per-sample values need [3]"),
+    ({"alpha": torch.tensor(0.1)}, ValueError, "alpha has shape []; per-sample values need [3]"),
+    ({"eps": torch.rand(6)[::2]}, ValueError, "eps has stride (2,); per-sample values must be contiguous"),
+    ({"alpha": torch.rand(3).double()}, TypeError, "alpha is torch.float64 on cpu; it must be torch.float32 on cpu"),
+    ({"bounds": (1.0, 0.0)}, ValueError, "bounds are (1.0, 0.0); low must be less than high"),
+    ({"bounds": (0.0, float("nan"))}, ValueError, "bounds are (0.0, nan); low must be less than high"),
+]
+START_ERRORS = [
+    ({"norm": "L7"}, ValueError, "norm is 'L7'; allowed are Linf"),
+    ({"x": X.half()}, TypeError, "x is torch.float16; allowed are torch.float32 and torch.float64"),
+    ({"eps": -1}, ValueError, "eps is -1.0; it must be a finite number >= 0"),
+    ({"eps": torch.rand(4)}, ValueError, "eps has shape [4]; per-sample values need [3]"),
+    ({"bounds": (0.0, 0.0)}, ValueError, "bounds are (0.0, 0.0); low must be less than high"),
+    ({"seed": -1}, ValueError, "seed is -1; it must be in [0, 2**63)"),
+    ({"seed": 2**63}, ValueError, "seed is 9223372036854775808; it must be in [0, 2**63)"),
+    ({"first_sample": -1}, ValueError, "first_sample is -1; it must be in [0, 2**63)"),
+    ({"first_sample": 2**63}, ValueError, "first_sample is 9223372036854775808; it must be in [0, 2**63)"),
+]
+
+
+@pytest.mark.parametrize("which", ["native", "reference"])
+@pytest.mark.parametrize("op", [ops.pgd_step, ops.pgd_step_])
+@pytest.mark.parametrize(("change", "error", "words"), PGD_ERRORS)
+def test_pgd_step_refuses(which, op, change, error, words):
+    call = GOOD | change
+    with backend.use(which), pytest.raises(error, match=re.escape(words)):
+        op(call.pop("x_adv"), call.pop("x"), call.pop("grad"), **call)
+
+
+@pytest.mark.parametrize("which", ["native", "reference"])
+@pytest.mark.parametrize(("change", "error", "words"), START_ERRORS)
+def test_random_start_refuses(which, change, error, words):
+    call = {"x": X, "eps": 0.1, "seed": 0} | change
+    with backend.use(which), pytest.raises(error, match=re.escape(words)):
+        ops.random_start(call.pop("x"), **call)
+
+
+def test_random_start_in_place_refuses_another_shape():
+    with pytest.raises(ValueError, match=re.escape("x_adv has shape [2, 4]; it must match x, [3, 4]")):
+        ops.random_start_(X[:2].clone(), X, eps=0.1, seed=0)
+
+
+def test_tensors_on_two_devices_are_refused():
+    with pytest.raises(ValueError, match="grad is on meta; it must be on x's device, cpu"):
+        checks.same_as("grad", X.to("meta"), X)
+
+
+# --- Memory that is written while it is read ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["native", "reference"])
+@pytest.mark.parametrize("shared", ["x", "grad"])
+def test_iterate_may_not_be_an_input(which, shared):
+    tensors = {"x": X, "grad": X}
+    x_adv = X.clone()
+    tensors[shared] = x_adv
+    words = f"{shared} shares memory with x_adv, which is written in place; pass a clone of {shared}"
+    with backend.use(which), pytest.raises(ValueError, match=words):
+        ops.pgd_step_(x_adv, **tensors, alpha=0.1, eps=0.1)
+    assert torch.equal(x_adv, X)
+
+
+@pytest.mark.parametrize("which", ["native", "reference"])
+def test_overlapping_views_are_refused(which):
+    buffer = torch.rand(5, 4)
+    with backend.use(which), pytest.raises(ValueError, match="x shares memory with x_adv"):
+        ops.pgd_step_(buffer[:3], buffer[2:], X, alpha=0.1, eps=0.1)
+    with backend.use(which), pytest.raises(ValueError, match="x shares memory with x_adv"):
+        ops.random_start_(buffer[:3], buffer[2:], eps=0.1, seed=0)
+
+
+def test_neighbours_in_one_buffer_are_fine():
+    buffer = torch.rand(6, 4)
+    want = ops.pgd_step(buffer[:3], buffer[3:], X, alpha=0.1, eps=0.1)
+    assert torch.equal(ops.pgd_step_(buffer[:3], buffer[3:], X, alpha=0.1, eps=0.1), want)

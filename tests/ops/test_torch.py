@@ -1,0 +1,86 @@
+"""The ops as torch sees them: schemas, autograd and torch.compile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from afd import ops
+
+PER_SAMPLE = torch.tensor([0.1, 0.2])
+PGD = (0.1, 0.2, 0.0, 1.0)
+START = (0.2, 0.0, 1.0, 7, 3)
+
+
+def images(device: torch.device, **kwargs) -> Tensor:
+    return torch.rand(2, 3, 4, 5, device=device).to(**kwargs)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("name", ["pgd_step", "pgd_step_", "random_start", "random_start_"])
+def test_opcheck(device, name, per_sample, memory_format):
+    tensors = {"pgd_step": 3, "pgd_step_": 3, "random_start": 1, "random_start_": 2}[name]
+    values = [PER_SAMPLE.to(device)] * (2 if "pgd" in name else 1) if per_sample else []
+    args = [images(device, memory_format=memory_format) for _ in range(tensors)]
+    torch.library.opcheck(getattr(torch.ops.afd, name).default, (*args, *(PGD if "pgd" in name else START), *values))
+
+
+def test_result_is_detached_though_the_iterate_requires_grad(device):
+    x_adv, x = images(device).requires_grad_(), images(device)
+    out = ops.pgd_step(x_adv, x, x, alpha=0.1, eps=0.2)
+    assert not out.requires_grad
+    assert not ops.random_start(x_adv, eps=0.2, seed=0).requires_grad
+    assert ops.pgd_step_(x_adv, x, x, alpha=0.1, eps=0.2) is x_adv  # the usual loop: the iterate stays a leaf
+    assert x_adv.requires_grad
+    assert x_adv.is_leaf
+    assert torch.equal(x_adv, out)
+
+
+def test_writing_over_a_saved_tensor_is_noticed(device):
+    x_adv, x = images(device), images(device)
+    weight = torch.ones_like(x).requires_grad_()
+    loss = (weight * x_adv).sum()
+    ops.pgd_step_(x_adv, x, x, alpha=0.1, eps=0.2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("name", ["pgd_step", "random_start"])
+def test_backward_says_what_to_do_instead(device, name):
+    x = images(device).requires_grad_()
+    args = (x, x.detach(), x.detach(), *PGD) if name == "pgd_step" else (x, *START)
+    out = getattr(torch.ops.afd, name)(*args)
+    with pytest.raises(RuntimeError, match="not differentiable; differentiate the model at their result instead"):
+        out.sum().backward()
+
+
+def attack(x: Tensor, grad: Tensor) -> Tensor:
+    """Both ops, functional and in place, with both kinds of settings."""
+    x_adv = ops.random_start(x, eps=0.2, seed=5)
+    x_adv = ops.pgd_step(x_adv, x, grad, alpha=PER_SAMPLE.to(x.device), eps=0.2)
+    ops.random_start_(x_adv, x_adv, eps=0.01, seed=6)
+    return ops.pgd_step_(x_adv, x, -grad, alpha=0.05, eps=0.1) * 2
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_is_the_same(device, compiler):
+    torch.compiler.reset()
+    x, grad = images(device), torch.randn(2, 3, 4, 5, device=device)
+    compiled = torch.compile(attack, fullgraph=True, backend=compiler)
+    assert torch.equal(compiled(x, grad), attack(x, grad))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_in_place_step_writes_its_argument(device, compiler):
+    torch.compiler.reset()
+    x_adv, x, grad = (images(device) for _ in range(3))
+    want = ops.pgd_step(x_adv, x, grad, alpha=0.1, eps=0.2)
+
+    @torch.compile(fullgraph=True, backend=compiler)
+    def step(x_adv: Tensor) -> None:
+        ops.pgd_step_(x_adv, x, grad, alpha=0.1, eps=0.2)
+
+    step(x_adv)
+    assert torch.equal(x_adv, want)
