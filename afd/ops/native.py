@@ -100,7 +100,7 @@ def pgd_step(
     epsilons: Tensor | None = None,
 ) -> None:
     """`afd.ops.pgd_step` into `out`, which may be x_adv."""
-    if not (_walkable(out) and out.stride() == x_adv.stride() == x.stride() == grad.stride()):
+    if not _walked_alike(out, x_adv, x, grad):
         return _through_copy(pgd_step, out, x_adv, x, grad, alpha, eps, low, high, alphas, epsilons)
     if grad.dtype == torch.float64:
         grad = grad.sign().float()  # sign first: the cast alone would flush tiny gradients to zero
@@ -156,9 +156,11 @@ def _address(per_sample: Tensor | None) -> int:
     return 0 if per_sample is None else per_sample.data_ptr()
 
 
-def _walkable(x: Tensor) -> bool:
-    """Whether samples lie one after another in memory without gaps."""
-    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+def _walked_alike(*tensors: Tensor) -> bool:
+    """Whether the tensors hold their samples without gaps and in one order (strides of size-1 dimensions are idle)."""
+    return all(x.is_contiguous() for x in tensors) or all(
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in tensors
+    )
 
 
 def _through_copy(op: Any, out: Tensor, *arguments: Any) -> None:

@@ -63,7 +63,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     device = _device(config.device)
     splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
     torch.manual_seed(config.seed)
-    model = model_for(config, splits.train).to(device)
+    model = model_for(config, splits.train).to(device, memory_format=torch.channels_last)  # faster convolutions
     method = build_method(config.method)
     attack = config.attack
     assert attack.steps is not None

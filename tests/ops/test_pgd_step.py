@@ -266,3 +266,12 @@ def test_second_gpu_is_served_while_the_first_is_current(cuda):
     got = step("native", *tensors, alpha=0.1, eps=0.2)
     assert torch.equal(got, step("reference", *tensors, alpha=0.1, eps=0.2))
     assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 6, 5), (1, 3, 6, 5), (4, 3, 1, 1)])
+def test_strides_of_size_one_dimensions_do_not_matter(shape):
+    """A channels_last tensor with one channel is contiguous too, but its strides say otherwise."""
+    x, grad = torch.rand(shape), torch.randn(shape)
+    odd = grad.to(memory_format=torch.channels_last)
+    got = ops.pgd_step(x, x.clone(), odd, alpha=0.02, eps=0.1)
+    assert torch.equal(got, ops.pgd_step(x, x.clone(), grad, alpha=0.02, eps=0.1))
