@@ -1,0 +1,164 @@
+"""The kernels against their floor and against PyTorch: ``python -m afd.bench.kernels``.
+
+The floor of an op that is bound by memory is torch's own multi-threaded copy of as many bytes as the op moves: half of
+them read, half written. All candidates of a case run in turn, so their ratios hold even where the machine is busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+from afd import ops
+from afd.bench.timing import CPU, Candidates, Timing, device_name, interleaved, record, slug
+from afd.ops import backend, reference
+
+SHAPES = ((128, 3, 32, 32), (64, 3, 224, 224))
+GRAD_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ALPHA, EPS, LOW, HIGH = 2 / 255, 8 / 255, 0.0, 1.0
+LEAST_SHARE_OF_COPY, LEAST_SPEEDUP = 0.7, 3.0  # what pgd_step is held to
+
+
+@dataclass(frozen=True)
+class Rates:
+    """One case: the times of its candidates (native, eager, compiled, copy) and the bytes the op moves."""
+
+    times: dict[str, Timing]
+    bytes_moved: int
+
+    def gigabytes_per_second(self, candidate: str) -> float:
+        """Bytes the op must move over the median time."""
+        return self.bytes_moved / self.times[candidate].p50 * 1e-9
+
+    def share_of_copy(self, candidate: str) -> float:
+        """Rate relative to the copy of as many bytes."""
+        return self.times["copy"].p50 / self.times[candidate].p50
+
+    def speedup(self, candidate: str) -> float:
+        """Speed relative to the reference run eagerly."""
+        return self.times["eager"].p50 / self.times[candidate].p50
+
+    def meets_bars(self) -> bool:
+        """Whether the native op reaches both bars."""
+        return self.share_of_copy("native") >= LEAST_SHARE_OF_COPY and self.speedup("native") >= LEAST_SPEEDUP
+
+
+def pgd_step_rates(
+    shape: tuple[int, ...], grad_dtype: torch.dtype = torch.float32, rounds: int = 100, device: torch.device = CPU
+) -> Rates:
+    """pgd_step in place: reads x_adv, x and grad and writes x_adv."""
+    x = torch.rand(shape, device=device)
+    x_adv, grad = x.clone(), torch.randn(shape, device=device).to(grad_dtype)
+
+    def native() -> None:
+        ops.pgd_step_(x_adv, x, grad, alpha=ALPHA, eps=EPS, bounds=(LOW, HIGH))
+
+    def eager(x_adv: Tensor, x: Tensor, grad: Tensor) -> None:
+        x_adv.copy_(reference.pgd_step(x_adv, x, grad, ALPHA, EPS, LOW, HIGH))
+
+    compiled = torch.compile(eager)
+    candidates: Candidates = {
+        "native": native,
+        "eager": lambda: eager(x_adv, x, grad),
+        "compiled": lambda: compiled(x_adv, x, grad),
+    }
+    return _rates(candidates, (3 * 4 + grad_dtype.itemsize) * x.numel(), rounds, device)
+
+
+def random_start_rates(shape: tuple[int, ...], rounds: int = 100, device: torch.device = CPU) -> Rates:
+    """random_start into another tensor: reads x and writes x_adv."""
+    x = torch.rand(shape, device=device)
+    x_adv = torch.empty_like(x)
+
+    def native() -> None:
+        ops.random_start_(x_adv, x, eps=EPS, seed=1, bounds=(LOW, HIGH))
+
+    def eager(x_adv: Tensor, x: Tensor) -> None:
+        x_adv.copy_(reference.random_start(x, EPS, LOW, HIGH, 1))
+
+    compiled = torch.compile(eager)
+    candidates: Candidates = {
+        "native": native,
+        "eager": lambda: eager(x_adv, x),
+        "compiled": lambda: compiled(x_adv, x),
+    }
+    return _rates(candidates, 2 * 4 * x.numel(), rounds, device)
+
+
+def _rates(candidates: Candidates, bytes_moved: int, rounds: int, device: torch.device) -> Rates:
+    source = torch.rand(bytes_moved // 8, device=device)  # float32: half of the bytes
+    target = torch.zeros_like(source)
+    running = {**candidates, "copy": lambda: target.copy_(source)}
+    try:
+        running["compiled"]()
+    except BackendCompilerFailed as error:
+        Console(stderr=True).print(f"without torch.compile, which fails here: {str(error).splitlines()[0]}")
+        del running["compiled"]
+    with backend.use("native"):
+        return Rates(interleaved(running, rounds, device=device), bytes_moved)
+
+
+# --- The program ----------------------------------------------------------------------------------------------------
+
+
+def all_rates(rounds: int, device: torch.device) -> dict[str, Rates]:
+    """Every case, by name."""
+    cases = {}
+    for shape in SHAPES:
+        size = "x".join(str(length) for length in shape)
+        for label, dtype in GRAD_DTYPES.items():
+            cases[f"pgd_step {size} {label}"] = pgd_step_rates(shape, dtype, rounds, device)
+        cases[f"random_start {size}"] = random_start_rates(shape, rounds, device)
+    return cases
+
+
+def table(cases: dict[str, Rates], title: str) -> Table:
+    """The cases as a table, one row a candidate."""
+    shown = Table("", title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    for heading in ("p20 ms", "p50 ms", "p80 ms", "GB/s", "of copy", "x eager"):
+        shown.add_column(heading, justify="right")
+    for name, rates in cases.items():
+        shown.add_row(f"[bold]{name}")
+        for candidate, taken in rates.times.items():
+            shown.add_row(
+                f"  {candidate}",
+                *(f"{seconds * 1e3:.3f}" for seconds in (taken.p20, taken.p50, taken.p80)),
+                f"{rates.gigabytes_per_second(candidate):.1f}",
+                f"{rates.share_of_copy(candidate):.0%}",
+                f"{rates.speedup(candidate):.1f}",
+            )
+    return shown
+
+
+def main() -> None:
+    """Measures, prints and records."""
+    parser = argparse.ArgumentParser(prog="python -m afd.bench.kernels", description="Times afd's kernels.")
+    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=100, help="timed calls of each candidate")
+    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/kernels-<device>.json)")
+    options = parser.parse_args()
+    device = options.device
+    cases = all_rates(options.rounds, device)
+    console = Console()
+    console.print(table(cases, f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"))
+    for name, rates in cases.items():
+        if name.startswith("pgd_step"):
+            verdict = "yes" if rates.meets_bars() else "NO"
+            console.print(
+                f"{name}: {LEAST_SHARE_OF_COPY:.0%} of the copy's rate and {LEAST_SPEEDUP:g}x eager? {verdict}"
+            )
+    out = options.out or Path("benchmarks/results") / f"kernels-{slug(device_name(device))}.json"
+    record(out, "kernels", cases, device, rounds=options.rounds)
+    console.print(f"written to {out}")
+
+
+if __name__ == "__main__":
+    main()
