@@ -17,6 +17,7 @@ class CMakeBuild(build_ext):
     """Hands the one extension over to CMake and lets it place the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Configures, builds and installs in one go."""
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = (Path(self.build_temp) / ext.name).resolve()
         build.mkdir(parents=True, exist_ok=True)

@@ -66,7 +66,7 @@ class ModelConfig:
     name: Annotated[Literal["convnet", "resnet18"] | None, arg(name="model")] = None
     """Network. Default: convnet for digits and MNIST, resnet18 for CIFAR."""
     width: int | None = None
-    """Filters of the first layer. Default: 32 for convnet, 64 for resnet18 (the paper's MNIST network: 16)."""
+    """Filters of the first layer. Default: 32 for digits, 16 for MNIST (as in the paper), 64 for CIFAR."""
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,10 @@ class TrainConfig:
             InputError: a number out of its range.
         """
         preset = PRESETS[self.data.name]
-        name = self.model.name or preset.model
         config = dataclasses.replace(
             self,
             data=_filled(self.data, augment=preset.augment),
-            model=_filled(self.model, name=name, width={"convnet": 32, "resnet18": 64}[name]),
+            model=_filled(self.model, name=preset.model, width=preset.width),
             attack=_filled(self.attack, eps=preset.eps, steps=10),
             epochs=preset.epochs if self.epochs is None else self.epochs,
         )
@@ -163,7 +162,7 @@ class TrainConfig:
         at_least("attack-steps", attack.steps, 0)
         at_least("eval-steps", attack.eval_steps, 0)
         at_least("alpha", attack.step_size(attack.steps), 0)
-        at_least("epochs", self.epochs, 0)
+        at_least("epochs", self.epochs, 1)
         at_least("seed", self.seed, 0)
         if not 0 < data.validation < 1:
             raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
@@ -183,16 +182,17 @@ class Preset:
     """What a data set asks for where the user says nothing."""
 
     model: str
+    width: int
     eps: float
     epochs: int
     augment: bool
 
 
 PRESETS = {
-    "digits": Preset("convnet", eps=0.2, epochs=60, augment=False),
-    "mnist": Preset("convnet", eps=0.3, epochs=10, augment=False),
-    "cifar10": Preset("resnet18", eps=8 / 255, epochs=300, augment=True),
-    "cifar100": Preset("resnet18", eps=8 / 255, epochs=300, augment=True),
+    "digits": Preset("convnet", width=32, eps=0.2, epochs=60, augment=False),
+    "mnist": Preset("convnet", width=16, eps=0.3, epochs=10, augment=False),
+    "cifar10": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True),
+    "cifar100": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True),
 }
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afd.errors import InputError
+
 
 def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
     """A random crop of the zero-padded image, then a horizontal flip half of the time: the usual CIFAR augmentation.
@@ -21,9 +23,9 @@ def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Te
         A new tensor like x.
     """
     if x.dim() != 4:
-        raise ValueError(f"x has shape {list(x.shape)}; it must be [B, C, H, W]")
+        raise InputError(f"x has shape {list(x.shape)}; it must be [B, C, H, W]")
     if padding < 0:
-        raise ValueError(f"padding is {padding}; it must be at least 0")
+        raise InputError(f"padding is {padding}; it must be at least 0")
     batch, channels, height, width = x.shape
     # One tensor, so one copy to the device. Not waiting for it is safe: CUDA stages pageable memory before it returns.
     draws = torch.randint((2 * padding + 1) ** 2 * 2, (batch, 1), generator=generator).to(x.device, non_blocking=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from afd.data import cifar, digits, fetch, mnist
 from afd.data.images import Images
 from afd.data.split import stratified
-from afd.errors import one_of
+from afd.errors import InputError, one_of
 
 VALIDATION_SEED = 6621
 
@@ -53,12 +53,12 @@ def load(name: str, root: str | Path | None = None, *, validation: float = 0.1, 
         The three splits, in CPU memory.
 
     Raises:
-        ValueError: the name is unknown, or `validation` is not in (0, 1).
+        InputError: the name is unknown, or `validation` is not in (0, 1).
         DataError: files are missing and cannot be fetched, or are corrupt.
     """
     one_of("name", name, NAMES)
     if not 0 < validation < 1:
-        raise ValueError(f"validation is {validation}; it must be in (0, 1)")
+        raise InputError(f"validation is {validation}; it must be in (0, 1)")
     if name == "digits":
         train, test = digits.read()
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from afd.errors import AfdError
 
-class DataError(OSError):
+
+class DataError(AfdError, OSError):
     """A data file is missing, cannot be fetched, or does not hold what its format promises."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from afd.errors import InputError, InputTypeError
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Images:
@@ -20,8 +22,8 @@ class Images:
         name: the dataset's name.
 
     Raises:
-        TypeError: a tensor has another dtype.
-        ValueError: shapes or devices disagree, or a pixel or label is out of range.
+        InputTypeError: a tensor has another dtype.
+        InputError: shapes or devices disagree, or a pixel or label is out of range.
     """
 
     pixels: Tensor
@@ -32,28 +34,28 @@ class Images:
 
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8:
-            raise TypeError(f"pixels is {self.pixels.dtype}; it must be torch.uint8")
+            raise InputTypeError(f"pixels is {self.pixels.dtype}; it must be torch.uint8")
         if self.labels.dtype != torch.int64:
-            raise TypeError(f"labels is {self.labels.dtype}; it must be torch.int64")
+            raise InputTypeError(f"labels is {self.labels.dtype}; it must be torch.int64")
         if self.pixels.dim() != 4:
-            raise ValueError(f"pixels has shape {list(self.pixels.shape)}; it must be [N, C, H, W]")
+            raise InputError(f"pixels has shape {list(self.pixels.shape)}; it must be [N, C, H, W]")
         if self.labels.shape != self.pixels.shape[:1]:
-            raise ValueError(
+            raise InputError(
                 f"labels has shape {list(self.labels.shape)}; for these pixels it must be [{len(self.pixels)}]"
             )
         if self.labels.device != self.pixels.device:
-            raise ValueError(f"labels is on {self.labels.device}; it must be on pixels' device, {self.pixels.device}")
+            raise InputError(f"labels is on {self.labels.device}; it must be on pixels' device, {self.pixels.device}")
         if not 0 < self.scale <= 255:
-            raise ValueError(f"scale is {self.scale}; it must be in (0, 255]")
+            raise InputError(f"scale is {self.scale}; it must be in (0, 255]")
         if self.num_classes < 1:
-            raise ValueError(f"num_classes is {self.num_classes}; it must be at least 1")
+            raise InputError(f"num_classes is {self.num_classes}; it must be at least 1")
         if self.labels.numel():
             low, high = (int(value) for value in self.labels.aminmax())
             if low < 0 or high >= self.num_classes:
-                raise ValueError(f"labels run from {low} to {high}; they must be in [0, {self.num_classes})")
+                raise InputError(f"labels run from {low} to {high}; they must be in [0, {self.num_classes})")
         # A byte cannot exceed 255, so the large datasets are spared the pass over their pixels.
         if self.scale < 255 and self.pixels.numel() and int(self.pixels.max()) > self.scale:
-            raise ValueError(f"pixels reach {int(self.pixels.max())}; scale allows {self.scale}")
+            raise InputError(f"pixels reach {int(self.pixels.max())}; scale allows {self.scale}")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -81,7 +83,7 @@ class Images:
             index: integer [M], values in [0, N), on any device; repeats are allowed.
 
         Raises:
-            TypeError: the index is not an integer tensor.
+            InputTypeError: the index is not an integer tensor.
             IndexError: a position is out of range (on CUDA, a device-side assertion).
         """
         index = self._positions(index)
@@ -106,5 +108,5 @@ class Images:
     def _positions(self, index: Tensor) -> Tensor:
         # A mask or a byte tensor would be read as positions 0 and 1, silently the wrong images.
         if index.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"index is {index.dtype}; allowed are torch.int64 and torch.int32")
+            raise InputTypeError(f"index is {index.dtype}; allowed are torch.int64 and torch.int32")
         return index.to(self.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from afd.data.images import Images
+from afd.errors import InputError
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -33,7 +34,7 @@ class Batches:
         device: where to keep the images and serve batches; None for where the images are.
 
     Raises:
-        ValueError: there is nothing to serve, or `batch_size` or `seed` is out of range.
+        InputError: there is nothing to serve, or `batch_size` or `seed` is out of range.
     """
 
     def __init__(
@@ -48,13 +49,13 @@ class Batches:
         device: torch.device | str | None = None,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
         if seed < 0:
-            raise ValueError(f"seed is {seed}; it must be at least 0")
+            raise InputError(f"seed is {seed}; it must be at least 0")
         if len(images) == 0:
-            raise ValueError("images is empty; there must be at least one image")
+            raise InputError("images is empty; there must be at least one image")
         if drop_last and len(images) < batch_size:
-            raise ValueError(f"batch_size is {batch_size}; with drop_last it must be at most the {len(images)} images")
+            raise InputError(f"batch_size is {batch_size}; with drop_last it must be at most the {len(images)} images")
         self.images = images if device is None else images.to(device)
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -66,7 +67,7 @@ class Batches:
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, at least 0, that the next iteration serves."""
         if epoch < 0:
-            raise ValueError(f"epoch is {epoch}; it must be at least 0")
+            raise InputError(f"epoch is {epoch}; it must be at least 0")
         self.epoch = epoch
 
     def __len__(self) -> int:

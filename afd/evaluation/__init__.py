@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from afd.evaluation.accuracy import accuracy, accuracy_curve
+from afd.evaluation.robustness import accuracy, accuracy_curve
 
 __all__ = ["accuracy", "accuracy_curve"]

@@ -7,8 +7,8 @@ Players: features F_θ, classifier C_φ, discriminator D_ψ. With x' an attacked
 where L_C is the cross-entropy on x alone and L_D, L_F come from `afd.methods.losses`. Two schedules exist, and they are
 different algorithms: `SimultaneousRound` is the paper's Algorithm 1, `AlternatingRound` the authors' released code.
 
-In both, the discriminator sees natural and attacked features as ONE batch, so its spectral norms take one power iteration
-an update; its other passes use the norms as they stand. (The released code passes them one after the other.)
+In both, the discriminator sees natural and attacked features as ONE batch, so its spectral norms take one power
+iteration an update; its other passes use the norms as they stand. (The released code passes one after the other.)
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ class Game(ABC):
 class SimultaneousRound(Game):
     """Algorithm 1: all three losses at the same (θ, φ, ψ), then the three updates.
 
-    With SGD of one momentum the two updates of θ equal a single optimizer on L_C + (γ/α)·L_F, which is how they are done:
-    one forward of x, one of x', one backward through both. The discriminator runs on detached features; what L_F asks of
-    θ reaches it as the gradient at F(x').
+    With SGD of one momentum the two updates of θ equal a single optimizer on L_C + (γ/α)·L_F, which is how they are
+    done: one forward of x, one of x', one backward through both. The discriminator runs on detached features; what L_F
+    asks of θ reaches it as the gradient at F(x').
     """
 
     def play(self, x: Tensor, y: Tensor, x_adv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,8 +166,8 @@ class SimultaneousRound(Game):
 class AlternatingRound(Game):
     """The released code: (θ, φ) on L_C, then ψ on L_D at the new θ, then θ on L_F at the new ψ; three optimizers.
 
-    Three forwards and two backwards of F: the discriminator's step needs no gradient of θ, and both it and the features'
-    step see the same F(x').
+    Three forwards and two backwards of F: the discriminator's step needs no gradient of θ, and both it and the
+    features' step see the same F(x').
     """
 
     def __init__(self, model: FeatureClassifier, discriminator: nn.Module, settings: AFD) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +23,7 @@ class Round(Protocol):
 class Method(Protocol):
     """The settings of a training method."""
 
-    uses_attack: bool  # whether `step` wants attacked images (else it is given x again)
+    uses_attack: ClassVar[bool]  # whether `step` wants attacked images (else it is given x again)
 
     def build(self, model: FeatureClassifier) -> Round:
         """A round that trains `model`."""

@@ -74,4 +74,5 @@ def gradient_penalty(discriminator: nn.Module, natural: Tensor, attacked: Tensor
     share = torch.rand(natural.shape[0], 1, dtype=natural.dtype, device=natural.device)
     between = torch.lerp(natural, attacked, share).requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
-    return (slope.norm(dim=1) - 1).square().mean()
+    penalty: Tensor = (slope.norm(dim=1) - 1).square().mean()
+    return penalty

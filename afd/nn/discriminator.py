@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,8 +15,8 @@ from afd.errors import InputError, at_least
 class ProjectionDiscriminator(nn.Module):
     """D(z, y) = w·h + b + <e_y, h>, h an MLP of the features (projection head of Miyato & Koyama 2018).
 
-    Every layer, w and e included, is spectral-normalised (Miyato et al. 2018). A forward in training mode runs one power
-    iteration; in evaluation mode none. In the paper w is the third fully connected layer, hence ``depth=3``.
+    Every layer, w and e included, is spectral-normalised (Miyato et al. 2018). A forward in training mode runs one
+    power iteration; in evaluation mode none. In the paper w is the third fully connected layer, hence ``depth=3``.
 
     Args:
         num_features: width of z.
@@ -28,7 +30,7 @@ class ProjectionDiscriminator(nn.Module):
         at_least("depth", depth, 1)
         hidden = hidden or num_features
         widths = [num_features] + [hidden] * (depth - 1)
-        self.layers = nn.ModuleList(spectral_norm(nn.Linear(a, b)) for a, b in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(spectral_norm(nn.Linear(a, b)) for a, b in pairwise(widths))
         self.w = nn.Linear(widths[-1], 1)
         self.e = nn.Embedding(num_classes, widths[-1])
         nn.init.xavier_uniform_(self.w.weight)

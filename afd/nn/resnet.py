@@ -30,8 +30,8 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     """The encoder of ResNet-18: stem, four stages of two blocks, global average pooling.
 
-    The paper's networks are ``width=64`` (512 features) for colour images and ``width=16`` for MNIST. Four stages end in
-    8 * width features, 128 at width 16, where the paper counts 64.
+    The paper's networks are ``width=64`` (512 features) for colour images and ``width=16`` for MNIST. Four stages end
+    in 8 * width features, 128 at width 16, where the paper counts 64.
 
     Args:
         in_channels: channels of an image.

@@ -42,17 +42,10 @@ def save_checkpoint(path: Path, state: dict[str, Any], metadata: dict[str, Any])
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-        _sync_folder(path.parent)
+        _replace_whole(path, buffer.getbuffer())
     except OSError as error:
-        beside.unlink(missing_ok=True)
         kept = "; the previous checkpoint is untouched" if path.exists() else ""
         raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror or error}{kept}") from error
 
@@ -78,6 +71,20 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dic
     if content["version"] != VERSION:
         raise CheckpointError(f"checkpoint {path} has format version {content['version']}; this afd reads {VERSION}")
     return content["state"], json.loads(content["metadata"])
+
+
+def _replace_whole(path: Path, content: memoryview) -> None:
+    """Puts `content` at `path` in one step, or leaves everything as it was."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

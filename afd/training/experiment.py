@@ -63,7 +63,8 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     device = _device(config.device)
     splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
     torch.manual_seed(config.seed)
-    model = model_for(config, splits.train).to(device, memory_format=torch.channels_last)  # faster convolutions
+    model = model_for(config, splits.train).to(device)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
     method = build_method(config.method)
     attack = config.attack
     assert attack.steps is not None
@@ -82,8 +83,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     with Terminal(console, config.epochs, label) as terminal:
         trainer.listeners = [terminal, TensorBoard(config.out), keeper]
         trainer.fit(train_batches(config, splits.train, device), _plain_batches(splits.validation, device))
-    if keeper.best is None:
-        raise InputError("epochs is 0; there is nothing to keep")
+    assert keeper.best is not None  # there was at least one epoch
     best = config.out / "best.pt"
     state, _ = load_checkpoint(best, device)
     model.load_state_dict(state["model"])

@@ -58,7 +58,7 @@ class TensorBoard:
     """Scalars of every epoch."""
 
     def __init__(self, folder: Path) -> None:
-        self.writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self.writer = SummaryWriter(str(folder))
 
     def batch_done(self, epoch: int, done: int, total: int) -> None:
         """Nothing: one point an epoch is enough to see a curve."""
@@ -71,8 +71,8 @@ class TensorBoard:
         if report.robust is not None:
             scalars["validation/robust"] = report.robust
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, report.epoch)  # type: ignore[no-untyped-call]
-        self.writer.flush()  # type: ignore[no-untyped-call]
+            self.writer.add_scalar(name, value, report.epoch)
+        self.writer.flush()
 
 
 class Keeper:

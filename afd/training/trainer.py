@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import MultiStepLR
 
@@ -27,7 +26,7 @@ class Loader(Protocol):
     Where it has a ``set_epoch(epoch)``, that is called before each pass (samplers order and augment by it).
     """
 
-    def __iter__(self) -> Iterable[Batch]:
+    def __iter__(self) -> Iterator[Batch]:
         """Batches of one pass."""
 
     def __len__(self) -> int:
@@ -145,7 +144,8 @@ class Trainer:
         if set_epoch is not None:
             set_epoch(epoch)
         self.model.train()
-        images, sums, start = 0, {}, time.perf_counter()
+        sums: dict[str, Tensor] = {}
+        images, start = 0, time.perf_counter()
         total = len(train)
         for done, (x, y) in enumerate(train, start=1):
             x_adv = x if attack is None else attack(x, y, seed=self.seed + self.rounds)

@@ -199,7 +199,12 @@ LABELS = torch.tensor([0, 1, 2])
 @pytest.mark.parametrize(
     ("x", "y", "error", "message"),
     [
-        (images_with(1.5), LABELS, InputError, r"x has values in \[0.5, 1.5\]; images must be finite and in \[0.0, 1.0\]"),
+        (
+            images_with(1.5),
+            LABELS,
+            InputError,
+            r"x has values in \[0.5, 1.5\]; images must be finite and in \[0.0, 1.0\]",
+        ),
         (images_with(-0.01), LABELS, InputError, r"x has values in \[-0.01, 0.5\]"),
         (images_with(float("nan")), LABELS, InputError, "x has values in .*nan"),
         (images_with(float("inf")), LABELS, InputError, "x has values in .*inf"),

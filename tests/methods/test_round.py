@@ -43,9 +43,7 @@ def game(**settings):
     return model, AFD(hidden=4, **settings).build(model)
 
 
-@pytest.mark.parametrize(
-    ("schedule", "forwards", "backwards"), [("simultaneous", 2, 2), ("alternating", 3, 2)]
-)
+@pytest.mark.parametrize(("schedule", "forwards", "backwards"), [("simultaneous", 2, 2), ("alternating", 3, 2)])
 def test_passes_through_the_features(schedule, forwards, backwards, batch):
     """Simultaneous: x and x' once each, both ways. Alternating: three forwards, of which two go backward."""
     model, round_ = game(schedule=schedule)

@@ -1,0 +1,140 @@
+"""`afd train` from the command line to its files, on real digits."""
+
+import json
+
+import pytest
+import torch
+
+from afd import data
+from afd.cli import main
+from afd.training import experiment
+from afd.training.checkpoint import load_checkpoint
+
+
+def run(out, *arguments):
+    return main(["train", "--out", str(out), "--epochs", "2", "--width", "4", "--attack-steps", "2", *arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    assert run(out) == 0
+    return out
+
+
+def test_leaves_checkpoints_and_tensorboard_events(trained):
+    names = sorted(path.name for path in trained.iterdir())
+    assert [name for name in names if "tfevents" not in name] == ["best.pt", "last.pt"]
+    assert len(names) == 3
+
+
+def test_tensorboard_has_every_scalar(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained)).Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss/task", "loss/discriminator", "loss/features", "lr/task", "lr/discriminator",
+        "validation/natural", "validation/robust", "speed/images_per_second",
+    }  # fmt: skip
+    assert [event.step for event in events.Scalars("validation/robust")] == [1, 2]
+
+
+def test_a_checkpoint_rebuilds_the_model_and_its_accuracy(trained):
+    state, metadata = load_checkpoint(trained / "best.pt")
+    config = metadata["config"]
+    assert config["data"]["name"] == "digits"
+    assert config["attack"]["eps"] == 0.2
+    model = experiment.build_model("convnet", (1, 8, 8), 10, config["model"]["width"])
+    model.load_state_dict(state["model"])
+    validation = experiment.Batches(data.load("digits").validation, 50)
+    assert experiment.accuracy(model, validation) == pytest.approx(metadata["report"]["natural"])
+    assert set(state["players"]) == {"discriminator"}
+    assert set(state["optimizers"]) == {"task", "discriminator"}
+
+
+def test_the_same_seed_trains_the_same_weights(trained, tmp_path):
+    assert run(tmp_path) == 0
+    first, second = (load_checkpoint(folder / "last.pt")[0]["model"] for folder in (trained, tmp_path))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert run(tmp_path, "--seed", "1") == 0
+    other = load_checkpoint(tmp_path / "last.pt")[0]["model"]
+    assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
+
+
+def test_the_best_epoch_is_chosen_on_validation_images(tmp_path, monkeypatch):
+    """The test images are looked at once, after training, and only with the best checkpoint."""
+    looked_at = []
+    real = experiment.accuracy
+    monkeypatch.setattr(
+        experiment,
+        "accuracy",
+        lambda model, batches, *a: (looked_at.append(len(batches.images)), real(model, batches, *a))[1],
+    )
+    config = experiment.TrainConfig(out=tmp_path, epochs=2)
+    splits = data.load("digits")
+    result = experiment.train(config, splits=splits)
+    assert looked_at == [len(splits.test)] * 2
+    reports = [json.loads(json.dumps(load_checkpoint(tmp_path / n)[1]["report"])) for n in ("best.pt", "last.pt")]
+    assert reports[0]["epoch"] == result.epoch
+    assert reports[0]["robust"] >= reports[1]["robust"]
+
+
+def test_natural_training(tmp_path):
+    assert run(tmp_path, "--method", "natural") == 0
+    assert set(load_checkpoint(tmp_path / "last.pt")[0]["optimizers"]) == {"task"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eps", "-0.1"], "eps is -0.1; it must be a finite number >= 0"),
+        (["--eps", "nan"], "eps is nan"),
+        (["--epochs", "-3"], "epochs is -3"),
+        (["--epochs", "0"], "epochs is 0"),
+        (["--batch-size", "0"], "batch-size is 0"),
+        (["--width", "0"], "width is 0"),
+        (["--validation", "1.5"], "validation is 1.5; it must be a share between 0 and 1"),
+        (["--milestones", "2"], r"milestones are (2.0,)"),
+        (["--lr", "0"], "lr is 0.0"),
+        (["--device", "tpu9"], "device is 'tpu9'; allowed are auto, cpu, cuda"),
+        (["--data", "mnist", "--data-root", "{here}"], "{here}"),
+    ],
+)
+def test_mistakes_end_in_one_line(tmp_path, capsys, monkeypatch, arguments, message):
+    def no_network(*_, **__):
+        raise ConnectionError("no network in this test")
+
+    monkeypatch.setattr("pooch.retrieve", no_network)
+    here, out = str(tmp_path / "data"), tmp_path / "out"
+    assert main(["train", "--out", str(out), *(word.format(here=here) for word in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("afd: error: ")
+    assert error.count("\n") == 1
+    assert message.format(here=here) in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--loss", "gan"],
+        ["--method", "magic"],
+        ["--data", "faces"],
+        ["--model", "vgg"],
+        ["--eps", "much"],
+        ["--speed", "9"],
+    ],
+)
+def test_words_that_are_not_allowed_are_refused_by_the_parser(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", *arguments])
+    assert stop.value.code == 2
+    assert arguments[0].lstrip("-") in capsys.readouterr().err
+
+
+def test_eps_may_be_a_fraction():
+    assert experiment.TrainConfig().settled().attack.eps == 0.2
+    from afd.config import fraction
+
+    assert fraction("8/255") == 8 / 255
+    assert fraction("0.3") == 0.3
