@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-slow test-gpu lint format bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -14,8 +14,10 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/pytest
 
-test-all: $(READY)
-	$(BIN)/pytest -m "not gpu"
+test-slow: $(READY)
+	$(BIN)/pytest -m "slow and not gpu"
+
+test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 
 lint: $(READY)
