@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test test-slow test-gpu lint format bench clean
+.PHONY: demo test test-slow test-gpu sanitize lint format bench clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -19,6 +19,12 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
+
+# The tests of the ops, with the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(READY)
+	AFD_CUDA=off AFD_SANITIZE=address,undefined $(BIN)/pip install --quiet --no-deps --upgrade --target build/sanitize .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitize $(BIN)/pytest tests/ops
 
 lint: $(READY)
 	$(BIN)/ruff check .
