@@ -24,7 +24,7 @@ test-gpu: $(READY)
 sanitize: $(READY)
 	AFD_CUDA=off AFD_SANITIZE=address,undefined $(BIN)/pip install --quiet --no-deps --upgrade --target build/sanitize .
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=build/sanitize $(BIN)/pytest tests/ops
+		PYTHONPATH=build/sanitize $(BIN)/pytest --capture=no --quiet tests/ops
 
 lint: $(READY)
 	$(BIN)/ruff check .
