@@ -7,6 +7,7 @@ them read, half written. All candidates of a case run in turn, so their ratios h
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def random_start_rates(shape: tuple[int, ...], rounds: int = 100, device: torch.
 def _rates(candidates: Candidates, bytes_moved: int, rounds: int, device: torch.device) -> Rates:
     source = torch.rand(bytes_moved // 8, device=device)  # float32: half of the bytes
     target = torch.zeros_like(source)
-    running = {**candidates, "copy": lambda: target.copy_(source)}
+    running: dict[str, Callable[[], object]] = {**candidates, "copy": lambda: target.copy_(source)}
     try:
         running["compiled"]()
     except BackendCompilerFailed as error:
