@@ -28,7 +28,7 @@ class Terminal:
             transient=True,
             disable=not console.is_terminal,
         )
-        self.bar = self.progress.add_task(label)
+        self.bar = self.progress.add_task(label, total=None)
 
     def __enter__(self) -> Terminal:
         self.progress.start()

@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.optim.lr_scheduler import MultiStepLR
 
 from afd.attacks import Attack, AttackFactory
+from afd.attacks.inputs import check_batch
 from afd.errors import AfdError, InputError, at_least
 from afd.evaluation import accuracy
 from afd.methods import Method
 from afd.nn import FeatureClassifier
 
 Batch = tuple[Tensor, Tensor]
+BOUNDS = (0.0, 1.0)  # of an image
 
 
 class Loader(Protocol):
@@ -117,6 +119,7 @@ class Trainer:
             One report an epoch.
 
         Raises:
+            InputError, InputTypeError: images are not finite floats in [0, 1], labels not int64 classes of the model.
             TrainingError: a loss stopped being finite.
         """
         attack = self.attack(self.model) if self.attack and self.method.uses_attack else None
@@ -148,6 +151,8 @@ class Trainer:
         images, start = 0, time.perf_counter()
         total = len(train)
         for done, (x, y) in enumerate(train, start=1):
+            if epoch == 1:
+                self._check(x, y)
             x_adv = x if attack is None else attack(x, y, seed=self.seed + self.rounds)
             for name, loss in self.round.step(x, y, x_adv).items():
                 sums[name] = sums[name] + loss if name in sums else loss.clone()
@@ -163,3 +168,9 @@ class Trainer:
                 rates = {name: f"{o.param_groups[0]['lr']:g}" for name, o in self.round.optimizers.items()}
                 raise TrainingError(f"the loss {name!r} became {value} in epoch {epoch}; learning rates were {rates}")
         return losses, images / (time.perf_counter() - start)
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        """Looks at the values of a batch; the first epoch shows every batch once."""
+        largest, classes = check_batch(x, y, BOUNDS), self.model.num_classes
+        if largest >= classes:
+            raise InputError(f"y holds the label {largest}; the model has classes 0 ... {classes - 1}")

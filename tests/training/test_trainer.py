@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from afd.attacks import PGD
-from afd.errors import InputError
+from afd.errors import InputError, InputTypeError
 from afd.methods import AFD, Natural
 from afd.nn import FeatureClassifier
 from afd.training import Trainer, TrainingError
@@ -123,3 +123,25 @@ def test_wrong_settings_are_named():
         Trainer(model(), Natural(), epochs=-1)
     with pytest.raises(InputError, match="train holds no images"):
         Trainer(model(), Natural()).fit([], Halves())
+
+
+@pytest.mark.parametrize("method", [Natural(), AFD()])
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda loader: loader.x[20].fill_(1.5),
+            r"x has values in \[.*1.5\]; images must be finite and in \[0.0, 1.0\]",
+        ),
+        (lambda loader: loader.x[20].fill_(float("nan")), "x has values in .*nan"),
+        (lambda loader: loader.y[20].fill_(2), r"y holds the label 2; the model has classes 0 \.\.\. 1"),
+        (lambda loader: loader.y[20].fill_(-1), "y holds the label -1"),
+        (lambda loader: setattr(loader, "y", loader.y.int()), "y is torch.int32"),
+        (lambda loader: setattr(loader, "x", (loader.x * 255).byte()), "x is torch.uint8"),
+    ],
+)
+def test_wrong_batches_are_named(method, spoil, message):
+    loader = Halves()
+    spoil(loader)
+    with pytest.raises((InputError, InputTypeError), match=message):
+        Trainer(model(), method, attack=PGD.partial(steps=1)).fit(loader, Halves())
