@@ -52,8 +52,9 @@ def gradient(grad: Tensor, x: Tensor) -> None:
 
 def apart(written: str, out: Tensor, **inputs: Tensor) -> None:
     """No input shares memory with `out`, which an op writes while it reads them."""
+    storage = out.untyped_storage().data_ptr()
     for name, tensor in inputs.items():
-        if tensor.untyped_storage().data_ptr() != out.untyped_storage().data_ptr():
+        if tensor.untyped_storage().data_ptr() != storage:
             continue
         (first, end), (other_first, other_end) = _memory(out), _memory(tensor)
         if first < other_end and other_first < end:

@@ -71,6 +71,11 @@ def why_not(x: Tensor) -> str | None:
     return reason
 
 
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (False where the compiled module is missing)."""
+    return _C is not None and bool(_C.cpu.multiplies_bf16())
+
+
 def build_info() -> dict[str, Any]:
     """What the compiled module holds: compiler, CPU instruction sets, CUDA runtime and architectures."""
     if _C is None:
@@ -158,7 +163,7 @@ def _address(per_sample: Tensor | None) -> int:
 
 def _walked_alike(*tensors: Tensor) -> bool:
     """Whether the tensors hold their samples without gaps and in one order (strides of size-1 dimensions are idle)."""
-    return all(x.is_contiguous() for x in tensors) or all(
+    return all(map(Tensor.is_contiguous, tensors)) or all(
         x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in tensors
     )
 

@@ -111,7 +111,7 @@ def _random_start(x: Tensor, *rest: Any) -> Tensor:
 
 def _random_start_(x_adv: Tensor, x: Tensor, *rest: Any) -> None:
     _check_random_start(x_adv, x, *rest)
-    if x is not x_adv:
+    if x.data_ptr() != x_adv.data_ptr() or x.stride() != x_adv.stride():
         checks.apart("x_adv", x_adv, x=x)
     _serve("random_start", x_adv, x, *rest)
 

@@ -36,6 +36,15 @@ def test_result_is_detached_though_the_iterate_requires_grad(device):
     assert x_adv.requires_grad
     assert x_adv.is_leaf
     assert torch.equal(x_adv, out)
+    ops.random_start_(x_adv, x_adv, eps=0.2, seed=0)  # one tensor still, though it is detached twice
+    assert x_adv.is_leaf
+
+
+@pytest.mark.parametrize("name", ["alpha", "eps"])
+def test_result_is_detached_though_a_setting_requires_grad(device, name):
+    x = images(device)
+    settings = {"alpha": 0.1, "eps": 0.2, name: PER_SAMPLE.to(device).clone().requires_grad_()}
+    assert not ops.pgd_step(x, x, x, **settings).requires_grad
 
 
 def test_writing_over_a_saved_tensor_is_noticed(device):
@@ -72,10 +81,12 @@ def test_compiled_is_the_same(device, compiler):
     assert torch.equal(compiled(x, grad), attack(x, grad))
 
 
+@pytest.mark.parametrize("requires_grad", [False, True])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_in_place_step_writes_its_argument(device, compiler):
+def test_compiled_in_place_step_writes_its_argument(device, compiler, requires_grad):
     torch.compiler.reset()
     x_adv, x, grad = (images(device) for _ in range(3))
+    x_adv.requires_grad_(requires_grad)
     want = ops.pgd_step(x_adv, x, grad, alpha=0.1, eps=0.2)
 
     @torch.compile(fullgraph=True, backend=compiler)
