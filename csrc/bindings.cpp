@@ -86,6 +86,7 @@ void bind_cpu(py::module_ cpu) {
   cpu.def("compiled_isas", [] { return names(afd::cpu::compiled_isas()); });
   cpu.def("usable_isas", isas_that_run);
   cpu.def("has_team", afd::cpu::has_team);
+  cpu.def("multiplies_bf16", afd::cpu::multiplies_bf16);
 }
 
 #ifdef AFD_WITH_CUDA

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from afd import ops
-from afd.attacks import engine
+from afd.attacks import engine, execution
 from afd.attacks.inputs import check_batch
 from afd.errors import InputError, at_least
 from afd.ops import checks
@@ -33,6 +33,9 @@ class PGD:
         loss: "ce", summed over samples.
         bounds: lowest and highest value of an image.
         seed: of the random start; the same seed gives the same result.
+        precision: "fp32", "bf16" (the model runs in bfloat16, everything else in float32), or "auto" (bfloat16 where
+            the device multiplies it in hardware).
+        piece: rows attacked together on a CPU; by default as many as keep the model's activations in its caches.
 
     Raises:
         InputError: a setting out of its range.
@@ -51,16 +54,19 @@ class PGD:
         loss: str = "ce",
         bounds: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
+        precision: str = "fp32",
+        piece: int | None = None,
     ) -> None:
         checks.norm(norm)
         checks.bounds(*bounds)
         checks.counter("seed", seed)
         at_least("steps", steps, 0)
+        execution.check_execution(precision, piece)
         _not_negative("eps", eps)
         _not_negative("alpha", alpha)
         self.model, self.norm, self.eps, self.alpha, self.steps = model, norm, eps, alpha, steps
         self.random_start, self.targeted, self.bounds, self.seed = random_start, targeted, bounds, seed
-        self.loss = engine.loss_named(loss)
+        self.loss, self.precision, self.piece = engine.loss_named(loss), precision, piece
 
     @classmethod
     def partial(cls, **settings: Any) -> Callable[[nn.Module], PGD]:
@@ -84,22 +90,40 @@ class PGD:
             InputError, InputTypeError: x or y is not as described, or a label is not one of the model's classes.
         """
         largest_label = check_batch(x, y, self.bounds)
+        x_adv = torch.empty_like(x)
         if x.shape[0] == 0:
-            return x.clone()
-        ball: dict[str, Any] = {"eps": self.eps, "bounds": self.bounds, "norm": self.norm}
-        if self.random_start:
-            start_seed = self.seed if seed is None else seed
-            x_adv = ops.random_start(x, seed=start_seed, first_sample=first_sample, **ball)
-        else:
-            x_adv = x.clone()
-        alpha = -self.alpha if self.targeted else self.alpha
+            return x_adv
+        seed = self.seed if seed is None else seed
         with engine.evaluating(self.model):
-            for _ in range(self.steps):
-                grad = engine.input_gradient(self.model, self.loss, x_adv, y, largest_label)
-                ops.pgd_step_(x_adv, x, grad, alpha=alpha, **ball)
+            for rows in execution.pieces(self.model, x, self.piece):
+                piece = execution.channels_last(x[rows])
+                start = self._start(piece, rows, seed, first_sample)
+                x_adv[rows] = self._climb(start, piece, y[rows], rows, largest_label)
         return x_adv
 
     perturb = __call__
+
+    def _start(self, x: Tensor, rows: slice, seed: int, first_sample: int) -> Tensor:
+        if not self.random_start:
+            return x.clone()
+        index = first_sample + rows.start
+        return ops.random_start(x, seed=seed, first_sample=index, **self._ball(rows))
+
+    def _climb(self, x_adv: Tensor, x: Tensor, y: Tensor, rows: slice, largest_label: int) -> Tensor:
+        ball, alpha = self._ball(rows), _of_rows(self.alpha, rows)
+        alpha = -alpha if self.targeted else alpha
+        for _ in range(self.steps):
+            with execution.autocast(self.precision, x.device):
+                grad = engine.input_gradient(self.model, self.loss, x_adv, y, largest_label)
+            ops.pgd_step_(x_adv, x, grad, alpha=alpha, **ball)
+        return x_adv
+
+    def _ball(self, rows: slice) -> dict[str, Any]:
+        return {"eps": _of_rows(self.eps, rows), "bounds": self.bounds, "norm": self.norm}
+
+
+def _of_rows(setting: float | Tensor, rows: slice) -> float | Tensor:
+    return setting[rows] if isinstance(setting, Tensor) else setting
 
 
 def _not_negative(name: str, setting: float | Tensor) -> None:

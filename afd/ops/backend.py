@@ -69,3 +69,10 @@ def explain(device: torch.device) -> str:
     if reason is None:
         return "native"
     return f"{'error' if _choice == 'native' else 'reference'}: {reason}"
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are much faster than in float32 on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and native.cpu_multiplies_bf16()

@@ -54,6 +54,14 @@ bool runs_here(Isa isa) {
   return isa == Isa::baseline;
 }
 
+bool multiplies_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 const char* name_of(Isa isa) {
   switch (isa) {
     case Isa::avx512:

@@ -10,5 +10,6 @@ namespace afd::cpu {
 std::vector<Isa> compiled_isas();  // ascending
 bool runs_here(Isa isa);           // asked of the CPU, not of the build machine
 const char* name_of(Isa isa);
+bool multiplies_bf16();  // in hardware: AVX512-BF16 or AMX
 
 }  // namespace afd::cpu

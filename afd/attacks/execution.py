@@ -1,0 +1,90 @@
+"""How an attack is carried out, apart from what it computes: memory layout, precision, and pieces of the batch.
+
+Samples are independent, so on a CPU all steps of one piece of the batch run before the next: the piece is small enough
+that the network's activations stay in the caches between layers. None of this changes what is computed beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from afd.errors import at_least, one_of
+from afd.ops import backend
+
+PRECISIONS = ("fp32", "bf16", "auto")
+ACTIVATION_BYTES = 24 << 20  # of one piece: a few MiB a core stay in its own cache, the rest in the shared one
+LEAST_PIECE = 64  # below it, the cost of calling each layer shows
+
+_bytes_per_sample: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
+
+
+def check_execution(precision: str, piece: int | None) -> None:
+    """Raises InputError unless both are allowed."""
+    one_of("precision", precision, PRECISIONS)
+    if piece is not None:
+        at_least("piece", piece, 1)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which the model runs: bfloat16 arithmetic if asked for (auto: where the device is fast at it)."""
+    low = precision == "bf16" or (precision == "auto" and backend.fast_bf16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x in the layout that convolutions are fastest in, where it is a batch of images [N, C, H, W]."""
+    if x.dim() != 4:
+        return x
+    _, channels, height, width = x.shape
+    if channels > 1:
+        return x.contiguous(memory_format=torch.channels_last)
+    # one channel: both layouts lie in memory alike, and only the strides can say which is meant
+    return x.contiguous().as_strided(x.shape, (height * width, 1, width, 1))
+
+
+def pieces(model: nn.Module, x: Tensor, piece: int | None = None) -> Iterator[slice]:
+    """Rows of x to attack together, in order.
+
+    Args:
+        model: in evaluation mode.
+        x: images [N, ...], N >= 1.
+        piece: rows at most; None lets the size of the model's activations decide (on CUDA: the whole batch).
+    """
+    samples = x.shape[0]
+    if piece is None and (x.is_cuda or samples <= LEAST_PIECE):
+        piece = samples
+    elif piece is None:
+        piece = max(LEAST_PIECE, ACTIVATION_BYTES // _activation_bytes(model, x))
+    size = math.ceil(samples / math.ceil(samples / piece))  # pieces of equal size
+    for start in range(0, samples, size):
+        yield slice(start, min(start + size, samples))
+
+
+def _activation_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that the model's layers put out for one sample, found by one forward and remembered."""
+    known = _bytes_per_sample.setdefault(model, {})
+    shape = tuple(x.shape[1:])
+    if shape not in known:
+        sizes: list[int] = []
+
+        def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                sizes.append(output.numel() * output.element_size())
+
+        layers = [module for module in model.modules() if not any(module.children())]
+        hooks = [layer.register_forward_hook(count) for layer in layers]
+        try:
+            with torch.no_grad():
+                model(x[:1])
+        finally:
+            for hook in hooks:
+                hook.remove()
+        known[shape] = max(1, sum(sizes))
+    return known[shape]
