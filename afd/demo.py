@@ -40,9 +40,7 @@ def run(out: Path, console: Console, runs: dict[str, TrainConfig] = RUNS) -> dic
     curves: dict[str, list[float]] = {}
     for name, config in runs.items():
         result = train(dataclasses.replace(config, out=out / name.lower()), console, splits)
-        curves[name] = accuracy_curve(
-            result.model, test, EPSILONS, partial(_attack, result.config, model=result.model)
-        )
+        curves[name] = accuracy_curve(result.model, test, EPSILONS, partial(_attack, result.config, model=result.model))
     settled = {name: config.settled() for name, config in runs.items()}
     for name, config in settled.items():
         console.print(f"{name}: {_settings(config)}", soft_wrap=True, highlight=False)
