@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "afd/apgd_step.h"
+#include "afd/apgd_update.h"
 #include "afd/pgd_step.h"
 #include "afd/random_start.h"
 #include "afd/runtime.h"
@@ -57,6 +59,51 @@ afd::RandomStart random_start_args(Address x, Address out, int64_t samples, int6
           first_sample};
 }
 
+afd::ApgdStep apgd_step_args(Address x_adv, Address x_adv_old, Address x, Address grad, int grad_dtype, int64_t samples,
+                             int64_t elements, float step, Address steps, float eps, Address epsilons, float a,
+                             float rest, float low, float high) {
+  return {pointer<float>(x_adv),
+          pointer<float>(x_adv_old),
+          pointer<const float>(x),
+          pointer<const void>(grad),
+          static_cast<afd::DType>(grad_dtype),
+          samples,
+          elements,
+          setting(step, steps),
+          setting(eps, epsilons),
+          a,
+          rest,
+          low,
+          high};
+}
+
+afd::ApgdUpdate apgd_update_args(Address x_adv, Address grad, Address loss, Address fooled, Address x_best,
+                                 Address grad_best, Address x_best_adv, Address loss_best, Address loss_last,
+                                 Address loss_at_check, Address step, Address increases, Address reduced,
+                                 Address broken, Address moves, int grad_bytes, int64_t samples, int64_t elements,
+                                 bool checkpoint, int most_increases) {
+  return {pointer<float>(x_adv),
+          pointer<void>(grad),
+          pointer<const float>(loss),
+          pointer<const uint8_t>(fooled),
+          pointer<float>(x_best),
+          pointer<void>(grad_best),
+          pointer<float>(x_best_adv),
+          pointer<float>(loss_best),
+          pointer<float>(loss_last),
+          pointer<float>(loss_at_check),
+          pointer<float>(step),
+          pointer<int32_t>(increases),
+          pointer<uint8_t>(reduced),
+          pointer<uint8_t>(broken),
+          pointer<uint8_t>(moves),
+          grad_bytes,
+          samples,
+          elements,
+          checkpoint,
+          most_increases};
+}
+
 // Binds op as op(*arguments of `build`, *two launch numbers), with the GIL released while it runs.
 template <class Result, class Args, class Launch, class... In>
 void bind(py::module_& module, const char* name, Args (*build)(In...), Result (*op)(const Args&, Launch),
@@ -83,6 +130,8 @@ void bind_cpu(py::module_ cpu) {
   const auto place = +[](int isa, Address threads) { return on_cpu(isa, static_cast<int>(threads)); };
   bind(cpu, "pgd_step", pgd_step_args, afd::cpu::pgd_step, place);
   bind(cpu, "random_start", random_start_args, afd::cpu::random_start, place);
+  bind(cpu, "apgd_step", apgd_step_args, afd::cpu::apgd_step, place);
+  bind(cpu, "apgd_update", apgd_update_args, afd::cpu::apgd_update, place);
   cpu.def("compiled_isas", [] { return names(afd::cpu::compiled_isas()); });
   cpu.def("usable_isas", isas_that_run);
   cpu.def("has_team", afd::cpu::has_team);
@@ -94,6 +143,8 @@ void bind_cuda(py::module_ cuda) {
   const auto place = +[](int device, Address stream) { return afd::cuda::Launch{device, pointer<void>(stream)}; };
   bind(cuda, "pgd_step", pgd_step_args, afd::cuda::pgd_step, place);
   bind(cuda, "random_start", random_start_args, afd::cuda::random_start, place);
+  bind(cuda, "apgd_step", apgd_step_args, afd::cuda::apgd_step, place);
+  bind(cuda, "apgd_update", apgd_update_args, afd::cuda::apgd_update, place);
   cuda.def("error_string", afd::cuda::error_string);
   cuda.attr("runtime_version") = afd::cuda::runtime_version();
   cuda.attr("architectures") = AFD_CUDA_ARCHITECTURES;

@@ -7,9 +7,10 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from afd.attacks.apgd import APGD
 from afd.attacks.pgd import PGD
 
-__all__ = ["PGD", "Attack", "AttackFactory"]
+__all__ = ["APGD", "PGD", "Attack", "AttackFactory"]
 
 
 class Attack(Protocol):

@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afd.errors import InputError, one_of
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), y, reduction="sum")
-
-
-LOSSES: dict[str, Loss] = {"ce": _cross_entropy}  # summed, so that each sample's gradient is independent of the batch
-
-
-def loss_named(name: str) -> Loss:
-    """The loss an attack ascends, by name.
-
-    Raises:
-        InputError: unknown name.
-    """
-    one_of("loss", name, LOSSES)
-    return LOSSES[name]
+from afd.attacks.losses import Loss
+from afd.errors import InputError
 
 
 @contextmanager
@@ -49,14 +30,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def input_gradient(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
-    """∇_x loss(model(x), y), of x's shape and dtype, detached.
+    """The first of what `loss_gradient` returns."""
+    return loss_gradient(model, loss, x, y, largest_label)[0]
+
+
+def loss_gradient(
+    model: nn.Module, loss: Loss, x: Tensor, y: Tensor, largest_label: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """∇_x Σ loss(model(x), y) with the losses and logits behind it, all detached.
 
     Args:
         model: classifier; call inside `evaluating`.
-        loss: sums over samples.
+        loss: one value per sample; their sum is differentiated, so that samples do not depend on their batch.
         x: images [N, ...], leaf or not; not modified.
         y: labels [N] int64.
         largest_label: max(y), known to the host, so that the range check needs no synchronisation.
+
+    Returns:
+        The gradient, of x's shape and dtype; the losses [N]; the logits [N, classes].
 
     Raises:
         InputError: the model's output is not [N, classes], or a label is not one of its classes.
@@ -68,5 +59,6 @@ def input_gradient(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, largest_l
             raise InputError(f"the model returned shape {list(logits.shape)}; an attack needs logits [{x.shape[0]}, K]")
         if largest_label >= logits.shape[1]:
             raise InputError(f"y holds the label {largest_label}; the model has classes 0 ... {logits.shape[1] - 1}")
-        (grad,) = torch.autograd.grad(loss(logits, y), x)
-    return grad
+        losses = loss(logits, y)
+        (grad,) = torch.autograd.grad(losses.sum(), x)
+    return grad, losses.detach(), logits.detach()

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from afd import ops
-from afd.attacks import engine, execution
-from afd.attacks.inputs import check_batch
-from afd.errors import InputError, at_least
-from afd.ops import checks
+from afd.attacks.base import GradientAttack, Piece, not_negative
 
 
-class PGD:
+class PGD(GradientAttack):
     """`steps` sign-gradient steps inside the ball of radius eps around each image.
 
     The model runs in evaluation mode with its parameters frozen and is left exactly as it was found. Images live in
@@ -30,7 +22,7 @@ class PGD:
         steps: number of steps, >= 0.
         random_start: start at a uniform point of the ball instead of at x.
         targeted: y is the class to reach, and the loss is descended.
-        loss: "ce", summed over samples.
+        loss: "ce", "dlr" (not targeted) or "margin", summed over samples.
         bounds: lowest and highest value of an image.
         seed: of the random start; the same seed gives the same result.
         precision: "fp32", "bf16" (the model runs in bfloat16, everything else in float32), or "auto" (bfloat16 where
@@ -57,77 +49,21 @@ class PGD:
         precision: str = "fp32",
         piece: int | None = None,
     ) -> None:
-        checks.norm(norm)
-        checks.bounds(*bounds)
-        checks.counter("seed", seed)
-        at_least("steps", steps, 0)
-        execution.check_execution(precision, piece)
-        _not_negative("eps", eps)
-        _not_negative("alpha", alpha)
-        self.model, self.norm, self.eps, self.alpha, self.steps = model, norm, eps, alpha, steps
-        self.random_start, self.targeted, self.bounds, self.seed = random_start, targeted, bounds, seed
-        self.loss, self.precision, self.piece = engine.loss_named(loss), precision, piece
+        super().__init__(
+            model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
+            precision=precision, piece=piece,
+        )  # fmt: skip
+        not_negative("alpha", alpha)
+        self.alpha, self.random_start = alpha, random_start
 
-    @classmethod
-    def partial(cls, **settings: Any) -> Callable[[nn.Module], PGD]:
-        """The attack with everything settled but its model."""
-        return functools.partial(cls, **settings)
-
-    @torch.no_grad()
-    def __call__(self, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
-        """Adversarial images.
-
-        Args:
-            x: images [N, ...], float32 in `bounds`.
-            y: labels [N] int64; the class to reach if `targeted`.
-            seed: overrides the attack's own for this call.
-            first_sample: index of x's first row in the whole data set, so that batches of any size start alike.
-
-        Returns:
-            [N, ...] like x, within eps of it and within bounds.
-
-        Raises:
-            InputError, InputTypeError: x or y is not as described, or a label is not one of the model's classes.
-        """
-        largest_label = check_batch(x, y, self.bounds)
-        x_adv = torch.empty_like(x)
-        if x.shape[0] == 0:
-            return x_adv
-        seed = self.seed if seed is None else seed
-        with engine.evaluating(self.model):
-            for rows in execution.pieces(self.model, x, self.piece):
-                piece = execution.channels_last(x[rows])
-                start = self._start(piece, rows, seed, first_sample)
-                x_adv[rows] = self._climb(start, piece, y[rows], rows, largest_label)
-        return x_adv
-
-    perturb = __call__
-
-    def _start(self, x: Tensor, rows: slice, seed: int, first_sample: int) -> Tensor:
-        if not self.random_start:
-            return x.clone()
-        index = first_sample + rows.start
-        return ops.random_start(x, seed=seed, first_sample=index, **self._ball(rows))
-
-    def _climb(self, x_adv: Tensor, x: Tensor, y: Tensor, rows: slice, largest_label: int) -> Tensor:
-        ball, alpha = self._ball(rows), _of_rows(self.alpha, rows)
-        alpha = -alpha if self.targeted else alpha
+    def _run(self, piece: Piece) -> Tensor:
+        x, ball = piece.x, self._ball(piece)
+        if self.random_start:
+            x_adv = ops.random_start(x, seed=piece.seed, first_sample=piece.first_sample, **ball)
+        else:
+            x_adv = x.clone()
+        alpha = piece.of(-self.alpha if self.targeted else self.alpha)
         for _ in range(self.steps):
-            with execution.autocast(self.precision, x.device):
-                grad = engine.input_gradient(self.model, self.loss, x_adv, y, largest_label)
+            grad, _, _ = self._ascent(x_adv, piece)
             ops.pgd_step_(x_adv, x, grad, alpha=alpha, **ball)
         return x_adv
-
-    def _ball(self, rows: slice) -> dict[str, Any]:
-        return {"eps": _of_rows(self.eps, rows), "bounds": self.bounds, "norm": self.norm}
-
-
-def _of_rows(setting: float | Tensor, rows: slice) -> float | Tensor:
-    return setting[rows] if isinstance(setting, Tensor) else setting
-
-
-def _not_negative(name: str, setting: float | Tensor) -> None:
-    least = float(setting.min()) if isinstance(setting, Tensor) and setting.numel() else setting
-    if isinstance(least, Tensor):
-        raise InputError(f"{name} is an empty tensor; it must be a number or one value per sample")
-    at_least(name, least, 0.0)

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from afd.ops import backend, checks, schema
+from afd.ops.apgd import apgd_step, apgd_step_, apgd_update_, momentum_point
 
 __all__ = ["backend", "pgd_step", "pgd_step_", "random_start", "random_start_", "schema"]
+__all__ += ["apgd_step", "apgd_step_", "apgd_update_", "momentum_point"]
 
 Setting = float | Tensor
 Bounds = tuple[float, float]

@@ -8,6 +8,7 @@ are copied to a contiguous one first (and the result copied back), so every layo
 from __future__ import annotations
 
 import functools
+import math
 from types import ModuleType
 from typing import Any
 
@@ -135,6 +136,49 @@ def random_start(
     )  # fmt: skip
 
 
+def apgd_step(
+    x_adv: Tensor,
+    x_adv_old: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step: float,
+    eps: float,
+    a: float,
+    low: float,
+    high: float,
+    steps: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> None:
+    """`afd.ops.apgd_step_`: x_adv_old becomes x_adv, and x_adv the next iterate."""
+    if not _walked_alike(x_adv, x_adv_old, x, grad):
+        return _on_copies(apgd_step, 2, x_adv, x_adv_old, x, grad, step, eps, a, low, high, steps, epsilons)
+    if grad.dtype == torch.float64:
+        grad = grad.sign().float()
+    _launch(
+        "apgd_step", x_adv,
+        x_adv.data_ptr(), x_adv_old.data_ptr(), x.data_ptr(), grad.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
+        step, _address(steps), eps, _address(epsilons), a, 1 - a, low, high,
+    )  # fmt: skip
+    return torch.autograd.graph.increment_version(x_adv_old)
+
+
+def apgd_update(*arguments: Any) -> None:
+    """`afd.ops.apgd_update_`; arguments as `reference.apgd_update` has them."""
+    *tensors, interval, rho = arguments
+    x_adv, grad, loss, fooled, x_best, grad_best, x_best_adv, *_ = tensors
+    if not (_walked_alike(x_adv, x_best, x_best_adv) and _walked_alike(grad, grad_best)):
+        return _on_copies(apgd_update, len(tensors), *arguments)
+    _launch(
+        "apgd_update", x_adv,
+        *(tensor.data_ptr() for tensor in tensors), grad.element_size(), *_extent(x_adv),
+        interval > 0, math.floor(rho * interval),
+    )  # fmt: skip
+    for tensor in tensors:
+        if tensor is not x_adv and tensor is not loss and tensor is not fooled:
+            torch.autograd.graph.increment_version(tensor)
+    return None
+
+
 # --- From tensors to launches ---------------------------------------------------------------------------------------
 
 
@@ -173,3 +217,12 @@ def _through_copy(op: Any, out: Tensor, *arguments: Any) -> None:
     dense = torch.empty_like(out, memory_format=torch.contiguous_format)
     op(dense, *(a.contiguous() if isinstance(a, Tensor) else a for a in arguments))
     out.copy_(dense)
+
+
+def _on_copies(op: Any, written: int, *arguments: Any) -> None:
+    """Runs op on contiguous copies and writes its first `written` arguments back."""
+    dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    op(*dense)
+    for target, result in zip(arguments[:written], dense, strict=False):
+        if result is not target:
+            target.copy_(result)

@@ -5,6 +5,8 @@ The functions take arguments that `afd.ops.checks` has already accepted. They wo
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -80,3 +82,76 @@ def symmetric_uniform(bits: Tensor) -> Tensor:
     """Maps 32 random bits to the odd multiples of 2^-23 in (-1, 1), exact in float32."""
     odd = 2 * (bits >> 9) + 1 - (1 << 23)
     return odd.to(torch.float32) * (1.0 / (1 << 23))
+
+
+# --- Auto-PGD -------------------------------------------------------------------------------------------------------
+
+
+def apgd_step(
+    x_adv: Tensor,
+    x_adv_old: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step: float,
+    eps: float,
+    a: float,
+    low: float,
+    high: float,
+    steps: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> Tensor:
+    """P(momentum_point(x_adv, x_adv_old, z, a)), z = P(x_adv + step·sign(grad)), P onto the L∞ ball and the bounds."""
+    z = pgd_step(x_adv, x, grad, step, eps, low, high, steps, epsilons)
+    radius = _per_sample(eps, epsilons, x)
+    mixed = momentum_point(x_adv, x_adv_old, z, a)
+    return torch.minimum(torch.maximum(mixed, x - radius), x + radius).clamp_(low, high)
+
+
+def momentum_point(x_adv: Tensor, x_adv_old: Tensor, z: Tensor, a: float) -> Tensor:
+    """x_adv + a·(z - x_adv) + (1 - a)·(x_adv - x_adv_old)."""
+    return x_adv + a * (z - x_adv) + (1 - a) * (x_adv - x_adv_old)
+
+
+def apgd_update(
+    x_adv: Tensor,
+    grad: Tensor,
+    loss: Tensor,
+    fooled: Tensor,
+    x_best: Tensor,
+    grad_best: Tensor,
+    x_best_adv: Tensor,
+    loss_best: Tensor,
+    loss_last: Tensor,
+    loss_at_check: Tensor,
+    step: Tensor,
+    increases: Tensor,
+    reduced: Tensor,
+    broken: Tensor,
+    moves: Tensor,
+    interval: int,
+    rho: float,
+) -> None:
+    """Auto-PGD's bookkeeping (Croce & Hein 2020, Algorithm 1), every tensor but loss and fooled updated in place."""
+
+    def set_where(mask: Tensor, target: Tensor, value: Tensor) -> None:
+        rows = mask.view(-1, *([1] * (target.dim() - 1)))
+        target.copy_(torch.where(rows, value, target))
+
+    improved, halved = loss > loss_best, torch.zeros_like(fooled)
+    set_where(improved, x_best, x_adv)
+    set_where(improved, grad_best, grad)
+    set_where(improved, loss_best, loss)
+    set_where(fooled, x_best_adv, x_adv)
+    broken |= fooled
+    increases += loss > loss_last
+    loss_last.copy_(loss)
+    if interval:
+        oscillates = increases <= math.floor(rho * interval)
+        halved = oscillates | (~reduced & (loss_at_check >= loss_best))
+        set_where(halved, step, step / 2)
+        set_where(halved, x_adv, x_best)
+        set_where(halved, grad, grad_best)
+        reduced.copy_(halved)
+        loss_at_check.copy_(loss_best)
+        increases.zero_()
+    moves.copy_(improved + 2 * fooled + 4 * halved)

@@ -3,6 +3,8 @@
 
 #include "cpu/dispatch.h"
 
+#include "afd/apgd_step.h"
+#include "afd/apgd_update.h"
 #include "afd/pgd_step.h"
 #include "afd/random_start.h"
 
@@ -36,6 +38,8 @@ namespace afd::cpu {
 
 AFD_FORWARD(pgd_step, PgdStep)
 AFD_FORWARD(random_start, RandomStart)
+AFD_FORWARD(apgd_step, ApgdStep)
+AFD_FORWARD(apgd_update, ApgdUpdate)
 
 std::vector<Isa> compiled_isas() { return {Isa::baseline, AFD_WHERE_AVX2(Isa::avx2, ) AFD_WHERE_AVX512(Isa::avx512)}; }
 

@@ -1,0 +1,283 @@
+"""The two ops behind Auto-PGD (Croce & Hein 2020): its momentum step, and its bookkeeping per sample."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd.errors import InputError, InputTypeError
+from afd.ops import backend, checks, native, reference
+from afd.ops.schema import LIBRARY, _register
+
+Setting = float | Tensor
+Bounds = tuple[float, float]
+
+
+def apgd_step(
+    x_adv: Tensor,
+    x_adv_old: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    *,
+    step: Setting,
+    eps: Setting,
+    a: float = 0.75,
+    bounds: Bounds = (0.0, 1.0),
+    norm: str = "Linf",
+) -> Tensor:
+    """The step of Auto-PGD: along the gradient, with momentum (Croce & Hein 2020, Algorithm 1).
+
+    ``z = P(x_adv + step * sign(grad))``, then ``P(x_adv + a * (z - x_adv) + (1 - a) * (x_adv - x_adv_old))``, where P
+    clamps to ``x -+ eps`` and then to the bounds. Zero and NaN gradients have no sign: only momentum moves them.
+
+    Args:
+        x_adv: current iterate, float32 (float64 is served by the reference), [N, ...].
+        x_adv_old: the iterate before it, like x_adv.
+        x: clean images, like x_adv.
+        grad: gradient of the loss at x_adv, same shape; float32, float16, bfloat16 or float64.
+        step: step size in units of the image, a float or one per sample [N].
+        eps: radius of the ball, a float >= 0 or one per sample [N].
+        a: weight of the gradient step, in [0, 1]; 1 for no momentum (the first step).
+        bounds: lowest and highest value of an image.
+        norm: "Linf". In another norm, compose: a plain step and projection give z, `momentum_point` mixes, and its
+            result is projected again.
+
+    Returns:
+        The next iterate, a new tensor like x_adv.
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: shapes or devices that disagree, eps < 0, a out of range, reversed bounds, unknown norm.
+    """
+    settings = _step_settings(step, eps, a, bounds, norm)
+    with torch.no_grad():
+        out: Tensor = torch.ops.afd.apgd_step.default(x_adv, x_adv_old, x, grad, *settings)
+    return out
+
+
+def apgd_step_(
+    x_adv: Tensor,
+    x_adv_old: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    *,
+    step: Setting,
+    eps: Setting,
+    a: float = 0.75,
+    bounds: Bounds = (0.0, 1.0),
+    norm: str = "Linf",
+) -> Tensor:
+    """`apgd_step` in place: x_adv_old becomes x_adv, x_adv the next iterate, which is returned; one pass over the data.
+
+    Neither may share memory with the other, with x or with grad.
+    """
+    settings = _step_settings(step, eps, a, bounds, norm)
+    with torch.no_grad():
+        torch.ops.afd.apgd_step_.default(x_adv, x_adv_old, x, grad, *settings)
+    return x_adv
+
+
+def momentum_point(x_adv: Tensor, x_adv_old: Tensor, z: Tensor, a: float = 0.75) -> Tensor:
+    """``x_adv + a * (z - x_adv) + (1 - a) * (x_adv - x_adv_old)``, in plain PyTorch.
+
+    With it, Auto-PGD's step in any norm is ``project(momentum_point(x_adv, x_adv_old, z, a))``, where z is the
+    projected step along the gradient.
+    """
+    with torch.no_grad():
+        return reference.momentum_point(x_adv, x_adv_old, z, a)
+
+
+def apgd_update_(
+    x_adv: Tensor,
+    grad: Tensor,
+    loss: Tensor,
+    fooled: Tensor,
+    *,
+    x_best: Tensor,
+    grad_best: Tensor,
+    x_best_adv: Tensor,
+    loss_best: Tensor,
+    loss_last: Tensor,
+    loss_at_check: Tensor,
+    step: Tensor,
+    increases: Tensor,
+    reduced: Tensor,
+    broken: Tensor,
+    moves: Tensor,
+    interval: int = 0,
+    rho: float = 0.75,
+) -> None:
+    """Auto-PGD's bookkeeping once the loss and gradient at x_adv are known (Croce & Hein 2020, Algorithm 1), in place.
+
+    Per sample: where the loss beats loss_best, x_adv, grad and loss become the best; where the model is fooled, x_adv
+    becomes x_best_adv. With ``interval > 0`` this iteration is a checkpoint: where the loss rose at most
+    ``rho * interval`` times since the last one, or where the step was not halved there and the best loss has not
+    improved since, the step is halved, and x_adv and grad go back to the best. A NaN loss never becomes the best.
+
+    To begin, set loss_best to -inf, loss_last to +inf, increases to 0, reduced to True and broken to False, and call
+    once for the start point: it becomes the best.
+
+    Args:
+        x_adv: current iterate [N, ...], float32 (float64 is served by the reference); where the step is halved, it is
+            set back to x_best.
+        grad: gradient at x_adv, same shape; float32, float16, bfloat16 or float64; set back with x_adv.
+        loss: loss at x_adv, [N], x_adv's dtype. As are all of the following but x_best, grad_best and x_best_adv.
+        fooled: whether x_adv fools the model, bool.
+        x_best: point of the highest loss so far, like x_adv.
+        grad_best: gradient there, like grad.
+        x_best_adv: last point that fooled the model, like x_adv.
+        loss_best: highest loss so far.
+        loss_last: loss one iteration ago.
+        loss_at_check: loss_best at the last checkpoint.
+        step: step sizes.
+        increases: how often the loss rose since the last checkpoint, int32.
+        reduced: whether the step was halved at the last checkpoint, bool.
+        broken: whether the model was fooled at least once, bool.
+        moves: what this call did, uint8: 1 for a new best, plus 2 for fooled, plus 4 for a halved step.
+        interval: iterations since the last checkpoint if this iteration is one, else 0. The host knows it, so a run
+            can be captured in a graph.
+        rho: share of the interval's iterations in which the loss must rise, in [0, 1].
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: shapes, devices or layouts that are not as described; shared memory; interval or rho out of range.
+    """
+    with torch.no_grad():
+        torch.ops.afd.apgd_update_.default(
+            x_adv, grad, loss, fooled, x_best, grad_best, x_best_adv, loss_best, loss_last, loss_at_check, step,
+            increases, reduced, broken, moves, interval, rho,
+        )  # fmt: skip
+
+
+# --- As torch sees them: apgd_step ----------------------------------------------------------------------------------
+
+
+def _pair(setting: Setting) -> tuple[float, Tensor | None]:
+    return (0.0, setting) if isinstance(setting, Tensor) else (float(setting), None)
+
+
+def _step_settings(
+    step: Setting, eps: Setting, a: float, bounds: Bounds, norm: str
+) -> tuple[float, float, float, float, float, Tensor | None, Tensor | None]:
+    checks.norm(norm)
+    (size, sizes), (radius, radii) = _pair(step), _pair(eps)
+    return size, radius, a, *bounds, sizes, radii
+
+
+def _check_step(
+    x_adv: Tensor,
+    x_adv_old: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step: float,
+    eps: float,
+    a: float,
+    low: float,
+    high: float,
+    steps: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> None:
+    checks.images("x", x)
+    checks.iterate("x_adv", x_adv, x)
+    checks.iterate("x_adv_old", x_adv_old, x)
+    checks.gradient(grad, x)
+    checks.setting("step", step, steps, x, signed=True)
+    checks.setting("eps", eps, epsilons, x)
+    checks.bounds(low, high)
+    _share("a", a)
+
+
+def _step(x_adv: Tensor, x_adv_old: Tensor, *rest: Any) -> Tensor:
+    _check_step(x_adv, x_adv_old, *rest)
+    if not backend.serves_natively(x_adv):
+        return reference.apgd_step(x_adv, x_adv_old, *rest)
+    out = x_adv.clone()
+    native.apgd_step(out, x_adv_old.clone(), *rest)
+    return out
+
+
+def _step_(x_adv: Tensor, x_adv_old: Tensor, x: Tensor, grad: Tensor, *settings: Any) -> None:
+    _check_step(x_adv, x_adv_old, x, grad, *settings)
+    checks.apart("x_adv", x_adv, x_adv_old=x_adv_old, x=x, grad=grad)
+    checks.apart("x_adv_old", x_adv_old, x=x, grad=grad)
+    if backend.serves_natively(x_adv):
+        return native.apgd_step(x_adv, x_adv_old, x, grad, *settings)
+    x_new = reference.apgd_step(x_adv, x_adv_old, x, grad, *settings)
+    x_adv_old.copy_(x_adv)
+    x_adv.copy_(x_new)
+    return None
+
+
+_SETTINGS = (
+    "Tensor x, Tensor grad, float step, float eps, float a, float low, float high, "
+    "Tensor? steps=None, Tensor? epsilons=None"
+)
+_register(
+    "apgd_step",
+    f"Tensor x_adv, Tensor x_adv_old, {_SETTINGS}",
+    _step,
+    f"Tensor(a!) x_adv, Tensor(b!) x_adv_old, {_SETTINGS}",
+    _step_,
+)
+
+
+# --- apgd_update ----------------------------------------------------------------------------------------------------
+
+_ROWS = ("x_adv", "grad", "x_best", "grad_best", "x_best_adv")  # [N, ...]
+_UPDATED = (
+    *_ROWS, "loss_best", "loss_last", "loss_at_check", "step", "increases", "reduced", "broken", "moves",
+)  # fmt: skip
+_UPDATE_TENSORS = (*_ROWS[:2], "loss", "fooled", *_UPDATED[2:])  # in the order of the arguments
+_KINDS = {"fooled": torch.bool, "reduced": torch.bool, "broken": torch.bool, "increases": torch.int32,
+          "moves": torch.uint8}  # fmt: skip
+
+
+def _check_update(*arguments: Any) -> None:
+    tensors: dict[str, Tensor] = dict(zip(_UPDATE_TENSORS, arguments, strict=False))
+    interval, rho = arguments[-2:]
+    x_adv, grad = tensors["x_adv"], tensors["grad"]
+    checks.images("x_adv", x_adv)
+    if grad.dtype not in checks.GRAD_DTYPES:
+        raise InputTypeError(f"grad is {grad.dtype}; allowed are {', '.join(map(str, checks.GRAD_DTYPES))}")
+    for name, tensor in tensors.items():
+        shape = x_adv.shape if name in _ROWS else x_adv.shape[:1]
+        dtype = _KINDS.get(name, grad.dtype if "grad" in name else x_adv.dtype)
+        if tensor.shape != shape:
+            raise InputError(f"{name} has shape {list(tensor.shape)}; beside x_adv it must be {list(shape)}")
+        if tensor.device != x_adv.device:
+            raise InputError(f"{name} is on {tensor.device}; it must be on x_adv's device, {x_adv.device}")
+        if tensor.dtype != dtype:
+            raise InputTypeError(f"{name} is {tensor.dtype}; it must be {dtype}")
+        if name not in _ROWS and not tensor.is_contiguous():
+            raise InputError(f"{name} has stride {tensor.stride()}; per-sample values must be contiguous")
+    if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
+        for name in _UPDATED:
+            checks.apart(name, tensors[name], **{other: t for other, t in tensors.items() if other != name})
+    if interval < 0:
+        raise InputError(f"interval is {interval}; it must be 0 (no checkpoint) or the iterations since the last one")
+    _share("rho", rho)
+
+
+def _share(name: str, value: float) -> None:
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise InputError(f"{name} is {value}; it must be in [0, 1]")
+
+
+def _update_(*arguments: Any) -> None:
+    _check_update(*arguments)
+    (native if backend.serves_natively(arguments[0]) else reference).apgd_update(*arguments)
+
+
+def _update_arguments() -> str:
+    marks = iter("abcdefghijklm")
+    listed = (f"Tensor{f'({next(marks)}!)' if name in _UPDATED else ''} {name}" for name in _UPDATE_TENSORS)
+    return ", ".join(listed)
+
+
+LIBRARY.define(f"apgd_update_({_update_arguments()}, int interval, float rho) -> ()")
+for _device in ("CPU", "CUDA"):
+    LIBRARY.impl("apgd_update_", _update_, _device)
+torch.library.register_fake("afd::apgd_update_", lambda *_: None, lib=LIBRARY)
