@@ -71,14 +71,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AttackConfig:
-    """The Linf PGD attack to train against and to validate with."""
+    """The Linf attack to train against; validation and test use PGD at the same radius."""
 
+    name: Annotated[Literal["pgd", "apgd"], arg(name="attack")] = "pgd"
+    """Training attack: projected gradient descent, or Auto-PGD as in the paper (it sets its own step sizes)."""
     eps: Number | None = None
     """Radius of the Linf ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR."""
     steps: Annotated[int | None, arg(name="attack-steps")] = None
     """Steps of the training attack. Default: 10."""
     alpha: Number | None = None
-    """Step size. Default: 2.5 eps / steps."""
+    """Step size of PGD. Default: 2.5 eps / steps."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Arithmetic of the network inside the training attack; auto: bf16 where the device multiplies it in hardware."""
     eval_steps: int = 20
     """Steps of the validation attack."""
 

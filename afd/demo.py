@@ -78,7 +78,7 @@ def _settings(config: TrainConfig) -> str:
         return common
     return (
         f"{common}, discriminator {method.lr_discriminator:g}, features {method.lr_features:g}, {method.loss},"
-        f" {method.schedule}, PGD-{config.attack.steps} at eps {config.attack.eps:g}"
+        f" {method.schedule}, {config.attack.name.upper()}-{config.attack.steps} at eps {config.attack.eps:g}"
     )
 
 

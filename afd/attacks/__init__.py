@@ -8,9 +8,11 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from afd.attacks.apgd import APGD
+from afd.attacks.fgsm import FGSM
+from afd.attacks.mim import MIM
 from afd.attacks.pgd import PGD
 
-__all__ = ["APGD", "PGD", "Attack", "AttackFactory"]
+__all__ = ["APGD", "FGSM", "MIM", "PGD", "Attack", "AttackFactory"]
 
 
 class Attack(Protocol):

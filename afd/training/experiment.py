@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from afd import data, methods
-from afd.attacks import PGD, AttackFactory
-from afd.config import MethodConfig, TrainConfig
+from afd.attacks import APGD, PGD, AttackFactory
+from afd.config import AttackConfig, MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import crop_and_flip
 from afd.errors import InputError
@@ -66,14 +66,12 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     model = model_for(config, splits.train).to(device)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
     method = build_method(config.method)
-    attack = config.attack
-    assert attack.steps is not None
     assert config.epochs is not None
     trainer = Trainer(
         model,
         method,
-        attack=PGD.partial(eps=attack.eps, alpha=attack.step_size(attack.steps), steps=attack.steps),
-        validation_attack=test_attack(config, attack.eval_steps) if method.uses_attack else None,
+        attack=training_attack(config.attack),
+        validation_attack=test_attack(config, config.attack.eval_steps) if method.uses_attack else None,
         epochs=config.epochs,
         milestones=config.milestones,
         seed=config.seed,
@@ -127,6 +125,16 @@ def train_batches(config: TrainConfig, images: Images, device: torch.device) -> 
         augment=crop_and_flip if config.data.augment else None,
         device=device,
     )
+
+
+def training_attack(config: AttackConfig) -> AttackFactory:
+    """The attack to train against."""
+    assert config.eps is not None
+    assert config.steps is not None
+    if config.name == "apgd":
+        return APGD.partial(eps=config.eps, steps=config.steps, precision=config.precision)
+    alpha = config.step_size(config.steps)
+    return PGD.partial(eps=config.eps, alpha=alpha, steps=config.steps, precision=config.precision)
 
 
 def test_attack(config: TrainConfig, steps: int) -> AttackFactory:

@@ -79,6 +79,11 @@ def test_the_best_epoch_is_chosen_on_validation_images(tmp_path, monkeypatch):
     assert reports[0]["robust"] >= reports[1]["robust"]
 
 
+def test_training_against_apgd_in_low_precision(tmp_path):
+    assert run(tmp_path, "--attack", "apgd", "--precision", "auto") == 0
+    assert load_checkpoint(tmp_path / "last.pt")[1]["config"]["attack"]["name"] == "apgd"
+
+
 def test_natural_training(tmp_path):
     assert run(tmp_path, "--method", "natural") == 0
     assert set(load_checkpoint(tmp_path / "last.pt")[0]["optimizers"]) == {"task"}

@@ -1,0 +1,77 @@
+"""The momentum iterative method (Dong et al. 2018)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from afd import ops
+from afd.attacks.base import GradientAttack, Piece, not_negative
+from afd.errors import at_least
+
+
+class MIM(GradientAttack):
+    """Steps along the sign of g ← decay * g + ∇ / mean|∇|, from x, inside the ball of radius eps.
+
+    The paper divides by the sum of |∇| instead of its mean; the sign of g is the same. Each gradient is divided by its
+    largest magnitude first, so that tiny and huge ones count alike; one that is zero adds nothing. The model is treated
+    as `PGD` treats it.
+
+    Args:
+        model: classifier, images -> logits [N, classes].
+        norm: "Linf".
+        eps: radius of the ball, in units of the image; a float >= 0 or one per sample [N].
+        alpha: step size, in units of the image; a float >= 0 or one per sample [N].
+        steps: number of steps, >= 0.
+        decay: μ, of the gathered gradient, >= 0.
+        targeted: y is the class to reach, and the loss is descended.
+        loss: as in `PGD`.
+        bounds: lowest and highest value of an image.
+        precision: as in `PGD`.
+        piece: as in `PGD`.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        norm: str = "Linf",
+        eps: float | Tensor = 8 / 255,
+        alpha: float | Tensor = 2 / 255,
+        steps: int = 10,
+        decay: float = 1.0,
+        targeted: bool = False,
+        loss: str = "ce",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        precision: str = "fp32",
+        piece: int | None = None,
+    ) -> None:
+        super().__init__(
+            model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=0,
+            precision=precision, piece=piece,
+        )  # fmt: skip
+        not_negative("alpha", alpha)
+        at_least("decay", decay, 0.0)
+        self.alpha, self.decay = alpha, decay
+
+    def _run(self, piece: Piece) -> Tensor:
+        x, ball = piece.x, self._ball(piece)
+        x_adv, gathered = x.clone(), torch.zeros_like(x)
+        alpha = piece.of(-self.alpha if self.targeted else self.alpha)
+        for _ in range(self.steps):
+            grad, _, _ = self._ascent(x_adv, piece)
+            gathered.mul_(self.decay).add_(_of_mean_one(grad))
+            ops.pgd_step_(x_adv, x, gathered, alpha=alpha, **ball)
+        return x_adv
+
+
+def _of_mean_one(grad: Tensor) -> Tensor:
+    """Each sample's gradient scaled to a mean magnitude of 1; zero stays zero."""
+    images = tuple(range(1, grad.dim()))
+    largest = grad.abs().amax(images, keepdim=True)
+    scaled = grad / largest.where(largest > 0, torch.ones_like(largest))
+    mean = scaled.abs().mean(images, keepdim=True)
+    return scaled / mean.where(mean > 0, torch.ones_like(mean))
