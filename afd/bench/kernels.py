@@ -3,9 +3,9 @@
 The floor of an op that is bound by memory is torch's own multi-threaded copy of as many bytes as the op moves: half of
 them read, half written. All candidates of a case run in turn, so that a busy spell meets them alike.
 
-On the CPU, eager's time at the small shape hangs on the allocator: where glibc hands its 1.5 MB temporaries back to the
-system each time, page faults make it four to five times slower than where it keeps them. Which happens varies from run
-to run; ``MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=2000000000`` keeps them, the fairer comparison.
+On the CPU, eager's time hangs on the allocator: where glibc hands the large temporaries back to the system after each
+call, page faults make it three to five times slower than where it keeps them, and at the small shape either may happen.
+``MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=2000000000`` keeps them: the arithmetic alone is compared then.
 """
 
 from __future__ import annotations
