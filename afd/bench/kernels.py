@@ -5,7 +5,7 @@ them read, half written. All candidates of a case run in turn, so that a busy sp
 
 On the CPU, eager's time hangs on the allocator: where glibc hands the large temporaries back to the system after each
 call, page faults make it three to five times slower than where it keeps them, and at the small shape either may happen.
-``MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=2000000000`` keeps them: the arithmetic alone is compared then.
+``MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=2000000000`` keeps them, and compares arithmetic alone.
 """
 
 from __future__ import annotations
