@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "afd/pgd_step.h"
+#include "afd/project.h"
 #include "afd/random_start.h"
 #include "afd/runtime.h"
 #include "cpu/dispatch.h"
@@ -30,7 +31,7 @@ afd::cpu::Launch on_cpu(int isa, int threads) { return {static_cast<afd::Isa>(is
 
 afd::PgdStep pgd_step_args(Address x_adv, Address x, Address grad, Address out, int grad_dtype, int64_t samples,
                            int64_t elements, float alpha, Address alphas, float eps, Address epsilons, float low,
-                           float high) {
+                           float high, int norm, double sparsity, Address sparsities, Address workspace) {
   return {pointer<const float>(x_adv),
           pointer<const float>(x),
           pointer<const void>(grad),
@@ -41,11 +42,29 @@ afd::PgdStep pgd_step_args(Address x_adv, Address x, Address grad, Address out, 
           setting(alpha, alphas),
           setting(eps, epsilons),
           low,
-          high};
+          high,
+          static_cast<afd::Norm>(norm),
+          {pointer<const float>(sparsities), sparsity},
+          pointer<double>(workspace)};
+}
+
+afd::Project project_args(Address x_adv, Address x, Address out, int64_t samples, int64_t elements, float eps,
+                          Address epsilons, float low, float high, int norm, Address workspace) {
+  return {pointer<const float>(x_adv),
+          pointer<const float>(x),
+          pointer<float>(out),
+          samples,
+          elements,
+          setting(eps, epsilons),
+          low,
+          high,
+          static_cast<afd::Norm>(norm),
+          pointer<double>(workspace)};
 }
 
 afd::RandomStart random_start_args(Address x, Address out, int64_t samples, int64_t elements, float eps,
-                                   Address epsilons, float low, float high, uint64_t seed, uint64_t first_sample) {
+                                   Address epsilons, float low, float high, int norm, uint64_t seed,
+                                   uint64_t first_sample) {
   return {pointer<const float>(x),
           pointer<float>(out),
           samples,
@@ -53,6 +72,7 @@ afd::RandomStart random_start_args(Address x, Address out, int64_t samples, int6
           setting(eps, epsilons),
           low,
           high,
+          static_cast<afd::Norm>(norm),
           seed,
           first_sample};
 }
@@ -82,6 +102,7 @@ std::vector<std::string> isas_that_run() {
 void bind_cpu(py::module_ cpu) {
   const auto place = +[](int isa, Address threads) { return on_cpu(isa, static_cast<int>(threads)); };
   bind(cpu, "pgd_step", pgd_step_args, afd::cpu::pgd_step, place);
+  bind(cpu, "project", project_args, afd::cpu::project, place);
   bind(cpu, "random_start", random_start_args, afd::cpu::random_start, place);
   cpu.def("compiled_isas", [] { return names(afd::cpu::compiled_isas()); });
   cpu.def("usable_isas", isas_that_run);
@@ -92,6 +113,7 @@ void bind_cpu(py::module_ cpu) {
 void bind_cuda(py::module_ cuda) {
   const auto place = +[](int device, Address stream) { return afd::cuda::Launch{device, pointer<void>(stream)}; };
   bind(cuda, "pgd_step", pgd_step_args, afd::cuda::pgd_step, place);
+  bind(cuda, "project", project_args, afd::cuda::project, place);
   bind(cuda, "random_start", random_start_args, afd::cuda::random_start, place);
   cuda.def("error_string", afd::cuda::error_string);
   cuda.attr("runtime_version") = afd::cuda::runtime_version();

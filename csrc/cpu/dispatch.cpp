@@ -4,6 +4,7 @@
 #include "cpu/dispatch.h"
 
 #include "afd/pgd_step.h"
+#include "afd/project.h"
 #include "afd/random_start.h"
 
 #ifdef AFD_HAVE_AVX2
@@ -35,6 +36,7 @@
 namespace afd::cpu {
 
 AFD_FORWARD(pgd_step, PgdStep)
+AFD_FORWARD(project, Project)
 AFD_FORWARD(random_start, RandomStart)
 
 std::vector<Isa> compiled_isas() { return {Isa::baseline, AFD_WHERE_AVX2(Isa::avx2, ) AFD_WHERE_AVX512(Isa::avx512)}; }
