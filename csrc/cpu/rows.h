@@ -67,7 +67,7 @@ inline L1Threshold survey_l1_row(const float* x_adv, const float* x, int64_t cou
     const float u = x_adv[i] - x[i], size = fabsf(u), room = l1_room(u, x[i], low, high);
     sums[lane] += static_cast<double>(min_of(room, size));
     largest[lane] = max_of(size, largest[lane]);
-    sloping[lane] += l1_slopes(size, room);
+    sloping[lane] += l1_term(size, room).sloping;
   };
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
@@ -86,27 +86,35 @@ inline L1Threshold survey_l1_row(const float* x_adv, const float* x, int64_t cou
   return L1Threshold(eps, sum, slopes, most);
 }
 
-// f and its slope at the search's next lambda.
+// f and its slope at the search's next lambda. A block is four vectors of columns, added in float as a tree, so that
+// only their sums are widened to double.
 inline void add_l1_pass(L1Threshold& search, const float* x_adv, const float* x, int64_t count, float low, float high) {
+  constexpr int kColumns = 16;
   const L1Cut cut = l1_cut(search.lambda());
-  double sums[kLanes] = {};
-  int sloping[kLanes] = {};
-  const auto look = [&](int64_t i, int lane) __attribute__((always_inline)) {
-    const float u = x_adv[i] - x[i], excess = l1_excess(u, cut), room = l1_room(u, x[i], low, high);
-    sums[lane] += static_cast<double>(l1_kept(excess, room));
-    sloping[lane] += l1_slopes(excess, room);
-  };
+  double sums[kColumns] = {};
+  int sloping[kColumns] = {};
+  const auto term = [=](int64_t i)
+                        __attribute__((always_inline)) { return l1_term_at(x_adv[i], x[i], cut, low, high); };
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  for (; i + 4 * kColumns <= count; i += 4 * kColumns) {
 #pragma omp simd
-    for (int lane = 0; lane < kLanes; ++lane) look(i + lane, lane);
+    for (int column = 0; column < kColumns; ++column) {
+      const int64_t k = i + column;
+      const L1Term a = term(k), b = term(k + kColumns), c = term(k + 2 * kColumns), d = term(k + 3 * kColumns);
+      sums[column] += static_cast<double>((a.kept + b.kept) + (c.kept + d.kept));
+      sloping[column] += (a.sloping + b.sloping) + (c.sloping + d.sloping);
+    }
   }
-  for (int lane = 0; i < count; ++i, ++lane) look(i, lane);
+  for (int column = 0; i < count; ++i, column = (column + 1) % kColumns) {
+    const L1Term last = term(i);
+    sums[column] += static_cast<double>(last.kept);
+    sloping[column] += last.sloping;
+  }
   double sum = 0.0;
   int64_t slopes = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    sum += sums[lane];
-    slopes += sloping[lane];
+  for (int column = 0; column < kColumns; ++column) {
+    sum += sums[column];
+    slopes += sloping[column];
   }
   search.add(sum, slopes);
 }
