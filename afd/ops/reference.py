@@ -119,24 +119,29 @@ def _plus_towards(x: Tensor, delta: Tensor) -> Tensor:
 
 
 def _l1_threshold(size: Tensor, room: Tensor, eps: Tensor) -> Tensor:
-    """The λ >= 0 with Σ min(max(size - λ, 0), room) = eps, or 0 if the sum is below eps there already; by sorting.
+    """The λ >= 0 with Σ min(max(size - λ, 0), room) = eps, or 0 if the sum is below eps there already.
 
-    A term is max(size - λ, 0) - max(size - room - λ, 0): the sum bends where λ meets a size or a size - room.
+    The sum bends where λ meets a size or a size - room: the bends are sorted, bisected, and the root interpolated.
     """
     if not size.numel():
         return torch.zeros_like(eps)
-    bends = torch.stack([size, (size - room).clamp_min(0.0)]).view(2, size.shape[0], -1)
-    slopes = torch.ones_like(bends)
-    slopes[1] = -1.0
-    last = torch.zeros_like(bends[0, :, :1])
-    at, order = torch.cat([*bends, last], dim=1).sort(dim=1, descending=True)
-    slope = torch.cat([*slopes, last], dim=1).gather(1, order)
-    slope_sum, weighted = slope.cumsum(1), (slope * at).cumsum(1)
-    beyond = weighted - slope_sum * at > eps.view(-1, 1)  # is the sum at this bend more than eps?
-    first = beyond.int().argmax(1, keepdim=True)  # the root lies between it and the bend before
-    before = (first - 1).clamp_min(0)
-    root = (weighted.gather(1, before) - eps.view(-1, 1)) / slope_sum.gather(1, before)
-    return torch.where(beyond.any(1, keepdim=True), root.clamp_min(0.0), 0.0).view(eps.shape)
+    shape = eps.shape
+    size, room, eps = (t.reshape(t.shape[0], -1) for t in (size, room, eps))
+
+    def kept(threshold: Tensor) -> Tensor:
+        return torch.minimum((size - threshold).clamp_min(0.0), room).sum(1, keepdim=True)
+
+    bends = torch.cat([torch.zeros_like(eps), size, (size - room).clamp_min(0.0)], dim=1).sort(dim=1).values
+    first = torch.zeros_like(eps, dtype=torch.int64)  # the sum is more than eps at the first, at most eps at the last
+    last = torch.full_like(first, bends.shape[1] - 1)
+    for _ in range(bends.shape[1].bit_length()):
+        middle = (first + last) // 2
+        more = kept(bends.gather(1, middle)) > eps
+        first, last = torch.where(more, middle, first), torch.where(more, last, middle)
+    left, right = bends.gather(1, first), bends.gather(1, last)
+    above, below = kept(left), kept(right)
+    root = right - (right - left) * (eps - below) / (above - below)
+    return torch.where(kept(torch.zeros_like(eps)) > eps, root, 0.0).view(shape)
 
 
 # --- Directions -----------------------------------------------------------------------------------------------------
