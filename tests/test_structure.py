@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, CSRC = ROOT / "afd", ROOT / "csrc"
-OPS = ("pgd_step", "random_start")
+OPS = ("pgd_step", "project", "random_start")
 
 # From the ground up; a room may import from lower floors and from itself.
 FLOORS = (

@@ -153,7 +153,7 @@ def _l2_direction(grad: Tensor) -> Tensor:
     if not grad.numel():
         return finite
     largest = finite.abs().view(grad.shape[0], -1).amax(1).view(-1, *([1] * (grad.dim() - 1)))
-    scaled = finite / largest.clamp_min(torch.finfo(torch.float64).tiny)
+    scaled = finite / torch.where(largest > 0, largest, 1.0)
     return scaled / _sum(scaled.square()).sqrt().clamp_min(1.0)
 
 
