@@ -11,6 +11,7 @@
 #include "afd/apgd_step.h"
 #include "afd/apgd_update.h"
 #include "afd/pgd_step.h"
+#include "afd/project.h"
 #include "afd/random_start.h"
 #include "afd/runtime.h"
 #include "cpu/dispatch.h"
@@ -32,7 +33,7 @@ afd::cpu::Launch on_cpu(int isa, int threads) { return {static_cast<afd::Isa>(is
 
 afd::PgdStep pgd_step_args(Address x_adv, Address x, Address grad, Address out, int grad_dtype, int64_t samples,
                            int64_t elements, float alpha, Address alphas, float eps, Address epsilons, float low,
-                           float high) {
+                           float high, int norm, double sparsity, Address sparsities, Address workspace) {
   return {pointer<const float>(x_adv),
           pointer<const float>(x),
           pointer<const void>(grad),
@@ -43,11 +44,29 @@ afd::PgdStep pgd_step_args(Address x_adv, Address x, Address grad, Address out, 
           setting(alpha, alphas),
           setting(eps, epsilons),
           low,
-          high};
+          high,
+          static_cast<afd::Norm>(norm),
+          {pointer<const float>(sparsities), sparsity},
+          pointer<double>(workspace)};
+}
+
+afd::Project project_args(Address x_adv, Address x, Address out, int64_t samples, int64_t elements, float eps,
+                          Address epsilons, float low, float high, int norm, Address workspace) {
+  return {pointer<const float>(x_adv),
+          pointer<const float>(x),
+          pointer<float>(out),
+          samples,
+          elements,
+          setting(eps, epsilons),
+          low,
+          high,
+          static_cast<afd::Norm>(norm),
+          pointer<double>(workspace)};
 }
 
 afd::RandomStart random_start_args(Address x, Address out, int64_t samples, int64_t elements, float eps,
-                                   Address epsilons, float low, float high, uint64_t seed, uint64_t first_sample) {
+                                   Address epsilons, float low, float high, int norm, uint64_t seed,
+                                   uint64_t first_sample) {
   return {pointer<const float>(x),
           pointer<float>(out),
           samples,
@@ -55,6 +74,7 @@ afd::RandomStart random_start_args(Address x, Address out, int64_t samples, int6
           setting(eps, epsilons),
           low,
           high,
+          static_cast<afd::Norm>(norm),
           seed,
           first_sample};
 }
@@ -129,6 +149,7 @@ std::vector<std::string> isas_that_run() {
 void bind_cpu(py::module_ cpu) {
   const auto place = +[](int isa, Address threads) { return on_cpu(isa, static_cast<int>(threads)); };
   bind(cpu, "pgd_step", pgd_step_args, afd::cpu::pgd_step, place);
+  bind(cpu, "project", project_args, afd::cpu::project, place);
   bind(cpu, "random_start", random_start_args, afd::cpu::random_start, place);
   bind(cpu, "apgd_step", apgd_step_args, afd::cpu::apgd_step, place);
   bind(cpu, "apgd_update", apgd_update_args, afd::cpu::apgd_update, place);
@@ -142,6 +163,7 @@ void bind_cpu(py::module_ cpu) {
 void bind_cuda(py::module_ cuda) {
   const auto place = +[](int device, Address stream) { return afd::cuda::Launch{device, pointer<void>(stream)}; };
   bind(cuda, "pgd_step", pgd_step_args, afd::cuda::pgd_step, place);
+  bind(cuda, "project", project_args, afd::cuda::project, place);
   bind(cuda, "random_start", random_start_args, afd::cuda::random_start, place);
   bind(cuda, "apgd_step", apgd_step_args, afd::cuda::apgd_step, place);
   bind(cuda, "apgd_update", apgd_update_args, afd::cuda::apgd_update, place);

@@ -16,7 +16,7 @@ from afd import ops
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, CSRC = ROOT / "afd", ROOT / "csrc"
-OPS = ("pgd_step", "random_start", "apgd_step", "apgd_update")
+OPS = ("pgd_step", "project", "random_start", "apgd_step", "apgd_update")
 
 # From the ground up; a room may import from lower floors and from itself.
 FLOORS = (

@@ -9,14 +9,14 @@ from afd.attacks.base import GradientAttack, Piece, not_negative
 
 
 class PGD(GradientAttack):
-    """`steps` sign-gradient steps inside the ball of radius eps around each image.
+    """`steps` steps of steepest ascent inside the ball of radius eps around each image.
 
     The model runs in evaluation mode with its parameters frozen and is left exactly as it was found. Images live in
     `bounds`; any normalisation belongs inside the model.
 
     Args:
         model: classifier, images -> logits [N, classes].
-        norm: "Linf".
+        norm: "Linf", "L2" or "L1".
         eps: radius of the ball, in units of the image; a float >= 0 or one per sample [N].
         alpha: step size, in units of the image; a float >= 0 or one per sample [N].
         steps: number of steps, >= 0.

@@ -13,11 +13,64 @@ from torch import Tensor
 from afd.ops import backend, checks, schema
 from afd.ops.apgd import apgd_step, apgd_step_, apgd_update_, momentum_point
 
-__all__ = ["backend", "pgd_step", "pgd_step_", "random_start", "random_start_", "schema"]
+__all__ = ["backend", "pgd_step", "pgd_step_", "project", "project_", "random_start", "random_start_", "schema"]
 __all__ += ["apgd_step", "apgd_step_", "apgd_update_", "momentum_point"]
 
 Setting = float | Tensor
 Bounds = tuple[float, float]
+
+
+def project(
+    x_adv: Tensor,
+    x: Tensor,
+    *,
+    eps: Setting,
+    bounds: Bounds = (0.0, 1.0),
+    norm: str = "Linf",
+) -> Tensor:
+    """The nearest point to x_adv in the ball of radius eps around x and in the box of `bounds`.
+
+    With ``u = x_adv - x``, per sample:
+
+    - Linf: ``clamp(clamp(x_adv, x - eps, x + eps), *bounds)``.
+    - L2: ``clamp(x + u * min(1, eps / |u|), *bounds)``; clamping only shortens u, since x lies in the box.
+    - L1: the exact Euclidean projection on ball and box together (Croce & Hein, "Mind the box", ICML 2021),
+      ``x + sign(u) * min(max(|u| - lam, 0), room)``, where room is x's distance from the box on u's side and lam >= 0
+      makes the L1 norm eps. No sorting: a bracketed Newton search for lam, to 4e-7 of eps.
+
+    In L2 and L1 a feasible x_adv is returned bit for bit, and rounding never takes a result out of the ball or the
+    box. NaN in x_adv, x or eps makes its element (Linf) or its sample (L2, L1) NaN, as infinity does in L2 and L1.
+
+    Args:
+        x_adv: any points, float32 (float64 is served by the reference), [N, ...].
+        x: clean images inside the bounds, like x_adv.
+        eps: radius of the ball, a float >= 0 or one per sample [N].
+        bounds: lowest and highest value of an image.
+        norm: "Linf", "L2" or "L1".
+
+    Returns:
+        The projections, a new tensor like x_adv.
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: shapes or devices that disagree, eps < 0, reversed bounds, unknown norm.
+    """
+    with torch.no_grad():
+        out: Tensor = torch.ops.afd.project.default(x_adv, x, *_ball_settings(eps, bounds, norm))
+    return out
+
+
+def project_(
+    x_adv: Tensor,
+    x: Tensor,
+    *,
+    eps: Setting,
+    bounds: Bounds = (0.0, 1.0),
+    norm: str = "Linf",
+) -> Tensor:
+    """`project` in place: overwrites x_adv and returns it. x_adv may not share memory with x."""
+    torch.ops.afd.project_.default(_plain(x_adv), _plain(x), *_ball_settings(eps, bounds, norm))
+    return x_adv
 
 
 def pgd_step(
@@ -29,11 +82,17 @@ def pgd_step(
     eps: Setting,
     bounds: Bounds = (0.0, 1.0),
     norm: str = "Linf",
+    sparsity: Setting = 0.05,
 ) -> Tensor:
-    """One step of projected gradient ascent (Madry et al. 2018).
+    """One step of projected gradient ascent (Madry et al. 2018): a step of steepest ascent, then `project`.
 
-    Linf: ``clamp(clamp(x_adv + alpha * sign(grad), x - eps, x + eps), *bounds)``. The ball is enforced by min and max
-    against ``x -+ eps``, as AutoAttack does; zero and NaN gradients give no step.
+    - Linf: ``x_adv + alpha * sign(grad)``. The ball is enforced by min and max against ``x -+ eps``, as AutoAttack
+      does; zero and NaN gradients give no step.
+    - L2: ``x_adv + alpha * grad / |grad|``, whatever the gradient's scale: denormal and huge ones give a step of full
+      length, a zero one gives none. NaN counts as 0 and infinity as the largest float.
+    - L1: the k = max(1, round(sparsity * elements)) elements with the largest |grad| share the step: each moves by
+      ``alpha / moved * sign(grad)`` (Croce & Hein, "Mind the box", ICML 2021). All that tie for the last place move,
+      as in AutoAttack; zero and NaN gradients never do.
 
     Args:
         x_adv: current iterate, float32 (float64 is served by the reference), [N, ...].
@@ -42,16 +101,17 @@ def pgd_step(
         alpha: step size in units of the image, a float or one per sample [N]; negative to descend (targeted attacks).
         eps: radius of the ball, a float >= 0 or one per sample [N].
         bounds: lowest and highest value of an image.
-        norm: "Linf".
+        norm: "Linf", "L2" or "L1".
+        sparsity: share of the elements that an L1 step moves, a float in (0, 1] or one per sample [N].
 
     Returns:
         The next iterate, a new tensor like x_adv.
 
     Raises:
         TypeError: a dtype that is not allowed.
-        ValueError: shapes or devices that disagree, eps < 0, reversed bounds, unknown norm.
+        ValueError: shapes or devices that disagree, eps < 0, sparsity outside (0, 1], reversed bounds, unknown norm.
     """
-    settings = _pgd_settings(alpha, eps, bounds, norm)
+    settings = _pgd_settings(alpha, eps, bounds, norm, sparsity)
     out: Tensor = torch.ops.afd.pgd_step.default(_plain(x_adv), _plain(x), _plain(grad), *settings)
     return out
 
@@ -65,9 +125,10 @@ def pgd_step_(
     eps: Setting,
     bounds: Bounds = (0.0, 1.0),
     norm: str = "Linf",
+    sparsity: Setting = 0.05,
 ) -> Tensor:
     """`pgd_step` in place: overwrites x_adv and returns it. x_adv may not share memory with x or grad."""
-    settings = _pgd_settings(alpha, eps, bounds, norm)
+    settings = _pgd_settings(alpha, eps, bounds, norm, sparsity)
     torch.ops.afd.pgd_step_.default(_plain(x_adv), _plain(x), _plain(grad), *settings)
     return x_adv
 
@@ -83,8 +144,14 @@ def random_start(
 ) -> Tensor:
     """A uniform random point of the ball around each image, clamped to the bounds.
 
-    Linf: ``clamp(x + eps * u, *bounds)`` with u uniform in (-1, 1) from Philox4x32-10 (Salmon et al. 2011). u depends
-    on nothing but (seed, first_sample + row, element): it is the same on CPU and CUDA and for any split of a batch.
+    ``clamp(x + eps * v, *bounds)`` with v uniform in the unit ball, drawn by Philox4x32-10 (Salmon et al. 2011):
+
+    - Linf: each element uniform in (-1, 1).
+    - L2: normal draws over their norm, with two more draws under the root (Harman & Lacko 2010).
+    - L1: exponential draws with random signs over the sum of their sizes and one more (Barthe et al. 2005).
+
+    v depends on nothing but (seed, first_sample + row, element): it is the same for any split of a batch, and on CPU
+    and CUDA (bit for bit in Linf, up to the order of a sum in L2 and L1).
 
     Args:
         x: clean images, float32 (float64 is served by the reference), [N, ...].
@@ -92,7 +159,7 @@ def random_start(
         seed: key of the generator, 0 <= seed < 2**63.
         first_sample: index of x's first row in the whole batch.
         bounds: lowest and highest value of an image.
-        norm: "Linf".
+        norm: "Linf", "L2" or "L1".
 
     Returns:
         The start points, a new tensor like x.
@@ -132,19 +199,22 @@ def _split(setting: Setting) -> tuple[float, Tensor | None]:
     return (0.0, _plain(setting)) if isinstance(setting, Tensor) else (float(setting), None)
 
 
+def _ball_settings(eps: Setting, bounds: Bounds, norm: str) -> tuple[float, float, float, Tensor | None, str]:
+    radius, radii = _split(eps)
+    return radius, *bounds, radii, norm
+
+
 def _pgd_settings(
-    alpha: Setting, eps: Setting, bounds: Bounds, norm: str
-) -> tuple[float, float, float, float, Tensor | None, Tensor | None]:
-    checks.norm(norm)
-    (step, steps), (radius, radii) = _split(alpha), _split(eps)
-    return step, radius, *bounds, steps, radii
+    alpha: Setting, eps: Setting, bounds: Bounds, norm: str, sparsity: Setting
+) -> tuple[float, float, float, float, Tensor | None, Tensor | None, str, float, Tensor | None]:
+    (step, steps), (radius, radii), (share, shares) = _split(alpha), _split(eps), _split(sparsity)
+    return step, radius, *bounds, steps, radii, norm, share, shares
 
 
 def _start_settings(
     eps: Setting, bounds: Bounds, seed: int, first_sample: int, norm: str
-) -> tuple[float, float, float, int, int, Tensor | None]:
-    checks.norm(norm)
+) -> tuple[float, float, float, int, int, Tensor | None, str]:
     checks.counter("seed", seed)  # here, because torch's own overflow error would not name them
     checks.counter("first_sample", first_sample)
     radius, radii = _split(eps)
-    return radius, *bounds, seed, first_sample, radii
+    return radius, *bounds, seed, first_sample, radii, norm

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from afd.errors import InputError, InputTypeError, one_of
 
-NORMS = ("Linf",)
+NORMS = ("Linf", "L2", "L1")
 ITERATE_DTYPES = (torch.float32, torch.float64)
 GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -73,6 +73,13 @@ def setting(name: str, value: float, values: Tensor | None, x: Tensor, *, signed
         raise InputError(f"{name} has stride {values.stride()}; per-sample values must be contiguous")
     if values.dtype != x.dtype or values.device != x.device:
         raise InputTypeError(f"{name} is {values.dtype} on {values.device}; it must be {x.dtype} on {x.device}, like x")
+
+
+def share(name: str, value: float, values: Tensor | None, x: Tensor) -> None:
+    """A share of the elements: one number in (0, 1], or a tensor [N] of them in x's dtype and on its device."""
+    setting(name, value, values, x, signed=True)
+    if values is None and not 0 < value <= 1:
+        raise InputError(f"{name} is {value}; it must be in (0, 1]")
 
 
 def bounds(low: float, high: float) -> None:

@@ -2,7 +2,8 @@
 
 Arguments arrive checked by `afd.ops.checks`; here layout is settled, addresses taken, and the kernel
 launched on torch's current stream under the tensor's device guard. Tensors whose memory layout the kernels cannot walk
-are copied to a contiguous one first (and the result copied back), so every layout gives the same values.
+are copied to a contiguous one first (and the result copied back), so every layout gives the same values (up to the
+last bit where L2 and L1 sum a sample in memory order).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ else:
     _missing = ""
 
 _DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/include/afd/common.h, DType
+_NORM_CODES = {"Linf": 0, "L2": 1, "L1": 2}  # csrc/include/afd/common.h, Norm
 _ISAS = ("baseline", "avx2", "avx512")  # csrc/include/afd/common.h, Isa
 _isa = _ISAS.index(_C.cpu.usable_isas()[-1]) if _C else 0
 
@@ -93,6 +95,27 @@ def build_info() -> dict[str, Any]:
     }
 
 
+def project(
+    out: Tensor,
+    x_adv: Tensor,
+    x: Tensor,
+    eps: float,
+    low: float,
+    high: float,
+    epsilons: Tensor | None = None,
+    norm: str = "Linf",
+) -> None:
+    """`afd.ops.project` into `out`, which may be x_adv."""
+    if not _walked_alike(out, x_adv, x):
+        return _through_copy(project, out, x_adv, x, eps, low, high, epsilons, norm)
+    workspace = _workspace(out, norm)
+    return _launch(
+        "project", out,
+        x_adv.data_ptr(), x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high,
+        _NORM_CODES[norm], _address(workspace),
+    )  # fmt: skip
+
+
 def pgd_step(
     out: Tensor,
     x_adv: Tensor,
@@ -104,16 +127,22 @@ def pgd_step(
     high: float,
     alphas: Tensor | None = None,
     epsilons: Tensor | None = None,
+    norm: str = "Linf",
+    sparsity: float = 0.05,
+    sparsities: Tensor | None = None,
 ) -> None:
     """`afd.ops.pgd_step` into `out`, which may be x_adv."""
     if not _walked_alike(out, x_adv, x, grad):
-        return _through_copy(pgd_step, out, x_adv, x, grad, alpha, eps, low, high, alphas, epsilons)
+        settings = (alpha, eps, low, high, alphas, epsilons, norm, sparsity, sparsities)
+        return _through_copy(pgd_step, out, x_adv, x, grad, *settings)
     if grad.dtype == torch.float64:
-        grad = grad.sign().float()  # sign first: the cast alone would flush tiny gradients to zero
+        grad = _in_float32(grad, norm)
+    workspace = _workspace(out, norm)
     return _launch(
         "pgd_step", out,
         x_adv.data_ptr(), x.data_ptr(), grad.data_ptr(), out.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
         alpha, _address(alphas), eps, _address(epsilons), low, high,
+        _NORM_CODES[norm], sparsity, _address(sparsities), _address(workspace),
     )  # fmt: skip
 
 
@@ -126,13 +155,17 @@ def random_start(
     seed: int,
     first_sample: int = 0,
     epsilons: Tensor | None = None,
+    norm: str = "Linf",
 ) -> None:
     """`afd.ops.random_start` into `out`, which may be x."""
     if not (out.is_contiguous() and x.is_contiguous()):  # elements are numbered in logical order
-        return _through_copy(random_start, out, x, eps, low, high, seed, first_sample, epsilons)
+        return _through_copy(random_start, out, x, eps, low, high, seed, first_sample, epsilons, norm)
+    if norm != "Linf" and x.data_ptr() == out.data_ptr():
+        x = x.clone()  # out holds the draws while their norm is not yet known
     return _launch(
         "random_start", out,
-        x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high, seed, first_sample,
+        x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high, _NORM_CODES[norm],
+        seed, first_sample,
     )  # fmt: skip
 
 
@@ -203,6 +236,22 @@ def _extent(x: Tensor) -> tuple[int, int]:
 
 def _address(per_sample: Tensor | None) -> int:
     return 0 if per_sample is None else per_sample.data_ptr()
+
+
+def _workspace(out: Tensor, norm: str) -> Tensor | None:
+    """Device memory for the partial sums of samples that do not fit on chip, or None where none is needed."""
+    assert _C is not None
+    doubles = _C.cuda.l2_workspace(*_extent(out)) if out.is_cuda and norm == "L2" else 0
+    return torch.empty(doubles, dtype=torch.float64, device=out.device) if doubles else None
+
+
+def _in_float32(grad: Tensor, norm: str) -> Tensor:
+    """A float64 gradient with the same step: scaled first, for the cast alone would flush tiny gradients to zero."""
+    if norm == "Linf" or not grad.numel():
+        return grad.sign().float()
+    finite = grad.nan_to_num()
+    largest = finite.abs().amax(dim=tuple(range(1, grad.dim())), keepdim=True) if grad.dim() > 1 else finite.abs()
+    return (finite / largest.clamp_min(torch.finfo(grad.dtype).tiny)).float()
 
 
 def _walked_alike(*tensors: Tensor) -> bool:

@@ -12,13 +12,39 @@ from torch import Tensor
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
-RANDOM_START_STREAM = 0
+RANDOM_START_STREAM, RANDOM_START_EXTRA_STREAM = 0, 1
 _MASK = 0xFFFFFFFF
 
 
-def _per_sample(value: float, values: Tensor | None, x: Tensor) -> float | Tensor:
-    """A setting in a shape that broadcasts against `x`."""
-    return value if values is None else values.view(-1, *([1] * (x.dim() - 1)))
+def project(
+    x_adv: Tensor,
+    x: Tensor,
+    eps: float,
+    low: float,
+    high: float,
+    epsilons: Tensor | None = None,
+    norm: str = "Linf",
+) -> Tensor:
+    """The nearest point to x_adv in the ball around x and in the box; u = x_adv - x.
+
+    Linf: clamp(clamp(x_adv, x - ε, x + ε), low, high).
+    L2: clamp(x + u·min(1, ε/‖u‖₂), low, high).
+    L1: x + sign(u)·min(max(|u| - λ, 0), room), λ the root of Σ = ε.
+    """
+    radius = _per_sample(eps, epsilons, x)
+    if norm == "Linf":
+        return torch.minimum(torch.maximum(x_adv, x - radius), x + radius).clamp_(low, high)
+    x64, u = x.double(), x_adv.double() - x.double()
+    radius = torch.as_tensor(radius, dtype=torch.float64, device=x.device)
+    if norm == "L2":
+        length = _sum(u.square()).sqrt()
+        kept, inside = u * (radius / length), length <= radius
+    else:
+        room = torch.where(u > 0, high - x64, x64 - low)
+        threshold = _l1_threshold(u.abs(), room, radius.expand_as(_sum(u)))
+        kept, inside = torch.minimum((u.abs() - threshold).clamp_min(0.0), room) * u.sign(), threshold == 0
+    out = torch.where(inside, x_adv, _plus_towards(x, kept)).clamp_(low, high)
+    return torch.where(_sum(u).isfinite() & (radius >= 0), out, torch.nan)
 
 
 def pgd_step(
@@ -31,11 +57,19 @@ def pgd_step(
     high: float,
     alphas: Tensor | None = None,
     epsilons: Tensor | None = None,
+    norm: str = "Linf",
+    sparsity: float = 0.05,
+    sparsities: Tensor | None = None,
 ) -> Tensor:
-    """clamp(clamp(x_adv + α·sign(grad), x - ε, x + ε), low, high)."""
-    step = _per_sample(alpha, alphas, x) * grad.sign().to(x.dtype)
-    radius = _per_sample(eps, epsilons, x)
-    return torch.minimum(torch.maximum(x_adv + step, x - radius), x + radius).clamp_(low, high)
+    """project(x_adv + α·direction), the direction sign(g), g/‖g‖₂, or sign(g)/k on the k largest |g|."""
+    if norm == "Linf":
+        direction = grad.sign()
+    elif norm == "L2":
+        direction = _l2_direction(grad)
+    else:
+        direction = _l1_direction(grad, sparsity, sparsities)
+    stepped = x_adv + _per_sample(alpha, alphas, x) * direction.to(x.dtype)
+    return project(stepped, x, eps, low, high, epsilons, norm)
 
 
 def random_start(
@@ -46,14 +80,100 @@ def random_start(
     seed: int,
     first_sample: int = 0,
     epsilons: Tensor | None = None,
+    norm: str = "Linf",
 ) -> Tensor:
-    """clamp(x + ε·u, low, high), u uniform in (-1, 1) from Philox(seed; sample, element)."""
+    """clamp(x + ε·v, low, high), v uniform in the unit ball from Philox(seed; sample, element)."""
     samples, elements = x.shape[0], x[:1].numel()
     blocks = torch.arange((elements + 3) // 4, device=x.device)
     rows = torch.arange(samples, device=x.device) + first_sample  # wraps at 2**64 as the kernels do
     bits = philox(seed, rows[:, None], blocks[None, :], RANDOM_START_STREAM)
-    uniform = symmetric_uniform(bits).flatten(1)[:, :elements].reshape(x.shape).to(x.dtype)
-    return (x + _per_sample(eps, epsilons, x) * uniform).clamp_(low, high)
+    extra = philox(seed, rows, torch.zeros_like(rows), RANDOM_START_EXTRA_STREAM)
+    if norm == "Linf":
+        unit = symmetric_uniform(bits).flatten(1)[:, :elements]
+    elif norm == "L2":
+        draws = normals(bits).flatten(1)[:, :elements]
+        unit = draws / (draws.square().sum(1) + normals(extra)[:, :2].square().sum(1)).sqrt()[:, None]
+    else:
+        sizes = exponentials(bits).flatten(1)[:, :elements]
+        signs = 1 - 2 * (bits & 1).flatten(1)[:, :elements]
+        unit = signs * sizes / (sizes.sum(1) + exponentials(extra)[:, 0])[:, None]
+    return (x + _per_sample(eps, epsilons, x) * unit.reshape(x.shape).to(x.dtype)).clamp_(low, high)
+
+
+# --- Per sample -----------------------------------------------------------------------------------------------------
+
+
+def _per_sample(value: float, values: Tensor | None, x: Tensor) -> float | Tensor:
+    """A setting in a shape that broadcasts against `x`."""
+    return value if values is None else values.view(-1, *([1] * (x.dim() - 1)))
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Each sample's sum, in a shape that broadcasts against `x`."""
+    return x.flatten(1).sum(1).view(-1, *([1] * (x.dim() - 1))) if x.dim() > 1 else x
+
+
+def _plus_towards(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta in x's dtype, rounded towards x where it would end further from x than delta."""
+    moved = (x.double() + delta).to(x.dtype)
+    overshot = (moved.double() - x.double()).abs() > delta.abs()
+    return torch.where(overshot, torch.nextafter(moved, x), moved)
+
+
+def _l1_threshold(size: Tensor, room: Tensor, eps: Tensor) -> Tensor:
+    """The λ >= 0 with Σ min(max(size - λ, 0), room) = eps, or 0 if the sum is below eps there already.
+
+    The sum bends where λ meets a size or a size - room: the bends are sorted, bisected, and the root interpolated.
+    """
+    if not size.numel():
+        return torch.zeros_like(eps)
+    shape = eps.shape
+    size, room, eps = (t.reshape(t.shape[0], -1) for t in (size, room, eps))
+
+    def kept(threshold: Tensor) -> Tensor:
+        return torch.minimum((size - threshold).clamp_min(0.0), room).sum(1, keepdim=True)
+
+    bends = torch.cat([torch.zeros_like(eps), size, (size - room).clamp_min(0.0)], dim=1).sort(dim=1).values
+    first = torch.zeros_like(eps, dtype=torch.int64)  # the sum is more than eps at the first, at most eps at the last
+    last = torch.full_like(first, bends.shape[1] - 1)
+    for _ in range(bends.shape[1].bit_length()):
+        middle = (first + last) // 2
+        more = kept(bends.gather(1, middle)) > eps
+        first, last = torch.where(more, middle, first), torch.where(more, last, middle)
+    left, right = bends.gather(1, first), bends.gather(1, last)
+    above, below = kept(left), kept(right)
+    root = right - (right - left) * (eps - below) / (above - below)
+    return torch.where(kept(torch.zeros_like(eps)) > eps, root, 0.0).view(shape)
+
+
+# --- Directions -----------------------------------------------------------------------------------------------------
+
+
+def _l2_direction(grad: Tensor) -> Tensor:
+    """g/‖g‖₂ in float64, divided by the largest |g| first; NaN counts as 0 and infinity as the largest number."""
+    finite = (grad if grad.dtype == torch.float64 else grad.float()).nan_to_num().double()
+    if not grad.numel():
+        return finite
+    largest = finite.abs().view(grad.shape[0], -1).amax(1).view(-1, *([1] * (grad.dim() - 1)))
+    scaled = finite / torch.where(largest > 0, largest, 1.0)
+    return scaled / _sum(scaled.square()).sqrt().clamp_min(1.0)
+
+
+def _l1_direction(grad: Tensor, sparsity: float, sparsities: Tensor | None) -> Tensor:
+    """sign(g)/moved in float64 where |g| is among the k = max(1, round(sparsity·elements)) largest, else 0."""
+    if not grad.numel():
+        return grad.double()
+    size = grad.abs().nan_to_num(nan=0.0, posinf=torch.inf).reshape(grad.shape[0], -1)
+    elements = size.shape[1]
+    shares = torch.full_like(size[:, 0], sparsity, dtype=torch.float64) if sparsities is None else sparsities.double()
+    rank = (shares * elements).nan_to_num().round().clamp(1, elements).long() - 1
+    last = size.sort(dim=1, descending=True).values.gather(1, rank[:, None])
+    moves = (size >= last) & (size > 0)
+    direction = moves / moves.sum(1, keepdim=True).clamp_min(1).double()
+    return torch.where(moves, direction * grad.sign().reshape(size.shape).double(), 0.0).view(grad.shape)
+
+
+# --- Draws ----------------------------------------------------------------------------------------------------------
 
 
 def philox(seed: int, sample: Tensor, block: Tensor, stream: int) -> Tensor:
@@ -82,6 +202,18 @@ def symmetric_uniform(bits: Tensor) -> Tensor:
     """Maps 32 random bits to the odd multiples of 2^-23 in (-1, 1), exact in float32."""
     odd = 2 * (bits >> 9) + 1 - (1 << 23)
     return odd.to(torch.float32) * (1.0 / (1 << 23))
+
+
+def exponentials(bits: Tensor) -> Tensor:
+    """-log(u), float64, u uniform on the odd multiples of 2^-24 in (0, 1)."""
+    return -((2 * (bits >> 9) + 1).double() / (1 << 24)).log()
+
+
+def normals(bits: Tensor) -> Tensor:
+    """Standard normals, float64, like `bits` [..., 4]: two pairs by Box and Muller (1958)."""
+    radius = (2 * exponentials(bits[..., ::2])).sqrt()
+    turn = torch.pi * symmetric_uniform(bits[..., 1::2]).double()
+    return torch.stack([radius * turn.cos(), radius * turn.sin()], dim=-1).flatten(-2)
 
 
 # --- Auto-PGD -------------------------------------------------------------------------------------------------------

@@ -40,6 +40,42 @@ def _register(name: str, arguments: str, functional: Any, updated: str, in_place
     torch.library.register_autograd(f"afd::{name}", _no_gradient, lib=LIBRARY)
 
 
+# --- project --------------------------------------------------------------------------------------------------------
+
+
+def _check_project(
+    x_adv: Tensor,
+    x: Tensor,
+    eps: float,
+    low: float,
+    high: float,
+    epsilons: Tensor | None = None,
+    norm: str = "Linf",
+) -> None:
+    checks.norm(norm)
+    checks.images("x", x)
+    checks.iterate("x_adv", x_adv, x)
+    checks.setting("eps", eps, epsilons, x)
+    checks.bounds(low, high)
+
+
+def _project(x_adv: Tensor, *rest: Any) -> Tensor:
+    _check_project(x_adv, *rest)
+    out = torch.empty_like(x_adv)
+    _serve("project", out, x_adv, *rest)
+    return out
+
+
+def _project_(x_adv: Tensor, *rest: Any) -> None:
+    _check_project(x_adv, *rest)
+    checks.apart("x_adv", x_adv, x=rest[0])
+    _serve("project", x_adv, x_adv, *rest)
+
+
+_REST = 'Tensor x, float eps, float low, float high, Tensor? epsilons=None, str norm="Linf"'
+_register("project", f"Tensor x_adv, {_REST}", _project, f"Tensor(a!) x_adv, {_REST}", _project_)
+
+
 # --- pgd_step -------------------------------------------------------------------------------------------------------
 
 
@@ -53,12 +89,17 @@ def _check_pgd_step(
     high: float,
     alphas: Tensor | None = None,
     epsilons: Tensor | None = None,
+    norm: str = "Linf",
+    sparsity: float = 0.05,
+    sparsities: Tensor | None = None,
 ) -> None:
+    checks.norm(norm)
     checks.images("x", x)
     checks.iterate("x_adv", x_adv, x)
     checks.gradient(grad, x)
     checks.setting("alpha", alpha, alphas, x, signed=True)
     checks.setting("eps", eps, epsilons, x)
+    checks.share("sparsity", sparsity, sparsities, x)
     checks.bounds(low, high)
 
 
@@ -76,7 +117,8 @@ def _pgd_step_(x_adv: Tensor, *rest: Any) -> None:
 
 
 _REST = (
-    "Tensor x, Tensor grad, float alpha, float eps, float low, float high, Tensor? alphas=None, Tensor? epsilons=None"
+    "Tensor x, Tensor grad, float alpha, float eps, float low, float high, Tensor? alphas=None, Tensor? epsilons=None,"
+    ' str norm="Linf", float sparsity=0.05, Tensor? sparsities=None'
 )
 _register("pgd_step", f"Tensor x_adv, {_REST}", _pgd_step, f"Tensor(a!) x_adv, {_REST}", _pgd_step_)
 
@@ -93,7 +135,9 @@ def _check_random_start(
     seed: int,
     first_sample: int = 0,
     epsilons: Tensor | None = None,
+    norm: str = "Linf",
 ) -> None:
+    checks.norm(norm)
     checks.images("x", x)
     checks.iterate("x_adv", x_adv, x)
     checks.setting("eps", eps, epsilons, x)
@@ -116,5 +160,7 @@ def _random_start_(x_adv: Tensor, x: Tensor, *rest: Any) -> None:
     _serve("random_start", x_adv, x, *rest)
 
 
-_REST = "Tensor x, float eps, float low, float high, int seed, int first_sample=0, Tensor? epsilons=None"
+_REST = (
+    'Tensor x, float eps, float low, float high, int seed, int first_sample=0, Tensor? epsilons=None, str norm="Linf"'
+)
 _register("random_start", _REST, _random_start, f"Tensor(a!) x_adv, {_REST}", _random_start_)

@@ -6,6 +6,7 @@
 #include "afd/apgd_step.h"
 #include "afd/apgd_update.h"
 #include "afd/pgd_step.h"
+#include "afd/project.h"
 #include "afd/random_start.h"
 
 #ifdef AFD_HAVE_AVX2
@@ -37,6 +38,7 @@
 namespace afd::cpu {
 
 AFD_FORWARD(pgd_step, PgdStep)
+AFD_FORWARD(project, Project)
 AFD_FORWARD(random_start, RandomStart)
 AFD_FORWARD(apgd_step, ApgdStep)
 AFD_FORWARD(apgd_update, ApgdUpdate)

@@ -171,7 +171,7 @@ def test_no_steps_gives_the_start(model, batch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"norm": "L7"}, "norm is 'L7'; allowed are Linf"),
+        ({"norm": "L7"}, "norm is 'L7'; allowed are Linf, L2, L1"),
         ({"loss": "mse"}, "loss is 'mse'; allowed are ce"),
         ({"eps": -0.1}, "eps is -0.1; it must be a finite number >= 0"),
         ({"eps": torch.tensor([0.1, -0.2])}, "eps is -0.2"),

@@ -15,7 +15,7 @@ GOOD = {"x_adv": X.clone(), "x": X, "grad": X.clone(), "alpha": 0.1, "eps": 0.1}
 
 # what is changed about a good call, the error, and its words
 PGD_ERRORS = [
-    ({"norm": "L7"}, ValueError, "norm is 'L7'; allowed are Linf"),
+    ({"norm": "L7"}, ValueError, "norm is 'L7'; allowed are Linf, L2, L1"),
     ({"x": X.half()}, TypeError, "x is torch.float16; allowed are torch.float32 and torch.float64"),
     (dict.fromkeys(("x", "x_adv", "grad"), torch.tensor(0.5)), ValueError, "x has no batch dimension"),
     ({"x_adv": X[:2].clone()}, ValueError, "x_adv has shape [2, 4]; it must match x, [3, 4]"),
@@ -30,11 +30,14 @@ PGD_ERRORS = [
     ({"alpha": torch.tensor(0.1)}, ValueError, "alpha has shape []; per-sample values need [3]"),
     ({"eps": torch.rand(6)[::2]}, ValueError, "eps has stride (2,); per-sample values must be contiguous"),
     ({"alpha": torch.rand(3).double()}, TypeError, "alpha is torch.float64 on cpu; it must be torch.float32 on cpu"),
+    ({"sparsity": 0.0}, ValueError, "sparsity is 0.0; it must be in (0, 1]"),
+    ({"sparsity": 1.5}, ValueError, "sparsity is 1.5; it must be in (0, 1]"),
+    ({"sparsity": torch.rand(2)}, ValueError, "sparsity has shape [2]; per-sample values need [3]"),
     ({"bounds": (1.0, 0.0)}, ValueError, "bounds are (1.0, 0.0); low must be less than high"),
     ({"bounds": (0.0, float("nan"))}, ValueError, "bounds are (0.0, nan); low must be less than high"),
 ]
 START_ERRORS = [
-    ({"norm": "L7"}, ValueError, "norm is 'L7'; allowed are Linf"),
+    ({"norm": "L7"}, ValueError, "norm is 'L7'; allowed are Linf, L2, L1"),
     ({"x": X.half()}, TypeError, "x is torch.float16; allowed are torch.float32 and torch.float64"),
     ({"eps": -1}, ValueError, "eps is -1.0; it must be a finite number >= 0"),
     ({"eps": torch.rand(4)}, ValueError, "eps has shape [4]; per-sample values need [3]"),
@@ -53,6 +56,23 @@ def test_pgd_step_refuses(which, op, change, error, words):
     call = GOOD | change
     with backend.use(which), pytest.raises(error, match=re.escape(words)):
         op(call.pop("x_adv"), call.pop("x"), call.pop("grad"), **call)
+
+
+@pytest.mark.parametrize("which", ["native", "reference"])
+@pytest.mark.parametrize("op", [ops.project, ops.project_])
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [case for case in PGD_ERRORS if not case[0].keys() & {"grad", "alpha", "sparsity"} or "x" in case[0]],
+)
+def test_project_refuses(which, op, change, error, words):
+    call = {name: value for name, value in (GOOD | change).items() if name not in ("grad", "alpha")}
+    with backend.use(which), pytest.raises(error, match=re.escape(words)):
+        op(call.pop("x_adv"), call.pop("x"), **call)
+
+
+def test_project_in_place_refuses_its_own_image():
+    with pytest.raises(ValueError, match="x shares memory with x_adv, which is written in place"):
+        ops.project_(X, X, eps=0.1, norm="L2")
 
 
 @pytest.mark.parametrize("which", ["native", "reference"])

@@ -11,6 +11,14 @@ from afd import ops
 PER_SAMPLE = torch.tensor([0.1, 0.2])
 PGD = (0.1, 0.2, 0.0, 1.0)
 START = (0.2, 0.0, 1.0, 7, 3)
+CALLS = {  # tensors, settings, and how many of these may be per sample
+    "pgd_step": (3, PGD, 2),
+    "pgd_step_": (3, PGD, 2),
+    "project": (2, PGD[1:], 1),
+    "project_": (2, PGD[1:], 1),
+    "random_start": (1, START, 1),
+    "random_start_": (2, START, 1),
+}
 
 
 def images(device: torch.device, **kwargs) -> Tensor:
@@ -19,12 +27,13 @@ def images(device: torch.device, **kwargs) -> Tensor:
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("per_sample", [False, True])
-@pytest.mark.parametrize("name", ["pgd_step", "pgd_step_", "random_start", "random_start_"])
-def test_opcheck(device, name, per_sample, memory_format):
-    tensors = {"pgd_step": 3, "pgd_step_": 3, "random_start": 1, "random_start_": 2}[name]
-    values = [PER_SAMPLE.to(device)] * (2 if "pgd" in name else 1) if per_sample else []
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(device, name, norm, per_sample, memory_format):
+    tensors, settings, by_sample = CALLS[name]
+    values = [PER_SAMPLE.to(device) if per_sample else None] * by_sample
     args = [images(device, memory_format=memory_format) for _ in range(tensors)]
-    torch.library.opcheck(getattr(torch.ops.afd, name).default, (*args, *(PGD if "pgd" in name else START), *values))
+    torch.library.opcheck(getattr(torch.ops.afd, name).default, (*args, *settings, *values, norm))
 
 
 def test_result_is_detached_though_the_iterate_requires_grad(device):
@@ -56,20 +65,22 @@ def test_writing_over_a_saved_tensor_is_noticed(device):
         loss.backward()
 
 
-@pytest.mark.parametrize("name", ["pgd_step", "random_start"])
+@pytest.mark.parametrize("name", ["pgd_step", "project", "random_start"])
 def test_backward_says_what_to_do_instead(device, name):
     x = images(device).requires_grad_()
-    args = (x, x.detach(), x.detach(), *PGD) if name == "pgd_step" else (x, *START)
-    out = getattr(torch.ops.afd, name)(*args)
+    tensors, settings, _ = CALLS[name]
+    out = getattr(torch.ops.afd, name)(x, *[x.detach()] * (tensors - 1), *settings)
     with pytest.raises(RuntimeError, match="not differentiable; differentiate the model at their result instead"):
         out.sum().backward()
 
 
 def attack(x: Tensor, grad: Tensor) -> Tensor:
-    """Both ops, functional and in place, with both kinds of settings."""
+    """Every op, functional and in place, with both kinds of settings."""
     x_adv = ops.random_start(x, eps=0.2, seed=5)
     x_adv = ops.pgd_step(x_adv, x, grad, alpha=PER_SAMPLE.to(x.device), eps=0.2)
     ops.random_start_(x_adv, x_adv, eps=0.01, seed=6)
+    x_adv = ops.project(x_adv, x, eps=0.15, norm="L2")
+    ops.project_(x_adv, x, eps=PER_SAMPLE.to(x.device), norm="L1")
     return ops.pgd_step_(x_adv, x, -grad, alpha=0.05, eps=0.1) * 2
 
 
