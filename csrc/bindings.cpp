@@ -115,6 +115,7 @@ void bind_cuda(py::module_ cuda) {
   bind(cuda, "pgd_step", pgd_step_args, afd::cuda::pgd_step, place);
   bind(cuda, "project", project_args, afd::cuda::project, place);
   bind(cuda, "random_start", random_start_args, afd::cuda::random_start, place);
+  cuda.def("l2_workspace", afd::cuda::l2_workspace);
   cuda.def("error_string", afd::cuda::error_string);
   cuda.attr("runtime_version") = afd::cuda::runtime_version();
   cuda.attr("architectures") = AFD_CUDA_ARCHITECTURES;
