@@ -167,6 +167,7 @@ void bind_cuda(py::module_ cuda) {
   bind(cuda, "random_start", random_start_args, afd::cuda::random_start, place);
   bind(cuda, "apgd_step", apgd_step_args, afd::cuda::apgd_step, place);
   bind(cuda, "apgd_update", apgd_update_args, afd::cuda::apgd_update, place);
+  cuda.def("l2_workspace", afd::cuda::l2_workspace);
   cuda.def("error_string", afd::cuda::error_string);
   cuda.attr("runtime_version") = afd::cuda::runtime_version();
   cuda.attr("architectures") = AFD_CUDA_ARCHITECTURES;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from afd import ops
 from afd.attacks.apgd_state import APGDState, checkpoint_intervals
 from afd.attacks.base import GradientAttack, Piece
-from afd.errors import InputError, at_least
+from afd.errors import InputError, at_least, one_of
 
+NORMS = ("Linf", "L2")
 MOMENTUM = 0.75  # the weight a of the gradient step after the first iteration
 
 
@@ -25,7 +27,7 @@ class APGD(GradientAttack):
 
     Args:
         model: classifier, images -> logits [N, classes].
-        norm: "Linf".
+        norm: "Linf" or "L2".
         eps: radius of the ball, in units of the image; a float >= 0 or one per sample [N].
         steps: number of steps, >= 0.
         n_restarts: number of runs, >= 1, each from its own random start.
@@ -66,6 +68,7 @@ class APGD(GradientAttack):
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
             precision=precision, piece=piece,
         )  # fmt: skip
+        one_of("norm", norm, NORMS)
         at_least("n_restarts", n_restarts, 1)
         at_least("eot_iter", eot_iter, 1)
         if not 0 <= rho <= 1:
@@ -98,11 +101,22 @@ class APGD(GradientAttack):
         grad, loss, fooled = self._evaluate(x_adv, piece)
         ops.apgd_update_(x_adv, grad, loss, fooled, **vars(state))
         for i, interval in enumerate(checkpoint_intervals(self.steps)):
-            a = MOMENTUM if i else 1.0
-            ops.apgd_step_(x_adv, x_adv_old, piece.x, grad, step=state.step, a=a, **ball)
+            self._step_(x_adv, x_adv_old, piece.x, grad, state.step, MOMENTUM if i else 1.0, ball)
             grad, loss, fooled = self._evaluate(x_adv, piece)
             ops.apgd_update_(x_adv, grad, loss, fooled, **vars(state), interval=interval, rho=self.rho)
         return state
+
+    def _step_(
+        self, x_adv: Tensor, x_adv_old: Tensor, x: Tensor, grad: Tensor, step: Tensor, a: float, ball: dict[str, Any]
+    ) -> None:
+        """Moves x_adv along the gradient with momentum, and x_adv_old to where it was."""
+        if self.norm == "Linf":
+            ops.apgd_step_(x_adv, x_adv_old, x, grad, step=step, a=a, **ball)
+            return
+        z = ops.pgd_step(x_adv, x, grad, alpha=step, **ball)
+        mixed = ops.momentum_point(x_adv, x_adv_old, z, a)
+        x_adv_old.copy_(x_adv)
+        x_adv.copy_(ops.project_(mixed, x, **ball))
 
     def _evaluate(self, x_adv: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient and loss to ascend, and whether the model is fooled: sums over eot_iter serve as well as means."""

@@ -8,13 +8,13 @@ from afd.attacks.pgd import PGD
 
 
 class FGSM(PGD):
-    """One step of length eps from x: clamp(x + eps * sign(∇ loss)).
+    """One step of length eps from x, in Linf clamp(x + eps * sign(∇ loss)), in L2 and L1 as `ops.pgd_step` steps.
 
     The model is treated as `PGD` treats it.
 
     Args:
         model: classifier, images -> logits [N, classes].
-        norm: "Linf".
+        norm: "Linf", "L2" or "L1".
         eps: length of the step, in units of the image; a float >= 0 or one per sample [N].
         targeted: y is the class to reach, and the loss is descended.
         loss: as in `PGD`.

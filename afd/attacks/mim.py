@@ -11,15 +11,15 @@ from afd.errors import at_least
 
 
 class MIM(GradientAttack):
-    """Steps along the sign of g ← decay * g + ∇ / mean|∇|, from x, inside the ball of radius eps.
+    """Steps of steepest ascent along g ← decay * g + ∇ / mean|∇|, from x, inside the ball of radius eps.
 
-    The paper divides by the sum of |∇| instead of its mean; the sign of g is the same. Each gradient is divided by its
-    largest magnitude first, so that tiny and huge ones count alike; one that is zero adds nothing. The model is treated
-    as `PGD` treats it.
+    The paper divides by the sum of |∇| instead of its mean; the direction of g is the same. Each gradient is divided
+    by its largest magnitude first, so that tiny and huge ones count alike; one that is zero adds nothing. The model is
+    treated as `PGD` treats it.
 
     Args:
         model: classifier, images -> logits [N, classes].
-        norm: "Linf".
+        norm: "Linf", "L2" or "L1".
         eps: radius of the ball, in units of the image; a float >= 0 or one per sample [N].
         alpha: step size, in units of the image; a float >= 0 or one per sample [N].
         steps: number of steps, >= 0.

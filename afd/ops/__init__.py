@@ -12,12 +12,10 @@ from torch import Tensor
 
 from afd.ops import backend, checks, schema
 from afd.ops.apgd import apgd_step, apgd_step_, apgd_update_, momentum_point
+from afd.ops.settings import Bounds, Setting, plain, split
 
 __all__ = ["backend", "pgd_step", "pgd_step_", "project", "project_", "random_start", "random_start_", "schema"]
 __all__ += ["apgd_step", "apgd_step_", "apgd_update_", "momentum_point"]
-
-Setting = float | Tensor
-Bounds = tuple[float, float]
 
 
 def project(
@@ -55,8 +53,7 @@ def project(
         TypeError: a dtype that is not allowed.
         ValueError: shapes or devices that disagree, eps < 0, reversed bounds, unknown norm.
     """
-    with torch.no_grad():
-        out: Tensor = torch.ops.afd.project.default(x_adv, x, *_ball_settings(eps, bounds, norm))
+    out: Tensor = torch.ops.afd.project.default(plain(x_adv), plain(x), *_ball_settings(eps, bounds, norm))
     return out
 
 
@@ -69,7 +66,7 @@ def project_(
     norm: str = "Linf",
 ) -> Tensor:
     """`project` in place: overwrites x_adv and returns it. x_adv may not share memory with x."""
-    torch.ops.afd.project_.default(_plain(x_adv), _plain(x), *_ball_settings(eps, bounds, norm))
+    torch.ops.afd.project_.default(plain(x_adv), plain(x), *_ball_settings(eps, bounds, norm))
     return x_adv
 
 
@@ -112,7 +109,7 @@ def pgd_step(
         ValueError: shapes or devices that disagree, eps < 0, sparsity outside (0, 1], reversed bounds, unknown norm.
     """
     settings = _pgd_settings(alpha, eps, bounds, norm, sparsity)
-    out: Tensor = torch.ops.afd.pgd_step.default(_plain(x_adv), _plain(x), _plain(grad), *settings)
+    out: Tensor = torch.ops.afd.pgd_step.default(plain(x_adv), plain(x), plain(grad), *settings)
     return out
 
 
@@ -129,7 +126,7 @@ def pgd_step_(
 ) -> Tensor:
     """`pgd_step` in place: overwrites x_adv and returns it. x_adv may not share memory with x or grad."""
     settings = _pgd_settings(alpha, eps, bounds, norm, sparsity)
-    torch.ops.afd.pgd_step_.default(_plain(x_adv), _plain(x), _plain(grad), *settings)
+    torch.ops.afd.pgd_step_.default(plain(x_adv), plain(x), plain(grad), *settings)
     return x_adv
 
 
@@ -169,7 +166,7 @@ def random_start(
         ValueError: eps < 0, reversed bounds, unknown norm, seed or first_sample out of range.
     """
     settings = _start_settings(eps, bounds, seed, first_sample, norm)
-    out: Tensor = torch.ops.afd.random_start.default(_plain(x), *settings)
+    out: Tensor = torch.ops.afd.random_start.default(plain(x), *settings)
     return out
 
 
@@ -185,29 +182,19 @@ def random_start_(
 ) -> Tensor:
     """`random_start` around x, written into x_adv (which may be x itself); returns x_adv."""
     settings = _start_settings(eps, bounds, seed, first_sample, norm)
-    torch.ops.afd.random_start_.default(_plain(x_adv), _plain(x), *settings)
+    torch.ops.afd.random_start_.default(plain(x_adv), plain(x), *settings)
     return x_adv
 
 
-def _plain(x: Tensor) -> Tensor:
-    """x as autograd's bystander: same memory, same version counter. Cheaper than entering no_grad."""
-    return x.detach() if x.requires_grad else x
-
-
-def _split(setting: Setting) -> tuple[float, Tensor | None]:
-    """A setting as the pair the schemas carry: one number, or one per sample."""
-    return (0.0, _plain(setting)) if isinstance(setting, Tensor) else (float(setting), None)
-
-
 def _ball_settings(eps: Setting, bounds: Bounds, norm: str) -> tuple[float, float, float, Tensor | None, str]:
-    radius, radii = _split(eps)
+    radius, radii = split(eps)
     return radius, *bounds, radii, norm
 
 
 def _pgd_settings(
     alpha: Setting, eps: Setting, bounds: Bounds, norm: str, sparsity: Setting
 ) -> tuple[float, float, float, float, Tensor | None, Tensor | None, str, float, Tensor | None]:
-    (step, steps), (radius, radii), (share, shares) = _split(alpha), _split(eps), _split(sparsity)
+    (step, steps), (radius, radii), (share, shares) = split(alpha), split(eps), split(sparsity)
     return step, radius, *bounds, steps, radii, norm, share, shares
 
 
@@ -216,5 +203,5 @@ def _start_settings(
 ) -> tuple[float, float, float, int, int, Tensor | None, str]:
     checks.counter("seed", seed)  # here, because torch's own overflow error would not name them
     checks.counter("first_sample", first_sample)
-    radius, radii = _split(eps)
+    radius, radii = split(eps)
     return radius, *bounds, seed, first_sample, radii, norm

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.errors import InputError, InputTypeError
+from afd.errors import InputError, InputTypeError, one_of
 from afd.ops import backend, checks, native, reference
 from afd.ops.schema import LIBRARY, _register
+from afd.ops.settings import Bounds, Setting, split
 
-Setting = float | Tensor
-Bounds = tuple[float, float]
+STEP_NORMS = ("Linf",)
 
 
 def apgd_step(
@@ -155,15 +155,11 @@ def apgd_update_(
 # --- As torch sees them: apgd_step ----------------------------------------------------------------------------------
 
 
-def _pair(setting: Setting) -> tuple[float, Tensor | None]:
-    return (0.0, setting) if isinstance(setting, Tensor) else (float(setting), None)
-
-
 def _step_settings(
     step: Setting, eps: Setting, a: float, bounds: Bounds, norm: str
 ) -> tuple[float, float, float, float, float, Tensor | None, Tensor | None]:
-    checks.norm(norm)
-    (size, sizes), (radius, radii) = _pair(step), _pair(eps)
+    one_of("norm", norm, STEP_NORMS)
+    (size, sizes), (radius, radii) = split(step), split(eps)
     return size, radius, a, *bounds, sizes, radii
 
 

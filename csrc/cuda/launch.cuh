@@ -26,6 +26,12 @@ inline unsigned blocks_for(int64_t items) {
 __device__ __forceinline__ int64_t first_item() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t item_stride() { return int64_t{gridDim.x} * kThreads; }
 
+// kWidth neighbours in one access.
+template <class T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Pack {
+  T v[kWidth];
+};
+
 inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace afd::cuda

@@ -46,7 +46,7 @@ def per_sample_loss(name, logits, label):
     return max(z for k, z in enumerate(logits) if k != label) - logits[label]
 
 
-def paper_apgd(model, x, label, start, *, eps, steps, rho=0.75, loss="ce", targeted=False):
+def paper_apgd(model, x, label, start, *, eps, steps, rho=0.75, loss="ce", targeted=False, norm="Linf"):
     """Algorithm 1 of Croce & Hein (2020) on one image. Returns its iterates, best point, and last fooling point."""
 
     def f(point):
@@ -57,7 +57,13 @@ def paper_apgd(model, x, label, start, *, eps, steps, rho=0.75, loss="ce", targe
         return value.item(), gradient, (logits.argmax().item() == label) == targeted
 
     def project(point):
+        if norm == "L2":
+            delta = point - x
+            return (x + delta * min(1.0, eps / delta.norm().item())).clamp(0, 1) if delta.any() else x
         return torch.min(torch.max(point, x - eps), x + eps).clamp(0, 1)
+
+    def direction(gradient):
+        return gradient / gradient.norm() if norm == "L2" else gradient.sign()
 
     # W: the share of steps before checkpoint j, as in the implementation rounded interval by interval
     checkpoints, interval = [0], max(int(0.22 * steps), 1)
@@ -71,7 +77,7 @@ def paper_apgd(model, x, label, start, *, eps, steps, rho=0.75, loss="ce", targe
     best, best_value, best_gradient, fooling = start, value, gradient, start if fooled else None
     step, halved_before, best_value_before = 2 * eps, True, value
     for k in range(1, steps + 1):
-        z = project(current + step * gradient.sign())
+        z = project(current + step * direction(gradient))
         a = 0.75 if k > 1 else 1.0
         following = project(current + a * (z - current) + (1 - a) * (current - previous))
         previous, current = current, following
@@ -98,16 +104,17 @@ def paper_apgd(model, x, label, start, *, eps, steps, rho=0.75, loss="ce", targe
     [(100, "ce", False), (40, "dlr", False), (40, "margin", False), (40, "ce", True), (40, "margin", True)]
     + [(steps, "ce", False) for steps in (0, 1, 2, 7)],
 )
-def test_equals_the_paper_at_every_iteration(model, batch, steps, loss, targeted):
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.5)])
+def test_equals_the_paper_at_every_iteration(model, batch, steps, loss, targeted, norm, eps):
     x, y = batch
     seen = []
     handle = model.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].detach().clone()))
-    attack = APGD(model, eps=0.1, steps=steps, loss=loss, targeted=targeted, seed=5)
+    attack = APGD(model, norm=norm, eps=eps, steps=steps, loss=loss, targeted=targeted, seed=5)
     got = attack(x, y)
     handle.remove()
     assert len(seen) == steps + 2  # the start, each iterate, and x itself
-    start = ops.random_start(x, eps=0.1, seed=5)
-    settings = {"eps": 0.1, "steps": steps, "loss": loss, "targeted": targeted}
+    start = ops.random_start(x, norm=norm, eps=eps, seed=5)
+    settings = {"norm": norm, "eps": eps, "steps": steps, "loss": loss, "targeted": targeted}
     with torch.no_grad():
         wrong = (model(x).argmax(1) == y) == targeted
     for i in range(len(x)):

@@ -68,6 +68,9 @@ void project(const Project& args, Launch launch);
 }
 namespace cuda {
 int project(const Project& args, Launch launch);  // a cudaError_t
-}
+
+// How many doubles of workspace an L2 projection or step needs; 0 where a sample fits on chip.
+int64_t l2_workspace(int64_t samples, int64_t elements);
+}  // namespace cuda
 
 }  // namespace afd
