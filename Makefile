@@ -21,10 +21,14 @@ test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 
 # The tests of the ops, with the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZED := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)"
+
 sanitize: $(READY)
-	AFD_CUDA=off AFD_SANITIZE=address,undefined $(BIN)/pip install --quiet --no-deps --upgrade --target build/sanitize .
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-		PYTHONPATH=build/sanitize $(BIN)/pytest --capture=no --quiet tests/ops
+	rm -rf build/sanitize build/lib.*
+	AFD_SANITIZE=address,undefined AFD_CUDA=off $(BIN)/pip install --quiet --no-deps --target build/sanitize .
+	$(SANITIZED) $(BIN)/python -c "from afd.ops import native; assert 'build/sanitize' in native._C.__file__"
+	$(SANITIZED) $(BIN)/pytest --capture=sys tests/ops
 
 lint: $(READY)
 	$(BIN)/ruff check .
