@@ -8,6 +8,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -62,7 +63,9 @@ def main() -> None:
     """The command line of the demo."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for checkpoints, logs and curves.png")
-    run(parser.parse_args().out, Console())
+    out = parser.parse_args().out
+    torch.set_num_threads(1)  # operations are tiny: a second thread hardly helps, and stalls them on a busy machine
+    run(out, Console())
 
 
 def _attack(config: TrainConfig, eps: float, model: nn.Module) -> Attack:
