@@ -45,7 +45,7 @@ def pgd_step(
 ) -> Tensor:
     """`afd.ops.pgd_step` for float32 images; the gradient may be shorter."""
     if norm == "Linf":
-        return project(x_adv + alpha * grad.sign(), x, eps, low, high, norm)
+        return project(torch.add(x_adv, grad.sign(), alpha=alpha), x, eps, low, high, norm)
     flat = grad.flatten(1).float()
     if norm == "L2":
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
