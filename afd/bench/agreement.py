@@ -25,7 +25,7 @@ from afd.bench.peers import Request, Run, adapted, ours
 from afd.bench.timing import CPU, device_name, record, slug
 from afd.data import load
 
-RADII = {"Linf": 0.1, "L2": 1.0, "L1": 8.0}
+RADII = {"Linf": 0.15, "L2": 1.5, "L1": 8.0}
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,8 @@ def compare(model: nn.Module, request: Request, x: Tensor, y: Tensor, peer: str,
 def run(options: AgreementBench, console: Console) -> None:
     """Trains, compares, prints and records."""
     sets = load("mnist", options.data)
-    x, y = sets.train.images.float() / 255, sets.train.labels
-    model = trained(x, y)
-    x, y = (sets.test.images[: options.images].float() / 255, sets.test.labels[: options.images])
+    model = trained(sets.train.images(), sets.train.labels)
+    x, y = sets.test.images()[: options.images], sets.test.labels[: options.images]
     shown = Table("", title=f"{options.images} MNIST images, APGD-{options.steps}", box=box.SIMPLE_HEAD)
     for heading in ("eps", "afd leaves", f"{options.peer} leaves", "broken by afd only", f"by {options.peer} only"):
         shown.add_column(heading, justify="right")
@@ -108,7 +107,7 @@ def run(options: AgreementBench, console: Console) -> None:
     console.print(shown)
     out = options.out or Path("benchmarks/results") / f"agreement-{slug(device_name(CPU))}.json"
     asked = {"images": options.images, "steps": options.steps, "peer": options.peer, "precision": options.precision}
-    record(out, "agreement", results, **asked)
+    record(out, "agreement", results, CPU, settings=asked)
     console.print(f"written to {out}")
 
 
