@@ -1,8 +1,8 @@
 """Attack throughput side by side: ``python -m afd.bench.attacks``.
 
-Every library runs the same attack on the same model and batch, in turn. The floor is what the model itself costs in
-float32: as many forwards and input gradients as the attack makes, in afd's own memory layout and pieces of the batch,
-and nothing else. The accuracy each attack leaves stands beside its speed, so that speed bought with a weaker attack
+Every library runs the same attack on the same model and batch, in turn. The floor is what the model itself costs afd in
+float32: as many forwards and input gradients as the attack makes, in afd's own memory layout, pieces of the batch and
+folded layers, and nothing else. The accuracy each attack leaves stands beside its speed, so that speed bought with a weaker attack
 shows.
 """
 
@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from afd.attacks import execution
+from afd.attacks import engine, execution
+from afd.attacks.folding import folding
 from afd.bench.memory import peak_bytes
 from afd.bench.models import Subject, subject
 from afd.bench.peers import NotOfferedError, PeerMissingError, Request, Run, adapted, ours, requests
@@ -77,11 +78,11 @@ def floor(target: Subject, request: Request) -> Run:
     evaluations = request.steps + (request.attack == "apgd")
 
     def run(x: Tensor, y: Tensor) -> Tensor:
-        for rows in execution.pieces(target.model, x):
-            images, labels = execution.channels_last(x[rows]), y[rows]
-            for _ in range(evaluations):
-                images.requires_grad_()
-                torch.autograd.grad(F.cross_entropy(target.model(images), labels, reduction="sum"), images)
+        with engine.evaluating(target.model), folding(target.model).folded():
+            for rows in execution.pieces(target.model, x):
+                images, labels = execution.channels_last(x[rows]).requires_grad_(), y[rows]
+                for _ in range(evaluations):
+                    torch.autograd.grad(F.cross_entropy(target.model(images), labels, reduction="sum"), images)
         return x
 
     return run
