@@ -26,9 +26,10 @@ class APGD(GradientAttack):
 
     In L1 it takes sparse steps instead, in balls that shrink from 3 eps over 2 eps to eps (`SparseWalk`). The model is
     treated as `PGD` treats it. It follows AutoAttack's implementation, with these differences: a start is uniform in
-    the ball (AutoAttack scales it to touch the ball, or projects a normal draw in L1); the first of the increases that
-    are counted compares with the loss at the start, as in the paper, and not with 0; with eot_iter > 1, losses and
-    logits are averaged like the gradients; a sample that no restart breaks gives the point of the highest loss, not x.
+    the ball (AutoAttack scales it to touch the ball; in L1 it projects a normal draw, which breaks fewer samples); the
+    first of the increases that are counted compares with the loss at the start, as in the paper, and not with 0; with
+    eot_iter > 1, losses and logits are averaged like the gradients; a sample that no restart breaks gives the point of
+    the highest loss, not x.
 
     Args:
         model: classifier, images -> logits [N, classes].

@@ -2,8 +2,8 @@
 
 Every library runs the same attack on the same model and batch, in turn. The floor is what the model itself costs afd in
 float32: as many forwards and input gradients as the attack makes, in afd's own memory layout, pieces of the batch and
-folded layers, and nothing else. The accuracy each attack leaves stands beside its speed, so that speed bought with a weaker attack
-shows.
+folded layers, and nothing else. The accuracy each attack leaves stands beside its speed, so that speed bought with a
+weaker attack shows.
 """
 
 from __future__ import annotations
