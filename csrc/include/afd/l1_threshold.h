@@ -54,19 +54,19 @@ AFD_HOST_DEVICE L1Term l1_term_at(float x_adv, float x, L1Cut cut, float low, fl
 
 AFD_HOST_DEVICE float project_l1_element(float x_adv, float x, L1Cut cut, float low, float high) {
   const float u = x_adv - x;
-  const float kept = l1_term(l1_excess(u, cut), l1_room(u, x, low, high)).kept;
-  return clamped(plus_towards(x, u > 0.0f ? kept : -kept), low, high);
+  return clamped(plus_towards(x, copysignf(l1_excess(u, cut), u)), low, high);
 }
 
 class L1Threshold {
  public:
   // From a first pass at lambda = 0: f, the number of sloping elements, and max |u|.
-  AFD_HOST_DEVICE_MEMBER L1Threshold(float eps, double sum, int64_t sloping, float largest)
-      : eps_(eps), above_(largest) {
+  AFD_HOST_DEVICE_MEMBER L1Threshold(float eps, double sum, int64_t sloping, float largest, double start = 0.0, double tolerance = 6e-7)
+      : eps_(eps), above_(largest), below_(start), probe_(start), tolerance_(tolerance) {
     if (!(sum >= 0.0 && is_finite(largest) && eps_ >= 0.0)) {
       above_ = __builtin_nan("");
     } else if (sum <= eps_) {
       above_ = 0.0;
+      missed_ = start > 0.0;
     } else if (eps_ > 0.0) {
       searching_ = true;
       add(sum, sloping);
@@ -75,19 +75,20 @@ class L1Threshold {
 
   // True while add() wants the sum and slope at lambda().
   AFD_HOST_DEVICE_MEMBER bool searching() const { return searching_; }
+  AFD_HOST_DEVICE_MEMBER bool missed() const { return missed_; }
 
   // The point to look at while searching; then the answer. 0: only the box cuts; NaN: there is no answer.
   AFD_HOST_DEVICE_MEMBER double lambda() const { return searching_ ? probe_ : above_; }
 
   AFD_HOST_DEVICE_MEMBER void add(double rounded_sum, int64_t sloping) {
     const double sum = rounded_sum + kDoubt * rounded_sum;
-    const double off = sum - eps_, aim = eps_ - kAim * eps_;
+    const double off = sum - eps_, aim = eps_ - 0.5 * tolerance_ * eps_;
     const double needed = sum > 1.5 * aim ? 2.0 * (sum - sqrt(sum * aim)) : sum - aim;
     const double newton = probe_ + needed / static_cast<double>(sloping);  // infinite without a slope
     const bool too_far = off > 0.0;
     (too_far ? below_ : above_) = probe_;
     (too_far ? from_below_ : from_above_) = newton;
-    if (!too_far && -off <= kTolerance * eps_) {
+    if (!too_far && -off <= tolerance_ * eps_) {
       searching_ = false;
       return;
     }
@@ -105,7 +106,7 @@ class L1Threshold {
   }
 
  private:
-  static constexpr double kDoubt = 1.3e-7, kTolerance = 6e-7, kAim = 3e-7;
+  static constexpr double kDoubt = 1.3e-7;
   static constexpr int kPatience = 32;  // passes before plain bisection, which ends within another 64
 
   AFD_HOST_DEVICE_MEMBER bool inside(double point) const { return below_ < point && point < above_; }
@@ -121,11 +122,11 @@ class L1Threshold {
     return result;
   }
 
-  double eps_, above_, below_ = 0.0, probe_ = 0.0;          // f(below) > eps >= f(above)
+  double eps_, above_, below_, probe_, tolerance_;          // f(below) > eps >= f(above)
   double from_below_ = kInfinity, from_above_ = kInfinity;  // Newton's next point from either end
   double last_off_ = kInfinity;
   int passes_ = 0;
-  bool searching_ = false;
+  bool searching_ = false, missed_ = false;
 };
 
 }  // namespace afd
