@@ -1,12 +1,11 @@
-// What the CPU kernels do with one sample at a time: sums, and the projections that project and pgd_step share. Every
-// loop below is vectorised; sums run over kLanes columns that are added up at the end, so their order (and so their
-// value) depends on neither threads, batch, alignment nor vector width.
+// What the CPU kernels do with one sample at a time: the projections that project and pgd_step share. Results depend on
+// neither threads, batch, alignment nor vector width, because the sums behind them do not (sums.h, l1_search.h).
 #pragma once
 
 #include "afd/l1_threshold.h"
 #include "afd/project.h"
-#include "cpu/sums.h"
 #include "cpu/l1_search.h"
+#include "cpu/sums.h"
 #include "cpu/team.h"
 
 namespace afd::cpu::AFD_ISA {
@@ -22,12 +21,16 @@ inline void for_each_row(int threads, int64_t samples, int64_t elements, const B
   });
 }
 
-// --- L2 --------------------------------------------------------------------------------------------------------------
-
 inline void clamp_row(const float* x_adv, float* out, int64_t count, float low, float high) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = clamped(x_adv[i], low, high);
 }
+
+inline void fill_row(float* out, int64_t count, float value) {
+  for (int64_t i = 0; i < count; ++i) out[i] = value;
+}
+
+// --- L2 --------------------------------------------------------------------------------------------------------------
 
 // What is left to do once quick_squares of x_adv - x is known. `out` may be x_adv.
 inline void shrink_l2_row(const float* x_adv, const float* x, float* out, int64_t count, float eps, float low,
@@ -53,14 +56,12 @@ inline void project_l2_row(const float* x_adv, const float* x, float* out, int64
 // `out` may be x_adv.
 inline void project_l1_row(const float* x_adv, const float* x, float* out, int64_t count, float eps, float low,
                            float high) {
-  const double lambda = l1_lambda(x_adv, x, count, eps, low, high);
+  const double lambda = l1_lambda({x_adv, x, count, low, high}, eps);
   if (lambda == 0.0) return clamp_row(x_adv, out, count, low, high);
-  if (!(lambda > 0.0)) {
-    for (int64_t i = 0; i < count; ++i) out[i] = lambda;
-    return;
-  }
+  if (lambda != lambda) return fill_row(out, count, static_cast<float>(lambda));
   const L1Cut cut = l1_cut(lambda);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = project_l1_element(x_adv[i], x[i], cut, low, high);
 }
-}
+
+}  // namespace afd::cpu::AFD_ISA

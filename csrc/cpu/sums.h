@@ -1,7 +1,13 @@
+// Sums over one sample on the CPU. Every loop is vectorised over a fixed number of columns that are added up at the
+// end, so their order (and so their value) depends on neither threads, batch, alignment nor vector width.
 #pragma once
-#include "afd/common.h"
+
+#include <cstdint>
+
 namespace afd::cpu::AFD_ISA {
+
 constexpr int kLanes = 32;
+
 // sum(term(i)) over [0, count), in double.
 template <class Term>
 inline double sum_of(int64_t count, const Term& term) {
@@ -45,4 +51,4 @@ inline double quick_squares(int64_t count, const Term& term) {
 // beside it.
 inline bool trusted(double squares) { return squares > 1e-24 && squares < 1e30; }
 
-}
+}  // namespace afd::cpu::AFD_ISA

@@ -5,9 +5,10 @@
 //
 // falls from f(0) to f(max |u|) = 0, piecewise linearly; its slope is minus the number of elements that are neither cut
 // to 0 nor to their room. One pass over the sample gives f and the slope, and Newton's method, kept inside a bracket,
-// finds f(lambda) = eps in about five passes. Far from the root it works on sqrt(f), which is straight where sizes are
-// spread evenly and less bent than f elsewhere; where it stalls (the box makes f neither convex nor concave) the
-// bracket is halved. The search ends on the feasible side, f <= eps, less than 1e-6 * eps away from it.
+// finds f(lambda) = eps in about five passes, fewer from a start that is known to be near. Far from the root it works
+// on sqrt(f), which is straight where sizes are spread evenly and less bent than f elsewhere; where it stalls (the box
+// makes f neither convex nor concave) the bracket is halved. The search ends on the feasible side, f <= eps, less than
+// 1e-6 * eps away from it.
 //
 // f is the sum of the very floats that are then added to x. The first pass sums them in double; later ones may add four
 // neighbours in float before (two roundings, which kDoubt covers), so what the search calls feasible is.
@@ -32,8 +33,8 @@ AFD_HOST_DEVICE L1Cut l1_cut(double lambda) {
 
 AFD_HOST_DEVICE float l1_room(float u, float x, float low, float high) { return u > 0.0f ? high - x : x - low; }
 
-AFD_HOST_DEVICE float l1_excess(float u, L1Cut cut) {
-  const float over = (fabsf(u) - cut.head) - cut.tail;
+AFD_HOST_DEVICE float l1_excess(float size, L1Cut cut) {
+  const float over = (size - cut.head) - cut.tail;
   return over > 0.0f ? over : 0.0f;
 }
 
@@ -49,24 +50,26 @@ AFD_HOST_DEVICE L1Term l1_term(float excess, float room) {
 
 AFD_HOST_DEVICE L1Term l1_term_at(float x_adv, float x, L1Cut cut, float low, float high) {
   const float u = x_adv - x;
-  return l1_term(l1_excess(u, cut), l1_room(u, x, low, high));
+  return l1_term(l1_excess(fabsf(u), cut), l1_room(u, x, low, high));
 }
 
+// Past its room an element is cut by the clamp: the box's edge, not a rounding of x + room.
 AFD_HOST_DEVICE float project_l1_element(float x_adv, float x, L1Cut cut, float low, float high) {
   const float u = x_adv - x;
-  return clamped(plus_towards(x, copysignf(l1_excess(u, cut), u)), low, high);
+  return clamped(plus_towards(x, copysignf(l1_excess(fabsf(u), cut), u)), low, high);
 }
 
 class L1Threshold {
  public:
-  // From a first pass at lambda = 0: f, the number of sloping elements, and max |u|.
-  AFD_HOST_DEVICE_MEMBER L1Threshold(float eps, double sum, int64_t sloping, float largest, double start = 0.0, double tolerance = 6e-7)
-      : eps_(eps), above_(largest), below_(start), probe_(start), tolerance_(tolerance) {
+  // From a first pass: f and the number of sloping elements at lambda = `start`, and max |u|. Above 0, `start` must be
+  // below the answer: sum > eps. The search ends with f in [(1 - tolerance) * eps, eps].
+  AFD_HOST_DEVICE_MEMBER L1Threshold(float eps, double sum, int64_t sloping, float largest, double start = 0.0,
+                                     double tolerance = 6e-7)
+      : eps_(eps), tolerance_(tolerance), above_(largest), below_(start), probe_(start) {
     if (!(sum >= 0.0 && is_finite(largest) && eps_ >= 0.0)) {
       above_ = __builtin_nan("");
     } else if (sum <= eps_) {
       above_ = 0.0;
-      missed_ = start > 0.0;
     } else if (eps_ > 0.0) {
       searching_ = true;
       add(sum, sloping);
@@ -75,7 +78,6 @@ class L1Threshold {
 
   // True while add() wants the sum and slope at lambda().
   AFD_HOST_DEVICE_MEMBER bool searching() const { return searching_; }
-  AFD_HOST_DEVICE_MEMBER bool missed() const { return missed_; }
 
   // The point to look at while searching; then the answer. 0: only the box cuts; NaN: there is no answer.
   AFD_HOST_DEVICE_MEMBER double lambda() const { return searching_ ? probe_ : above_; }
@@ -122,11 +124,11 @@ class L1Threshold {
     return result;
   }
 
-  double eps_, above_, below_, probe_, tolerance_;          // f(below) > eps >= f(above)
+  double eps_, tolerance_, above_, below_, probe_;          // f(below) > eps >= f(above)
   double from_below_ = kInfinity, from_above_ = kInfinity;  // Newton's next point from either end
   double last_off_ = kInfinity;
   int passes_ = 0;
-  bool searching_ = false, missed_ = false;
+  bool searching_ = false;
 };
 
 }  // namespace afd
