@@ -71,7 +71,7 @@ inline L1Pass l1_pass(const float* __restrict size, const float* __restrict room
       float kept[4];
       for (int row = 0; row < 4; ++row) {
         const int64_t k = i + row * kVector + column;
-        const L1Term term = l1_term(l1_excess(size[k], cut), room[k]);
+        const L1Term term = l1_term(l1_over(size[k], cut), room[k]);
         kept[row] = term.kept;
         sloping[column] += term.sloping;
         const int32_t bits = bits_of(size[k]);

@@ -33,10 +33,10 @@ AFD_HOST_DEVICE L1Cut l1_cut(double lambda) {
 
 AFD_HOST_DEVICE float l1_room(float u, float x, float low, float high) { return u > 0.0f ? high - x : x - low; }
 
-AFD_HOST_DEVICE float l1_excess(float size, L1Cut cut) {
-  const float over = (size - cut.head) - cut.tail;
-  return over > 0.0f ? over : 0.0f;
-}
+// How far |u| is above lambda; nothing is kept of an element that is not.
+AFD_HOST_DEVICE float l1_over(float size, L1Cut cut) { return (size - cut.head) - cut.tail; }
+
+AFD_HOST_DEVICE float l1_excess(float over) { return over > 0.0f ? over : 0.0f; }
 
 // One element's part of f, and whether it slopes.
 struct L1Term {
@@ -44,19 +44,20 @@ struct L1Term {
   int sloping;
 };
 
-AFD_HOST_DEVICE L1Term l1_term(float excess, float room) {
-  return {excess < room ? excess : room, (excess > 0.0f) & (excess < room)};
+AFD_HOST_DEVICE L1Term l1_term(float over, float room) {
+  const float excess = l1_excess(over);
+  return {excess < room ? excess : room, (over > 0.0f) & (over < room)};
 }
 
 AFD_HOST_DEVICE L1Term l1_term_at(float x_adv, float x, L1Cut cut, float low, float high) {
   const float u = x_adv - x;
-  return l1_term(l1_excess(fabsf(u), cut), l1_room(u, x, low, high));
+  return l1_term(l1_over(fabsf(u), cut), l1_room(u, x, low, high));
 }
 
-// Past its room an element is cut by the clamp: the box's edge, not a rounding of x + room.
+// Past its room an element is cut by the clamp: at the box's edge, not at a rounding of x + room.
 AFD_HOST_DEVICE float project_l1_element(float x_adv, float x, L1Cut cut, float low, float high) {
   const float u = x_adv - x;
-  return clamped(plus_towards(x, copysignf(l1_excess(fabsf(u), cut), u)), low, high);
+  return clamped(plus_towards(x, copysignf(l1_excess(l1_over(fabsf(u), cut)), u)), low, high);
 }
 
 class L1Threshold {
