@@ -15,7 +15,7 @@ def settled():
     net = ProjectionDiscriminator(6, 4, hidden=5).double()
     with torch.no_grad():
         for layer in (*net.layers, net.w, net.e):
-            layer.parametrizations.weight.original.mul_(7)
+            layer.weight.mul_(7)
         for _ in range(300):
             net(torch.rand(2, 6, dtype=torch.float64), torch.tensor([0, 1]))
     return net.eval()
@@ -23,7 +23,7 @@ def settled():
 
 def formula(net, z, y):
     def normalised(layer):
-        weight = layer.parametrizations.weight.original
+        weight = layer.weight
         return weight / torch.linalg.svdvals(weight)[0]
 
     h = z
@@ -51,7 +51,7 @@ def test_w_and_e_start_xavier_uniform():
     torch.manual_seed(0)
     net = ProjectionDiscriminator(64, 10, hidden=200)
     for layer, fan in ((net.w, 201), (net.e, 210)):
-        weight, limit = layer.parametrizations.weight.original, (6 / fan) ** 0.5
+        weight, limit = layer.weight, (6 / fan) ** 0.5
         assert weight.abs().max() <= limit
         assert weight.abs().max() > 0.9 * limit
 
