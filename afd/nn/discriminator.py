@@ -67,6 +67,10 @@ class ProjectionDiscriminator(nn.Module):
         """
         if z.dim() != 2 or z.shape[1] != self.num_features:
             raise InputError(f"z has shape {list(z.shape)}; it must be [N, {self.num_features}]")
+        if not z.shape[0]:
+            raise InputError("z is an empty batch; it must hold at least one sample")
+        if y is not None and y.shape != z.shape[:1]:
+            raise InputError(f"y has shape {list(y.shape)}; it must be [{z.shape[0]}], one label for each row of z")
         *hidden, of_w, of_e = self.spectra()
         h = z
         for layer, spectrum in zip(self.layers, hidden, strict=True):

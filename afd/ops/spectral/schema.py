@@ -120,11 +120,11 @@ def _projection_logits(
     sigma_w: Tensor,
     u_w: Tensor,
     v_w: Tensor,
-    y: Tensor | None = None,
-    e: Tensor | None = None,
-    sigma_e: Tensor | None = None,
-    u_e: Tensor | None = None,
-    v_e: Tensor | None = None,
+    y: Tensor | None,
+    e: Tensor | None,
+    sigma_e: Tensor | None,
+    u_e: Tensor | None,
+    v_e: Tensor | None,
 ) -> Tensor:
     checks.matrix("w", w, sigma_w, u_w, v_w, h, "h")
     if w.shape[0] != 1:
@@ -168,13 +168,12 @@ def _fake_projection_backward(_grad: Tensor, h: Tensor, w: Tensor, *rest: Any) -
     return [torch.empty_like(t) for t, want in zip(shapes, wanted, strict=True) if want]
 
 
-_HEAD = (
-    "Tensor w, {bias}Tensor sigma_w, Tensor u_w, Tensor v_w, "
-    "Tensor? y{none}, Tensor? e{none}, Tensor? sigma_e{none}, Tensor? u_e{none}, Tensor? v_e{none}"
+_SPECTRA = (
+    "Tensor sigma_w, Tensor u_w, Tensor v_w, Tensor? y, Tensor? e, Tensor? sigma_e, Tensor? u_e, Tensor? v_e"
 )
 _register(
     "projection_logits",
-    "Tensor h, " + _HEAD.format(bias="Tensor? bias, ", none="=None"),
+    f"Tensor h, Tensor w, Tensor? bias, {_SPECTRA}",
     "Tensor",
     _projection_logits,
     lambda h, *_: h.new_empty(h.shape[0]),
@@ -182,7 +181,7 @@ _register(
 )
 _register(
     "projection_logits_backward",
-    "Tensor grad, Tensor h, " + _HEAD.format(bias="", none="") + ", bool[4] wanted",
+    f"Tensor grad, Tensor h, Tensor w, {_SPECTRA}, bool[4] wanted",
     "Tensor[]",
     _projection_logits_backward,
     _fake_projection_backward,
