@@ -6,9 +6,11 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from afd import ops
 from afd.errors import InputError, at_least
 from afd.nn.spectral import SpectralEmbedding, SpectralGroup, SpectralLayer, SpectralLinear
+from afd.ops.spectral import projection_network
+
+SLOPE = 0.2  # of every LeakyReLU
 
 
 class ProjectionDiscriminator(nn.Module):
@@ -43,7 +45,7 @@ class ProjectionDiscriminator(nn.Module):
         at_least("depth", depth, 1)
         hidden = hidden or num_features
         widths = [num_features] + [hidden] * (depth - 1)
-        self.layers = nn.ModuleList(SpectralLinear(a, b, negative_slope=0.2) for a, b in pairwise(widths))
+        self.layers = nn.ModuleList(SpectralLinear(a, b, negative_slope=SLOPE) for a, b in pairwise(widths))
         self.w = SpectralLinear(widths[-1], 1)
         self.e = SpectralEmbedding(num_classes, widths[-1])
         for layer in (self.w, self.e):
@@ -71,8 +73,6 @@ class ProjectionDiscriminator(nn.Module):
             raise InputError("z is an empty batch; it must hold at least one sample")
         if y is not None and y.shape != z.shape[:1]:
             raise InputError(f"y has shape {list(y.shape)}; it must be [{z.shape[0]}], one label for each row of z")
-        *hidden, of_w, of_e = self.spectra()
-        h = z
-        for layer, spectrum in zip(self.layers, hidden, strict=True):
-            h = layer(h, spectrum)
-        return ops.projection_logits(h, self.w.weight, self.w.bias, of_w, y, self.e.weight, of_e)
+        parameters = [p for layer in (*self.layers, self.w) for p in (layer.weight, layer.bias)]
+        spectra = self.spectra()
+        return projection_network(z, y, [*parameters, self.e.weight], spectra, negative_slope=SLOPE)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from afd.ops.spectral import schema
+from afd.ops.spectral.network import plain, projection_network
 
-__all__ = ["Spectrum", "projection_logits", "schema", "spectral_linear", "spectral_norm"]
+__all__ = ["Spectrum", "projection_logits", "projection_network", "schema", "spectral_linear", "spectral_norm"]
 
 
 class Spectrum(NamedTuple):
@@ -72,9 +73,11 @@ def spectral_norm(
             is what it divides.)
     """
     called = [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names)
-    sigma, new_us, new_vs = torch.ops.afd.spectral_norm.default(
-        list(weights), list(us), list(vs), n_iter, eps, first, called
-    )
+    arguments = (list(weights), list(us), list(vs), n_iter, eps, first, called)
+    if weights and all(map(plain, weights)) and not any(weight.requires_grad for weight in weights):
+        sigma, new_us, new_vs = schema.spectral_norm(*arguments)
+    else:
+        sigma, new_us, new_vs = torch.ops.afd.spectral_norm.default(*arguments)
     return list(map(Spectrum, sigma.unbind(), new_us, new_vs))
 
 

@@ -26,13 +26,13 @@ def _below(name: str, *arguments: Any) -> Any:
         return getattr(torch.ops.afd, name).default(*arguments)
 
 
-def _derive(formula: Callable[..., Tensor], grad: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
+def derive(formula: Callable[..., Tensor], grad: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
     """Gradients of formula(*inputs) with a graph of their own; None where an input is None or needs none."""
     with torch.enable_grad():
         # Aliases: an input may depend on another, and each gradient is the partial one.
         fresh = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t in fresh if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(formula(*fresh), wanted, grad, create_graph=True))
+        found = iter(torch.autograd.grad(formula(*fresh), wanted, grad, create_graph=True, allow_unused=True))
         return [next(found) if t is not None and t.requires_grad else None for t in fresh]
 
 
@@ -99,7 +99,7 @@ class _SpectralLinear(Function):
                 following = reference.along(sigma.detach(), weight, u, v)
                 return reference.spectral_linear(x, weight, bias, following, ctx.slope)
 
-            return *_derive(formula, grad, [x, weight, bias]), None, None, None, None
+            return *derive(formula, grad, [x, weight, bias]), None, None, None, None
         wanted = list(ctx.needs_input_grad[:3])
         found = torch.ops.afd.spectral_linear_backward.default(
             grad, x, weight, bias, out, sigma, u, v, ctx.slope, wanted
@@ -138,7 +138,7 @@ class _ProjectionLogits(Function):
                 of_e = None if e is None else reference.along(sigma_e.detach(), e, u_e, v_e)
                 return reference.projection_logits(h, w, bias, of_w, y, e, of_e)
 
-            dh, dw, db, de = _derive(formula, grad, [h, w, bias, e if y is not None else None])
+            dh, dw, db, de = derive(formula, grad, [h, w, bias, e if y is not None else None])
         else:
             needs = ctx.needs_input_grad
             wanted = [needs[0], needs[1], needs[2], needs[7] and y is not None]

@@ -44,11 +44,12 @@ def spectral_linear_backward(
     v: Tensor,
     slope: float,
     wanted: list[bool],
+    over: bool = False,
 ) -> list[Tensor]:
-    """The wanted ones of dx, dW and db: one pass, then torch's products; dW starts as the rank-one term of σ."""
+    """The wanted ones of dx, dW and db: one pass (in place if `over`), then torch's products around σ's term of dW."""
     grad, out, u = grad.contiguous(), out.contiguous(), u.contiguous()
     bias = None if bias is None else bias.contiguous()
-    scaled, bias_grad, u_scaled = torch.empty_like(grad), torch.empty_like(u), torch.empty_like(u)
+    scaled, bias_grad, u_scaled = grad if over else torch.empty_like(grad), torch.empty_like(u), torch.empty_like(u)
     workspace = u.new_empty(workspace_size("spectral_linear", *grad.shape))
     launch(
         "spectral_linear_backward", scaled,

@@ -25,9 +25,10 @@ def _register(name: str, arguments: str, results: str, kernel: Any, fake: Any, d
 # --- spectral_norm --------------------------------------------------------------------------------------------------
 
 
-def _spectral_norm(
+def spectral_norm(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], n_iter: int, eps: float, first: str, names: list[str]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The op on CPU and CUDA, without gradients; `afd.ops.spectral_norm` may call it where there is nothing to dispatch."""
     checks.group(names, weights, us, vs, n_iter, eps, first)
     native_here = backend.serves_natively(weights[0])
     found = (native if native_here else reference).spectral_norm(weights, us, vs, n_iter, eps, first)
@@ -48,7 +49,7 @@ _register(
     "spectral_norm",
     "Tensor[] weights, Tensor[] us, Tensor[] vs, int n_iter, float eps, str first, str[] names",
     "(Tensor, Tensor[], Tensor[])",
-    _spectral_norm,
+    spectral_norm,
     _fake_norm,
     autograd.spectral_norm,
 )
