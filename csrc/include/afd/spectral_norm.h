@@ -54,9 +54,9 @@ AFD_HOST_DEVICE int bands_of(int64_t rows, int64_t columns) {
   return static_cast<int>((rows + each - 1) / each);
 }
 
-// Of one matrix: t [rows], then a share of a [columns] for each band.
+// Floats of one matrix: t [rows], then a share of a [columns] for each band; and a counter, on the GPU.
 AFD_HOST_DEVICE int64_t spectral_norm_workspace(int64_t rows, int64_t columns) {
-  return rows + bands_of(rows, columns) * columns;
+  return 1 + rows + bands_of(rows, columns) * columns;
 }
 
 // What a sum of squares can be while float has neither overflown nor lost what matters on the way; NaN is not.
