@@ -171,10 +171,11 @@ afd::Normalised normalised(Address weight, Address sigma, Address u, Address v) 
   return {pointer<const float>(weight), pointer<const float>(sigma), pointer<const float>(u), pointer<const float>(v)};
 }
 
-afd::ProjectionLogitsBackward projection_logits_backward_args(
-    Address grad, Address h, Address w, Address sigma_w, Address u_w, Address v_w, Address y, Address e,
-    Address sigma_e, Address u_e, Address v_e, Address dh, Address dw, Address db, Address de, Address workspace,
-    int64_t samples, int64_t width, int64_t classes) {
+afd::ProjectionLogitsBackward projection_logits_backward_args(Address grad, Address h, Address w, Address sigma_w,
+                                                              Address u_w, Address v_w, Address y, Address e,
+                                                              Address sigma_e, Address u_e, Address v_e, Address dh,
+                                                              Address dw, Address db, Address de, Address workspace,
+                                                              int64_t samples, int64_t width, int64_t classes) {
   return {pointer<const float>(grad),
           pointer<const float>(h),
           normalised(w, sigma_w, u_w, v_w),
@@ -205,8 +206,9 @@ Group spectral_norm_args(const Matrices& matrices, int n_iter, float eps, bool u
     group.matrices.push_back({pointer<const float>(weight), pointer<const float>(u), pointer<const float>(v),
                               pointer<float>(u_out), pointer<float>(v_out), static_cast<int64_t>(rows),
                               static_cast<int64_t>(columns)});
-  group.args = {group.matrices.data(),  static_cast<int>(group.matrices.size()), n_iter, eps, u_first,
-                pointer<float>(sigma), pointer<float>(workspace)};
+  group.args = {
+      group.matrices.data(),    static_cast<int>(group.matrices.size()), n_iter, eps, u_first, pointer<float>(sigma),
+      pointer<float>(workspace)};
   return group;
 }
 
@@ -284,15 +286,12 @@ void bind_cuda(py::module_ cuda) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "afd's compiled kernels; call them through afd.ops";
   module.attr("compiler") = __VERSION__;
-  module.def("spectral_norm_workspace", [](int64_t rows, int64_t columns) {
-    return afd::spectral_norm_workspace(rows, columns);
-  });
-  module.def("spectral_linear_workspace", [](int64_t samples, int64_t rows) {
-    return afd::spectral_linear_workspace(samples, rows);
-  });
-  module.def("projection_logits_workspace", [](int64_t width, int64_t classes) {
-    return afd::projection_logits_workspace(width, classes);
-  });
+  module.def("spectral_norm_workspace",
+             [](int64_t rows, int64_t columns) { return afd::spectral_norm_workspace(rows, columns); });
+  module.def("spectral_linear_workspace",
+             [](int64_t samples, int64_t rows) { return afd::spectral_linear_workspace(samples, rows); });
+  module.def("projection_logits_workspace",
+             [](int64_t width, int64_t classes) { return afd::projection_logits_workspace(width, classes); });
   bind_cpu(module.def_submodule("cpu"));
 #ifdef AFD_WITH_CUDA
   bind_cuda(module.def_submodule("cuda"));

@@ -1,12 +1,12 @@
-"""The discriminator against the same layers without spectral norms and against torch's: ``python -m afd.bench.discriminator``.
+"""The discriminator beside the same layers of torch, with and without its spectral norm.
 
-A case is one forward and backward of the whole network, to the gradients of its parameters and of its input. "plain" has
-no spectral norm: it is the floor that a spectral norm should cost nothing over. "parametrized" is
-`torch.nn.utils.parametrizations.spectral_norm`. All candidates of a case run in turn, so that a busy spell meets them
-alike.
+``python -m afd.bench.discriminator`` runs it. A case is one forward and backward of the whole network, to the gradients
+of its parameters and of its input. "plain" has no spectral norm: it is the floor that a spectral norm should cost
+nothing over. "parametrized" is `torch.nn.utils.parametrizations.spectral_norm`. All candidates of a case run in turn,
+so that a busy spell meets them alike.
 
-With ``--device cuda`` the network also takes a step of SGD, stands beside torch.compile's form of torch's, and the power
-iteration of the group is timed inside a CUDA graph.
+With ``--device cuda`` the network also takes a step of SGD, stands beside torch.compile's form of torch's, and the
+power iteration of the group is timed inside a CUDA graph.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def times(batch: int, classes: int, rounds: int, device: torch.device = CPU) -> 
     on_gpu = device.type == "cuda"
     candidates: Candidates = {name: _round(net.to(device), z, y, on_gpu) for name, net in networks.items()}
     if on_gpu:
-        compiled = torch.compile(Layers(WIDTH, classes, spectral_norm).to(device))
+        compiled = Layers(WIDTH, classes, spectral_norm).to(device)
+        compiled.compile()
         candidates = {**candidates, "compiled": _round(compiled, z, y, on_gpu)}
     with backend.use("native"):
         return interleaved(candidates, rounds, warmup=10, device=device)

@@ -6,7 +6,7 @@ forward takes n_iter iterations; in evaluation mode u and v stay, and σ follows
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -45,15 +45,15 @@ class SpectralLayer(nn.Module):
         self.register_buffer("u", F.normalize(torch.randn_like(weight[:, 0]), dim=0))
         self.register_buffer("v", F.normalize(torch.randn_like(weight[0]), dim=0))
         self.settle()
-        self.register_load_state_dict_pre_hook(read_older)
+        self.register_load_state_dict_pre_hook(read_older)  # type: ignore[no-untyped-call]
 
     def settle(self) -> None:
         """Fits u and v to a weight that has just been given new values."""
-        power_iterate([("weight", self)], WARM_UP, self.eps)
+        power_iterate([self], ["weight"], WARM_UP, self.eps)
 
     def spectrum(self) -> Spectrum:
         """The layer's own spectrum, after the iterations that this forward takes."""
-        return power_iterate([("weight", self)], self.n_iter if self.training else 0, self.eps)[0]
+        return power_iterate([self], ["weight"], self.n_iter if self.training else 0, self.eps)[0]
 
 
 class SpectralLinear(SpectralLayer):
@@ -125,7 +125,9 @@ class SpectralGroup(nn.Module):
     def __init__(self, layers: Iterable[tuple[str, SpectralLayer]], n_iter: int = 1, eps: float = 1e-12) -> None:
         super().__init__()
         at_least("n_iter", n_iter, 0)
-        self.layers, self.n_iter, self.eps = tuple(layers), n_iter, eps
+        named = list(layers)
+        self.layers, self.weights = tuple(layer for _, layer in named), tuple(f"{name}.weight" for name, _ in named)
+        self.n_iter, self.eps = n_iter, eps
 
     def forward(self) -> list[Spectrum]:
         """A spectrum for each layer; the layers' u and v have moved on if the group is in training mode.
@@ -134,20 +136,18 @@ class SpectralGroup(nn.Module):
             InputError: layers that disagree in dtype or device; on the CPU, a weight that is not finite. The message
                 names the layer.
         """
-        return power_iterate(self.layers, self.n_iter if self.training else 0, self.eps)
+        return power_iterate(self.layers, self.weights, self.n_iter if self.training else 0, self.eps)
 
 
-def power_iterate(layers: Iterable[tuple[str, SpectralLayer]], n_iter: int, eps: float) -> list[Spectrum]:
+def power_iterate(layers: Sequence[SpectralLayer], names: Sequence[str], n_iter: int, eps: float) -> list[Spectrum]:
     """Spectra of the layers after n_iter iterations, which become the layers' state.
 
     The state is written in place, so that its memory stays where DistributedDataParallel and CUDA graphs know it, and
     the spectra are tensors of their own: what a backward needs of them does not change when the state does.
     """
-    names, members = zip(*layers, strict=True)
-    us, vs = [layer.u for layer in members], [layer.v for layer in members]
-    weights = [layer.weight.detach() for layer in members]
-    called = [name if name.endswith("weight") else f"{name}.weight" for name in names]
-    spectra = ops.spectral_norm(weights, us, vs, n_iter=n_iter, eps=eps, names=called)
-    if n_iter:
-        torch._foreach_copy_(us + vs, [s.u for s in spectra] + [s.v for s in spectra])
+    us, vs = [layer.u for layer in layers], [layer.v for layer in layers]
+    with torch.no_grad():
+        spectra = ops.spectral_norm([layer.weight for layer in layers], us, vs, n_iter=n_iter, eps=eps, names=names)
+        if n_iter:
+            torch._foreach_copy_(us + vs, [found.u for found in spectra] + [found.v for found in spectra])
     return spectra

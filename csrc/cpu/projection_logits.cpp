@@ -1,7 +1,7 @@
-// The projection head on the CPU. Forward: reads h once, a thread some samples. Backward: reads h and writes dh; a thread
-// owns strips of the width, in which it walks all samples in order, so that the rows of de that samples share are summed
-// without locks and always alike. A second, short pass takes sigma's share off dw and de. Compiled once per instruction
-// set (AFD_ISA).
+// The projection head on the CPU. Forward: reads h once, a thread some samples. Backward: reads h and writes dh; a
+// thread owns strips of the width, in which it walks all samples in order, so that the rows of de that samples share
+// are summed without locks and always alike. A second, short pass takes sigma's share off dw and de. Compiled once per
+// instruction set (AFD_ISA).
 
 #include "afd/projection_logits.h"
 

@@ -1,6 +1,6 @@
-// The passes around a spectral layer's matrix products on the CPU. Forward: 8 bytes an element, in place. Backward: reads
-// dy and y and writes d / sigma, 12 bytes an element; the sums over samples stay in the nearest cache. Threads share the
-// samples. Compiled once per instruction set (AFD_ISA).
+// The passes around a spectral layer's matrix products on the CPU. Forward: 8 bytes an element, in place. Backward:
+// reads dy and y and writes d / sigma, 12 bytes an element; the sums over samples stay in the nearest cache. Threads
+// share the samples. Compiled once per instruction set (AFD_ISA).
 
 #include "afd/spectral_linear.h"
 

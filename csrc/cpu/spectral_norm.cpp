@@ -1,9 +1,9 @@
-// The power iteration of a whole group on the CPU. An iteration must read each matrix once, and does: four rows at a time
-// meet v, and are added up, weighted by what came out, while they are in the nearest cache. Threads share the bands of all
-// matrices (spectral_norm.h); a second, short pass adds up each matrix's shares and sets u, v and sigma.
+// The power iteration of a whole group on the CPU. An iteration must read each matrix once, and does: four rows at a
+// time meet v, and are added up, weighted by what came out, while they are in the nearest cache. Threads share the
+// bands of all matrices (spectral_norm.h); a second, short pass adds up each matrix's shares and sets u, v and sigma.
 //
-// The order in which v comes first needs two passes, and so do matrices whose products leave float's range: these go one
-// matrix a thread (`carefully`). Without an iteration, sigma takes the first half of the pass. Compiled once per
+// The order in which v comes first needs two passes, and so do matrices whose products leave float's range: these go
+// one matrix a thread (`carefully`). Without an iteration, sigma takes the first half of the pass. Compiled once per
 // instruction set (AFD_ISA).
 
 #include "afd/spectral_norm.h"
@@ -135,7 +135,8 @@ float stay(const SpectralMatrix& m, float* workspace, float eps) {
 
 float* workspace_of(const SpectralNorm& args, int matrix) {
   float* workspace = args.workspace;
-  for (int i = 0; i < matrix; ++i) workspace += spectral_norm_workspace(args.matrices[i].rows, args.matrices[i].columns);
+  for (int i = 0; i < matrix; ++i)
+    workspace += spectral_norm_workspace(args.matrices[i].rows, args.matrices[i].columns);
   return workspace;
 }
 

@@ -11,7 +11,7 @@
 
 namespace afd::cpu::AFD_ISA {
 
-constexpr int kWide = 16;          // floats in Lanes
+constexpr int kWide = 16;            // floats in Lanes
 constexpr int kColumns = 2 * kWide;  // columns of a dot product that are summed apart
 
 using Lanes = float __attribute__((vector_size(kWide * sizeof(float))));

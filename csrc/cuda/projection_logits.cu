@@ -1,7 +1,8 @@
-// The projection head on the GPU. Forward: a warp a sample, h read once. Backward, three launches: a warp a sample writes
-// dh; a block for each strip of w and of every row of e sums g h over the samples that belong to it, in the samples' order,
-// so that no two blocks add to one place and equal calls give equal bits; and a block for each of those rows takes sigma's
-// share off, which needs all strips. Labels are scanned by every block: 8 bytes a sample, from the nearest cache.
+// The projection head on the GPU. Forward: a warp a sample, h read once. Backward, three launches: a warp a sample
+// writes dh; a block for each strip of w and of every row of e sums g h over the samples that belong to it, in the
+// samples' order, so that no two blocks add to one place and equal calls give equal bits; and a block for each of those
+// rows takes sigma's share off, which needs all strips. Labels are scanned by every block: 8 bytes a sample, from the
+// nearest cache.
 
 #include "afd/projection_logits.h"
 
@@ -86,9 +87,8 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const ProjectionLogits
 __global__ void __launch_bounds__(kThreads) take_off_kernel(const ProjectionLogitsBackward args) {
   const int64_t row = blockIdx.x, rows = gridDim.x, strips = strips_of(args.width);
   const Normalised& m = row == 0 ? args.w : args.e;
-  const double product = sum_of(strips * rows, [&](int64_t i) {
-    return (i % rows == 0) == (row == 0) ? args.workspace[i] : 0.0;
-  });
+  const double product =
+      sum_of(strips * rows, [&](int64_t i) { return (i % rows == 0) == (row == 0) ? args.workspace[i] : 0.0; });
   const int64_t own = row == 0 ? 0 : row - 1;
   const float sigma = *m.sigma, along = static_cast<float>(product / sigma) * m.u[own], inverse = 1.0f / sigma;
   float* grad = row == 0 ? args.dw : args.de + own * args.width;

@@ -1,8 +1,10 @@
-// The passes around a spectral layer's matrix products on the GPU, bound by memory: 8 bytes an element forward, 12 back.
+// The passes around a spectral layer's matrix products on the GPU, bound by memory: 8 bytes an element forward, 12
+// back.
 //
-// Forward: a thread keeps its column's bias and walks down the samples. Backward: a block takes 32 columns of one band of
-// samples, a warp every eighth sample; the warps' sums are added in their order and left in the workspace. A second launch
-// of one block adds up the bands and makes db and u's multiple. sigma is read from the device: nothing waits for it.
+// Forward: a thread keeps its column's bias and walks down the samples. Backward: a block takes 32 columns of one band
+// of samples, a warp every eighth sample; the warps' sums are added in their order and left in the workspace. A second
+// launch of one block adds up the bands and makes db and u's multiple. sigma is read from the device: nothing waits for
+// it.
 
 #include "afd/spectral_linear.h"
 

@@ -1,10 +1,10 @@
 // The power iteration of a whole group on the GPU: one launch an iteration, and no more than the weights are read.
 //
-// A block takes one band of one matrix (spectral_norm.h): a warp meets a row with v, adds its lanes up, and adds the row,
-// weighted by the product, to its own share of Wt t in shared memory, while the row is still in the nearest cache. The
-// block leaves the sum of its warps' shares in the workspace and counts itself. The block that finds itself the last of
-// its matrix adds the bands' shares in their order and sets u, v and sigma: no block waits for another, and the result
-// does not depend on which one is the last.
+// A block takes one band of one matrix (spectral_norm.h): a warp meets a row with v, adds its lanes up, and adds the
+// row, weighted by the product, to its own share of Wt t in shared memory, while the row is still in the nearest cache.
+// The block leaves the sum of its warps' shares in the workspace and counts itself. The block that finds itself the
+// last of its matrix adds the bands' shares in their order and sets u, v and sigma: no block waits for another, and the
+// result does not depend on which one is the last.
 //
 // The order in which v comes first, and matrices whose products leave float's range, go one block a matrix, scaled
 // (`careful`). The counters are set to zero ahead of the launch, on its stream.
@@ -97,9 +97,8 @@ __device__ void careful(const SpectralMatrix& m, float* workspace, int n_iter, b
     }
   }
   multiply_v(m, products, sums, scale);
-  const double sum = sum_of(m.rows, [&](int64_t i) {
-    return static_cast<double>(m.u_out[i]) * static_cast<double>(products[i]);
-  });
+  const double sum =
+      sum_of(m.rows, [&](int64_t i) { return static_cast<double>(m.u_out[i]) * static_cast<double>(products[i]); });
   if (threadIdx.x == 0) *sigma = kept_sigma(sum / scale, eps);
 }
 

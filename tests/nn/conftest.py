@@ -6,7 +6,6 @@ import copy
 from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations

@@ -76,7 +76,9 @@ def trained_alike(ours, theirs, steps, batch, lr):
     optimizers = [torch.optim.SGD(net.parameters(), lr, momentum=0.9) for net in (ours, theirs)]
     for _ in range(steps):
         y = torch.randint(ours.num_classes, (batch,), generator=generator)
-        z = torch.randn(2 * batch, ours.num_features, generator=generator, dtype=dtype) + centres.repeat_interleave(batch, 0)
+        z = torch.randn(2 * batch, ours.num_features, generator=generator, dtype=dtype) + centres.repeat_interleave(
+            batch, 0
+        )
         losses = []
         for net, optimizer in zip((ours, theirs), optimizers, strict=True):
             natural, attacked = net(z, y.repeat(2)).chunk(2)
@@ -137,7 +139,9 @@ def test_an_earlier_forward_keeps_its_gradients_when_a_later_one_iterates(settle
     late = settled(z, y).sum()
     settled(z, y)
     early = other(z, y).sum()
-    for a, b in zip(*(torch.autograd.grad(s, list(n.parameters())) for s, n in ((late, settled), (early, other))), strict=True):
+    for a, b in zip(
+        *(torch.autograd.grad(s, list(n.parameters())) for s, n in ((late, settled), (early, other))), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -167,7 +171,7 @@ def test_bad_input_is_named(settled):
     with pytest.raises(InputError, match="z is an empty batch"):
         settled(z[:0], torch.zeros(0, dtype=torch.int64))
     settled.layers[1].weight.data[0, 0] = float("nan")
-    with pytest.raises(InputError, match="the spectral norm of layers.1.weight is nan"):
+    with pytest.raises(InputError, match=r"the spectral norm of layers\.1\.weight is nan"):
         settled(z)
 
 

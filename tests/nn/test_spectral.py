@@ -44,7 +44,9 @@ def test_layers_equal_their_formulas(critic):
     for _ in range(300):
         critic(torch.tensor([0]))
     y, (first, last) = torch.tensor([[3, 0], [1, 1]]), critic.eval().layers
-    want = F.leaky_relu(F.linear(normalised(critic.table)[y[0]], normalised(first), first.bias), 0.2) @ normalised(last).T
+    want = (
+        F.leaky_relu(F.linear(normalised(critic.table)[y[0]], normalised(first), first.bias), 0.2) @ normalised(last).T
+    )
     torch.testing.assert_close(critic(y[0]), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(critic.table.eval()(y), normalised(critic.table)[y], rtol=1e-4, atol=1e-5)
 
@@ -149,11 +151,11 @@ def test_gradcheck_of_an_embedding():
 def test_errors_name_the_layer(critic):
     critic.layers[1].weight.data[0, 2] = float("nan")
     before = [buffer.clone() for buffer in critic.buffers()]
-    with pytest.raises(InputError, match="the spectral norm of last.weight is nan"):
+    with pytest.raises(InputError, match=r"the spectral norm of last\.weight is nan"):
         critic(torch.tensor([0]))
     assert all(torch.equal(a, b) for a, b in zip(before, critic.buffers(), strict=True))
     critic.layers[1].double()
-    with pytest.raises(InputTypeError, match="last.weight is torch.float64; it must have first.weight's dtype"):
+    with pytest.raises(InputTypeError, match=r"last\.weight is torch\.float64; it must have first\.weight's dtype"):
         critic(torch.tensor([0]))
 
 

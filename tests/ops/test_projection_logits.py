@@ -258,7 +258,7 @@ def test_wrong_shapes_of_w_and_e_are_named():
 
 
 def test_wrong_dtypes_are_named():
-    with pytest.raises(InputTypeError, match="w is torch.float32; it must have h's dtype, torch.float64"):
+    with pytest.raises(InputTypeError, match=r"w is torch\.float32; it must have h's dtype, torch\.float64"):
         bad(h=torch.ones(4, 5).double())
-    with pytest.raises(InputTypeError, match="y is torch.int32; labels are torch.int64"):
+    with pytest.raises(InputTypeError, match=r"y is torch\.int32; labels are torch\.int64"):
         bad(y=torch.ones(4, dtype=torch.int32))

@@ -52,7 +52,9 @@ def assert_equals_formula(case, slope, tolerance):
     got = values_and_gradients(ours, *case, slope)
     x, weight, bias, spectrum, grad = case
     exact = [None if t is None else t.double().cpu() for t in (x, weight, bias)]
-    want = values_and_gradients(formula, *exact, Spectrum(*(t.double().cpu() for t in spectrum)), grad.double().cpu(), slope)
+    want = values_and_gradients(
+        formula, *exact, Spectrum(*(t.double().cpu() for t in spectrum)), grad.double().cpu(), slope
+    )
     scales = [b.abs().max().item() for b in want]
     scales[2] += (grad.abs().T @ x.abs()).max().item() / spectrum.sigma.item()  # terms that may cancel
     for a, b, scale in zip(got, want, scales, strict=True):
@@ -164,7 +166,9 @@ def test_an_input_made_from_the_weight_counts_once():
     torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("needed", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)])
+@pytest.mark.parametrize(
+    "needed", [(True, False, False), (False, True, False), (False, False, True), (True, False, True)]
+)
 def test_only_what_needs_a_gradient_gets_one(needed):
     case = layer(8, 20, 30)
     want = values_and_gradients(ours, *case, 0.2)[1:]
@@ -225,8 +229,8 @@ def test_bits_do_not_depend_on_threads_or_instruction_set(monkeypatch):
     _, weight, _, spectrum, grad = case
     out = ours(*case[:4], 0.2)
     results = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for threads in (1, 2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         for isa in USABLE_ISAS:
             monkeypatch.setattr(native, "_isa", isa)
             results.append(values_and_gradients(ours, *case, 0.2))
@@ -288,7 +292,7 @@ def test_bad_input_is_named(message):
 
 
 def test_wrong_dtypes_are_named():
-    with pytest.raises(InputTypeError, match="weight is torch.float32; it must have x's dtype, torch.float64"):
+    with pytest.raises(InputTypeError, match=r"weight is torch\.float32; it must have x's dtype, torch\.float64"):
         bad(x=torch.ones(4, 5).double())
-    with pytest.raises(InputTypeError, match="bias is torch.float64; it must have the weight's dtype"):
+    with pytest.raises(InputTypeError, match=r"bias is torch\.float64; it must have the weight's dtype"):
         bad(bias=torch.ones(6).double())

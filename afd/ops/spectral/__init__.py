@@ -74,7 +74,7 @@ def spectral_norm(
     """
     called = [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names)
     arguments = (list(weights), list(us), list(vs), n_iter, eps, first, called)
-    if weights and all(map(plain, weights)) and not any(weight.requires_grad for weight in weights):
+    if plain(*weights) and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         sigma, new_us, new_vs = schema.spectral_norm(*arguments)
     else:
         sigma, new_us, new_vs = torch.ops.afd.spectral_norm.default(*arguments)

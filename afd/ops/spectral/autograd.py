@@ -66,7 +66,7 @@ def spectral_norm(weights: list[Tensor], *rest: Any) -> tuple[Tensor, list[Tenso
     if not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
         found: tuple[Tensor, list[Tensor], list[Tensor]] = _below("spectral_norm", weights, *rest)
         return found
-    sigma, *vectors = _SpectralNorm.apply(rest, *weights)
+    sigma, *vectors = _SpectralNorm.apply(rest, *weights)  # type: ignore[no-untyped-call]
     return sigma, vectors[: len(weights)], vectors[len(weights) :]
 
 
@@ -112,7 +112,7 @@ def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) 
     needed = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     out: Tensor
     if torch.is_grad_enabled() and needed:
-        out = _SpectralLinear.apply(x, weight, bias, *rest)
+        out = _SpectralLinear.apply(x, weight, bias, *rest)  # type: ignore[no-untyped-call]
     else:
         out = _below("spectral_linear", x, weight, bias, *rest)
     return out
@@ -154,7 +154,7 @@ def projection_logits(*arguments: Tensor | None) -> Tensor:
     h, w, bias, *_, e, _sigma, _u, _v = arguments
     score: Tensor
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (h, w, bias, e)):
-        score = _ProjectionLogits.apply(*arguments)
+        score = _ProjectionLogits.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         score = _below("projection_logits", *arguments)
     return score

@@ -102,7 +102,9 @@ def projection_logits_backward(
     y, de = (y.contiguous(), torch.empty_like(e)) if labelled else (None, None)  # type: ignore[union-attr, arg-type]
     classes = 0 if de is None else de.shape[0]
     of_w, of_e = [t.contiguous() for t in spectrum_w], [t.contiguous() for t in spectrum_e or ()]
-    workspace = torch.empty(workspace_size("projection_logits", h.shape[1], classes), dtype=torch.float64, device=h.device)
+    workspace = torch.empty(
+        workspace_size("projection_logits", h.shape[1], classes), dtype=torch.float64, device=h.device
+    )
     launch(
         "projection_logits_backward", dh,
         grad.data_ptr(), h.data_ptr(), w.data_ptr(), *map(Tensor.data_ptr, of_w),

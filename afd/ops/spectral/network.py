@@ -2,8 +2,8 @@
 
 At a batch of 128 the products of a 512-wide layer take 0.2 ms each, and every op that is dispatched, recorded and
 differentiated by itself costs a good part of that again. Here the whole network is recorded once and calls the kernels
-directly. Its backward writes each layer's gradient over the one above, and leaves out what the present backward pass does
-not ask for: the game's features step wants the gradient of z alone.
+directly. Its backward writes each layer's gradient over the one above, and leaves out what the present backward pass
+does not ask for: the game's features step wants the gradient of z alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.nn import Parameter
 
 from afd.errors import InputError
 from afd.ops import backend
@@ -53,26 +54,41 @@ def projection_network(
             h = torch.ops.afd.spectral_linear.default(h, weight, b, *spectrum, negative_slope)
         score = torch.ops.afd.projection_logits.default(h, w, bias, *of_w, y, e, *of_e)
         return score
-    _check(z, y, parameters, spectra, negative_slope)
+    checks.slope(negative_slope)
+    checks.features("z", z, (layers[0] if layers else w).shape[1])
+    if y is not None:
+        checks.labels(y, z, e.shape[0])
+    if not _fit(z, parameters, spectra):
+        _check(z, parameters, spectra)
     if torch.is_grad_enabled():
-        score = _Network.apply(y, spectra, negative_slope, z, *parameters)
+        score = _Network.apply(y, spectra, negative_slope, z, *parameters)  # type: ignore[no-untyped-call]
     else:
         score, _ = _forward(z, y, parameters, spectra, negative_slope)
     return score
 
 
-def plain(x: Tensor) -> bool:
-    """Whether x is a tensor that holds memory, met outside of a compiler: its op need not be dispatched."""
-    return type(x) is Tensor and not torch.compiler.is_compiling()
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are tensors that hold memory, met outside of a compiler: their op need not be dispatched."""
+    return not torch.compiler.is_compiling() and all(type(x) is Tensor or type(x) is Parameter for x in tensors)
 
 
-def _check(
-    z: Tensor, y: Tensor | None, parameters: Sequence[Tensor], spectra: Sequence[Triple], slope: float
-) -> None:
+def _fit(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -> bool:
+    """Whether `_check` has nothing to say of them, found out in a fraction of its time."""
+    weights = [*parameters[:-1:2], parameters[-1]]
+    outputs = [weight.shape[0] for weight in weights]
+    inputs = [z.shape[-1], *outputs[:-2]]
+    return (
+        [weight.shape[1] for weight in weights] == [*inputs, inputs[-1]]
+        and outputs[-2] == 1
+        and all(bias.shape == (rows,) for bias, rows in zip(parameters[1::2], outputs, strict=False))
+        and all(weight.shape == (len(u), len(v)) for weight, (_, u, v) in zip(weights, spectra, strict=True))
+        and all(p.dtype is z.dtype and p.device == z.device and p.is_contiguous() for p in parameters)
+    )
+
+
+def _check(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -> None:
     *layers, w, bias, e = parameters
-    checks.slope(slope)
-    width, name = z.shape[1] if z.dim() == 2 else 0, "z"
-    checks.features(name, z, layers[0].shape[1] if layers else w.shape[1])
+    width = z.shape[-1]
     for weight, b, spectrum in zip([*layers[::2], w], [*layers[1::2], bias], spectra, strict=False):
         checks.matrix("weight", weight, *spectrum, z, "z")
         checks.bias(b, weight)
@@ -80,8 +96,9 @@ def _check(
             raise InputError(f"weight has shape {list(weight.shape)}; it must be [rows, {width}], as its input is wide")
         width = weight.shape[0]
     checks.matrix("e", e, *spectra[-1], z, "z")
-    if y is not None:
-        checks.labels(y, z, e.shape[0])
+    if width != 1 or e.shape[1] != w.shape[1]:
+        shapes = f"{list(w.shape)} and {list(e.shape)}"
+        raise InputError(f"w and e have shapes {shapes}; they must be [1, width] and [classes, width]")
 
 
 def _forward(
@@ -113,18 +130,20 @@ class _Network(Function):
         parameters, hidden = saved[: 2 * depth + 3], saved[2 * depth + 3 :]
         if torch.is_grad_enabled():
             return None, None, None, *_again(ctx, grad, y, hidden[0], parameters)
-        of_parameters = any(map(_asked_for, ctx.next_functions[-len(parameters) :]))
-        to_z = ctx.needs_input_grad[3]
+        edge_of_z, *edges = ctx.next_functions[-1 - len(parameters) :]
+        to_z, of_parameters = _asked_for(edge_of_z), any(map(_asked_for, edges))
         *layers, w, _, e = parameters
         dh, dw, db, de = native.projection_logits_backward(grad, hidden[-1], w, ctx.spectra[-2], y, e, ctx.spectra[-1])
         found = [dw, db, de]
         for i in reversed(range(depth)):
-            # The gradient is ours alone: the pass before the products may overwrite it.
+            weight, bias, (sigma, u, v) = layers[2 * i], layers[2 * i + 1], ctx.spectra[i]
             wanted = [i > 0 or to_z, of_parameters, of_parameters]
-            arguments = (dh, hidden[i], layers[2 * i], layers[2 * i + 1], hidden[i + 1], *ctx.spectra[i])
-            gradients = native.spectral_linear_backward(*arguments, ctx.slope, wanted, over=True)
-            found[:0] = gradients[1:] if wanted[0] else gradients
-            dh = gradients[0]
+            gradients = native.spectral_linear_backward(  # over a gradient that is ours alone
+                dh, hidden[i], weight, bias, hidden[i + 1], sigma, u, v, ctx.slope, wanted, over=True
+            )
+            if wanted[0]:
+                dh, *gradients = gradients
+            found[:0] = gradients
         if not of_parameters:
             found = [None] * len(parameters)
         return None, None, None, dh if to_z else None, *found
@@ -141,9 +160,7 @@ def _asked_for(edge: tuple[Any, int]) -> bool:
         return True
 
 
-def _again(
-    ctx: Context, grad: Tensor, y: Tensor | None, z: Tensor, parameters: list[Tensor]
-) -> list[Tensor | None]:
+def _again(ctx: Context, grad: Tensor, y: Tensor | None, z: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
     """The gradients with a graph of their own, from the reference formulas."""
 
     def formula(z: Tensor, *parameters: Tensor) -> Tensor:
@@ -157,5 +174,4 @@ def _again(
             h = reference.spectral_linear(h, weight, b, sigma, ctx.slope)
         return reference.projection_logits(h, w, bias, sigmas[-2], y, e if y is not None else None, sigmas[-1])
 
-    found = derive(formula, grad, [z, *parameters])
-    return found
+    return derive(formula, grad, [z, *parameters])

@@ -28,10 +28,10 @@ def _register(name: str, arguments: str, results: str, kernel: Any, fake: Any, d
 def spectral_norm(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], n_iter: int, eps: float, first: str, names: list[str]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """The op on CPU and CUDA, without gradients; `afd.ops.spectral_norm` may call it where there is nothing to dispatch."""
+    """The op on CPU and CUDA, without gradients: what is left of it where there is nothing to dispatch."""
     checks.group(names, weights, us, vs, n_iter, eps, first)
-    native_here = backend.serves_natively(weights[0])
-    found = (native if native_here else reference).spectral_norm(weights, us, vs, n_iter, eps, first)
+    serve = native if backend.serves_natively(weights[0]) else reference
+    found: tuple[Tensor, list[Tensor], list[Tensor]] = serve.spectral_norm(weights, us, vs, n_iter, eps, first)
     if found[0].device.type == "cpu":
         for name, sigma in zip(names, found[0].tolist(), strict=True):
             if sigma - sigma != 0:
@@ -66,7 +66,8 @@ def _spectral_linear(
     checks.bias(bias, weight)
     checks.slope(slope)
     serve = native if backend.serves_natively(x) else reference
-    return serve.spectral_linear(x, weight, bias, sigma, slope)
+    out: Tensor = serve.spectral_linear(x, weight, bias, sigma, slope)
+    return out
 
 
 def _spectral_linear_backward(
@@ -129,7 +130,9 @@ def _projection_logits(
 ) -> Tensor:
     checks.matrix("w", w, sigma_w, u_w, v_w, h, "h")
     if w.shape[0] != 1:
-        raise InputError(f"w has shape {list(w.shape)}; it must be [1, width], like the weight of a layer with one output")
+        raise InputError(
+            f"w has shape {list(w.shape)}; it must be [1, width], like the weight of a layer with one output"
+        )
     checks.features("h", h, w.shape[1])
     checks.bias(bias, w)
     if y is not None:
@@ -140,7 +143,8 @@ def _projection_logits(
             raise InputError(f"e has shape {list(e.shape)}; it must be [classes, {h.shape[1]}]")
         checks.labels(y, h, e.shape[0])
     serve = native if backend.serves_natively(h) else reference
-    return serve.projection_logits(h, w, bias, sigma_w, y, e, sigma_e)
+    score: Tensor = serve.projection_logits(h, w, bias, sigma_w, y, e, sigma_e)
+    return score
 
 
 def _projection_logits_backward(
@@ -169,9 +173,7 @@ def _fake_projection_backward(_grad: Tensor, h: Tensor, w: Tensor, *rest: Any) -
     return [torch.empty_like(t) for t, want in zip(shapes, wanted, strict=True) if want]
 
 
-_SPECTRA = (
-    "Tensor sigma_w, Tensor u_w, Tensor v_w, Tensor? y, Tensor? e, Tensor? sigma_e, Tensor? u_e, Tensor? v_e"
-)
+_SPECTRA = "Tensor sigma_w, Tensor u_w, Tensor v_w, Tensor? y, Tensor? e, Tensor? sigma_e, Tensor? u_e, Tensor? v_e"
 _register(
     "projection_logits",
     f"Tensor h, Tensor w, Tensor? bias, {_SPECTRA}",

@@ -1,4 +1,5 @@
-// The head of a projection discriminator (Miyato & Koyama 2018), both of its matrices spectral-normalised, per sample i:
+// The head of a projection discriminator (Miyato & Koyama 2018), both of its matrices spectral-normalised, per sample
+// i:
 //
 //     score = h.w / sigma_w + b + h.e_y / sigma_e
 //
@@ -7,8 +8,8 @@
 //
 //     dh = g (w / sigma_w + e_y / sigma_e),    dW = (G - (<G, W> / sigma) u vt) / sigma  for W = w and W = e.
 //
-// G is summed in the order of the samples, whoever computes it: equal calls give equal bits. A label that names no row of
-// e makes its score and its dh NaN, and moves no row.
+// G is summed in the order of the samples, whoever computes it: equal calls give equal bits. A label that names no row
+// of e makes its score and its dh NaN, and moves no row.
 #pragma once
 
 #include "afd/common.h"

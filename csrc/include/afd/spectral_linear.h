@@ -1,5 +1,5 @@
-// The passes around the matrix products of a spectral-normalised layer, y = act(x Wt / sigma + b), where act(p) is p for
-// p > 0 and slope p elsewhere, 0 < slope <= 1.
+// The passes around the matrix products of a spectral-normalised layer, y = act(x Wt / sigma + b), where act(p) is p
+// for p > 0 and slope p elsewhere, 0 < slope <= 1.
 //
 // Forward: torch forms x Wt, and one pass in place does the rest. Backward: from dy and y one pass makes
 //
@@ -39,8 +39,8 @@ struct SpectralLinearBackward {
   float slope;
 };
 
-// The samples are cut into bands, by their number alone; each leaves its share of db and of c, and the shares are added in
-// order.
+// The samples are cut into bands, by their number alone; each leaves its share of db and of c, and the shares are added
+// in order.
 constexpr int kMostSampleBands = 16;
 constexpr int64_t kBandSamples = 16;
 

@@ -39,8 +39,8 @@ struct SpectralNorm {
   float* workspace;  // spectral_norm_workspace floats for each
 };
 
-// A matrix is cut into bands of rows, by its shape alone: each adds up its own share of Wt t, and the shares are added in
-// order, so that results depend on neither threads nor timing.
+// A matrix is cut into bands of rows, by its shape alone: each adds up its own share of Wt t, and the shares are added
+// in order, so that results depend on neither threads nor timing.
 constexpr int kMostBands = 16;
 constexpr int64_t kBandElements = 8192;
 
