@@ -215,6 +215,7 @@ def apgd_update(*arguments: Any) -> None:
 # --- From tensors to launches ---------------------------------------------------------------------------------------
 
 
+@functools.cache
 def workspace_size(op: str, *extent: int) -> int:
     """Elements of scratch memory that a kernel needs."""
     assert _C is not None

@@ -13,48 +13,59 @@ namespace {
 
 const float kNaN = __builtin_nanf("");
 
-void pass_strip(const ProjectionLogitsBackward& args, int64_t strip) {
-  const int64_t begin = strip * kStrip, columns = args.width - begin < kStrip ? args.width - begin : kStrip;
-  const float to_w = 1.0f / *args.w.sigma, to_e = args.y ? 1.0f / *args.e.sigma : 0.0f;
-  float* dw = args.dw + begin;
-  for (int64_t j = 0; j < columns; ++j) dw[j] = 0.0f;
-  for (int64_t c = 0; args.y && c < args.classes; ++c)
-    for (int64_t j = 0; j < columns; ++j) args.de[c * args.width + begin + j] = 0.0f;
-  const float* w = args.w.weight + begin;
-  for (int64_t i = 0; i < args.samples; ++i) {
-    const float g = args.grad[i];
-    const float* h = args.h + i * args.width + begin;
-    float* dh = args.dh + i * args.width + begin;
+struct Strip {
+  int64_t begin, columns;
+};
+
+Strip strip_of(const ProjectionLogitsBackward& args, int64_t strip) {
+  const int64_t begin = strip * kStrip;
+  return {begin, args.width - begin < kStrip ? args.width - begin : kStrip};
+}
+
+// One sample's part of a strip: dh, and its share of G_w, of its row of G_e, and of the terms of <G_e, e>.
+void pass_sample(const Strip& strip, float g, const float* h, const float* w, float to_w, const float* e, float to_e,
+                 float* dh, float* dw, float* de, float* terms) {
 #pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) {
-      dw[j] += g * h[j];
-      dh[j] = g * (w[j] * to_w);
-    }
-    if (!args.y) continue;
-    if (!names_a_row(args.y[i], args.classes)) {
-      for (int64_t j = 0; j < columns; ++j) dh[j] = kNaN;
-      continue;
-    }
-    const float* e = args.e.weight + args.y[i] * args.width + begin;
-    float* de = args.de + args.y[i] * args.width + begin;
-#pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) {
-      de[j] += g * h[j];
-      dh[j] += g * (e[j] * to_e);
-    }
+  for (int64_t j = 0; j < strip.columns; ++j) {
+    const float gh = g * h[j];
+    dw[j] += gh;
+    de[j] += gh;
+    terms[j] += gh * e[j];
+    dh[j] = g * (w[j] * to_w) + g * (e[j] * to_e);
   }
 }
 
-double product_in_strip(const float* grad, const float* weight, int64_t columns) {
-  return sum_of(columns, [=](int64_t j) { return static_cast<double>(grad[j]) * static_cast<double>(weight[j]); });
+void pass_sample(const Strip& strip, float g, const float* h, const float* w, float to_w, float of_class, float* dh,
+                 float* dw) {
+#pragma omp simd
+  for (int64_t j = 0; j < strip.columns; ++j) {
+    dw[j] += g * h[j];
+    dh[j] = g * (w[j] * to_w) + of_class;
+  }
 }
 
-// sum over strips of the workspace's `count` entries a strip, from `first` on.
-double total(const double* workspace, int64_t strips, int64_t stride, int64_t first, int64_t count) {
-  double sum = 0.0;
-  for (int64_t strip = 0; strip < strips; ++strip)
-    for (int64_t k = 0; k < count; ++k) sum += workspace[strip * stride + first + k];
-  return sum;
+// Leaves <G_w, w> and <G_e, e>, as far as the strip goes, in `products`.
+void pass_strip(const ProjectionLogitsBackward& args, const Strip& strip, double* products) {
+  const float to_w = 1.0f / *args.w.sigma, to_e = args.y ? 1.0f / *args.e.sigma : 0.0f;
+  const float* w = args.w.weight + strip.begin;
+  float* dw = args.dw + strip.begin;
+  float terms[kStrip] = {};
+  for (int64_t j = 0; j < strip.columns; ++j) dw[j] = 0.0f;
+  for (int64_t c = 0; args.y && c < args.classes; ++c)
+    for (int64_t j = 0; j < strip.columns; ++j) args.de[c * args.width + strip.begin + j] = 0.0f;
+  for (int64_t i = 0; i < args.samples; ++i) {
+    const int64_t at = i * args.width + strip.begin;
+    if (args.y && names_a_row(args.y[i], args.classes)) {
+      const int64_t row = args.y[i] * args.width + strip.begin;
+      pass_sample(strip, args.grad[i], args.h + at, w, to_w, args.e.weight + row, to_e, args.dh + at, dw, args.de + row,
+                  terms);
+    } else {
+      pass_sample(strip, args.grad[i], args.h + at, w, to_w, args.y ? kNaN : 0.0f, args.dh + at, dw);
+    }
+  }
+  products[0] =
+      sum_of(strip.columns, [=](int64_t j) { return static_cast<double>(dw[j]) * static_cast<double>(w[j]); });
+  products[1] = sum_of(strip.columns, [&terms](int64_t j) { return static_cast<double>(terms[j]); });
 }
 
 void take_off(const Normalised& m, double product, float* grad, int64_t row, int64_t width) {
@@ -84,20 +95,16 @@ void projection_logits(const ProjectionLogits& args, int threads) {
 }
 
 void projection_logits_backward(const ProjectionLogitsBackward& args, int threads) {
-  const int64_t strips = strips_of(args.width), classes = args.y ? args.classes : 0, stride = args.classes + 1;
-  for_each_row(threads, strips, args.samples * kStrip, [&args, classes, stride](int64_t strip) {
-    pass_strip(args, strip);
-    const int64_t begin = strip * kStrip, columns = args.width - begin < kStrip ? args.width - begin : kStrip;
-    double* own = args.workspace + strip * stride;
-    own[0] = product_in_strip(args.dw + begin, args.w.weight + begin, columns);
-    for (int64_t c = 0; c < classes; ++c) {
-      const int64_t at = c * args.width + begin;
-      own[1 + c] = product_in_strip(args.de + at, args.e.weight + at, columns);
-    }
-  });
-  take_off(args.w, total(args.workspace, strips, stride, 0, 1), args.dw, 0, args.width);
-  const double of_e = total(args.workspace, strips, stride, 1, classes);
-  for_each_row(threads, classes, args.width,
+  const int64_t strips = strips_of(args.width);
+  for_each_row(threads, strips, args.samples * kStrip,
+               [&args](int64_t strip) { pass_strip(args, strip_of(args, strip), args.workspace + 2 * strip); });
+  double of_w = 0.0, of_e = 0.0;
+  for (int64_t strip = 0; strip < strips; ++strip) {
+    of_w += args.workspace[2 * strip];
+    of_e += args.workspace[2 * strip + 1];
+  }
+  take_off(args.w, of_w, args.dw, 0, args.width);
+  for_each_row(threads, args.y ? args.classes : 0, args.width,
                [&args, of_e](int64_t c) { take_off(args.e, of_e, args.de, c, args.width); });
   *args.db = static_cast<float>(sum_of(args.samples, [&args](int64_t i) { return static_cast<double>(args.grad[i]); }));
 }

@@ -55,9 +55,9 @@ constexpr int64_t kStrip = 64;
 
 AFD_HOST_DEVICE int64_t strips_of(int64_t width) { return (width + kStrip - 1) / kStrip; }
 
-// Each strip's part of <G_w, w> and of <G_e[c], e_c> for each class.
+// Each strip's part of <G_w, w> and of <G_e, e>: on the GPU class by class, on the CPU two numbers.
 AFD_HOST_DEVICE int64_t projection_logits_workspace(int64_t width, int64_t classes) {
-  return strips_of(width) * (classes + 1);
+  return strips_of(width) * (classes + 2);
 }
 
 AFD_HOST_DEVICE bool names_a_row(int64_t label, int64_t classes) { return label >= 0 && label < classes; }
