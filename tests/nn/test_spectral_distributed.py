@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import torch
 import torch.nn.functional as F
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from afd.nn import ProjectionDiscriminator
@@ -49,10 +51,13 @@ def on_rank(rank, folder):
     distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"  # what the children inherit
-    multiprocessing.spawn(on_rank, (str(tmp_path),), RANKS)
+def test_two_processes_equal_one(tmp_path):
+    """The processes run this file, so that they need no import of the test package."""
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment) for rank in range(RANKS)
+    ]
+    assert [process.wait(timeout=120) for process in ranks] == [0] * RANKS
     net = discriminator()
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     want = [step(net, optimizer, z, y) for z, y in batches()]
@@ -66,3 +71,7 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
     for key, value in results[0][1].items():
         if key.endswith((".u", ".v")):
             assert torch.equal(value, results[1][1][key]), key
+
+
+if __name__ == "__main__":
+    on_rank(int(sys.argv[1]), sys.argv[2])
