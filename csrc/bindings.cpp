@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -12,8 +13,11 @@
 #include "afd/apgd_update.h"
 #include "afd/pgd_step.h"
 #include "afd/project.h"
+#include "afd/projection_logits.h"
 #include "afd/random_start.h"
 #include "afd/runtime.h"
+#include "afd/spectral_linear.h"
+#include "afd/spectral_norm.h"
 #include "cpu/dispatch.h"
 #include "cpu/team.h"
 
@@ -124,6 +128,98 @@ afd::ApgdUpdate apgd_update_args(Address x_adv, Address grad, Address loss, Addr
           most_increases};
 }
 
+afd::SpectralLinear spectral_linear_args(Address out, Address bias, Address sigma, int64_t samples, int64_t rows,
+                                         float slope) {
+  return {pointer<float>(out), pointer<const float>(bias), pointer<const float>(sigma), samples, rows, slope};
+}
+
+afd::SpectralLinearBackward spectral_linear_backward_args(Address grad, Address out, Address bias, Address sigma,
+                                                          Address u, Address scaled, Address bias_grad,
+                                                          Address u_scaled, Address workspace, int64_t samples,
+                                                          int64_t rows, float slope) {
+  return {pointer<const float>(grad),
+          pointer<const float>(out),
+          pointer<const float>(bias),
+          pointer<const float>(sigma),
+          pointer<const float>(u),
+          pointer<float>(scaled),
+          pointer<float>(bias_grad),
+          pointer<float>(u_scaled),
+          pointer<float>(workspace),
+          samples,
+          rows,
+          slope};
+}
+
+afd::ProjectionLogits projection_logits_args(Address h, Address w, Address bias, Address sigma_w, Address y, Address e,
+                                             Address sigma_e, Address score, int64_t samples, int64_t width,
+                                             int64_t classes) {
+  return {pointer<const float>(h),
+          pointer<const float>(w),
+          pointer<const float>(bias),
+          pointer<const float>(sigma_w),
+          pointer<const int64_t>(y),
+          pointer<const float>(e),
+          pointer<const float>(sigma_e),
+          pointer<float>(score),
+          samples,
+          width,
+          classes};
+}
+
+afd::Normalised normalised(Address weight, Address sigma, Address u, Address v) {
+  return {pointer<const float>(weight), pointer<const float>(sigma), pointer<const float>(u), pointer<const float>(v)};
+}
+
+afd::ProjectionLogitsBackward projection_logits_backward_args(Address grad, Address h, Address w, Address sigma_w,
+                                                              Address u_w, Address v_w, Address y, Address e,
+                                                              Address sigma_e, Address u_e, Address v_e, Address dh,
+                                                              Address dw, Address db, Address de, Address workspace,
+                                                              int64_t samples, int64_t width, int64_t classes) {
+  return {pointer<const float>(grad),
+          pointer<const float>(h),
+          normalised(w, sigma_w, u_w, v_w),
+          pointer<const int64_t>(y),
+          normalised(e, sigma_e, u_e, v_e),
+          pointer<float>(dh),
+          pointer<float>(dw),
+          pointer<float>(db),
+          pointer<float>(de),
+          pointer<double>(workspace),
+          samples,
+          width,
+          classes};
+}
+
+// A group of matrices: addresses of weight, u, v, u_out and v_out, then rows and columns.
+using Matrices = std::vector<std::array<Address, 7>>;
+
+struct Group {
+  std::vector<afd::SpectralMatrix> matrices;
+  afd::SpectralNorm args;
+};
+
+Group spectral_norm_args(const Matrices& matrices, int n_iter, float eps, bool u_first, Address sigma,
+                         Address workspace) {
+  Group group;
+  for (const auto& [weight, u, v, u_out, v_out, rows, columns] : matrices)
+    group.matrices.push_back({pointer<const float>(weight), pointer<const float>(u), pointer<const float>(v),
+                              pointer<float>(u_out), pointer<float>(v_out), static_cast<int64_t>(rows),
+                              static_cast<int64_t>(columns)});
+  group.args = {
+      group.matrices.data(),    static_cast<int>(group.matrices.size()), n_iter, eps, u_first, pointer<float>(sigma),
+      pointer<float>(workspace)};
+  return group;
+}
+
+void spectral_norm_on_cpu(const Group& group, afd::cpu::Launch launch) { afd::cpu::spectral_norm(group.args, launch); }
+
+#ifdef AFD_WITH_CUDA
+int spectral_norm_on_cuda(const Group& group, afd::cuda::Launch launch) {
+  return afd::cuda::spectral_norm(group.args, launch);
+}
+#endif
+
 // Binds op as op(*arguments of `build`, *two launch numbers), with the GIL released while it runs.
 template <class Result, class Args, class Launch, class... In>
 void bind(py::module_& module, const char* name, Args (*build)(In...), Result (*op)(const Args&, Launch),
@@ -153,6 +249,11 @@ void bind_cpu(py::module_ cpu) {
   bind(cpu, "random_start", random_start_args, afd::cpu::random_start, place);
   bind(cpu, "apgd_step", apgd_step_args, afd::cpu::apgd_step, place);
   bind(cpu, "apgd_update", apgd_update_args, afd::cpu::apgd_update, place);
+  bind(cpu, "spectral_linear", spectral_linear_args, afd::cpu::spectral_linear, place);
+  bind(cpu, "spectral_linear_backward", spectral_linear_backward_args, afd::cpu::spectral_linear_backward, place);
+  bind(cpu, "projection_logits", projection_logits_args, afd::cpu::projection_logits, place);
+  bind(cpu, "projection_logits_backward", projection_logits_backward_args, afd::cpu::projection_logits_backward, place);
+  bind(cpu, "spectral_norm", spectral_norm_args, spectral_norm_on_cpu, place);
   cpu.def("compiled_isas", [] { return names(afd::cpu::compiled_isas()); });
   cpu.def("usable_isas", isas_that_run);
   cpu.def("has_team", afd::cpu::has_team);
@@ -167,6 +268,12 @@ void bind_cuda(py::module_ cuda) {
   bind(cuda, "random_start", random_start_args, afd::cuda::random_start, place);
   bind(cuda, "apgd_step", apgd_step_args, afd::cuda::apgd_step, place);
   bind(cuda, "apgd_update", apgd_update_args, afd::cuda::apgd_update, place);
+  bind(cuda, "spectral_linear", spectral_linear_args, afd::cuda::spectral_linear, place);
+  bind(cuda, "spectral_linear_backward", spectral_linear_backward_args, afd::cuda::spectral_linear_backward, place);
+  bind(cuda, "projection_logits", projection_logits_args, afd::cuda::projection_logits, place);
+  bind(cuda, "projection_logits_backward", projection_logits_backward_args, afd::cuda::projection_logits_backward,
+       place);
+  bind(cuda, "spectral_norm", spectral_norm_args, spectral_norm_on_cuda, place);
   cuda.def("l2_workspace", afd::cuda::l2_workspace);
   cuda.def("error_string", afd::cuda::error_string);
   cuda.attr("runtime_version") = afd::cuda::runtime_version();
@@ -179,6 +286,12 @@ void bind_cuda(py::module_ cuda) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "afd's compiled kernels; call them through afd.ops";
   module.attr("compiler") = __VERSION__;
+  module.def("spectral_norm_workspace",
+             [](int64_t rows, int64_t columns) { return afd::spectral_norm_workspace(rows, columns); });
+  module.def("spectral_linear_workspace",
+             [](int64_t samples, int64_t rows) { return afd::spectral_linear_workspace(samples, rows); });
+  module.def("projection_logits_workspace",
+             [](int64_t width, int64_t classes) { return afd::projection_logits_workspace(width, classes); });
   bind_cpu(module.def_submodule("cpu"));
 #ifdef AFD_WITH_CUDA
   bind_cuda(module.def_submodule("cuda"));

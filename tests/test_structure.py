@@ -17,6 +17,7 @@ from afd import ops
 ROOT = Path(__file__).parents[1]
 PACKAGE, CSRC = ROOT / "afd", ROOT / "csrc"
 OPS = ("pgd_step", "project", "random_start", "apgd_step", "apgd_update")
+OPS += ("spectral_norm", "spectral_linear", "projection_logits")
 
 # From the ground up; a room may import from lower floors and from itself.
 FLOORS = (
@@ -94,8 +95,8 @@ def test_one_op_has_one_name_in_every_room(op):
     ]  # fmt: skip
     assert [name for name in files if not (ROOT / name).is_file()] == []
     for room in ("native", "reference"):
-        tree = ast.parse((PACKAGE / "ops" / f"{room}.py").read_text())
-        assert op in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, room
+        trees = [ast.parse(path.read_text()) for path in (PACKAGE / "ops").rglob(f"{room}.py")]
+        assert op in {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}, room
     assert {op, f"{op}_"} & set(ops.__all__)  # with the underscore, it works in place
 
 

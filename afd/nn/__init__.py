@@ -1,4 +1,4 @@
-"""Networks: encoders, the classifier that exposes its features, and the projection discriminator."""
+"""Networks: encoders, the classifier that exposes its features, spectral layers and the projection discriminator."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from afd.nn.classifier import FeatureClassifier
 from afd.nn.convnet import ConvNet
 from afd.nn.discriminator import ProjectionDiscriminator
 from afd.nn.resnet import ResNet18
+from afd.nn.spectral import SpectralEmbedding, SpectralGroup, SpectralLayer, SpectralLinear
+from afd.nn.spectral_state import convert_spectral_state
 
 __all__ = ["MODELS", "ConvNet", "FeatureClassifier", "ProjectionDiscriminator", "ResNet18", "build_model"]
+__all__ += ["SpectralEmbedding", "SpectralGroup", "SpectralLayer", "SpectralLinear", "convert_spectral_state"]
 
 MODELS = ("convnet", "resnet18")
 

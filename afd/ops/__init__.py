@@ -1,8 +1,8 @@
 """The ops all of afd is built on: fused kernels on CPU and CUDA, with the same formulas in PyTorch beside them.
 
 Every op takes and returns torch tensors, runs on the tensor's device and torch's current stream, and never waits for
-the device. None is differentiable: an attack differentiates the model, not its own steps. Which implementation serves
-a tensor is decided in `afd.ops.backend`.
+the device. Those of attacks are not differentiable: an attack differentiates the model, not its own steps. The spectral
+ones are layers, and are (`afd.ops.spectral`). Which implementation serves a tensor is decided in `afd.ops.backend`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from torch import Tensor
 from afd.ops import backend, checks, schema
 from afd.ops.apgd import apgd_step, apgd_step_, apgd_update_, momentum_point
 from afd.ops.settings import Bounds, Setting, plain, split
+from afd.ops.spectral import Spectrum, projection_logits, spectral_linear, spectral_norm
 
 __all__ = ["backend", "pgd_step", "pgd_step_", "project", "project_", "random_start", "random_start_", "schema"]
 __all__ += ["apgd_step", "apgd_step_", "apgd_update_", "momentum_point"]
+__all__ += ["Spectrum", "projection_logits", "spectral_linear", "spectral_norm"]
 
 
 def project(

@@ -109,7 +109,7 @@ def project(
     if not _walked_alike(out, x_adv, x):
         return _through_copy(project, out, x_adv, x, eps, low, high, epsilons, norm)
     workspace = _workspace(out, norm)
-    return _launch(
+    return launch(
         "project", out,
         x_adv.data_ptr(), x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high,
         _NORM_CODES[norm], _address(workspace),
@@ -138,7 +138,7 @@ def pgd_step(
     if grad.dtype == torch.float64:
         grad = _in_float32(grad, norm)
     workspace = _workspace(out, norm)
-    return _launch(
+    return launch(
         "pgd_step", out,
         x_adv.data_ptr(), x.data_ptr(), grad.data_ptr(), out.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
         alpha, _address(alphas), eps, _address(epsilons), low, high,
@@ -162,7 +162,7 @@ def random_start(
         return _through_copy(random_start, out, x, eps, low, high, seed, first_sample, epsilons, norm)
     if norm != "Linf" and x.data_ptr() == out.data_ptr():
         x = x.clone()  # out holds the draws while their norm is not yet known
-    return _launch(
+    return launch(
         "random_start", out,
         x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high, _NORM_CODES[norm],
         seed, first_sample,
@@ -187,7 +187,7 @@ def apgd_step(
         return _on_copies(apgd_step, 2, x_adv, x_adv_old, x, grad, step, eps, a, low, high, steps, epsilons)
     if grad.dtype == torch.float64:
         grad = grad.sign().float()
-    _launch(
+    launch(
         "apgd_step", x_adv,
         x_adv.data_ptr(), x_adv_old.data_ptr(), x.data_ptr(), grad.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
         step, _address(steps), eps, _address(epsilons), a, 1 - a, low, high,
@@ -201,7 +201,7 @@ def apgd_update(*arguments: Any) -> None:
     x_adv, grad, loss, fooled, x_best, grad_best, x_best_adv, *_ = tensors
     if not (_walked_alike(x_adv, x_best, x_best_adv) and _walked_alike(grad, grad_best)):
         return _on_copies(apgd_update, len(tensors), *arguments)
-    _launch(
+    launch(
         "apgd_update", x_adv,
         *(tensor.data_ptr() for tensor in tensors), grad.element_size(), *_extent(x_adv),
         interval > 0, math.floor(rho * interval),
@@ -215,7 +215,15 @@ def apgd_update(*arguments: Any) -> None:
 # --- From tensors to launches ---------------------------------------------------------------------------------------
 
 
-def _launch(name: str, out: Tensor, *arguments: Any) -> None:
+@functools.cache
+def workspace_size(op: str, *extent: int) -> int:
+    """Elements of scratch memory that a kernel needs."""
+    assert _C is not None
+    size: int = getattr(_C, f"{op}_workspace")(*extent)
+    return size
+
+
+def launch(name: str, out: Tensor, *arguments: Any) -> None:
     """Runs a kernel where `out` lives and marks `out` as changed."""
     assert _C is not None
     if out.is_cuda:

@@ -7,7 +7,10 @@
 #include "afd/apgd_update.h"
 #include "afd/pgd_step.h"
 #include "afd/project.h"
+#include "afd/projection_logits.h"
 #include "afd/random_start.h"
+#include "afd/spectral_linear.h"
+#include "afd/spectral_norm.h"
 
 #ifdef AFD_HAVE_AVX2
 #define AFD_WHERE_AVX2(...) __VA_ARGS__
@@ -42,6 +45,11 @@ AFD_FORWARD(project, Project)
 AFD_FORWARD(random_start, RandomStart)
 AFD_FORWARD(apgd_step, ApgdStep)
 AFD_FORWARD(apgd_update, ApgdUpdate)
+AFD_FORWARD(spectral_norm, SpectralNorm)
+AFD_FORWARD(spectral_linear, SpectralLinear)
+AFD_FORWARD(spectral_linear_backward, SpectralLinearBackward)
+AFD_FORWARD(projection_logits, ProjectionLogits)
+AFD_FORWARD(projection_logits_backward, ProjectionLogitsBackward)
 
 std::vector<Isa> compiled_isas() { return {Isa::baseline, AFD_WHERE_AVX2(Isa::avx2, ) AFD_WHERE_AVX512(Isa::avx512)}; }
 

@@ -41,10 +41,10 @@ class Players:
         self.theta = [plain(p) for p in model.encoder.parameters()]
         self.phi = [plain(p) for p in model.classifier.parameters()]
         layers = [*discriminator.layers, discriminator.w, discriminator.e]
-        self.spectral = [plain(layer.parametrizations.weight.original) for layer in layers]
+        self.spectral = [plain(layer.weight) for layer in layers]
         self.biases = [plain(layer.bias) for layer in layers[:-1]]
-        self.u = [layer.parametrizations.weight[0]._u.clone() for layer in layers]
-        self.v = [layer.parametrizations.weight[0]._v.clone() for layer in layers]
+        self.u = [layer.u.clone() for layer in layers]
+        self.v = [layer.v.clone() for layer in layers]
 
     @property
     def psi(self):

@@ -1,0 +1,153 @@
+"""Layers whose weights are spectral-normalised (Miyato et al. 2018), a whole group of them with one op.
+
+A layer's parameters are the plain ones, its state the vectors u and v of the power iteration. In training mode each
+forward takes n_iter iterations; in evaluation mode u and v stay, and σ follows from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from afd import ops
+from afd.errors import at_least
+from afd.nn.spectral_state import read_older
+from afd.ops import Spectrum
+
+WARM_UP = 15  # power iterations of a new layer, as torch.nn.utils.parametrizations.spectral_norm takes
+
+
+class SpectralLayer(nn.Module):
+    """What the layers share: a weight [rows, columns], its u and v, and an optional bias [rows].
+
+    Alone, a layer runs its own power iteration; in a `SpectralGroup`, it is handed its spectrum. State dictionaries in
+    the forms of torch's two spectral norms are read too (`afd.nn.spectral_state`).
+
+    Args:
+        weight: the initial weight.
+        bias: the initial bias, or None.
+        n_iter: power iterations a training forward takes where the layer stands alone.
+        eps: see `afd.ops.spectral_norm`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, n_iter: int, eps: float) -> None:
+        super().__init__()
+        at_least("n_iter", n_iter, 0)
+        self.n_iter, self.eps = n_iter, eps
+        # The bias comes first: so do the parametrised layers of torch have it, and optimizers number parameters.
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self.weight = nn.Parameter(weight)
+        self.u: Tensor
+        self.v: Tensor
+        self.register_buffer("u", F.normalize(torch.randn_like(weight[:, 0]), dim=0))
+        self.register_buffer("v", F.normalize(torch.randn_like(weight[0]), dim=0))
+        self.settle()
+        self.register_load_state_dict_pre_hook(read_older)  # type: ignore[no-untyped-call]
+
+    def settle(self) -> None:
+        """Fits u and v to a weight that has just been given new values."""
+        power_iterate([self], ["weight"], WARM_UP, self.eps)
+
+    def spectrum(self) -> Spectrum:
+        """The layer's own spectrum, after the iterations that this forward takes."""
+        return power_iterate([self], ["weight"], self.n_iter if self.training else 0, self.eps)[0]
+
+
+class SpectralLinear(SpectralLayer):
+    """A linear layer and its activation: ``act(x (W/σ)ᵀ + b)``.
+
+    Args:
+        in_features: width of the input.
+        out_features: width of the output.
+        bias: whether there is one.
+        negative_slope: of a LeakyReLU, in (0, 1]; 1 is no activation.
+        n_iter: power iterations a training forward takes where the layer stands alone.
+        eps: see `afd.ops.spectral_norm`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        negative_slope: float = 1.0,
+        n_iter: int = 1,
+        eps: float = 1e-12,
+    ) -> None:
+        start = nn.Linear(in_features, out_features, bias)
+        super().__init__(start.weight.detach(), None if start.bias is None else start.bias.detach(), n_iter, eps)
+        self.negative_slope = negative_slope
+
+    def forward(self, x: Tensor, spectrum: Spectrum | None = None) -> Tensor:
+        """Activations [N, out_features] of x [N, in_features]; a group passes the spectrum."""
+        spectrum = spectrum or self.spectrum()
+        return ops.spectral_linear(x, self.weight, self.bias, spectrum, negative_slope=self.negative_slope)
+
+
+class SpectralEmbedding(SpectralLayer):
+    """A table of vectors: the rows of E/σ.
+
+    Args:
+        num_embeddings: rows.
+        embedding_dim: width of a row.
+        n_iter: power iterations a training forward takes where the layer stands alone.
+        eps: see `afd.ops.spectral_norm`.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, n_iter: int = 1, eps: float = 1e-12) -> None:
+        super().__init__(torch.randn(num_embeddings, embedding_dim), None, n_iter, eps)
+
+    def forward(self, y: Tensor, spectrum: Spectrum | None = None) -> Tensor:
+        """Rows [*y.shape, embedding_dim] of the table, normalised."""
+        _, u, v = spectrum or self.spectrum()
+        (sigma,) = (found.sigma for found in ops.spectral_norm([self.weight], [u], [v], n_iter=0, eps=self.eps))
+        return F.embedding(y, self.weight) / sigma
+
+
+class SpectralGroup(nn.Module):
+    """The layers of one network, power-iterated by one op a forward.
+
+    The group refers to its layers and does not hold them: they stay where the network has them, with their parameters
+    and state. Call it once a forward, and hand each layer its spectrum::
+
+        for layer, spectrum in zip(layers, group()):
+            x = layer(x, spectrum)
+
+    Args:
+        layers: pairs of the name that error messages use and the layer.
+        n_iter: power iterations a training forward takes.
+        eps: see `afd.ops.spectral_norm`.
+    """
+
+    def __init__(self, layers: Iterable[tuple[str, SpectralLayer]], n_iter: int = 1, eps: float = 1e-12) -> None:
+        super().__init__()
+        at_least("n_iter", n_iter, 0)
+        named = list(layers)
+        self.layers, self.weights = tuple(layer for _, layer in named), tuple(f"{name}.weight" for name, _ in named)
+        self.n_iter, self.eps = n_iter, eps
+
+    def forward(self) -> list[Spectrum]:
+        """A spectrum for each layer; the layers' u and v have moved on if the group is in training mode.
+
+        Raises:
+            InputError: layers that disagree in dtype or device; on the CPU, a weight that is not finite. The message
+                names the layer.
+        """
+        return power_iterate(self.layers, self.weights, self.n_iter if self.training else 0, self.eps)
+
+
+def power_iterate(layers: Sequence[SpectralLayer], names: Sequence[str], n_iter: int, eps: float) -> list[Spectrum]:
+    """Spectra of the layers after n_iter iterations, which become the layers' state.
+
+    The state is written in place, so that its memory stays where DistributedDataParallel and CUDA graphs know it, and
+    the spectra are tensors of their own: what a backward needs of them does not change when the state does.
+    """
+    us, vs = [layer.u for layer in layers], [layer.v for layer in layers]
+    with torch.no_grad():
+        spectra = ops.spectral_norm([layer.weight for layer in layers], us, vs, n_iter=n_iter, eps=eps, names=names)
+        if n_iter:
+            torch._foreach_copy_(us + vs, [found.u for found in spectra] + [found.v for found in spectra])
+    return spectra

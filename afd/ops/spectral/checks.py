@@ -1,0 +1,109 @@
+"""What the spectral ops ask of their arguments, whichever backend serves them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from afd.errors import InputError, InputTypeError, one_of
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def group(
+    names: Sequence[str],
+    weights: Sequence[Tensor],
+    us: Sequence[Tensor],
+    vs: Sequence[Tensor],
+    n_iter: int,
+    eps: float,
+    first: str,
+) -> None:
+    """Contiguous matrices (or filters) of one dtype and device, each with its u and v."""
+    one_of("first", first, ("u", "v"))
+    if n_iter < 0:
+        raise InputError(f"n_iter is {n_iter}; it must be at least 0")
+    if not 1e-30 <= eps < math.inf:
+        raise InputError(f"eps is {eps}; it must be a finite number >= 1e-30")
+    if not len(weights) == len(us) == len(vs) == len(names) > 0:
+        lengths = f"{len(weights)} weights, {len(us)} us, {len(vs)} vs and {len(names)} names"
+        raise InputError(f"the group has {lengths}; it needs one of each for every layer, and at least one layer")
+    for name, weight, u, v in zip(names, weights, us, vs, strict=True):
+        if weight.dim() < 2 or not weight.numel():
+            raise InputError(f"{name} has shape {list(weight.shape)}; it must be [rows, ...] and not empty")
+        if not weight.is_contiguous():
+            raise InputError(f"{name} has stride {weight.stride()}; it must be contiguous")
+        rows = weight.shape[0]
+        vector(f"u of {name}", u, rows, weight)
+        vector(f"v of {name}", v, weight.numel() // rows, weight)
+        like(name, weight, weights[0], names[0])
+        if weight.dtype not in DTYPES:
+            raise InputTypeError(f"{name} is {weight.dtype}; allowed are torch.float32 and torch.float64")
+
+
+def like(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
+    """`tensor` has the dtype and device of another one."""
+    if tensor.device != other.device:
+        raise InputError(f"{name} is on {tensor.device}; it must be on {other_name}'s device, {other.device}")
+    if tensor.dtype != other.dtype:
+        raise InputTypeError(f"{name} is {tensor.dtype}; it must have {other_name}'s dtype, {other.dtype}")
+
+
+def vector(name: str, tensor: Tensor, length: int, weight: Tensor) -> None:
+    """A vector [length] like the weight that it belongs to."""
+    if tensor.shape != (length,):
+        raise InputError(f"{name} has shape {list(tensor.shape)}; it must be [{length}]")
+    like(name, tensor, weight, "the weight")
+
+
+def features(name: str, x: Tensor, width: int) -> None:
+    """A batch [N, width] of at least one sample."""
+    if x.dim() != 2 or x.shape[1] != width:
+        raise InputError(f"{name} has shape {list(x.shape)}; it must be [N, {width}]")
+    if not x.shape[0]:
+        raise InputError(f"{name} is an empty batch; it must hold at least one sample")
+    if x.dtype not in DTYPES:
+        raise InputTypeError(f"{name} is {x.dtype}; allowed are torch.float32 and torch.float64")
+
+
+def matrix(name: str, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, x: Tensor, x_name: str) -> None:
+    """A contiguous matrix like x, with its σ, u and v."""
+    if weight.dim() != 2:
+        raise InputError(f"{name} has shape {list(weight.shape)}; it must be a matrix")
+    if not weight.is_contiguous():
+        raise InputError(f"{name} has stride {weight.stride()}; it must be contiguous")
+    like(name, weight, x, x_name)
+    if sigma.dim() != 0:
+        raise InputError(f"sigma of {name} has shape {list(sigma.shape)}; it must be a scalar")
+    like(f"sigma of {name}", sigma, weight, "the weight")
+    vector(f"u of {name}", u, weight.shape[0], weight)
+    vector(f"v of {name}", v, weight.shape[1], weight)
+
+
+def bias(tensor: Tensor | None, weight: Tensor) -> None:
+    """A bias for each row of the weight, or none."""
+    if tensor is not None:
+        vector("bias", tensor, weight.shape[0], weight)
+
+
+def slope(value: float) -> None:
+    """The slope of a LeakyReLU that can be undone."""
+    if not 0 < value <= 1:
+        raise InputError(f"negative_slope is {value}; it must be in (0, 1], where 1 is the identity")
+
+
+def labels(y: Tensor, h: Tensor, classes: int) -> None:
+    """Class indices, one a sample. Their values are looked at on the CPU only: elsewhere that would wait."""
+    if y.dtype != torch.int64:
+        raise InputTypeError(f"y is {y.dtype}; labels are torch.int64")
+    if y.shape != h.shape[:1]:
+        raise InputError(f"y has shape {list(y.shape)}; it must be [{h.shape[0]}], one label for each sample")
+    if y.device != h.device:
+        raise InputError(f"y is on {y.device}; it must be on the features' device, {h.device}")
+    if y.device.type == "cpu":
+        least, most = (int(extreme) for extreme in y.aminmax())
+        if least < 0 or most >= classes:
+            raise InputError(f"y holds {least if least < 0 else most}; labels must be in [0, {classes})")
