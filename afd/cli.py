@@ -1,4 +1,4 @@
-"""The commands: ``afd train | evaluate | info`` (also ``python -m afd``). A mistake ends in one line and exit status 2."""
+"""The commands ``afd train | evaluate | info`` (or ``python -m afd``). A mistake ends in one line and exit status 2."""
 
 from __future__ import annotations
 

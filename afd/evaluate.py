@@ -111,8 +111,9 @@ def compare(config: EvaluateConfig, console: Console) -> None:
     prepare(config.out, overwrite=config.overwrite)
     tables = [table_1(found), table_2(found)]
     plot_sweeps(config.out / "curves.png", found)
-    (config.out / "report.html").write_text(comparison(found, config.out, tables))
-    (config.out / "tables.md").write_text("\n".join(f"{table.title}\n\n{table.markdown()}\n" for table in tables))
+    (config.out / "report.html").write_text(comparison(found, config.out, tables), encoding="utf-8")
+    text = "\n".join(f"{table.title}\n\n{table.markdown()}\n" for table in tables)
+    (config.out / "tables.md").write_text(text, encoding="utf-8")
     for table in tables:
         present_table(table, console)
     console.print(f"{config.out / 'report.html'} written", soft_wrap=True, highlight=False)

@@ -20,7 +20,7 @@ from afd.evaluation.html import report
 from afd.evaluation.model_checks import model_checks
 from afd.evaluation.outcome_checks import outcome_checks, verification_check
 from afd.evaluation.place import Place
-from afd.evaluation.plots import plot_examples, plot_sweeps
+from afd.evaluation.plots import plot_divergence, plot_examples, plot_sweeps
 from afd.evaluation.progress import Bar
 from afd.evaluation.protocol import Protocol
 from afd.evaluation.protocols import PROBED
@@ -31,7 +31,7 @@ from afd.evaluation.tables import robustbench, table_1, table_2
 from afd.evaluation.verification import verify
 
 STATE = "state"
-WRITTEN = (files.FILE, "curves.png", "examples.png", "report.html")
+WRITTEN = (files.FILE, "curves.png", "divergence.png", "examples.png", "report.html")
 
 
 class FolderError(AfdError):
@@ -121,7 +121,9 @@ def evaluate(
         title, shown = examples(runner)
         plot_examples(out / "examples.png", shown, title=title)
         plot_sweeps(out / "curves.png", [content])
-        (out / "report.html").write_text(report(content, out, tables_of(content)))
+        if content["divergence"]:
+            plot_divergence(out / "divergence.png", content)
+        (out / "report.html").write_text(report(content, out, tables_of(content)), encoding="utf-8")
         files.write(out, content)
     place.wait()
     if place.leads and not keep_images:

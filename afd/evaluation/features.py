@@ -79,7 +79,7 @@ def divergences(outcome: Outcome) -> list[dict[str, Any]]:
     natural = outcome.counts.get("clean", Counter())
     if not natural:
         return []
-    clean = float(outcome.correct.float().mean())
+    clean = float(outcome.correct.double().mean())
     found = []
     for stage in outcome.protocol.stages:
         counts = outcome.counts.get(stage.name, Counter())

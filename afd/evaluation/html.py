@@ -21,7 +21,7 @@ h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; } h2 { font-size: 1
 p { margin: .4rem 0; } .soft { color: var(--soft); } .wide { overflow-x: auto; }
 .verdict { border-left: .4rem solid; padding: .7rem 1rem; margin: 1.2rem 0; background: #f6f8fa; }
 .verdict strong { font-size: 1.05rem; }
-.pass { color: var(--good); } .warn { color: var(--warn); } .fail { color: var(--bad); } 
+.pass { color: var(--good); } .warn { color: var(--warn); } .fail { color: var(--bad); }
 .skipped { color: var(--soft); }
 .verdict.pass, .verdict.warn, .verdict.fail { border-color: currentColor; } .verdict span { color: var(--ink); }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0; }
@@ -31,8 +31,9 @@ table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-
 caption { text-align: left; color: var(--soft); padding-bottom: .3rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
 th:first-child, td:first-child, td.text, th.text { text-align: left; }
-thead th { border-bottom: 2px solid var(--soft); white-space: nowrap; } 
+thead th { border-bottom: 2px solid var(--soft); white-space: nowrap; }
 tr.ours { background: #eef4fb; font-weight: 600; }
+.short { white-space: nowrap; }
 img { max-width: 100%; height: auto; display: block; } code { font-size: .88em; overflow-wrap: anywhere; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem; } dt { color: var(--soft); }
 dd { margin: 0; overflow-wrap: anywhere; }
@@ -73,8 +74,8 @@ def report(results: Results, folder: Path, tables: Sequence[Table]) -> str:
         f"{title}: robustness",
         [
             f"<h1>{escape(title)}</h1>",
-            f'<p class="soft">Protocol “{escape(protocol["name"])}”, judged at {sign} ε = {escape(eps)} = '
-            f"{protocol['reference']['float']:.10g}.</p>",
+            f'<p class="soft">Protocol “{escape(protocol["name"])}”, judged at {sign} ε = {escape(eps)}: exactly '
+            f"{protocol['reference']['fraction']}, as a float {protocol['reference']['float']!r}.</p>",
             verdict(results),
             '<div class="figures">'
             + "".join(f'<div class="figure"><b>{b}</b>{a}</div>' for a, b in figures)
@@ -89,7 +90,7 @@ def report(results: Results, folder: Path, tables: Sequence[Table]) -> str:
             "<h2>Checks for self-deception</h2>",
             checks(results),
             *(f"<h2>{escape(found.title)}</h2>\n{table(found)}" for found in tables),
-            *features(results),
+            *features(results, folder),
             "<h2>Probes</h2>",
             '<p class="soft">Attacks on the first images whose only purpose is the checks above; '
             "they do not count in the worst case.</p>",
@@ -135,8 +136,8 @@ def attacks(results: Results, roles: tuple[str, ...]) -> str:
         settings = ", ".join(f"{name} {value:.6g}" for name, value in attack["settings"].items())
         curve = " · ".join(f"{point['text']}: <b>{percent(point['accuracy'])}</b>" for point in attack["accuracies"])
         rows.append(
-            f"<tr><td>{escape(attack['name'])}</td><td class='text'>{NORM_SIGNS[attack['norm']]}</td>"
-            f"<td class='text'>{curve}</td><td>{attack['area']:.3f}</td><td class='text'>{escape(settings)}</td>"
+            f"<tr><td class='short'>{escape(attack['name'])}</td><td class='text'>{NORM_SIGNS[attack['norm']]}</td>"
+            f"<td class='text'>{curve}</td><td>{attack['area']:.3f}</td><td class='text short'>{escape(settings)}</td>"
             f"<td class='text'>{escape(attack['library'])}</td><td>{attack['seconds']:,.1f}</td></tr>"
         )
     head = (
@@ -177,22 +178,25 @@ def checks(results: Results) -> str:
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def features(results: Results) -> list[str]:
+def features(results: Results, folder: Path) -> list[str]:
     """Dimension of the features, and the domains' distance."""
     parts: list[str] = []
     if (found := results["features"]) is not None:
         parts.append(
-            f"<h2>Features</h2>\n<p>{found['components']} principal components hold {percent(found['explained'])}% of "
+            f"<h2>Features</h2>\n<p>{found['components']} principal components hold {100 * found['explained']:g}% of "
             f"the variance of {found['count']} features on the clean images; {found['never_zero']} features are never "
             f"zero, {found['always_zero']} always are.</p>"
         )
     if results["divergence"]:
-        rows = tuple(
-            (one["attack"], one["eps"], f"{one['distance']:.3f}", f"{one['gap']:.3f}") for one in results["divergence"]
-        )
-        head = ("attack", "ε", "HΔH distance", "error gap")
-        title = "Distance of attacked from natural features, as the discriminator sees it"
-        parts.append(f"<h2>{title}</h2>\n{table(Table(title, head, rows))}")
+        curves: dict[str, list[str]] = {}
+        for one in results["divergence"]:
+            curves.setdefault(one["attack"], []).append(f"{one['eps']}: {one['distance']:.2f} ({one['gap']:.2f})")
+        rows = tuple((attack, " · ".join(points)) for attack, points in curves.items())
+        parts += [
+            "<h2>Attacked features, as the discriminator sees them</h2>",
+            picture(folder / "divergence.png", "HΔH distance against the error gap, a point an attack and radius"),
+            table(Table("", ("attack", "HΔH distance (error gap) at each ε"), rows)),
+        ]
     return parts
 
 
@@ -220,8 +224,10 @@ def table(found: Table) -> str:
     rows = []
     for number, row in enumerate(found.rows):
         mark = ' class="ours"' if found.ours and number < found.ours and len(found.rows) > found.ours else ""
-        rows.append(f"<tr{mark}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        cells = (f"<td{' class=text' if ' · ' in cell or ': ' in cell else ''}>{escape(cell)}</td>" for cell in row)
+        rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
+    note = f'<p class="soft">{escape(found.note)}</p>' if found.note else ""
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
 
 
 def picture(path: Path, text: str) -> str:

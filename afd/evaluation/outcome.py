@@ -98,7 +98,7 @@ class Outcome:
     def accuracies(self, stage: Stage) -> list[float]:
         """Share of images that stand against a stage, at each of its radii; of those it looked at."""
         looked_at = slice(stage.first)
-        return [float(row[looked_at].float().mean()) for row in self.standing(stage)]
+        return [float(row[looked_at].double().mean()) for row in self.standing(stage)]
 
     def worst_case(self, norm: str) -> dict[str, float]:
         """Share of images that stand against every attack in a norm together, by radius (as printed).
@@ -113,7 +113,7 @@ class Outcome:
             for stage in stages:
                 reached = [i for i, epsilon in enumerate(stage.epsilons) if epsilon <= radius]
                 standing &= ~self.found[stage.name][reached].any(0)
-            result[str(radius)] = float(standing.float().mean())
+            result[str(radius)] = float(standing.double().mean())
         return result
 
 

@@ -131,7 +131,7 @@ def _square(seen: Probes) -> Check:
         for stage in seen.stages.values():
             if stage.attack not in BLACK_BOX and stage.role != "transfer" and stage.norm == last.norm:
                 alone &= ~seen.reached(stage)
-        extra.append((100 * float(alone.float().mean()), 100 / len(alone)))
+        extra.append((100 * float(alone.double().mean()), 100 / len(alone)))
     if not extra:
         return skipped(name, "pyautoattack is not installed; add it with: pip install 'afd[evaluate]'")
     points, one = max(extra)
@@ -150,7 +150,7 @@ def _transfer(seen: Probes) -> Check:
             if other.norm == stage.norm and other.role != "transfer" and other.attack not in BLACK_BOX:
                 reached = [i for i, epsilon in enumerate(other.epsilons) if epsilon <= stage.epsilons[0]]
                 alone &= ~seen.outcome.found[other.name][reached].any(0)
-        extra = max(extra, 100 * float(alone.float().mean()))
+        extra = max(extra, 100 * float(alone.double().mean()))
     return judge(
         name, extra, "points", allowed=0.2, fails_above=1, one=100 / len(seen.outcome.correct),
         meaning="images made on another model break what no attack on this model breaks: masked gradients",

@@ -87,6 +87,27 @@ def _line(axes: Any, results: dict[str, Any], name: str, colour: str) -> None:
             )  # fmt: skip
 
 
+def plot_divergence(path: Path, results: dict[str, Any]) -> None:
+    """Writes a PNG of HΔH distance against error gap, a point for each attack and radius.
+
+    Args:
+        path: file to write.
+        results: of a finished evaluation, in the form of results.json.
+    """
+    figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for number, name in enumerate(dict.fromkeys(one["attack"] for one in results["divergence"])):
+        points = [one for one in results["divergence"] if one["attack"] == name]
+        gaps, distances = [one["gap"] for one in points], [one["distance"] for one in points]
+        axes.plot(gaps, distances, "osD^vPX*"[number % 8], alpha=0.8, label=name)
+    axes.set(
+        xlabel="error gap (attacked - natural)", ylabel="estimated HΔH distance", xlim=(-0.02, 1.02), ylim=(-0.04, 2.04)
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2, loc="upper left")
+    figure.savefig(path)
+
+
 @dataclass(frozen=True)
 class Example:
     """An adversarial image to show.
@@ -131,7 +152,7 @@ def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> Non
             axes = panels[row][column]
             _show(axes, picture)
             axes.set_title(text, fontsize=9)
-    for row, text in enumerate(("clean", "attacked", f"difference × {gain:.3g}")):
+    for row, text in enumerate(("clean", "attacked", f"difference × {gain:.3g}\n(grey: none)")):
         panels[row][0].set_ylabel(text, fontsize=10)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path)

@@ -41,6 +41,8 @@ def present_table(found: Table, console: Console) -> None:
     for number, row in enumerate(found.rows):
         grid.add_row(*row, style="bold" if number < found.ours else "dim")
     console.print(grid)
+    if found.note:
+        console.print(found.note)
 
 
 def _curve(points: list[dict[str, Any]]) -> str:

@@ -69,7 +69,7 @@ def summary(
         },
         "protocol": protocol.as_json(),
         "verdict": overall(checks),
-        "clean": float(outcome.correct.float().mean()),
+        "clean": float(outcome.correct.double().mean()),
         "attacks": [attack_summary(outcome, stage) for stage in protocol.stages],
         "worst_case": {norm: worst for norm in NORMS if (worst := outcome.worst_case(norm))},
         "checks": [check.as_json() for check in checks],
@@ -102,7 +102,7 @@ def architecture(subject: Subject) -> str:
 def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
     """A stage with its accuracies and the area under them."""
     accuracies, counts = outcome.accuracies(stage), outcome.counts.get(stage.name, Counter())
-    curve = [float(outcome.correct[: stage.first].float().mean()), *accuracies]
+    curve = [float(outcome.correct[: stage.first].double().mean()), *accuracies]
     points = [
         {**epsilon.as_json(), "accuracy": accuracy}
         for epsilon, accuracy in zip(stage.epsilons, accuracies, strict=True)
@@ -129,7 +129,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     """Writes results.json, whole or not at all."""
     path = folder / FILE
     beside = path.with_name(f".{FILE}.{os.getpid()}.part")
-    beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
@@ -143,7 +143,7 @@ def read(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise ResultsError(f"{path} holds no {FILE}; compare takes folders that afd evaluate has finished")
     try:
-        results = json.loads(file.read_text())
+        results = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ResultsError(f"{file} is not JSON: {error}") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT:

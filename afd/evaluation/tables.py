@@ -20,17 +20,20 @@ class Table:
         head: of the columns.
         rows: as wide as the head.
         ours: how many rows, from the first, are measured and not published.
+        note: to be printed below.
     """
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     ours: int = 0
+    note: str = ""
 
     def markdown(self) -> str:
         """The table as README would hold it."""
         lines = [self.head, ("---",) * len(self.head), *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return f"{table}\n\n{self.note}" if self.note else table
 
 
 def table_1(results: Sequence[Results]) -> Table:
@@ -48,7 +51,7 @@ def table_1(results: Sequence[Results]) -> Table:
     printed = published.PGD_RADIUS.get(data)
     theirs = f"; published: {printed}" if printed else ""
     title = f"Table 1: accuracy (%) on {data}, PGD-L∞ at ε = {eps}{theirs}, C&W-L2 at ε = 1"
-    return Table(title, ("method", *published.TABLE_1_COLUMNS), (*ours, *paper), len(ours))
+    return Table(title, ("method", *published.TABLE_1_COLUMNS), (*ours, *paper), len(ours), note(results))
 
 
 def table_2(results: Sequence[Results]) -> Table:
@@ -63,7 +66,7 @@ def table_2(results: Sequence[Results]) -> Table:
         (f"{method} (published)", *map(plain, figures)) for method, figures in published.TABLE_2.get(data, {}).items()
     ]
     title = f"Table 2: normalised area under accuracy against ε on {data}"
-    return Table(title, ("method", *published.TABLE_2_HEADS), (*ours, *paper), len(ours))
+    return Table(title, ("method", *published.TABLE_2_HEADS), (*ours, *paper), len(ours), note(results))
 
 
 def robustbench(results: Results) -> Table | None:
@@ -95,9 +98,16 @@ def accuracy(results: Results, attack: str, eps: str | None) -> float | None:
 
 
 def name_of(results: Results) -> str:
-    """What a table calls a model: its name, and how it came out of the checks if that was not well."""
-    marks = {"fail": " (checks failed)", "warn": ""}
-    return f"{results['subject']['name']}{marks.get(results['verdict'], '')}"
+    """What a table calls a model: its name, with a dagger if it failed a check."""
+    return f"{results['subject']['name']}{' †' if results['verdict'] == 'fail' else ''}"
+
+
+def note(results: Sequence[Results]) -> str:
+    """What the dagger means, if there is one."""
+    failed = any(one["verdict"] == "fail" for one in results)
+    return (
+        "† Checks for self-deception failed: the figures of this row are not evidence of robustness." if failed else ""
+    )
 
 
 def percent(share: float | None) -> str:
