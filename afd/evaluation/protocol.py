@@ -51,7 +51,7 @@ class Stage:
 
     @property
     def minimal(self) -> bool:
-        """Whether one run looks for the nearest adversarial image, and so serves every radius."""
+        """Whether one run looks for the nearest adversarial image, and serves every radius."""
         return ATTACKS[self.attack].minimal and self.role != "transfer"
 
     @property

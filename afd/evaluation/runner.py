@@ -139,21 +139,28 @@ class Runner:
         return wanted & (torch.arange(len(wanted), device=wanted.device) + batch.first < stage.first)
 
     def compute(self, batch: Batch, stage: Stage, positions: tuple[int, ...], rows: Tensor, started: float) -> Unit:
-        """Attacks these rows, and believes nothing of what comes back until the model has seen it."""
+        """Attacks these rows, and believes nothing of what comes back until the model has seen it.
+
+        What a minimal attack found is shown to the model at each radius, pulled back into the ball where it lies
+        further away, as Foolbox does it; of each image the first that fools is kept.
+        """
         x, y = batch.x[rows], batch.y[rows]
-        eps = float(stage.epsilons[positions[-1]])
-        x_adv = self.attack(stage, eps)(x, y, first_sample=batch.first) if len(rows) else x
-        lengths = distance(x_adv, x, stage.norm)
-        inside = (x_adv >= BOUNDS[0]) & (x_adv <= BOUNDS[1])  # false for NaN
-        legal = inside.flatten(1).all(1) if len(rows) else torch.zeros_like(y, dtype=torch.bool)
+        largest = float(stage.epsilons[positions[-1]])
+        x_adv = self.attack(stage, largest)(x, y, first_sample=batch.first) if len(rows) else x
+        legal = ((x_adv >= BOUNDS[0]) & (x_adv <= BOUNDS[1])).flatten(1).all(1)  # false for NaN
         if not stage.minimal:
-            legal &= within(lengths, eps)
+            legal &= within(distance(x_adv, x, stage.norm), largest)
         x_adv = torch.where(per_row(legal, x), x_adv, x)
-        fooled = legal & (self.predict(x_adv) != y) if len(rows) else legal
-        counts = self.watch_sweep(batch, stage, positions, rows, x_adv, lengths)
+        kept, fooled = x_adv.clone(), torch.zeros_like(legal)
+        counts: dict[str, int] = {}
+        for position in positions:
+            shown = shorten(x_adv, x, stage.norm, float(stage.epsilons[position])) if stage.minimal else x_adv
+            new = legal & ~fooled & (self.predict(shown) != y)
+            kept, fooled = torch.where(per_row(new, x), shown, kept), fooled | new
+            counts |= self.watch_sweep(batch, stage, position, rows, torch.where(per_row(fooled, x), kept, shown))
         return Unit(
-            rows=rows[fooled].cpu(), images=x_adv[fooled].cpu(), lengths=lengths[fooled].cpu(), attacked=len(rows),
-            illegal=int((~legal).sum()), counts=counts, seconds=time.perf_counter() - started,
+            rows=rows[fooled].cpu(), images=kept[fooled].cpu(), lengths=distance(kept, x, stage.norm)[fooled].cpu(),
+            attacked=len(rows), illegal=int((~legal).sum()), counts=counts, seconds=time.perf_counter() - started,
         )  # fmt: skip
 
     def attack(self, stage: Stage, eps: float) -> Attack:
@@ -188,7 +195,7 @@ class Runner:
     def predict(self, x: Tensor) -> Tensor:
         """Classes [N] that the model says, in evaluation mode and float32."""
         with evaluating(self.model):
-            classes: Tensor = self.model(x).argmax(1)
+            classes: Tensor = self.model(x).argmax(1) if len(x) else self.images.labels[:0]
         return classes
 
     def watched(self, x: Tensor, batch: Batch) -> dict[str, int]:
@@ -197,21 +204,13 @@ class Runner:
             return {}
         return self.watch(x[batch.correct], batch.y[batch.correct])
 
-    def watch_sweep(
-        self, batch: Batch, stage: Stage, positions: tuple[int, ...], rows: Tensor, x_adv: Tensor, lengths: Tensor
-    ) -> dict[str, int]:
-        """Counts on a batch as it stands under attack at each radius, by "position name"."""
+    def watch_sweep(self, batch: Batch, stage: Stage, position: int, rows: Tensor, x_adv: Tensor) -> dict[str, int]:
+        """Counts on a batch as it stands under attack at a radius, by "position name"."""
         if self.watch is None or stage.role != "score":
             return {}
-        counts: dict[str, int] = {}
-        for position in positions:
-            now = self.attacked_before(batch, stage, position)
-            moved = x_adv
-            if stage.minimal:
-                moved = shorten(x_adv, batch.x[rows], lengths, float(stage.epsilons[position]))
-            now[rows] = moved
-            counts |= {f"{position} {name}": count for name, count in self.watched(now, batch).items()}
-        return counts
+        now = self.attacked_before(batch, stage, position)
+        now[rows] = x_adv
+        return {f"{position} {name}": count for name, count in self.watched(now, batch).items()}
 
     def attacked_before(self, batch: Batch, stage: Stage, position: int) -> Tensor:
         """The batch with the adversarial images that this stage found at smaller radii."""

@@ -50,10 +50,16 @@ def within(lengths: Tensor, eps: float) -> Tensor:
     return lengths <= eps * (1 + 1e-5) + 1e-6
 
 
-def shorten(x_adv: Tensor, x: Tensor, lengths: Tensor, eps: float) -> Tensor:
-    """x_adv, or where it lies further than eps from x (lengths [N] say how far), the point at eps on the way to it."""
-    share = (eps / lengths.clamp(min=1e-30)).clamp(max=1.0).to(x.dtype)
-    return x + (x_adv - x) * per_row(share, x)
+def shorten(x_adv: Tensor, x: Tensor, norm: str, eps: float) -> Tensor:
+    """x_adv pulled back into the ball of radius eps around x, as Foolbox does: Linf clamps, L2 and L1 scale.
+
+    What lies inside stays as it is, bit for bit.
+    """
+    if norm == "Linf":
+        return torch.maximum(torch.minimum(x_adv, x + eps), x - eps)
+    lengths = distance(x_adv, x, norm)
+    share = per_row((eps / lengths.clamp(min=1e-30)).to(x.dtype), x)
+    return torch.where(per_row(lengths <= eps, x), x_adv, x + (x_adv - x) * share)
 
 
 def per_row(values: Tensor, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from afd.attacks import Attack
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.protocol import Stage
-from afd.evaluation.target import distance, shorten
+from afd.evaluation.target import shorten
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Shortened:
     def __call__(self, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
         """See `Attack`."""
         x_adv = self.attack(x, y, seed=seed, first_sample=first_sample)
-        return shorten(x_adv, x, distance(x_adv, x, self.norm), self.eps)
+        return shorten(x_adv, x, self.norm, self.eps)
 
 
 def work(stage: Stage) -> float:

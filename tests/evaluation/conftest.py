@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,11 +41,11 @@ def images(splits):
     return splits.test.take(torch.arange(100))
 
 
-def train(splits, epochs, attack=None):
+def train(images, epochs, attack=None, width=8):
     torch.manual_seed(0)
-    model = nn.build_model("convnet", (1, 8, 8), 10, width=8)
+    model = nn.build_model("convnet", images.shape, 10, width)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    batches = Batches(splits.train, 64, shuffle=True)
+    batches = Batches(images, 64, shuffle=True)
     for epoch in range(epochs):
         batches.set_epoch(epoch)
         for x, y in batches:
@@ -55,19 +57,33 @@ def train(splits, epochs, attack=None):
     with torch.no_grad():
         model.classifier.weight *= 10
         model.classifier.bias *= 10
+    optimizer.zero_grad()
     return model.eval()
 
 
 @pytest.fixture(scope="package")
 def natural(splits):
     """A classifier of digits, trained on clean images."""
-    return train(splits, 8)
+    return train(splits.train, 8)
 
 
 @pytest.fixture(scope="package")
 def robust(splits):
     """One trained on attacked images."""
-    return train(splits, 14, PGD.partial(eps=float(EPS), alpha=0.06, steps=4))
+    return train(splits.train, 14, PGD.partial(eps=float(EPS), alpha=0.06, steps=4))
+
+
+@pytest.fixture(scope="package")
+def mnist_models():
+    """The first 500 MNIST test images, and a natural and an adversarially trained classifier of them by name."""
+    repository = Path(__file__).parents[2]
+    root = Path(os.environ.get("AFD_DATA_ROOT") or repository.parent / "shared" / "data") / "mnist"
+    if not root.is_dir():
+        pytest.skip(f"no {root}; set AFD_DATA_ROOT to a folder that has mnist/")
+    mnist = data.load("mnist", root)
+    some = mnist.train.take(torch.arange(20_000))
+    models = {"natural": train(some, 1), "robust": train(some, 3, PGD.partial(eps=0.2, alpha=0.07, steps=5))}
+    return mnist.test.take(torch.arange(500)), models
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from afd.evaluation.protocols import probes
 from afd.evaluation.runner import AttackFailedError, Runner
 from afd.evaluation.state import StateError, Store
 from afd.evaluation.subject import Subject
-from afd.evaluation.target import distance, within
+from afd.evaluation.target import distance, shorten, within
 
 RADII = ascending(["0.0525", "0.1025", "0.2025", "0.4025"])  # no half margin: those are multiples of 0.005
 COUNT = 23
@@ -59,7 +59,7 @@ class Silent:
     def start(self, work):
         self.work, self.done, self.heard = work, 0, 0
 
-    def moved(self, work, text):
+    def moved(self, work, text):  # noqa: ARG002
         self.done += work
         self.heard += 1
 
@@ -158,13 +158,13 @@ def test_the_worst_case_is_taken_image_by_image(data, tmp_path, monkeypatch):
 
 def test_what_leaves_the_ball_or_the_image_does_not_count(data, tmp_path, monkeypatch):
     def far(target):
-        return lambda x, y, *, seed=None, first_sample=0: (1 - x)
+        return lambda x, *_, **__: 1 - x
 
     def outside(target):
-        return lambda x, y, *, seed=None, first_sample=0: x - 0.05 * torch.nn.functional.one_hot(y, 3).view(x.shape) * 21
+        return lambda x, y, **__: x - 1.05 * torch.nn.functional.one_hot(y, 3).view(x.shape)
 
     def nothing(target):
-        return lambda x, y, *, seed=None, first_sample=0: x * float("nan")
+        return lambda x, *_, **__: x * float("nan")
 
     for build in (far, outside, nothing):
         monkeypatch.setitem(catalogue.ATTACKS, "wild", catalogue.Kind(build, lambda _: 1))
@@ -222,7 +222,9 @@ def test_a_failing_attack_names_its_batch_and_loses_nothing(data, tmp_path, monk
 
     monkeypatch.setitem(catalogue.ATTACKS, "pgd", dataclasses.replace(catalogue.ATTACKS["pgd"], build=fragile))
     broken = True
-    words = r"pgd at ε = 0.0525 failed on batch 3 \(images 14 to 20\) with RuntimeError: out of luck; .*goes on from there"
+    words = (
+        r"pgd at ε = 0.0525 failed on batch 3 \(images 14 to 20\) with RuntimeError: out of luck; .*goes on from there"
+    )
     with pytest.raises(AttackFailedError, match=words):
         runner(data, protocol(PGD), tmp_path / "parts").run()
     broken = False
@@ -247,7 +249,7 @@ def test_a_damaged_unit_is_named(data, tmp_path):
 
 def test_processes_share_the_batches_and_find_the_same(data, tmp_path, monkeypatch):
     alone = runner(data, protocol(PGD, WEAK), tmp_path / "alone").run()
-    monkeypatch.setattr(Outcome, "gathered", lambda self, place: self)
+    monkeypatch.setattr(Outcome, "gathered", lambda self, _: self)
     parts = [
         runner(data, protocol(PGD, WEAK), tmp_path / "shared", place=Place(torch.device("cpu"), rank, 3)).run()
         for rank in range(3)
@@ -295,6 +297,32 @@ def test_evaluate_gives_the_exact_figure_and_cleans_up(data, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "curves.png", "examples.png", "report.html", "results.json",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("norm", "expected"), [("Linf", [0.5, 0.2, 0.4]), ("L2", [0.8, 0.4, 0.4]), ("L1", [0.6, 0.3, 0.4])]
+)
+def test_shorten_pulls_back_into_the_ball(norm, expected):
+    x = torch.tensor([0.2, 0.1, 0.4]).view(1, 1, 1, 3)
+    x_adv = torch.tensor([0.8, 0.2 if norm == "Linf" else 0.4, 0.4]).view(1, 1, 1, 3)
+    radius = {"Linf": 0.3, "L2": 2.0, "L1": 0.6}[norm]
+    found = shorten(x_adv, x, norm, radius)
+    assert found.flatten().tolist() == pytest.approx(expected)
+    assert within(distance(found, x, norm), radius).all()
+
+
+def test_a_minimal_attack_is_judged_where_it_is_pulled_back(data, tmp_path, monkeypatch):
+    """What it finds lies far behind the boundary, so the pulled-back image fools at every radius that can."""
+
+    def far(target):
+        return lambda x, y, **_: 1 - torch.nn.functional.one_hot(y, 3).view(x.shape).float()
+
+    monkeypatch.setitem(catalogue.ATTACKS, "far", catalogue.Kind(far, lambda _: 1, minimal=True))
+    stage = Stage("far", "far", "Linf", RADII)
+    assert stage.units == [(0, 1, 2, 3)]
+    outcome = runner(data, protocol(stage), tmp_path).run()
+    assert outcome.accuracies(stage) == pytest.approx([standing(eps) for eps in RADII])
+    assert outcome.counts["far"]["attacked"] == COUNT - 3
 
 
 @pytest.mark.parametrize(("norm", "length"), [("Linf", 0.5), ("L2", (0.25 + 0.09) ** 0.5), ("L1", 0.8)])

@@ -5,9 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afd.evaluation.model_checks import model_checks
-from afd.evaluation.subject import Subject
-
 
 class Defence(nn.Module):
     """A classifier wrapped in something that makes it look robust."""
@@ -75,7 +72,7 @@ class BatchStatistics(Defence):
 class AlwaysTraining(Defence):
     """Refuses to be put into evaluation mode."""
 
-    def train(self, mode=True):
+    def train(self, mode=True):  # noqa: ARG002
         return super().train(True)
 
     def forward(self, x):
