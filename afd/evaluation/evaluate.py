@@ -76,7 +76,7 @@ def evaluate(
         The content of results.json, on the leading process; None on the others.
 
     Raises:
-        InputError: a number out of range, or no surrogate for a protocol that transfers.
+        InputError: a number out of range, no surrogate for a protocol that transfers, or the model itself as one.
         SubjectError: a model does not fit the images.
         ExtraMissingError: an attack comes from a library that is not installed.
         FolderError, StateError: `out` holds something else.
@@ -88,6 +88,10 @@ def evaluate(
         raise InputError("images is empty; an evaluation needs at least one image")
     if surrogate is None and any(stage.role == "transfer" for stage in protocol.stages):
         raise InputError("surrogate is None; this protocol transfers attacks and needs a second model")
+    if surrogate is not None and surrogate.digest() == subject.digest():
+        raise InputError(
+            f"transfer-from is {surrogate.source}, which holds the model's own weights; name another model"
+        )
     place = place or Place(images.device)
     console = console if console is not None and place.leads else Console(quiet=True)
     images = images.to(place.device)

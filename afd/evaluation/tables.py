@@ -48,8 +48,8 @@ def table_1(results: Sequence[Results]) -> Table:
         (f"{method} (published)", *map(plain, figures)) for method, figures in published.TABLE_1.get(data, {}).items()
     ]
     eps = results[0]["protocol"]["reference"]["text"]
-    printed = published.PGD_RADIUS.get(data)
-    theirs = f"; published: {printed}" if printed else ""
+    printed = published.PGD_RADIUS.get(data, eps)
+    theirs = f" (published: {printed})" if printed != eps else ""
     title = f"Table 1: accuracy (%) on {data}, PGD-L∞ at ε = {eps}{theirs}, C&W-L2 at ε = 1"
     return Table(title, ("method", *published.TABLE_1_COLUMNS), (*ours, *paper), len(ours), note(results))
 

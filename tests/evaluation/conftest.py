@@ -70,7 +70,7 @@ def natural(splits):
 @pytest.fixture(scope="package")
 def robust(splits):
     """One trained on attacked images."""
-    return train(splits.train, 14, PGD.partial(eps=float(EPS), alpha=0.06, steps=4))
+    return train(splits.train, 9, PGD.partial(eps=float(EPS), alpha=0.06, steps=4))
 
 
 @pytest.fixture(scope="package")
