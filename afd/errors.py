@@ -18,6 +18,10 @@ class InputTypeError(AfdError, TypeError):
     """An argument has a type or dtype that is not allowed."""
 
 
+class ModelError(AfdError, RuntimeError):
+    """A model does what no attack or training can use."""
+
+
 def one_of(argument: str, value: object, allowed: Iterable[str]) -> None:
     """Raises InputError unless `value` is one of `allowed`."""
     names = list(allowed)

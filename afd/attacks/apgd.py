@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afd import ops
-from afd.attacks.apgd_state import APGDState, checkpoint_intervals
-from afd.attacks.base import GradientAttack, Piece
-from afd.errors import InputError, at_least, one_of
+from afd.attacks.apgd_run import Run
+from afd.attacks.apgd_state import Outcome, rows_of
+from afd.attacks.apgd_walks import MomentumWalk, SparseWalk, Walk
+from afd.attacks.base import GradientAttack
+from afd.attacks.piece import Piece, take
+from afd.errors import InputError, at_least
 
-NORMS = ("Linf", "L2")
-MOMENTUM = 0.75  # the weight a of the gradient step after the first iteration
+SHRINKING = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radii in eps, and their shares of the steps
+FIXED = ((1.0, 1.0),)
+WORTH_DROPPING = 1 / 8  # share of the samples that must be broken before the others are gathered
 
 
 class APGD(GradientAttack):
     """PGD with momentum, whose step starts at 2 eps and is halved, sample by sample, when progress stalls.
 
-    The model is treated as `PGD` treats it. It follows AutoAttack's implementation, with these differences: a start is
-    uniform in the ball and not scaled to touch it; the first of the increases that are counted compares with the loss
-    at the start, as in the paper, and not with 0; with eot_iter > 1, losses and logits are averaged like the
-    gradients; a sample that no restart breaks gives the point of the highest loss, not x.
+    In L1 it takes sparse steps instead, in balls that shrink from 3 eps over 2 eps to eps (`SparseWalk`). The model is
+    treated as `PGD` treats it. It follows AutoAttack's implementation, with these differences: a start is uniform in
+    the ball (AutoAttack scales it to touch the ball, or projects a normal draw in L1); the first of the increases that
+    are counted compares with the loss at the start, as in the paper, and not with 0; with eot_iter > 1, losses and
+    logits are averaged like the gradients; a sample that no restart breaks gives the point of the highest loss, not x.
 
     Args:
         model: classifier, images -> logits [N, classes].
-        norm: "Linf" or "L2".
+        norm: "Linf", "L2" or "L1".
         eps: radius of the ball, in units of the image; a float >= 0 or one per sample [N].
         steps: number of steps, >= 0.
         n_restarts: number of runs, >= 1, each from its own random start.
-        rho: share of steps in which the loss must rise, or the step is halved; in [0, 1].
+        rho: share of steps in which the loss must rise, or the step is halved; in [0, 1]; no matter in L1.
         eot_iter: evaluations of the model that are averaged at each point, >= 1; for models that draw at random.
-        loss: "ce", "dlr" (not targeted, 3 classes or more) or "margin".
+        loss: as in `PGD`. With "dlr-targeted" (APGD-T) each restart runs once for every target class.
+        n_target_classes: the likeliest other classes that "dlr-targeted" aims at, one after the other.
+        early_stop: stop working on a sample once the model is fooled, or at once if it is wrong at x. The same samples
+            are broken, in less time; only the points found for them differ, which are earlier ones of the same runs.
+            Each step waits for the device.
         seed: of the random starts; the same seed gives the same result.
         bounds: lowest and highest value of an image.
         targeted: y is the class to reach, and the loss is descended.
         precision: as in `PGD`; a success found in bfloat16 counts only where float32 confirms it.
         piece: as in `PGD`.
+        look: as in `PGD`.
 
-    The attack returns, for each sample, the last point that fooled the model in the first restart that did; else x if
-    the model is wrong there; else the point of the highest loss.
+    The attack returns, for each sample, the last point that fooled the model in the first run that did; else x if the
+    model is wrong there; else the point of the highest loss.
 
     Raises:
         InputError: a setting out of its range.
@@ -58,71 +68,101 @@ class APGD(GradientAttack):
         rho: float = 0.75,
         eot_iter: int = 1,
         loss: str = "ce",
+        n_target_classes: int = 9,
+        early_stop: bool = False,
         seed: int = 0,
         bounds: tuple[float, float] = (0.0, 1.0),
         targeted: bool = False,
         precision: str = "fp32",
         piece: int | None = None,
+        look: bool = True,
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
-            precision=precision, piece=piece,
+            precision=precision, piece=piece, look=look,
         )  # fmt: skip
-        one_of("norm", norm, NORMS)
-        at_least("n_restarts", n_restarts, 1)
-        at_least("eot_iter", eot_iter, 1)
+        for name, count in (("n_restarts", n_restarts), ("eot_iter", eot_iter), ("n_target_classes", n_target_classes)):
+            at_least(name, count, 1)
         if not 0 <= rho <= 1:
             raise InputError(f"rho is {rho}; it must be in [0, 1]")
-        self.n_restarts, self.rho, self.eot_iter = n_restarts, rho, eot_iter
+        self.n_restarts, self.rho, self.eot_iter, self.early_stop = n_restarts, rho, eot_iter, early_stop
+        self.targets = n_target_classes if loss == "dlr-targeted" else 1
+        self.radii = SHRINKING if norm == "L1" else FIXED
 
     def _run(self, piece: Piece) -> Tensor:
-        x, y = piece.x, piece.y
-        result, broken = x.clone(), torch.zeros_like(y, dtype=torch.bool)
-        loss_best = x.new_full(y.shape, -math.inf)
-        for restart in range(self.n_restarts):
-            seed = (piece.seed + restart) % 2**63
-            x_adv = ops.random_start(x, seed=seed, first_sample=piece.first_sample, **self._ball(piece))
-            run = self._ascend(x_adv, piece)
-            fooled = run.broken
-            if self.precision != "fp32":  # a success in low precision counts once the model confirms it in full
-                fooled = fooled & self._fooled(self.model(run.x_best_adv), y)
-            found = torch.where(_rows(fooled, x), run.x_best_adv, run.x_best)
-            better = ~broken & (fooled | (run.loss_best > loss_best))
-            result = torch.where(_rows(better, x), found, result)
-            loss_best = torch.where(better, run.loss_best, loss_best)
-            broken |= fooled
-        wrong = self._fooled(self.model(x), y)
-        return torch.where(_rows(wrong & ~broken, x), x, result)
+        x, found = piece.x, Outcome.before(piece.x)
+        wrong = self._fooled(self.model(x), piece.y)
+        aims = [self._aimed(piece, rank) for rank in range(self.targets)]
+        rows = torch.arange(len(x), device=x.device)
+        for run in range(self.n_restarts * self.targets):
+            aimed, ball = aims[run % self.targets], self._ball(piece, self.radii[0][0])
+            seed = (piece.seed + run) % 2**63
+            start = ops.random_start(x, seed=seed, first_sample=piece.first_sample, **ball)
+            if self.early_stop:
+                rows = (~(found.broken | wrong)).nonzero().squeeze(1)
+                if not len(rows):
+                    break
+                aimed, start = aimed.take(rows), take(start, rows)
+            found.note(self._shrink(aimed, start), rows)
+        return torch.where(rows_of(wrong & ~found.broken, x), x, found.points())
 
-    def _ascend(self, x_adv: Tensor, piece: Piece) -> APGDState:
-        """One run from the start x_adv, which it overwrites."""
-        x_adv_old, ball = x_adv.clone(), self._ball(piece)
-        state = APGDState.before_start(x_adv, ball["eps"])
-        grad, loss, fooled = self._evaluate(x_adv, piece)
-        ops.apgd_update_(x_adv, grad, loss, fooled, **vars(state))
-        for i, interval in enumerate(checkpoint_intervals(self.steps)):
-            self._step_(x_adv, x_adv_old, piece.x, grad, state.step, MOMENTUM if i else 1.0, ball)
-            grad, loss, fooled = self._evaluate(x_adv, piece)
-            ops.apgd_update_(x_adv, grad, loss, fooled, **vars(state), interval=interval, rho=self.rho)
-        return state
+    def _shrink(self, piece: Piece, x_adv: Tensor) -> Outcome:
+        """One run: through the radii, of which only the last breaks a sample."""
+        left = self.steps
+        for stage, (radius, share) in enumerate(self.radii[:-1]):
+            steps = math.ceil(share * self.steps)
+            climb = functools.partial(self._climb, radius=radius, steps=steps, resumed=stage > 0)
+            x_adv = self._climbed(climb, piece, x_adv, radius, steps)[0]
+            ops.project_(x_adv, piece.x, **self._ball(piece, self.radii[stage + 1][0]))
+            left -= steps
+        if self.early_stop:
+            return self._climb_dropping(piece, x_adv, left)
+        climb = functools.partial(self._climb, radius=1.0, steps=left, resumed=len(self.radii) > 1)
+        return self._confirmed(piece, Outcome(*self._climbed(climb, piece, x_adv, 1.0, left)))
 
-    def _step_(
-        self, x_adv: Tensor, x_adv_old: Tensor, x: Tensor, grad: Tensor, step: Tensor, a: float, ball: dict[str, Any]
-    ) -> None:
-        """Moves x_adv along the gradient with momentum, and x_adv_old to where it was."""
-        if self.norm == "Linf":
-            ops.apgd_step_(x_adv, x_adv_old, x, grad, step=step, a=a, **ball)
-            return
-        z = ops.pgd_step(x_adv, x, grad, alpha=step, **ball)
-        mixed = ops.momentum_point(x_adv, x_adv_old, z, a)
-        x_adv_old.copy_(x_adv)
-        x_adv.copy_(ops.project_(mixed, x, **ball))
+    def _climb(self, piece: Piece, x_adv: Tensor, *, radius: float, steps: int, resumed: bool) -> tuple[Tensor, ...]:
+        """`steps` steps in a ball of `radius` times eps; the fields of an Outcome."""
+        run = self._begin(piece, x_adv, radius, steps, resumed)
+        for iteration in range(1, steps + 1):
+            run.advance(iteration)
+        return tuple(vars(Outcome.of(run.state)).values())
 
-    def _evaluate(self, x_adv: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+    def _climb_dropping(self, piece: Piece, x_adv: Tensor, steps: int) -> Outcome:
+        """The same in the ball of radius eps, but going on without the samples that are broken."""
+        run = self._begin(piece, x_adv, 1.0, steps, resumed=len(self.radii) > 1)
+        found, rows = Outcome.before(piece.x), torch.arange(len(x_adv), device=x_adv.device)
+        for iteration in range(1, steps + 1):
+            if run.state.broken.sum() >= WORTH_DROPPING * len(rows):
+                found.note(self._confirmed(run.piece, Outcome.of(run.state)), rows)
+                kept = (~run.state.broken).nonzero().squeeze(1)
+                if not len(kept):
+                    return found
+                run.keep(kept)
+                rows = rows[kept]
+            run.advance(iteration)
+        found.note(self._confirmed(run.piece, Outcome.of(run.state)), rows)
+        return found
+
+    def _begin(self, piece: Piece, x_adv: Tensor, radius: float, steps: int, resumed: bool) -> Run:
+        ball = self._ball(piece, radius)
+        walk: Walk
+        if self.norm == "L1":
+            walk = SparseWalk(piece.x, ball, steps, x_adv if resumed else None)
+        else:
+            walk = MomentumWalk(piece.x, ball, steps, x_adv)
+        return Run(self._evaluate, piece, x_adv, walk, self.rho)
+
+    def _confirmed(self, piece: Piece, outcome: Outcome) -> Outcome:
+        """A success in low precision counts once the model confirms it in full; the others are struck out in place."""
+        if self.precision != "fp32":
+            outcome.broken.logical_and_(self._fooled(self.model(outcome.x_best_adv), piece.y))
+        return outcome
+
+    def _evaluate(self, x_adv: Tensor, piece: Piece, iteration: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient and loss to ascend, and whether the model is fooled: sums over eot_iter serve as well as means."""
-        grad, loss, logits = self._ascent(x_adv, piece)
+        grad, loss, logits = self._ascent(x_adv, piece, iteration)
         for _ in range(1, self.eot_iter):
-            drawn = self._ascent(x_adv, piece)
+            drawn = self._ascent(x_adv, piece, iteration)
             grad, loss, logits = grad + drawn[0], loss + drawn[1], logits + drawn[2]
         if self.targeted:
             grad, loss = -grad, -loss
@@ -132,8 +172,3 @@ class APGD(GradientAttack):
 
     def _fooled(self, logits: Tensor, y: Tensor) -> Tensor:
         return (logits.argmax(1) == y) == self.targeted
-
-
-def _rows(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask [N] in a shape that broadcasts against x."""
-    return mask.view(-1, *([1] * (x.dim() - 1)))

@@ -1,12 +1,14 @@
-"""What a run of Auto-PGD remembers from one iteration to the next, and when it looks back."""
+"""What a run of Auto-PGD remembers from one iteration to the next, and what it leaves behind."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from afd.attacks.piece import take
 
 
 @dataclass(frozen=True)
@@ -26,27 +28,63 @@ class APGDState:
     moves: Tensor
 
     @classmethod
-    def before_start(cls, x_adv: Tensor, eps: float | Tensor) -> APGDState:
+    def before_start(cls, x_adv: Tensor, step: Tensor) -> APGDState:
         """State that the first update, at the start point, makes that of a run whose best point is the start."""
         x_best, grad_best, x_best_adv = (torch.zeros_like(x_adv) for _ in range(3))
-        step = 2 * eps if isinstance(eps, Tensor) else x_adv.new_full(x_adv.shape[:1], 2 * eps)
         best, last = torch.full_like(step, -math.inf), torch.full_like(step, math.inf)
         reduced, broken = torch.ones_like(step, dtype=torch.bool), torch.zeros_like(step, dtype=torch.bool)
         increases, moves = (torch.zeros_like(step, dtype=kind) for kind in (torch.int32, torch.uint8))
         return cls(x_best, grad_best, x_best_adv, best, last, best.clone(), step, increases, reduced, broken, moves)
 
+    def take(self, kept: Tensor) -> APGDState:
+        """The samples that the indices `kept` name."""
+        return APGDState(*(take(getattr(self, field.name), kept) for field in fields(self)))
 
-def checkpoint_intervals(steps: int) -> list[int]:
-    """For each iteration 1 ... steps, 0, or at a checkpoint the number of iterations since the one before.
 
-    The first interval is 0.22 of the steps; each is 0.03 of them shorter than the last, but at least 0.06 of them.
+@dataclass(frozen=True)
+class Outcome:
+    """What runs have found so far.
+
+    Attributes:
+        x_best: points of the highest loss, [N, ...].
+        x_best_adv: points that fooled the model, where `broken`, [N, ...].
+        loss_best: the highest losses, [N].
+        broken: whether the model was fooled, [N] bool.
     """
-    interval, decrease, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
-    marks, since = [], 0
-    for _ in range(steps):
-        since += 1
-        at_checkpoint = since == interval
-        marks.append(interval if at_checkpoint else 0)
-        if at_checkpoint:
-            interval, since = max(interval - decrease, least), 0
-    return marks
+
+    x_best: Tensor
+    x_best_adv: Tensor
+    loss_best: Tensor
+    broken: Tensor
+
+    @classmethod
+    def before(cls, x: Tensor) -> Outcome:
+        """Nothing found yet around the images x."""
+        loss = x.new_full(x.shape[:1], -math.inf)
+        return cls(x.clone(), x.clone(), loss, torch.zeros_like(loss, dtype=torch.bool))
+
+    @classmethod
+    def of(cls, state: APGDState) -> Outcome:
+        """What one run has found so far."""
+        return cls(state.x_best, state.x_best_adv, state.loss_best, state.broken)
+
+    def note(self, found: Outcome, rows: Tensor) -> None:
+        """Adds what a run found on these rows: the first run that fools the model counts, else the highest loss."""
+        broken, best = self.broken[rows], self.loss_best[rows]
+        first, higher = found.broken & ~broken, found.loss_best > best
+        for target, source, where in (
+            (self.x_best_adv, found.x_best_adv, first),
+            (self.x_best, found.x_best, higher),
+            (self.loss_best, found.loss_best, higher),
+        ):
+            target[rows] = torch.where(rows_of(where, source), source, target[rows])
+        self.broken[rows] = broken | found.broken
+
+    def points(self) -> Tensor:
+        """For each sample the point that fooled the model, or else that of the highest loss, [N, ...]."""
+        return torch.where(rows_of(self.broken, self.x_best), self.x_best_adv, self.x_best)
+
+
+def rows_of(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask [N] in a shape that broadcasts against x."""
+    return mask.view(-1, *([1] * (x.dim() - 1)))

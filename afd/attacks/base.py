@@ -4,47 +4,26 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import engine, execution
-from afd.attacks.inputs import check_batch
+from afd.attacks import engine, execution, inputs, watch
 from afd.attacks.losses import loss_named
+from afd.attacks.piece import Piece
+from afd.attacks.replay import Climb, Replays
 from afd.errors import InputError, at_least
 from afd.ops import checks
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows of a batch that are attacked together.
-
-    Attributes:
-        x: images [N, ...] of these rows.
-        y: labels [N].
-        rows: which rows of the batch they are.
-        seed: of random starts.
-        first_sample: index of the first row in the whole data set.
-        largest_label: max(y) or more, known to the host.
-    """
-
-    x: Tensor
-    y: Tensor
-    rows: slice
-    seed: int
-    first_sample: int
-    largest_label: int
-
-    def of(self, setting: float | Tensor) -> float | Tensor:
-        """A setting of the batch for these rows: one number, or theirs of one per sample."""
-        return setting[self.rows] if isinstance(setting, Tensor) else setting
-
-
 class GradientAttack(ABC):
     """Base of the attacks: settles common settings; `_run` is the algorithm.
+
+    Attributes:
+        report: what the last call saw of the model (`afd.attacks.watch.Report`); None if it did not look.
 
     Raises:
         InputError: a setting out of its range.
@@ -63,6 +42,7 @@ class GradientAttack(ABC):
         seed: int,
         precision: str,
         piece: int | None,
+        look: bool,
     ) -> None:
         checks.norm(norm)
         checks.bounds(*bounds)
@@ -72,8 +52,10 @@ class GradientAttack(ABC):
         execution.check_execution(precision, piece)
         self.model, self.norm, self.eps, self.steps = model, norm, eps, steps
         self.targeted, self.bounds, self.seed = targeted, bounds, seed
-        self.precision, self.piece = precision, piece
+        self.precision, self.piece, self.look = precision, piece, look
         self.loss = loss_named(loss, targeted=targeted)
+        self.report: watch.Report | None = None
+        self._replays = Replays()
 
     @classmethod
     def partial(cls, **settings: Any) -> Callable[[nn.Module], Self]:
@@ -95,16 +77,23 @@ class GradientAttack(ABC):
 
         Raises:
             InputError, InputTypeError: x or y is not as described, or a label is not one of the model's classes.
+            ModelError: the model returned NaN.
+
+        Warns:
+            ModelWarning: gradients that are zero everywhere, or outputs that are probabilities.
         """
-        largest_label = check_batch(x, y, self.bounds)
-        x_adv = torch.empty_like(x)
-        if x.shape[0] == 0:
+        inputs.check_form(x, y)
+        x_adv, trace = torch.empty_like(x), watch.new_trace(len(x), x.device)
+        if x.numel() == 0:
             return x_adv
+        largest_label = inputs.largest_label(x, y, self.bounds) if self.look else -1
         seed = self.seed if seed is None else seed
         with engine.evaluating(self.model):
             for rows in execution.pieces(self.model, x, self.piece):
-                images = execution.channels_last(x[rows])
-                x_adv[rows] = self._run(Piece(images, y[rows], rows, seed, first_sample + rows.start, largest_label))
+                images, labels = execution.channels_last(x[rows]), y[rows]
+                piece = Piece(images, labels, labels, rows, seed, first_sample + rows.start, largest_label, trace)
+                x_adv[rows] = self._run(piece)
+        self.report = watch.settle(trace) if self.look else None
         return x_adv
 
     def perturb(self, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
@@ -115,14 +104,34 @@ class GradientAttack(ABC):
     def _run(self, piece: Piece) -> Tensor:
         """The algorithm on a checked piece that is not empty, its model in evaluation mode, without autograd."""
 
-    def _ball(self, piece: Piece) -> dict[str, Any]:
-        """Where the iterates may lie, in the words of the ops."""
-        return {"eps": piece.of(self.eps), "bounds": self.bounds, "norm": self.norm}
+    def _aimed(self, piece: Piece, rank: int = 0) -> Piece:
+        """The piece with what the loss is judged by; `rank` chooses among target classes."""
+        return replace(piece, aim=self.loss.aim(lambda: self.model(piece.x), piece.y, rank))
 
-    def _ascent(self, x_adv: Tensor, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+    def _ball(self, piece: Piece, radius: float = 1.0) -> dict[str, Any]:
+        """Where the iterates may lie, in the words of the ops; `radius` counts in eps."""
+        return {"eps": radius * piece.of(self.eps), "bounds": self.bounds, "norm": self.norm}
+
+    def _ascent(self, x_adv: Tensor, piece: Piece, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient, losses and logits at x_adv, with the model in the attack's precision."""
         with execution.autocast(self.precision, x_adv.device):
-            return engine.loss_gradient(self.model, self.loss, x_adv, piece.y, piece.largest_label)
+            grad, losses, logits = engine.loss_gradient(
+                self.model, self.loss.value, x_adv, piece.aim, piece.largest_label
+            )
+        watch.note(piece, step, logits, grad)
+        return grad, losses, logits
+
+    def _climbed(self, climb: Climb, piece: Piece, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:
+        """climb(piece, x_adv), on CUDA by replaying a graph; `settings` are those of the climb, not of the attack."""
+        return self._replays((*settings, *self._settings()), self.model, climb, piece, x_adv)
+
+    def _settings(self) -> Iterator[Hashable]:
+        """What a recorded graph holds of the attack."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                yield name, value.data_ptr()
+            elif isinstance(value, int | float | str | tuple):
+                yield name, value
 
 
 def not_negative(name: str, setting: float | Tensor) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from afd.attacks.losses import Loss
+from afd.attacks.losses import Value
 from afd.errors import InputError
 
 
@@ -29,22 +29,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def input_gradient(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, largest_label: int) -> Tensor:
-    """The first of what `loss_gradient` returns."""
-    return loss_gradient(model, loss, x, y, largest_label)[0]
-
-
 def loss_gradient(
-    model: nn.Module, loss: Loss, x: Tensor, y: Tensor, largest_label: int
+    model: nn.Module, loss: Value, x: Tensor, aim: Tensor, largest_label: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∇_x Σ loss(model(x), y) with the losses and logits behind it, all detached.
+    """∇_x Σ loss(model(x), aim) with the losses and logits behind it, all detached.
 
     Args:
         model: classifier; call inside `evaluating`.
         loss: one value per sample; their sum is differentiated, so that samples do not depend on their batch.
         x: images [N, ...], leaf or not; not modified.
-        y: labels [N] int64.
-        largest_label: max(y), known to the host, so that the range check needs no synchronisation.
+        aim: what the loss is judged by, [N, ...].
+        largest_label: known to the host, so that its check needs no synchronisation; -1 for no check.
 
     Returns:
         The gradient, of x's shape and dtype; the losses [N]; the logits [N, classes].
@@ -59,6 +54,6 @@ def loss_gradient(
             raise InputError(f"the model returned shape {list(logits.shape)}; an attack needs logits [{x.shape[0]}, K]")
         if largest_label >= logits.shape[1]:
             raise InputError(f"y holds the label {largest_label}; the model has classes 0 ... {logits.shape[1] - 1}")
-        losses = loss(logits, y)
+        losses = loss(logits, aim)
         (grad,) = torch.autograd.grad(losses.sum(), x)
     return grad, losses.detach(), logits.detach()

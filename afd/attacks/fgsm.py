@@ -21,6 +21,7 @@ class FGSM(PGD):
         bounds: lowest and highest value of an image.
         precision: as in `PGD`.
         piece: as in `PGD`.
+        look: as in `PGD`.
 
     Raises:
         InputError: a setting out of its range.
@@ -37,8 +38,9 @@ class FGSM(PGD):
         bounds: tuple[float, float] = (0.0, 1.0),
         precision: str = "fp32",
         piece: int | None = None,
+        look: bool = True,
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, alpha=eps, steps=1, random_start=False, targeted=targeted, loss=loss,
-            bounds=bounds, precision=precision, piece=piece,
+            bounds=bounds, precision=precision, piece=piece, look=look,
         )  # fmt: skip

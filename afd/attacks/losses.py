@@ -1,8 +1,9 @@
-"""What an attack ascends: one loss per sample from logits [N, K] and labels [N]; higher is worse for the model."""
+"""What an attack ascends: one loss per sample from logits [N, K] and what they are judged by; higher is worse."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,20 @@ from torch import Tensor
 
 from afd.errors import InputError, one_of
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Value = Callable[[Tensor, Tensor], Tensor]  # (logits [N, K], aim) -> losses [N]
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """-log softmax(logits)[y]."""
     return F.cross_entropy(_wide(logits), y, reduction="none")
+
+
+def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
+    """KL(p || softmax(logits)), p the clean prediction given as log p [N, K]: what TRADES ascends (Zhang et al. 2019).
+
+    At the image itself the divergence and its gradient are 0, so an attack must start elsewhere.
+    """
+    return F.kl_div(_wide(logits).log_softmax(1), clean, reduction="none", log_target=True).sum(1)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -43,18 +52,81 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "margin": margin}
+def dlr_targeted(logits: Tensor, own_and_target: Tensor) -> Tensor:
+    """Targeted DLR (Croce & Hein 2020): (z_target - z_own) / (z_(1) - (z_(3) + z_(4)) / 2).
+
+    z_(k) is the k-th largest logit.
+
+    Args:
+        logits: [N, K].
+        own_and_target: [N, 2], the class to leave and the class to reach.
+
+    Raises:
+        InputError: fewer than 4 classes.
+    """
+    _at_least_classes("dlr-targeted", 4, logits)
+    logits = _wide(logits)
+    largest = logits.topk(4, dim=1).values
+    own, target = logits.gather(1, own_and_target).unbind(1)
+    return (target - own) / (largest[:, 0] - (largest[:, 2] + largest[:, 3]) / 2 + 1e-12)
+
+
+# --- What losses are judged by --------------------------------------------------------------------------------------
+
+
+def the_labels(_clean: Callable[[], Tensor], y: Tensor, _rank: int) -> Tensor:
+    """y itself."""
+    return y
+
+
+def the_prediction(clean: Callable[[], Tensor], _y: Tensor, _rank: int) -> Tensor:
+    """log softmax of the clean logits, [N, K]."""
+    return _wide(clean()).log_softmax(1)
+
+
+def a_likely_class(clean: Callable[[], Tensor], y: Tensor, rank: int) -> Tensor:
+    """y beside the other class that the clean logits rank highest (0), second (1), and so on: [N, 2].
+
+    Raises:
+        InputError: there are not so many other classes.
+    """
+    logits = _wide(clean())
+    if rank >= logits.shape[1] - 1:
+        raise InputError(
+            f"the attack aims at {rank + 1} other classes; the model has {logits.shape[1]}, so n_target_classes is "
+            f"at most {logits.shape[1] - 1}"
+        )
+    others = logits.scatter(1, y[:, None], float("-inf"))
+    return torch.stack([y, others.topk(rank + 1, dim=1).indices[:, rank]], 1)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, and what it is judged by: `aim(clean, y, rank)`, clean giving the logits of x where they are needed."""
+
+    value: Value
+    aim: Callable[[Callable[[], Tensor], Tensor, int], Tensor]
+
+
+LOSSES = {
+    "ce": Loss(cross_entropy, the_labels),
+    "dlr": Loss(dlr, the_labels),
+    "dlr-targeted": Loss(dlr_targeted, a_likely_class),
+    "kl": Loss(kl_divergence, the_prediction),
+    "margin": Loss(margin, the_labels),
+}
+TARGETED = ("ce", "margin")  # those that can be descended towards a class
 
 
 def loss_named(name: str, *, targeted: bool = False) -> Loss:
     """A loss by name.
 
     Raises:
-        InputError: unknown name, or a loss that has no targeted form.
+        InputError: unknown name, or a loss that cannot be descended towards a target class.
     """
     one_of("loss", name, LOSSES)
-    if targeted and name == "dlr":
-        raise InputError("loss is 'dlr', which has no target class; with targeted=True, allowed are ce, margin")
+    if targeted and name not in TARGETED:
+        raise InputError(f"loss is {name!r}, which takes no target class; with targeted=True, allowed are ce, margin")
     return LOSSES[name]
 
 

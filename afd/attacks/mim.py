@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from afd import ops
-from afd.attacks.base import GradientAttack, Piece, not_negative
-from afd.errors import at_least
+from afd.attacks.base import GradientAttack, not_negative
+from afd.attacks.piece import Piece
+from afd.errors import InputError, at_least
 
 
 class MIM(GradientAttack):
@@ -29,6 +30,7 @@ class MIM(GradientAttack):
         bounds: lowest and highest value of an image.
         precision: as in `PGD`.
         piece: as in `PGD`.
+        look: as in `PGD`.
 
     Raises:
         InputError: a setting out of its range.
@@ -48,24 +50,30 @@ class MIM(GradientAttack):
         bounds: tuple[float, float] = (0.0, 1.0),
         precision: str = "fp32",
         piece: int | None = None,
+        look: bool = True,
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=0,
-            precision=precision, piece=piece,
+            precision=precision, piece=piece, look=look,
         )  # fmt: skip
         not_negative("alpha", alpha)
+        if loss == "kl":
+            raise InputError("loss is 'kl', whose gradient at the image itself is 0; it needs a random start")
         at_least("decay", decay, 0.0)
         self.alpha, self.decay = alpha, decay
 
     def _run(self, piece: Piece) -> Tensor:
-        x, ball = piece.x, self._ball(piece)
-        x_adv, gathered = x.clone(), torch.zeros_like(x)
-        alpha = piece.of(-self.alpha if self.targeted else self.alpha)
-        for _ in range(self.steps):
-            grad, _, _ = self._ascent(x_adv, piece)
-            gathered.mul_(self.decay).add_(_of_mean_one(grad))
-            ops.pgd_step_(x_adv, x, gathered, alpha=alpha, **ball)
+        (x_adv,) = self._climbed(self._climb, self._aimed(piece), piece.x.clone())
         return x_adv
+
+    def _climb(self, piece: Piece, x_adv: Tensor) -> tuple[Tensor]:
+        ball, alpha = self._ball(piece), piece.of(-self.alpha if self.targeted else self.alpha)
+        gathered = torch.zeros_like(x_adv)
+        for step in range(self.steps):
+            grad, _, _ = self._ascent(x_adv, piece, step)
+            gathered.mul_(self.decay).add_(_of_mean_one(grad))
+            ops.pgd_step_(x_adv, piece.x, gathered, alpha=alpha, **ball)
+        return (x_adv,)
 
 
 def _of_mean_one(grad: Tensor) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from afd import ops
-from afd.attacks.base import GradientAttack, Piece, not_negative
+from afd.attacks.base import GradientAttack, not_negative
+from afd.attacks.piece import Piece
+from afd.errors import InputError
 
 
 class PGD(GradientAttack):
@@ -22,12 +24,18 @@ class PGD(GradientAttack):
         steps: number of steps, >= 0.
         random_start: start at a uniform point of the ball instead of at x.
         targeted: y is the class to reach, and the loss is descended.
-        loss: "ce", "dlr" (not targeted) or "margin", summed over samples.
+        loss: "ce", "margin", or, untargeted, "dlr", "dlr-targeted" (at the likeliest other class) or "kl" (TRADES: from
+            the clean prediction, y unused); summed over samples.
         bounds: lowest and highest value of an image.
         seed: of the random start; the same seed gives the same result.
         precision: "fp32", "bf16" (the model runs in bfloat16, everything else in float32), or "auto" (bfloat16 where
             the device multiplies it in hardware).
         piece: rows attacked together on a CPU; by default as many as keep the model's activations in its caches.
+        look: check the values of x, y and the model's outputs, which waits for the device before the first step and
+            after the last; False is for loops that see to that themselves.
+
+    On CUDA all steps are recorded in one graph and replayed (`afd.attacks.replay`). `torch.compile(model)` may be
+    attacked like any other model.
 
     Raises:
         InputError: a setting out of its range.
@@ -48,22 +56,28 @@ class PGD(GradientAttack):
         seed: int = 0,
         precision: str = "fp32",
         piece: int | None = None,
+        look: bool = True,
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
-            precision=precision, piece=piece,
+            precision=precision, piece=piece, look=look,
         )  # fmt: skip
         not_negative("alpha", alpha)
+        if loss == "kl" and not random_start:
+            raise InputError("loss is 'kl', whose gradient at the image itself is 0; it needs a random start")
         self.alpha, self.random_start = alpha, random_start
 
     def _run(self, piece: Piece) -> Tensor:
-        x, ball = piece.x, self._ball(piece)
         if self.random_start:
-            x_adv = ops.random_start(x, seed=piece.seed, first_sample=piece.first_sample, **ball)
+            x_adv = ops.random_start(piece.x, seed=piece.seed, first_sample=piece.first_sample, **self._ball(piece))
         else:
-            x_adv = x.clone()
-        alpha = piece.of(-self.alpha if self.targeted else self.alpha)
-        for _ in range(self.steps):
-            grad, _, _ = self._ascent(x_adv, piece)
-            ops.pgd_step_(x_adv, x, grad, alpha=alpha, **ball)
+            x_adv = piece.x.clone()
+        (x_adv,) = self._climbed(self._climb, self._aimed(piece), x_adv)
         return x_adv
+
+    def _climb(self, piece: Piece, x_adv: Tensor) -> tuple[Tensor]:
+        ball, alpha = self._ball(piece), piece.of(-self.alpha if self.targeted else self.alpha)
+        for step in range(self.steps):
+            grad, _, _ = self._ascent(x_adv, piece, step)
+            ops.pgd_step_(x_adv, piece.x, grad, alpha=alpha, **ball)
+        return (x_adv,)

@@ -1,160 +1,172 @@
 """Attack throughput side by side: ``python -m afd.bench.attacks``.
 
-Every library runs L∞ PGD with the same model, batch, radius, step and number of steps, in turn. The floor is what the
-model itself costs: as many bare forwards and input gradients as there are steps, on the whole batch at once. The
-accuracy each attack leaves stands beside its speed, so that speed bought with a weaker attack shows.
+Every library runs the same attack on the same model and batch, in turn. The floor is what the model itself costs: as
+many bare forwards and input gradients as the attack makes, on the whole batch at once. The accuracy each attack leaves
+stands beside its speed, so that speed bought with a weaker attack shows.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+import tyro
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from afd.attacks import PGD
-from afd.bench.peers import PEERS, PeerMissingError, Run, Settings, peer_pgd
-from afd.bench.timing import CPU, Timing, device_name, interleaved, record, slug
-from afd.nn import build_model
+from afd.bench.memory import peak_bytes
+from afd.bench.models import Subject, subject
+from afd.bench.peers import NotOfferedError, PeerMissingError, Request, Run, adapted, ours, requests
+from afd.bench.timing import Timing, device_name, interleaved, record, slug
 
-
-@dataclass(frozen=True)
-class Case:
-    """A model with the batch it is attacked on."""
-
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-    settings: Settings
-
-
-def lenet() -> nn.Module:
-    """LeNet-size network for 1x28x28 images, as attack libraries use in their MNIST examples."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(64 * 49, 1024), nn.ReLU(), nn.Linear(1024, 10),
-    )  # fmt: skip
-
-
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Settings]] = {
-    "resnet18": (
-        lambda: build_model("resnet18", (3, 32, 32), 10, 64),
-        (128, 3, 32, 32),
-        Settings(8 / 255, 2 / 255, 10),
-    ),
-    "lenet": (lenet, (512, 1, 28, 28), Settings(0.3, 0.03, 20)),
+RADII = {  # by channels: the usual ones of MNIST and of CIFAR-10
+    1: {"Linf": 0.3, "L2": 2.0, "L1": 10.0},
+    3: {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0},
 }
 
 
-def case(name: str, batch: int | None, steps: int | None, device: torch.device) -> Case:
-    """One of `CASES`, with random weights and images (speed does not depend on them)."""
-    build, shape, defaults = CASES[name]
-    torch.manual_seed(0)
-    shape = (batch or shape[0], *shape[1:])
-    settings = Settings(defaults.eps, defaults.alpha, steps or defaults.steps)
-    x = torch.rand(shape, device=device)
-    return Case(build().to(device).eval(), x, torch.randint(10, shape[:1], device=device), settings)
+@dataclass(frozen=True)
+class AttackBench:
+    """Time attacks side by side.
+
+    Attributes:
+        model: lenet, resnet18, or package.module:factory.
+        batch: images a batch; by default the model's own.
+        shape: of one image, for a factory's model.
+        attack: pgd, apgd; comma-separated.
+        norm: Linf, L2, L1; comma-separated.
+        steps: of each attack.
+        against: libraries, comma-separated; missing ones are named.
+        rounds: timed runs of each.
+        device: cpu or cuda.
+        out: JSON file; by default benchmarks/results/attacks-<model>-<attack>-<device>.json.
+    """
+
+    model: str = "lenet"
+    batch: int | None = None
+    shape: tuple[int, int, int] | None = None
+    attack: str = "pgd"
+    norm: str = "Linf"
+    steps: int = 20
+    against: str = "torchattacks,foolbox,art,pyautoattack"
+    rounds: int = 5
+    device: str = "cpu"
+    out: Path | None = None
 
 
-def floor(case: Case) -> Run:
-    """The model's own cost: forward and input gradient, once a step."""
+@dataclass(frozen=True)
+class Result:
+    """What one library did: its times, the accuracy it left, and the most bytes it held at a time."""
+
+    seconds: Timing
+    accuracy_left: float | None
+    peak_bytes: int
+
+
+def floor(target: Subject, request: Request) -> Run:
+    """The model's own cost: forward and input gradient, as often as the attack takes them."""
 
     def run(x: Tensor, y: Tensor) -> Tensor:
-        for _ in range(case.settings.steps):
+        for _ in range(request.steps + (request.attack == "apgd")):
             x = x.detach().requires_grad_()
-            torch.autograd.grad(F.cross_entropy(case.model(x), y, reduction="sum"), x)
+            torch.autograd.grad(F.cross_entropy(target.model(x), y, reduction="sum"), x)
         return x.detach()
 
     return run
 
 
-def ours(case: Case) -> Run:
-    """afd's PGD."""
-    return PGD(case.model, **asdict(case.settings))
-
-
-def measure(
-    case: Case, against: list[str], rounds: int, device: torch.device
-) -> tuple[dict[str, Timing], dict[str, float]]:
-    """Times by library, and the accuracy that each attack leaves."""
-    runs: dict[str, Run] = {"floor": floor(case), "afd": ours(case)}
+def contestants(target: Subject, request: Request, against: list[str], say: Callable[[str], None]) -> dict[str, Run]:
+    """The floor, afd in both precisions, and the libraries that are present and offer the attack."""
+    runs = {
+        "floor": floor(target, request),
+        "afd": ours(target.model, request),
+        "afd auto": ours(target.model, request, precision="auto"),
+    }
     for name in against:
-        runs[name] = peer_pgd(name, case.model, case.settings)
-    left = {name: _accuracy(case, run(case.x, case.y)) for name, run in runs.items() if name != "floor"}
-    candidates = {name: partial(run, case.x, case.y) for name, run in runs.items()}
-    return interleaved(candidates, rounds, warmup=0, device=device), left
+        try:
+            runs[name] = adapted(name, target.model, request)
+        except (PeerMissingError, NotOfferedError) as error:
+            say(f"left out: {error}")
+    return runs
+
+
+def measure(target: Subject, runs: Mapping[str, Run], rounds: int) -> dict[str, Result]:
+    """Times the runs in turn; the first, untimed call of each gives its memory and the accuracy it leaves."""
+    device, first = target.x.device, {}
+    for name, run in runs.items():
+        kept: list[Tensor] = []
+        most = peak_bytes(lambda run=run, kept=kept: kept.append(run(target.x, target.y)), device)  # type: ignore[misc]
+        first[name] = (accuracy(target, kept[0]) if name != "floor" else None, most)
+    times = interleaved(
+        {name: partial(run, target.x, target.y) for name, run in runs.items()}, rounds, warmup=0, device=device
+    )
+    return {name: Result(times[name], *first[name]) for name in runs}
 
 
 @torch.no_grad()
-def _accuracy(case: Case, x: Tensor) -> float:
-    return float((case.model(x).argmax(1) == case.y).float().mean())
+def accuracy(target: Subject, x: Tensor) -> float:
+    """Share of images that the model still classifies as it did."""
+    right = [(target.model(part).argmax(1) == y) for part, y in zip(x.split(128), target.y.split(128), strict=True)]
+    return float(torch.cat(right).float().mean())
 
 
-def table(times: dict[str, Timing], left: dict[str, float], case: Case, title: str) -> Table:
-    """One row a library: time, rate, share of the floor, speed against it, accuracy left."""
+def table(results: Mapping[str, Result], target: Subject, request: Request) -> Table:
+    """One row a library: time, rates, time over the floor, speed of afd against it, memory, accuracy left."""
+    device = device_name(target.x.device)
+    title = f"{request.name} on {target.name} {target.size}, {device}, {torch.get_num_threads()} threads"
     shown = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("p20 s", "p50 s", "p80 s", "image-steps/s", "over floor", "afd is faster", "accuracy left"):
+    for heading in ("p50 s", "p20-p80", "images/s", "image-steps/s", "over floor", "afd faster", "auto faster",
+                    "peak MiB", "accuracy left"):  # fmt: skip
         shown.add_column(heading, justify="right")
-    work = len(case.x) * case.settings.steps
-    for name, taken in times.items():
+    images = len(target.x)
+    for name, result in results.items():
+        taken = result.seconds
         shown.add_row(
             name,
-            *(f"{seconds:.3f}" for seconds in (taken.p20, taken.p50, taken.p80)),
-            f"{work / taken.p50:,.0f}",
-            f"{taken.p50 / times['floor'].p50:.2f}x",
-            f"{taken.p50 / times['afd'].p50:.2f}x",
-            f"{left[name]:.1%}" if name in left else "",
+            f"{taken.p50:.3f}",
+            f"{taken.p20:.3f}-{taken.p80:.3f}",
+            f"{images / taken.p50:,.0f}",
+            f"{images * request.steps / taken.p50:,.0f}",
+            *(f"{taken.p50 / results[base].seconds.p50:.2f}x" for base in ("floor", "afd", "afd auto")),
+            f"{result.peak_bytes / 2**20:,.0f}",
+            "" if result.accuracy_left is None else f"{result.accuracy_left:.1%}",
         )
     return shown
 
 
-def main() -> None:
-    """Measures, prints and records."""
-    parser = argparse.ArgumentParser(prog="python -m afd.bench.attacks", description="Times attacks side by side.")
-    parser.add_argument("--model", choices=sorted(CASES), default="lenet", help="network and images")
-    parser.add_argument("--batch", type=int, help="images a batch (default: the case's own)")
-    parser.add_argument("--steps", type=int, help="attack steps (default: the case's own)")
-    parser.add_argument("--against", default=",".join(PEERS), help="libraries, comma-separated; missing ones are named")
-    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each")
-    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu or cuda")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file (default: benchmarks/results/attacks-<model>-<device>.json)"
+def run(options: AttackBench, console: Console) -> Path:
+    """Measures, prints and records; returns the JSON file."""
+    target = subject(options.model, options.batch, options.shape, options.device)
+    radii = RADII[1 if target.x.shape[1] == 1 else 3]
+    wanted = requests(options.attack.split(","), options.norm.split(","), options.steps, radii)
+    results = {}
+    for request in wanted:
+        runs = contestants(
+            target, request, [name for name in options.against.split(",") if name],
+            lambda words: console.print(words, soft_wrap=True),
+        )  # fmt: skip
+        measured = measure(target, runs, options.rounds)
+        console.print(table(measured, target, request))
+        results[request.name] = {"request": asdict(request), "libraries": measured}
+    device = target.x.device
+    out = options.out or Path("benchmarks/results") / (
+        f"attacks-{slug(options.model)}-{slug(options.attack)}-{slug(device_name(device))}.json"
     )
-    options = parser.parse_args()
-    console = Console()
-    device = options.device
-    chosen = case(options.model, options.batch, options.steps, device)
-    present = []
-    for name in filter(None, options.against.split(",")):
-        try:
-            peer_pgd(name, chosen.model, chosen.settings)
-            present.append(name)
-        except PeerMissingError as error:
-            console.print(f"left out: {error}", soft_wrap=True)
-    times, left = measure(chosen, present, options.rounds, device)
-    size = "x".join(str(length) for length in chosen.x.shape)
-    title = f"PGD-{chosen.settings.steps} Linf on {options.model} {size}, {device_name(device)}"
-    console.print(table(times, left, chosen, title))
-    out = options.out or Path("benchmarks/results") / f"attacks-{options.model}-{slug(device_name(device))}.json"
-    record(
-        out,
-        f"attacks {options.model}",
-        times,
-        device,
-        rounds=options.rounds,
-        accuracy_left=left,
-        **asdict(chosen.settings),
-    )
+    record(out, "attacks", results, device, model=options.model, batch=target.size, rounds=options.rounds)
     console.print(f"written to {out}")
+    return out
+
+
+def main() -> None:
+    """Reads the command line."""
+    run(tyro.cli(Annotated[AttackBench, tyro.conf.arg(name="")], prog="python -m afd.bench.attacks"), Console())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from afd.evaluation.target import Target
 TARGET_CLASSES = 9  # of the standard version; fewer where the model has fewer others
 
 
-def fab_targeted(target: Target, *, steps: int = 100) -> Attack:
+def fab_targeted(target: Target, *, steps: int) -> Attack:
     """Targeted FAB (Croce & Hein 2020), one restart, nine target classes."""
 
     def build(seed: int, device: torch.device) -> Any:
@@ -30,7 +30,7 @@ def fab_targeted(target: Target, *, steps: int = 100) -> Attack:
     return _pyautoattack("FAB-T", target, build)
 
 
-def square(target: Target, *, queries: int = 5000) -> Attack:
+def square(target: Target, *, queries: int) -> Attack:
     """Square (Andriushchenko et al. 2020): random search, no gradients."""
 
     def build(seed: int, device: torch.device) -> Any:

@@ -61,16 +61,20 @@ def mim(target: Target, *, steps: int, decay: float = 1.0) -> Attack:
     )  # fmt: skip
 
 
-def apgd_ce(target: Target, *, steps: int = 100, n_restarts: int = 1) -> Attack:
+def apgd_ce(target: Target, *, steps: int, n_restarts: int = 1) -> Attack:
     """Auto-PGD on the cross-entropy."""
     return APGD(
-        target.model, norm=target.norm, eps=target.eps, steps=steps, n_restarts=n_restarts, seed=target.seed
+        target.model, norm=target.norm, eps=target.eps, steps=steps, n_restarts=n_restarts, early_stop=True,
+        seed=target.seed,
     )  # fmt: skip
 
 
-def apgd_t(target: Target, *, steps: int = 100) -> Attack:
-    """Auto-PGD on the DLR loss."""
-    return APGD(target.model, norm=target.norm, eps=target.eps, steps=steps, loss="dlr", seed=target.seed)
+def apgd_t(target: Target, *, steps: int, n_target_classes: int) -> Attack:
+    """Auto-PGD on the targeted DLR loss, at each of the likeliest other classes in turn."""
+    return APGD(
+        target.model, norm=target.norm, eps=target.eps, steps=steps, loss="dlr-targeted", early_stop=True,
+        n_target_classes=min(n_target_classes, target.classes - 1), seed=target.seed,
+    )  # fmt: skip
 
 
 def noise(target: Target, *, draws: int) -> Attack:
@@ -95,11 +99,11 @@ ATTACKS = {
     "pgd": Kind(pgd, lambda settings: 2 * settings["steps"]),
     "fgsm": Kind(fgsm, lambda _: 2),
     "mim": Kind(mim, lambda settings: 2 * settings["steps"]),
-    "apgd-ce": Kind(apgd_ce, lambda settings: 2 * settings.get("steps", 100)),
-    "apgd-t": Kind(apgd_t, lambda settings: 2 * settings.get("steps", 100)),
+    "apgd-ce": Kind(apgd_ce, lambda settings: 2 * settings["steps"] * settings.get("n_restarts", 1)),
+    "apgd-t": Kind(apgd_t, lambda settings: 2 * settings["steps"] * settings["n_target_classes"]),
     "noise": Kind(noise, lambda settings: settings["draws"]),
-    "fab-t": Kind(autoattack.fab_targeted, lambda _: 2700, "pyautoattack"),
-    "square": Kind(autoattack.square, lambda settings: settings.get("queries", 5000), "pyautoattack"),
+    "fab-t": Kind(autoattack.fab_targeted, lambda settings: 27 * settings["steps"], "pyautoattack"),
+    "square": Kind(autoattack.square, lambda settings: settings["queries"], "pyautoattack"),
     "autoattack": Kind(autoattack.whole, lambda _: 9700, "pyautoattack"),
     "ddn": Kind(minimal.ddn, lambda settings: 2 * settings["steps"], "foolbox", minimal=True),
     "deepfool": Kind(minimal.deepfool, lambda settings: 10 * settings["steps"], "foolbox", minimal=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afd.attacks.engine import evaluating, input_gradient
+from afd.attacks.engine import evaluating, loss_gradient
 from afd.attacks.losses import cross_entropy
 from afd.evaluation.checks import Check, judge
 from afd.evaluation.subject import Subject
@@ -29,10 +29,11 @@ def model_checks(subject: Subject, x: Tensor, y: Tensor) -> list[Check]:
         with torch.no_grad():
             outputs = torch.stack([model(x) for _ in range(REPEATS)])
             alone = torch.cat([model(image[None]) for image in x[:ALONE]])
-        gradient = input_gradient(model, cross_entropy, x, y, int(y.max()))
+        gradient, _, _ = loss_gradient(model, cross_entropy, x, y)
     logits = outputs[0]
     scale = float(logits.abs().amax().clamp(min=1e-12))
     return [
+        _finite(logits),
         _random(outputs, scale),
         _batch_dependence(alone, logits[:ALONE], scale),
         _training(training, subject.training_modules),
@@ -40,6 +41,14 @@ def model_checks(subject: Subject, x: Tensor, y: Tensor) -> list[Check]:
         _zero_gradients(gradient, logits.argmax(1) == y),
         _bounds(x),
     ]
+
+
+def _finite(logits: Tensor) -> Check:
+    bad = int((~logits.isfinite().all(1)).sum())
+    return judge(
+        "outputs not finite", bad, f"of {len(logits)} images", allowed=0, fails_above=0,
+        meaning="NaN or infinite logits leave attacks without a loss to climb",
+    )  # fmt: skip
 
 
 def _random(outputs: Tensor, scale: float) -> Check:

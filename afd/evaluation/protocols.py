@@ -52,11 +52,17 @@ def quick(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protoco
 
 def autoattack(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
     """AutoAttack's standard version: APGD-CE and APGD-T on our engine, then FAB-T and Square, each on what is left."""
-    stages = tuple(Stage(name, name, norm, tuple(epsilons), scope="remaining") for name in AUTOATTACK)
+    restarts, classes = (5, 5) if norm == "L1" else (1, 9)
+    settings: dict[str, dict[str, int]] = {
+        "apgd-ce": {"steps": 100, "n_restarts": restarts},
+        "apgd-t": {"steps": 100, "n_target_classes": classes},
+        "fab-t": {"steps": 100},
+        "square": {"queries": 5000},
+    }
+    stages = tuple(
+        Stage(name, name, norm, tuple(epsilons), chosen, scope="remaining") for name, chosen in settings.items()
+    )
     return Protocol("autoattack", norm, reference, stages + probes(norm, reference))
-
-
-AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
 
 
 def autoattack_reference(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:

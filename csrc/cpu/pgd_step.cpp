@@ -2,8 +2,9 @@
 // which is its floor (the copy of as many bytes). In Linf each thread walks one contiguous range of the flattened
 // batch, sample by sample, so that alpha and eps are constants of the vectorised inner loop. In L2 and L1 each thread
 // takes one sample at a time, which stays in its cache: the gradient is measured (its norm, or its k-th largest size),
-// the stepped sample is written to out, and out is projected where it lies. Compiled once per instruction set
-// (AFD_ISA); dispatch.cpp picks one.
+// the stepped sample is written to out, and out is projected where it lies. L2 works in float, and in double where a
+// sample's gradient is too small, too large or not finite. Compiled once per instruction set (AFD_ISA); dispatch.cpp
+// picks one.
 
 #include "afd/pgd_step.h"
 
@@ -43,20 +44,32 @@ void step_batch(const PgdStep& a, int threads) {
 
 // --- L2 --------------------------------------------------------------------------------------------------------------
 
-template <class Grad>
-void l2_row(const PgdStep& a, int64_t sample) {
+// Steps along grad(i) and projects. `Real` is the type the product needs.
+template <class Real, class Value>
+void l2_move(const PgdStep& a, int64_t sample, const Value& grad, Real stride) {
   const int64_t first = sample * a.elements;
   const float* x_adv = a.x_adv + first;
-  const auto* grad = static_cast<const typename Grad::type*>(a.grad) + first;
+  const float* x = a.x + first;
   float* out = a.out + first;
+  const double quick = quick_squares(a.elements, [=](int64_t i) {
+    out[i] = l2_stepped(x_adv[i], grad(i), stride);
+    return out[i] - x[i];
+  });
+  shrink_l2_row(out, x, out, a.elements, at(a.eps, sample), a.low, a.high, quick);
+}
+
+template <class Grad>
+void l2_row(const PgdStep& a, int64_t sample) {
+  const auto* grad = static_cast<const typename Grad::type*>(a.grad) + sample * a.elements;
+  const auto raw = [=](int64_t i) { return Grad::raw(grad[i]); };
+  const auto finite = [=](int64_t i) { return Grad::value(grad[i]); };
+  const double quick = quick_squares(a.elements, raw), stride = l2_stride(quick, at(a.alpha, sample));
+  if (trusted(quick) && fabs(stride) < kLargestFloat) return l2_move(a, sample, raw, static_cast<float>(stride));
   const double squares = sum_of(a.elements, [=](int64_t i) {
-    const double g = Grad::value(grad[i]);
+    const double g = finite(i);
     return g * g;
   });
-  const double stride = l2_stride(squares, at(a.alpha, sample));
-#pragma omp simd
-  for (int64_t i = 0; i < a.elements; ++i) out[i] = l2_stepped(x_adv[i], Grad::value(grad[i]), stride);
-  project_l2_row(out, a.x + first, out, a.elements, at(a.eps, sample), a.low, a.high);
+  l2_move(a, sample, finite, l2_stride(squares, at(a.alpha, sample)));
 }
 
 // --- L1 --------------------------------------------------------------------------------------------------------------

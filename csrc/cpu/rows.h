@@ -36,6 +36,34 @@ inline double sum_of(int64_t count, const Term& term) {
   return sum;
 }
 
+// sum(term(i) ** 2) over [0, count): the squares and the sums of four of them in float, the rest in double.
+template <class Term>
+inline double quick_squares(int64_t count, const Term& term) {
+  constexpr int kColumns = 16;
+  const auto square = [=](int64_t i) __attribute__((always_inline)) {
+    const float value = term(i);
+    return value * value;
+  };
+  double sums[kColumns] = {};
+  int64_t i = 0;
+  for (; i + 4 * kColumns <= count; i += 4 * kColumns) {
+#pragma omp simd
+    for (int column = 0; column < kColumns; ++column) {
+      const int64_t k = i + column;
+      const float a = square(k), b = square(k + kColumns), c = square(k + 2 * kColumns), d = square(k + 3 * kColumns);
+      sums[column] += static_cast<double>((a + b) + (c + d));
+    }
+  }
+  for (int column = 0; i < count; ++i, column = (column + 1) % kColumns) sums[column] += square(i);
+  double sum = 0.0;
+  for (double column : sums) sum += column;
+  return sum;
+}
+
+// Whether such a sum lost nothing that matters: no square was too large for a float, and those too small are nothing
+// beside it.
+inline bool trusted(double squares) { return squares > 1e-24 && squares < 1e30; }
+
 // --- L2 --------------------------------------------------------------------------------------------------------------
 
 inline void clamp_row(const float* x_adv, float* out, int64_t count, float low, float high) {
@@ -43,17 +71,23 @@ inline void clamp_row(const float* x_adv, float* out, int64_t count, float low, 
   for (int64_t i = 0; i < count; ++i) out[i] = clamped(x_adv[i], low, high);
 }
 
-// `out` may be x_adv.
-inline void project_l2_row(const float* x_adv, const float* x, float* out, int64_t count, float eps, float low,
-                           float high) {
-  const double squares = sum_of(count, [=](int64_t i) {
+// What is left to do once quick_squares of x_adv - x is known. `out` may be x_adv.
+inline void shrink_l2_row(const float* x_adv, const float* x, float* out, int64_t count, float eps, float low,
+                          float high, double quick) {
+  const auto square = [=](int64_t i) {
     const double u = x_adv[i] - x[i];
     return u * u;
-  });
-  const float factor = l2_factor(squares, eps);
+  };
+  const float factor = l2_factor(trusted(quick) ? quick : sum_of(count, square), eps);
   if (factor == 1.0f) return clamp_row(x_adv, out, count, low, high);
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) out[i] = project_l2_element(x_adv[i], x[i], factor, low, high);
+}
+
+inline void project_l2_row(const float* x_adv, const float* x, float* out, int64_t count, float eps, float low,
+                           float high) {
+  const double quick = quick_squares(count, [=](int64_t i) { return x_adv[i] - x[i]; });
+  shrink_l2_row(x_adv, x, out, count, eps, low, high, quick);
 }
 
 // --- L1 --------------------------------------------------------------------------------------------------------------

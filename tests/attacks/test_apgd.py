@@ -9,7 +9,7 @@ from torch import nn
 
 from afd import ops
 from afd.attacks import APGD, PGD
-from afd.attacks.apgd_state import checkpoint_intervals
+from afd.attacks.apgd_walks import checkpoint_intervals
 from afd.errors import InputError, InputTypeError
 from afd.ops import backend
 
@@ -112,7 +112,7 @@ def test_equals_the_paper_at_every_iteration(model, batch, steps, loss, targeted
     attack = APGD(model, norm=norm, eps=eps, steps=steps, loss=loss, targeted=targeted, seed=5)
     got = attack(x, y)
     handle.remove()
-    assert len(seen) == steps + 2  # the start, each iterate, and x itself
+    assert len(seen) == steps + 2  # x itself, the start, each iterate
     start = ops.random_start(x, norm=norm, eps=eps, seed=5)
     settings = {"norm": norm, "eps": eps, "steps": steps, "loss": loss, "targeted": targeted}
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_equals_the_paper_at_every_iteration(model, batch, steps, loss, targeted
     for i in range(len(x)):
         iterates, best, fooling = paper_apgd(model, x[i], y[i].item(), start[i], **settings)
         for k, point in enumerate(iterates):
-            torch.testing.assert_close(seen[k][i], point, atol=1e-6, rtol=0, msg=f"sample {i}, iteration {k}")
+            torch.testing.assert_close(seen[k + 1][i], point, atol=1e-6, rtol=0, msg=f"sample {i}, iteration {k}")
         want = fooling if fooling is not None else x[i] if wrong[i] else best
         torch.testing.assert_close(got[i], want, atol=1e-6, rtol=0)
 
@@ -199,7 +199,7 @@ def test_restarts_start_elsewhere(model, batch):
     starts = []
     model.register_forward_hook(lambda _module, inputs, _output: starts.append(inputs[0].detach().clone()))
     APGD(model, eps=0.1, steps=0, n_restarts=2, seed=2**63 - 1)(*batch)
-    assert not torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[1], starts[2])
 
 
 def test_any_split_of_the_batch_gives_the_same_result(batch):
@@ -278,8 +278,8 @@ def test_empty_batch(model):
     ("settings", "message"),
     [
         ({"norm": "L7"}, "norm is 'L7'; allowed are Linf"),
-        ({"loss": "mse"}, "loss is 'mse'; allowed are ce, dlr, margin"),
-        ({"loss": "dlr", "targeted": True}, "loss is 'dlr', which has no target class"),
+        ({"loss": "mse"}, "loss is 'mse'; allowed are ce, dlr, dlr-targeted, kl, margin"),
+        ({"loss": "dlr", "targeted": True}, "loss is 'dlr', which takes no target class"),
         ({"eps": -0.1}, "eps is -0.1; it must be a finite number >= 0"),
         ({"steps": -1}, "steps is -1"),
         ({"n_restarts": 0}, "n_restarts is 0; it must be a finite number >= 1"),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from afd.attacks.losses import LOSSES, cross_entropy, dlr, loss_named, margin
+from afd.attacks.losses import LOSSES, cross_entropy, dlr, dlr_targeted, kl_divergence, loss_named, margin
 from afd.errors import InputError
 
 LOGITS = torch.tensor([[5.0, 3.0, 1.0, -2.0], [0.0, 4.0, 4.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
@@ -39,24 +39,60 @@ def test_a_positive_loss_means_a_wrong_prediction():
     assert torch.equal(dlr(logits, y) > 0, wrong)
 
 
+def test_targeted_dlr_by_hand():
+    # (target - own) / (first - (third + fourth) / 2)
+    logits = torch.tensor([[5.0, 3.0, 1.0, -2.0], [0.0, 4.0, 4.0, 2.0]])
+    got = dlr_targeted(logits, torch.tensor([[0, 1], [3, 2]]))
+    torch.testing.assert_close(got, torch.tensor([(3 - 5) / (5 + 0.5), (4 - 2) / (4 - 1)]))
+
+
+def test_kl_divergence_by_hand():
+    p, q = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.5, 0.5]])
+    expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    torch.testing.assert_close(kl_divergence(q.log() + 7, p.log()), torch.tensor([expected]))
+    assert kl_divergence(LOGITS, LOGITS.log_softmax(1)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_the_classes_aimed_at_are_the_likeliest_others(rank):
+    y = torch.tensor([0, 1, 3])
+    logits = torch.tensor([[9.0, 3.0, 1.0, 5.0], [3.0, 1.0, 2.0, 4.0], [0.0, 2.0, 1.0, 1.5]])
+    ranked = [[3, 1, 2], [3, 0, 2], [1, 2, 0]]
+    aim = loss_named("dlr-targeted").aim(lambda: logits, y, rank)
+    assert aim.tolist() == [[own, others[rank]] for own, others in zip(y.tolist(), ranked, strict=True)]
+
+
+def test_more_target_classes_than_there_are_is_an_error():
+    with pytest.raises(InputError, match="aims at 4 other classes; the model has 4, so n_target_classes is at most 3"):
+        loss_named("dlr-targeted").aim(lambda: LOGITS, torch.tensor([0, 1, 2]), 3)
+
+
+def aimed(loss, logits, y):
+    """What the loss is judged by, from other logits than those at hand."""
+    return loss.aim(lambda: logits.detach().flip(0), y, 0)
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_gradients_are_right(loss):
     logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: loss(z, torch.arange(6) % 5), logits)
+    aim = aimed(loss, logits, torch.arange(6) % 5)
+    assert torch.autograd.gradcheck(lambda z: loss.value(z, aim), logits)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_half_precision_logits_give_float32_losses(loss):
-    assert loss(LOGITS.bfloat16(), torch.tensor([0, 1, 2])).dtype == torch.float32
+    logits = LOGITS.bfloat16()
+    assert loss.value(logits, aimed(loss, logits, torch.tensor([0, 1, 2]))).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("name", "classes", "least"), [("dlr", 2, 3), ("margin", 1, 2)])
+@pytest.mark.parametrize(("name", "classes", "least"), [("dlr-targeted", 3, 4), ("dlr", 2, 3), ("margin", 1, 2)])
 def test_too_few_classes_are_named(name, classes, least):
     words = f"loss is '{name}', which needs at least {least} classes; the model has {classes}"
+    aim = torch.zeros((2, 2) if name == "dlr-targeted" else 2, dtype=torch.int64)
     with pytest.raises(InputError, match=words):
-        loss_named(name)(torch.zeros(2, classes), torch.zeros(2, dtype=torch.int64))
+        loss_named(name).value(torch.zeros(2, classes), aim)
 
 
 def test_dlr_has_no_target():
-    with pytest.raises(InputError, match="loss is 'dlr', which has no target class; with targeted=True, allowed are"):
+    with pytest.raises(InputError, match="loss is 'dlr', which takes no target class; with targeted=True, allowed are"):
         loss_named("dlr", targeted=True)

@@ -8,7 +8,7 @@
 //
 // sign(0) and sign(NaN) are 0, as in torch.sign; in L2 a NaN counts as 0 and an infinity as the largest float, as in
 // torch.nan_to_num. |grad|_2 is summed in double, whose range holds the square of every float: no gradient, however
-// small or large, needs scaling.
+// small or large, needs scaling. (The CPU kernel works in float where a sample's gradient allows it.)
 #pragma once
 
 #include <cmath>
@@ -54,10 +54,12 @@ AFD_HOST_DEVICE float sign_of_bits(uint16_t bits, uint16_t infinity) {
   return static_cast<float>(nonzero * (1 - 2 * (bits >> 15)));
 }
 
-// Each type gives the sign; the value, finite; and the key, which ascends with the magnitude and is 0 for NaN.
+// Each type gives the sign; the value as it is; the value made finite; and the key, which ascends with the magnitude
+// and is 0 for NaN.
 struct GradF32 {
   using type = float;
   AFD_HOST_DEVICE float sign(float g) { return sign_of(g); }
+  AFD_HOST_DEVICE float raw(float g) { return g; }
   AFD_HOST_DEVICE float value(float g) { return finite_of(g); }
   AFD_HOST_DEVICE int32_t key(float g) {
     const int32_t magnitude = bits_of(g) & 0x7fffffff;
@@ -67,6 +69,7 @@ struct GradF32 {
 struct GradF16 {
   using type = uint16_t;
   AFD_HOST_DEVICE float sign(uint16_t g) { return sign_of_bits(g, 0x7c00); }
+  AFD_HOST_DEVICE float raw(uint16_t g) { return value(g); }
   AFD_HOST_DEVICE float value(uint16_t g) {
     const int32_t magnitude = g & 0x7fff;
     const float normal = float_of((magnitude << 13) + (112 << 23));  // the same mantissa with float's exponent bias
@@ -79,7 +82,8 @@ struct GradF16 {
 struct GradBF16 {
   using type = uint16_t;
   AFD_HOST_DEVICE float sign(uint16_t g) { return sign_of_bits(g, 0x7f80); }
-  AFD_HOST_DEVICE float value(uint16_t g) { return finite_of(float_of(static_cast<int32_t>(uint32_t{g} << 16))); }
+  AFD_HOST_DEVICE float raw(uint16_t g) { return float_of(static_cast<int32_t>(uint32_t{g} << 16)); }
+  AFD_HOST_DEVICE float value(uint16_t g) { return finite_of(raw(g)); }
   AFD_HOST_DEVICE int32_t key(uint16_t g) { return (g & 0x7fff) <= 0x7f80 ? g & 0x7fff : 0; }
 };
 
@@ -95,8 +99,9 @@ AFD_HOST_DEVICE double l2_stride(double squares, float alpha) {
   return squares > 0.0 ? alpha / sqrt(squares) : alpha * 0.0;
 }
 
-AFD_HOST_DEVICE float l2_stepped(float x_adv, float grad, double stride) {
-  return x_adv + static_cast<float>(stride * static_cast<double>(grad));
+template <class Real>
+AFD_HOST_DEVICE float l2_stepped(float x_adv, float grad, Real stride) {
+  return x_adv + static_cast<float>(stride * static_cast<Real>(grad));
 }
 
 // How many elements an L1 step moves if none tie.
