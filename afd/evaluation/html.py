@@ -220,11 +220,13 @@ def provenance(results: Results) -> str:
 
 def table(found: Table) -> str:
     """A table; our own rows stand out from published ones."""
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in found.head)
+    wordy = [any(": " in row[column] for row in found.rows) for column in range(len(found.head))]
+    kinds = [" class=text" if words else "" for words in wordy]
+    head = "".join(f"<th{kind}>{escape(cell)}</th>" for cell, kind in zip(found.head, kinds, strict=True))
     rows = []
     for number, row in enumerate(found.rows):
         mark = ' class="ours"' if found.ours and number < found.ours and len(found.rows) > found.ours else ""
-        cells = (f"<td{' class=text' if ' · ' in cell or ': ' in cell else ''}>{escape(cell)}</td>" for cell in row)
+        cells = (f"<td{kind}>{escape(cell)}</td>" for cell, kind in zip(row, kinds, strict=True))
         rows.append(f"<tr{mark}>{''.join(cells)}</tr>")
     note = f'<p class="soft">{escape(found.note)}</p>' if found.note else ""
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>{note}'

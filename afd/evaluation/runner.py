@@ -151,7 +151,8 @@ class Runner:
         legal = ((x_adv >= BOUNDS[0]) & (x_adv <= BOUNDS[1])).flatten(1).all(1)  # false for NaN
         if not stage.minimal:
             legal &= within(distance(x_adv, x, stage.norm), largest)
-        x_adv = torch.where(per_row(legal, x), x_adv, x)
+        found = legal & (self.predict(x_adv) != y) if stage.minimal else legal
+        x_adv = torch.where(per_row(found, x), x_adv, x)  # a minimal attack that failed returns anything (C&W: black)
         kept, fooled = x_adv.clone(), torch.zeros_like(legal)
         counts: dict[str, int] = {}
         for position in positions:

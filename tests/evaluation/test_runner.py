@@ -156,6 +156,25 @@ def test_the_worst_case_is_taken_image_by_image(data, tmp_path, monkeypatch):
     assert min(alone) > outcome.worst_case("Linf")["0.2025"] == pytest.approx(standing("0.2025"))
 
 
+def test_a_minimal_attack_that_fails_leaves_the_image_to_the_watch(data, tmp_path, monkeypatch):
+    """What it returns then, a black image say, is no adversarial image, and is not judged as one."""
+    black = catalogue.Kind(lambda target: lambda x, y, **_: torch.zeros_like(x), lambda _: 1, minimal=True)  # noqa: ARG005
+    monkeypatch.setitem(catalogue.ATTACKS, "black", black)
+    kept = Images(
+        data.pixels, pixels().flatten(1).argmin(1) * 0, 100.0, 3, "bright"
+    )  # black is class 0, like all labels
+    stage = Stage("black", "black", "Linf", RADII)
+
+    def watch(x, y):
+        return {"judged": len(y), "bright": int((x.flatten(1).amax(1) == x.flatten(1)[:, 0]).sum())}
+
+    outcome = runner(kept, protocol(stage), tmp_path, watch=watch).run()
+    right = int(outcome.correct.sum())
+    assert right > 3
+    assert [outcome.counts["black"][f"{i} bright"] for i in range(4)] == [outcome.counts["clean"]["bright"]] * 4
+    assert not outcome.found["black"].any()
+
+
 def test_what_leaves_the_ball_or_the_image_does_not_count(data, tmp_path, monkeypatch):
     def far(target):
         return lambda x, *_, **__: 1 - x
