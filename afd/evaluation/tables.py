@@ -79,9 +79,10 @@ def robustbench(results: Results) -> Table | None:
         "Method", "Standard accuracy", "AutoAttack robust accuracy", "AA eval. potentially unreliable", "Extra data",
         "Architecture",
     )  # fmt: skip
+    extra = "no" if results["subject"]["metadata"] else "?"  # a function does not say what its model learned from
     unreliable = {"fail": "yes", "warn": "perhaps", "pass": "no"}.get(results["verdict"], "-")
     row = (
-        results["subject"]["name"], percent(results["clean"]) + "%", percent(robust) + "%", unreliable, "no",
+        results["subject"]["name"], percent(results["clean"]) + "%", percent(robust) + "%", unreliable, extra,
         results["subject"]["architecture"],
     )  # fmt: skip
     data = results["data"]

@@ -267,6 +267,21 @@ def test_compare_prints_published_figures_for_mnist(folder):
     assert two.rows[-1] == ("AFD-WGAN (published)", "0.92", "0.54", "0.55", "0.9", "0.98", "0.68", "0.63", "0.94")
 
 
+def test_a_row_as_robustbench_prints_it(folder):
+    from afd.evaluation.tables import robustbench
+
+    results = files.read(folder / "quick")
+    assert robustbench(results) is None
+    results["protocol"]["name"] = "autoattack"
+    found = robustbench(results)
+    text = results["protocol"]["reference"]["text"]
+    worst = f"{100 * results['worst_case']['Linf'][text]:.2f}%"
+    unreliable = {"pass": "no", "warn": "perhaps", "fail": "yes"}[results["verdict"]]
+    clean = f"{100 * results['clean']:.2f}%"
+    assert found.rows == (("AFD-WGAN", clean, worst, unreliable, "no", "convnet (width 8)"),)
+    assert found.markdown().splitlines()[2].startswith(f"| AFD-WGAN | {clean} | {worst} |")
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(folder, tmp_path):
     import os
