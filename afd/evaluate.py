@@ -47,7 +47,7 @@ class EvaluateConfig:
     norm: Literal["Linf", "L2", "L1"] = "Linf"
     """Norm of quick and autoattack."""
     eps: tuple[str, ...] = ()
-    """Radii of quick and autoattack, ascending, such as 0.3 or 8/255. Default: what the checkpoint was trained at."""
+    """Radii of quick and autoattack, ascending, such as 0.3 or 8/255. Default, in Linf: what it was trained at."""
     reference: bool = False
     """autoattack: run pyautoattack whole, instead of our engine and its FAB-T and Square."""
     transfer_from: str = ""

@@ -151,6 +151,8 @@ def named(
         if epsilons is not None or norm != "Linf":
             raise InputError("eps or norm is set, but the paper's protocol has its own radii and norms; leave them out")
         return paper(data, transfer=transfer)
+    if epsilons is None and norm != "Linf":
+        raise InputError(f"eps is missing; norm {norm} has no usual radius, so name one with --eps")
     radii = tuple(epsilon for epsilon in epsilons or (trained_at,) if epsilon.exact > 0)
     if not radii:
         raise InputError("eps is 0 alone, where nothing is attacked; it needs a radius > 0")

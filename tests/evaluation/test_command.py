@@ -169,6 +169,7 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, robust):
     )
     assert "images is 360" in failed(capsys, model, "--images", "360", "--out", out)
     assert "its own radii" in failed(capsys, model, "--protocol", "paper", "--eps", "0.1", "--out", out)
+    assert "norm L2 has no usual radius" in failed(capsys, model, "--norm", "L2", "--out", out)
     assert "reference is set" in failed(capsys, model, "--reference", "--out", out)
     assert "transfer-from is set" in failed(capsys, model, "--transfer-from", model, "--out", out)
     assert "batch-size is 0" in failed(capsys, model, "--batch-size", "0", "--out", out)
