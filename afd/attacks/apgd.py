@@ -26,9 +26,10 @@ class APGD(GradientAttack):
 
     In L1 it takes sparse steps instead, in balls that shrink from 3 eps over 2 eps to eps (`SparseWalk`). The model is
     treated as `PGD` treats it. It follows AutoAttack's implementation, with these differences: a start is uniform in
-    the ball (AutoAttack scales it to touch the ball, or projects a normal draw in L1); the first of the increases that
-    are counted compares with the loss at the start, as in the paper, and not with 0; with eot_iter > 1, losses and
-    logits are averaged like the gradients; a sample that no restart breaks gives the point of the highest loss, not x.
+    the ball (AutoAttack scales it to touch the ball; in L1 it projects a normal draw, which breaks fewer samples); the
+    first of the increases that are counted compares with the loss at the start, as in the paper, and not with 0; with
+    eot_iter > 1, losses and logits are averaged like the gradients; a sample that no restart breaks gives the point of
+    the highest loss, not x.
 
     Args:
         model: classifier, images -> logits [N, classes].
@@ -49,6 +50,7 @@ class APGD(GradientAttack):
         precision: as in `PGD`; a success found in bfloat16 counts only where float32 confirms it.
         piece: as in `PGD`.
         look: as in `PGD`.
+        fold: as in `PGD`.
 
     The attack returns, for each sample, the last point that fooled the model in the first run that did; else x if the
     model is wrong there; else the point of the highest loss.
@@ -76,10 +78,11 @@ class APGD(GradientAttack):
         precision: str = "fp32",
         piece: int | None = None,
         look: bool = True,
+        fold: bool = True,
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
-            precision=precision, piece=piece, look=look,
+            precision=precision, piece=piece, look=look, fold=fold,
         )  # fmt: skip
         for name, count in (("n_restarts", n_restarts), ("eot_iter", eot_iter), ("n_target_classes", n_target_classes)):
             at_least(name, count, 1)
@@ -91,7 +94,7 @@ class APGD(GradientAttack):
 
     def _run(self, piece: Piece) -> Tensor:
         x, found = piece.x, Outcome.before(piece.x)
-        wrong = self._fooled(self.model(x), piece.y)
+        wrong = self._fooled(self._as_written(x), piece.y)
         aims = [self._aimed(piece, rank) for rank in range(self.targets)]
         rows = torch.arange(len(x), device=x.device)
         for run in range(self.n_restarts * self.targets):
@@ -153,9 +156,12 @@ class APGD(GradientAttack):
         return Run(self._evaluate, piece, x_adv, walk, self.rho)
 
     def _confirmed(self, piece: Piece, outcome: Outcome) -> Outcome:
-        """A success in low precision counts once the model confirms it in full; the others are struck out in place."""
-        if self.precision != "fp32":
-            outcome.broken.logical_and_(self._fooled(self.model(outcome.x_best_adv), piece.y))
+        """A success in low precision, or of folded layers, counts once the model as written confirms it.
+
+        The others are struck out in place.
+        """
+        if self.precision != "fp32" or self._folding.pairs:
+            outcome.broken.logical_and_(self._fooled(self._as_written(outcome.x_best_adv), piece.y))
         return outcome
 
     def _evaluate(self, x_adv: Tensor, piece: Piece, iteration: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from afd.attacks import engine, execution, inputs, watch
+from afd.attacks.folding import NOTHING, folding
 from afd.attacks.losses import loss_named
 from afd.attacks.piece import Piece
 from afd.attacks.replay import Climb, Replays
@@ -43,6 +44,7 @@ class GradientAttack(ABC):
         precision: str,
         piece: int | None,
         look: bool,
+        fold: bool,
     ) -> None:
         checks.norm(norm)
         checks.bounds(*bounds)
@@ -52,10 +54,10 @@ class GradientAttack(ABC):
         execution.check_execution(precision, piece)
         self.model, self.norm, self.eps, self.steps = model, norm, eps, steps
         self.targeted, self.bounds, self.seed = targeted, bounds, seed
-        self.precision, self.piece, self.look = precision, piece, look
+        self.precision, self.piece, self.look, self.fold = precision, piece, look, fold
         self.loss = loss_named(loss, targeted=targeted)
         self.report: watch.Report | None = None
-        self._replays = Replays()
+        self._replays, self._folding = Replays(), NOTHING
 
     @classmethod
     def partial(cls, **settings: Any) -> Callable[[nn.Module], Self]:
@@ -89,10 +91,12 @@ class GradientAttack(ABC):
         largest_label = inputs.largest_label(x, y, self.bounds) if self.look else -1
         seed = self.seed if seed is None else seed
         with engine.evaluating(self.model):
-            for rows in execution.pieces(self.model, x, self.piece):
-                images, labels = execution.channels_last(x[rows]), y[rows]
-                piece = Piece(images, labels, labels, rows, seed, first_sample + rows.start, largest_label, trace)
-                x_adv[rows] = self._run(piece)
+            self._folding = folding(self.model) if self.fold else NOTHING
+            with self._folding.folded():
+                for rows in execution.pieces(self.model, x, self.piece):
+                    images, labels = execution.channels_last(x[rows]), y[rows]
+                    piece = Piece(images, labels, labels, rows, seed, first_sample + rows.start, largest_label, trace)
+                    x_adv[rows] = self._run(piece)
         self.report = watch.settle(trace) if self.look else None
         return x_adv
 
@@ -106,7 +110,7 @@ class GradientAttack(ABC):
 
     def _aimed(self, piece: Piece, rank: int = 0) -> Piece:
         """The piece with what the loss is judged by; `rank` chooses among target classes."""
-        return replace(piece, aim=self.loss.aim(lambda: self.model(piece.x), piece.y, rank))
+        return replace(piece, aim=self.loss.aim(lambda: self._as_written(piece.x), piece.y, rank))
 
     def _ball(self, piece: Piece, radius: float = 1.0) -> dict[str, Any]:
         """Where the iterates may lie, in the words of the ops; `radius` counts in eps."""
@@ -121,9 +125,15 @@ class GradientAttack(ABC):
         watch.note(piece, step, logits, grad)
         return grad, losses, logits
 
+    def _as_written(self, x: Tensor) -> Tensor:
+        """Logits in full precision, without folding: what a success must hold up to."""
+        with self._folding.suspended():
+            logits: Tensor = self.model(x)
+        return logits
+
     def _climbed(self, climb: Climb, piece: Piece, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:
         """climb(piece, x_adv), on CUDA by replaying a graph; `settings` are those of the climb, not of the attack."""
-        return self._replays((*settings, *self._settings()), self.model, climb, piece, x_adv)
+        return self._replays((*settings, *self._settings(), self._folding), self.model, climb, piece, x_adv)
 
     def _settings(self) -> Iterator[Hashable]:
         """What a recorded graph holds of the attack."""

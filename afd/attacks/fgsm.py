@@ -22,6 +22,7 @@ class FGSM(PGD):
         precision: as in `PGD`.
         piece: as in `PGD`.
         look: as in `PGD`.
+        fold: as in `PGD`.
 
     Raises:
         InputError: a setting out of its range.
@@ -39,8 +40,9 @@ class FGSM(PGD):
         precision: str = "fp32",
         piece: int | None = None,
         look: bool = True,
+        fold: bool = True,
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, alpha=eps, steps=1, random_start=False, targeted=targeted, loss=loss,
-            bounds=bounds, precision=precision, piece=piece, look=look,
+            bounds=bounds, precision=precision, piece=piece, look=look, fold=fold,
         )  # fmt: skip

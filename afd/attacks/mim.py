@@ -31,6 +31,7 @@ class MIM(GradientAttack):
         precision: as in `PGD`.
         piece: as in `PGD`.
         look: as in `PGD`.
+        fold: as in `PGD`.
 
     Raises:
         InputError: a setting out of its range.
@@ -51,10 +52,11 @@ class MIM(GradientAttack):
         precision: str = "fp32",
         piece: int | None = None,
         look: bool = True,
+        fold: bool = True,
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=0,
-            precision=precision, piece=piece, look=look,
+            precision=precision, piece=piece, look=look, fold=fold,
         )  # fmt: skip
         not_negative("alpha", alpha)
         if loss == "kl":

@@ -33,6 +33,8 @@ class PGD(GradientAttack):
         piece: rows attacked together on a CPU; by default as many as keep the model's activations in its caches.
         look: check the values of x, y and the model's outputs, which waits for the device before the first step and
             after the last; False is for loops that see to that themselves.
+        fold: let convolutions do the work of the BatchNorm behind them, which changes rounding only
+            (`afd.attacks.folding`).
 
     On CUDA all steps are recorded in one graph and replayed (`afd.attacks.replay`). `torch.compile(model)` may be
     attacked like any other model.
@@ -57,10 +59,11 @@ class PGD(GradientAttack):
         precision: str = "fp32",
         piece: int | None = None,
         look: bool = True,
+        fold: bool = True,
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
-            precision=precision, piece=piece, look=look,
+            precision=precision, piece=piece, look=look, fold=fold,
         )  # fmt: skip
         not_negative("alpha", alpha)
         if loss == "kl" and not random_start:

@@ -1,8 +1,9 @@
 """Attack throughput side by side: ``python -m afd.bench.attacks``.
 
-Every library runs the same attack on the same model and batch, in turn. The floor is what the model itself costs: as
-many bare forwards and input gradients as the attack makes, on the whole batch at once. The accuracy each attack leaves
-stands beside its speed, so that speed bought with a weaker attack shows.
+Every library runs the same attack on the same model and batch, in turn. The floor is what the model itself costs afd in
+float32: as many forwards and input gradients as the attack makes, in afd's own memory layout, pieces of the batch and
+folded layers, and nothing else. The accuracy each attack leaves stands beside its speed, so that speed bought with a
+weaker attack shows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from afd.attacks import engine, execution
+from afd.attacks.folding import folding
 from afd.bench.memory import peak_bytes
 from afd.bench.models import Subject, subject
 from afd.bench.peers import NotOfferedError, PeerMissingError, Request, Run, adapted, ours, requests
@@ -72,12 +75,15 @@ class Result:
 
 def floor(target: Subject, request: Request) -> Run:
     """The model's own cost: forward and input gradient, as often as the attack takes them."""
+    evaluations = request.steps + (request.attack == "apgd")
 
     def run(x: Tensor, y: Tensor) -> Tensor:
-        for _ in range(request.steps + (request.attack == "apgd")):
-            x = x.detach().requires_grad_()
-            torch.autograd.grad(F.cross_entropy(target.model(x), y, reduction="sum"), x)
-        return x.detach()
+        with engine.evaluating(target.model), folding(target.model).folded():
+            for rows in execution.pieces(target.model, x):
+                images, labels = execution.channels_last(x[rows]).requires_grad_(), y[rows]
+                for _ in range(evaluations):
+                    torch.autograd.grad(F.cross_entropy(target.model(images), labels, reduction="sum"), images)
+        return x
 
     return run
 

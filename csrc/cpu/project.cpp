@@ -1,7 +1,7 @@
 // Projection on the CPU. It reads x_adv and x and writes out: 12 bytes an element, its floor. In Linf each thread walks
-// one contiguous range of the flattened batch. In L2 and L1 each takes one sample at a time, in two passes or about
-// nine, between which the sample stays in the thread's cache. Compiled once per instruction set (AFD_ISA); dispatch.cpp
-// picks one.
+// one contiguous range of the flattened batch. In L2 and L1 each takes one sample at a time, in two passes between
+// which the sample stays in the thread's cache; L1's search, in between, runs over the packed part of it that matters
+// (l1_search.h). Compiled once per instruction set (AFD_ISA); dispatch.cpp picks one.
 
 #include "afd/project.h"
 

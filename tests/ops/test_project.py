@@ -128,6 +128,40 @@ def hard_cases() -> dict[str, tuple[Tensor, Tensor, float]]:
 HARD = hard_cases()
 
 
+def excerpt(n: int) -> Tensor:
+    """Where the CPU kernel looks first (csrc/cpu/l1_search.h), 0 and 1 [1, n]."""
+    vectors = min(n // 128, 32)
+    seen = torch.zeros(1, n)
+    for i in range(vectors):
+        first = n // 16 * i // vectors * 16
+        seen[0, first : first + 16] = 1
+    return seen
+
+
+def misleading_cases() -> dict[str, tuple[Tensor, Tensor, float]]:
+    """x_adv, x, eps of one sample each, where an excerpt or what is packed says little about the whole."""
+    generator = torch.Generator().manual_seed(1)
+    cases = {}
+    for n in (767, 768, 3072, 150_528):
+        middle, seen = torch.full((1, n), 0.5), excerpt(n)
+        noise = torch.rand(1, n, generator=generator) - 0.5
+        eps = n / 256
+        cases[f"{n}: nothing in the excerpt"] = middle + noise * (1 - seen), middle, eps
+        cases[f"{n}: all in the excerpt"] = middle + noise * seen, middle, eps
+        cases[f"{n}: more in the excerpt, feasible"] = middle + noise * seen + 1e-4 * noise, middle, float(n)
+        cases[f"{n}: less in the excerpt"] = middle + noise * (1 - 0.9 * seen), middle, eps
+        cases[f"{n}: more in the excerpt"] = middle + noise * (0.01 + 0.99 * seen), middle, eps
+        cases[f"{n}: tied outside the excerpt"] = middle + 0.25 * (1 - seen) + 0.3 * seen, middle, eps
+    for n in (1, 15, 16, 17, 63, 64, 65, 4095, 4096, 4097, 8191, 8192, 8193, 8207, 8208, 8209, 16_385):
+        x = torch.rand(1, n, generator=generator)
+        cases[f"{n}: all of it packed"] = x + 0.01 * torch.randn(1, n, generator=generator), x, 0.007 * n
+        cases[f"{n}: dense"] = torch.rand(1, n, generator=generator), x, n / 256
+    return cases
+
+
+HARD |= misleading_cases()
+
+
 @pytest.mark.parametrize("which", ["native", "reference"])
 @pytest.mark.parametrize("case", HARD)
 def test_l1_projection_of_hard_cases(device, case, which):
@@ -144,6 +178,30 @@ def test_l1_keeps_its_precision_where_little_is_left_of_much(device, which):
     x_adv, x, eps = HARD["all equal, huge"]
     got = project(which, x_adv.to(device), x.to(device), eps=eps, norm="L1")
     np.testing.assert_allclose(got.cpu().numpy(), 1 / 150_528, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [3072, 150_528])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_l1_finds_what_is_not_finite_wherever_it_is(device, n, value):
+    x_adv, x = drawn(device, 8, n)
+    for row, place in enumerate([0, 15, 16, 1000, n // 2, n - 17, n - 1]):
+        (x_adv if row % 2 else x)[row, place] = value
+    out = project("native", x_adv, x, eps=12.0, norm="L1")
+    assert bool(out[:7].isnan().all())
+    assert not bool(out[7].isnan().any())
+
+
+@given(seed=st.integers(0, 2**32), n=st.integers(1, 20_000), spread=st.sampled_from([1e-3, 0.03, 0.3]))
+def test_l1_projection_of_a_mixture_is_exact(device, seed, n, spread):
+    """Sizes that differ from stretch to stretch, so that an excerpt errs. Of larger ones the search knows less."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(1, n, generator=generator)
+    scale = torch.rand(1, n // 64 + 1, generator=generator).pow(8).repeat_interleave(64, dim=1)[:, :n]
+    x_adv = x + spread * scale * torch.randn(1, n, generator=generator)
+    eps = float((x_adv - x).abs().sum()) * float(torch.rand(1, generator=generator)) ** 3
+    got = project("native", x_adv.to(device), x.to(device), eps=eps, norm="L1")
+    check_rows(got, x_adv, x, eps, "L1")
+    assert torch.equal(project("native", got, x.to(device), eps=eps, norm="L1"), got)
 
 
 # --- Properties of every norm ---------------------------------------------------------------------------------------
@@ -244,8 +302,9 @@ def test_float64_is_served_in_float64():
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("isa", USABLE_ISAS)
-def test_every_instruction_set_gives_the_same_bits(monkeypatch, isa, norm):
-    x_adv, x = drawn(torch.device("cpu"), 4, 3079)
+@pytest.mark.parametrize("elements", [77, 3079, 30_011])
+def test_every_instruction_set_gives_the_same_bits(monkeypatch, isa, norm, elements):
+    x_adv, x = drawn(torch.device("cpu"), 4, elements)
     want = project("native", x_adv, x, eps=3.0, norm=norm)
     monkeypatch.setattr(native, "_isa", native._ISAS.index(isa))
     assert torch.equal(project("native", x_adv, x, eps=3.0, norm=norm), want)

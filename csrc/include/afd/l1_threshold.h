@@ -5,9 +5,10 @@
 //
 // falls from f(0) to f(max |u|) = 0, piecewise linearly; its slope is minus the number of elements that are neither cut
 // to 0 nor to their room. One pass over the sample gives f and the slope, and Newton's method, kept inside a bracket,
-// finds f(lambda) = eps in about five passes. Far from the root it works on sqrt(f), which is straight where sizes are
-// spread evenly and less bent than f elsewhere; where it stalls (the box makes f neither convex nor concave) the
-// bracket is halved. The search ends on the feasible side, f <= eps, less than 1e-6 * eps away from it.
+// finds f(lambda) = eps in about five passes, fewer from a start that is known to be near. Far from the root it works
+// on sqrt(f), which is straight where sizes are spread evenly and less bent than f elsewhere; where it stalls (the box
+// makes f neither convex nor concave) the bracket is halved. The search ends on the feasible side, f <= eps, less than
+// 1e-6 * eps away from it.
 //
 // f is the sum of the very floats that are then added to x. The first pass sums them in double; later ones may add four
 // neighbours in float before (two roundings, which kDoubt covers), so what the search calls feasible is.
@@ -32,10 +33,10 @@ AFD_HOST_DEVICE L1Cut l1_cut(double lambda) {
 
 AFD_HOST_DEVICE float l1_room(float u, float x, float low, float high) { return u > 0.0f ? high - x : x - low; }
 
-AFD_HOST_DEVICE float l1_excess(float u, L1Cut cut) {
-  const float over = (fabsf(u) - cut.head) - cut.tail;
-  return over > 0.0f ? over : 0.0f;
-}
+// How far |u| is above lambda; nothing is kept of an element that is not.
+AFD_HOST_DEVICE float l1_over(float size, L1Cut cut) { return (size - cut.head) - cut.tail; }
+
+AFD_HOST_DEVICE float l1_excess(float over) { return over > 0.0f ? over : 0.0f; }
 
 // One element's part of f, and whether it slopes.
 struct L1Term {
@@ -43,26 +44,29 @@ struct L1Term {
   int sloping;
 };
 
-AFD_HOST_DEVICE L1Term l1_term(float excess, float room) {
-  return {excess < room ? excess : room, (excess > 0.0f) & (excess < room)};
+AFD_HOST_DEVICE L1Term l1_term(float over, float room) {
+  const float excess = l1_excess(over);
+  return {excess < room ? excess : room, (over > 0.0f) & (over < room)};
 }
 
 AFD_HOST_DEVICE L1Term l1_term_at(float x_adv, float x, L1Cut cut, float low, float high) {
   const float u = x_adv - x;
-  return l1_term(l1_excess(u, cut), l1_room(u, x, low, high));
+  return l1_term(l1_over(fabsf(u), cut), l1_room(u, x, low, high));
 }
 
+// Past its room an element is cut by the clamp: at the box's edge, not at a rounding of x + room.
 AFD_HOST_DEVICE float project_l1_element(float x_adv, float x, L1Cut cut, float low, float high) {
   const float u = x_adv - x;
-  const float kept = l1_term(l1_excess(u, cut), l1_room(u, x, low, high)).kept;
-  return clamped(plus_towards(x, u > 0.0f ? kept : -kept), low, high);
+  return clamped(plus_towards(x, copysignf(l1_excess(l1_over(fabsf(u), cut)), u)), low, high);
 }
 
 class L1Threshold {
  public:
-  // From a first pass at lambda = 0: f, the number of sloping elements, and max |u|.
-  AFD_HOST_DEVICE_MEMBER L1Threshold(float eps, double sum, int64_t sloping, float largest)
-      : eps_(eps), above_(largest) {
+  // From a first pass: f and the number of sloping elements at lambda = `start`, and max |u|. Above 0, `start` must be
+  // below the answer: sum > eps. The search ends with f in [(1 - tolerance) * eps, eps].
+  AFD_HOST_DEVICE_MEMBER L1Threshold(float eps, double sum, int64_t sloping, float largest, double start = 0.0,
+                                     double tolerance = 6e-7)
+      : eps_(eps), tolerance_(tolerance), above_(largest), below_(start), probe_(start) {
     if (!(sum >= 0.0 && is_finite(largest) && eps_ >= 0.0)) {
       above_ = __builtin_nan("");
     } else if (sum <= eps_) {
@@ -81,13 +85,13 @@ class L1Threshold {
 
   AFD_HOST_DEVICE_MEMBER void add(double rounded_sum, int64_t sloping) {
     const double sum = rounded_sum + kDoubt * rounded_sum;
-    const double off = sum - eps_, aim = eps_ - kAim * eps_;
+    const double off = sum - eps_, aim = eps_ - 0.5 * tolerance_ * eps_;
     const double needed = sum > 1.5 * aim ? 2.0 * (sum - sqrt(sum * aim)) : sum - aim;
     const double newton = probe_ + needed / static_cast<double>(sloping);  // infinite without a slope
     const bool too_far = off > 0.0;
     (too_far ? below_ : above_) = probe_;
     (too_far ? from_below_ : from_above_) = newton;
-    if (!too_far && -off <= kTolerance * eps_) {
+    if (!too_far && -off <= tolerance_ * eps_) {
       searching_ = false;
       return;
     }
@@ -105,7 +109,7 @@ class L1Threshold {
   }
 
  private:
-  static constexpr double kDoubt = 1.3e-7, kTolerance = 6e-7, kAim = 3e-7;
+  static constexpr double kDoubt = 1.3e-7;
   static constexpr int kPatience = 32;  // passes before plain bisection, which ends within another 64
 
   AFD_HOST_DEVICE_MEMBER bool inside(double point) const { return below_ < point && point < above_; }
@@ -121,7 +125,7 @@ class L1Threshold {
     return result;
   }
 
-  double eps_, above_, below_ = 0.0, probe_ = 0.0;          // f(below) > eps >= f(above)
+  double eps_, tolerance_, above_, below_, probe_;          // f(below) > eps >= f(above)
   double from_below_ = kInfinity, from_above_ = kInfinity;  // Newton's next point from either end
   double last_off_ = kInfinity;
   int passes_ = 0;
