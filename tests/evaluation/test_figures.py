@@ -12,6 +12,7 @@ from afd.errors import InputError
 from afd.evaluation.checks import Check, judge, overall, skipped
 from afd.evaluation.features import DomainWatch, divergence, feature_summary, principal_components
 from afd.evaluation.outcome import normalised_area
+from afd.evaluation.plots import plot_examples
 from afd.evaluation.published import TABLE_1, TABLE_1_COLUMNS, TABLE_2, TABLE_2_COLUMNS, TABLE_2_HEADS
 from afd.evaluation.verification import other_batch_size
 
@@ -124,3 +125,12 @@ def test_published_tables_are_whole():
     assert all(len(row) == len(TABLE_2_COLUMNS) for rows in TABLE_2.values() for row in rows.values())
     assert TABLE_1["mnist"]["AFD-WGAN"] == (99.14, 97.68, 97.68, 98.59, 98.71)
     assert TABLE_2["cifar10"]["AFD-WGAN"][0] == 0.56
+
+
+def test_examples_without_any_say_so(tmp_path):
+    from matplotlib.image import imread
+
+    plot_examples(tmp_path / "none.png", [], title="pgd")
+    picture = imread(tmp_path / "none.png")
+    assert picture[..., :3].min() < 0.5  # words
+    assert picture[..., :3].mean() > 0.8
