@@ -1,4 +1,4 @@
-"""The commands: ``afd train | info`` (also ``python -m afd``). A user's mistake ends in one line and exit status 2."""
+"""The commands ``afd train | evaluate | info`` (or ``python -m afd``). A mistake ends in one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import tyro
 from afd import info as information
 from afd.config import TrainConfig
 from afd.errors import AfdError
+from afd.evaluate import EvaluateConfig
+from afd.evaluate import run as run_evaluation
 from afd.training import train as run_training
 
 
@@ -23,6 +25,15 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
     run_training(config)
 
 
+def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
+    """Attack a trained classifier, look for self-deception, and write a report.
+
+    Args:
+        config: the evaluation.
+    """
+    run_evaluation(config)
+
+
 def info() -> None:
     """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
     print("\n".join(information.lines()))
@@ -32,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "info": info},
+            {"train": train, "evaluate": evaluate, "info": info},
             prog="afd",
-            description="Adversarial Feature Desensitization: train, and see what serves your tensors.",
+            description="Adversarial Feature Desensitization: train, evaluate, and see what serves your tensors.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
@@ -42,6 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"afd: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("afd: interrupted; checkpoints of finished epochs are kept", file=sys.stderr)
+        print("afd: interrupted; what was finished (epochs, evaluated batches) is kept", file=sys.stderr)
         return 130
     return 0

@@ -29,7 +29,7 @@ FLOORS = (
     {"methods"},
     {"evaluation"},
     {"training"},
-    {"bench", "demo", "info"},
+    {"bench", "demo", "evaluate", "info"},
     {"", "cli"},  # "" is afd/__init__.py
     {"__main__"},
 )

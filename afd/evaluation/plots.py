@@ -1,11 +1,18 @@
-"""Pictures of accuracies. Matplotlib is imported here only, and draws without a screen."""
+"""Pictures of accuracies and of adversarial images. Matplotlib is imported here only, and draws without a screen."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from torch import Tensor
+
+NORM_SIGNS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 
 
 def plot_curves(
@@ -31,3 +38,130 @@ def plot_curves(
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
     figure.savefig(path)
+
+
+def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Writes a PNG of accuracy against ε: one panel for each scoring attack, one line a model.
+
+    Args:
+        path: file to write.
+        results: of finished evaluations, in the form of results.json.
+    """
+    attacks: dict[str, dict[str, Any]] = {}
+    for one in results:
+        for attack in one["attacks"]:
+            if attack["role"] == "score":
+                attacks.setdefault(attack["name"], attack)
+    columns = min(4, len(attacks))
+    rows = math.ceil(len(attacks) / columns)
+    figure = Figure(figsize=(max(5.0, 3.2 * columns), 2.8 * rows + 0.7), dpi=130, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
+    for axes, (name, attack) in zip(panels, attacks.items(), strict=False):
+        for number, one in enumerate(results):
+            _line(axes, one, name, f"C{number}")
+        chance = 100 / results[0]["data"]["classes"]
+        axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
+        axes.set_title(f"{name} ({NORM_SIGNS[attack['norm']]})", fontsize=10)
+        axes.set(xlabel="ε", ylim=(-2, 102), xlim=(0, None))
+        axes.grid(alpha=0.3)
+    for axes in list(panels)[len(attacks) :]:
+        axes.set_axis_off()
+    for row in range(rows):
+        figure.axes[row * columns].set_ylabel("accuracy (%)")
+    lines, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9, frameon=False)
+    data = results[0]["data"]
+    figure.suptitle(f"{data['name']}, {data['images']} {data['split']} images; dotted: chance", fontsize=10)
+    figure.savefig(path)
+
+
+def _line(axes: Any, results: dict[str, Any], name: str, colour: str) -> None:
+    """One model's line in one panel; a model without that attack has none."""
+    for attack in results["attacks"]:
+        if attack["name"] == name:
+            radii = [0.0, *(point["float"] for point in attack["accuracies"])]
+            accuracies = [results["clean"], *(point["accuracy"] for point in attack["accuracies"])]
+            axes.plot(
+                radii, [100 * value for value in accuracies], marker="o", markersize=4, color=colour,
+                label=results["subject"]["name"], clip_on=False,
+            )  # fmt: skip
+
+
+def plot_divergence(path: Path, results: dict[str, Any]) -> None:
+    """Writes a PNG of HΔH distance against error gap, a point for each attack and radius.
+
+    Args:
+        path: file to write.
+        results: of a finished evaluation, in the form of results.json.
+    """
+    figure = Figure(figsize=(6.4, 4.2), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    for number, name in enumerate(dict.fromkeys(one["attack"] for one in results["divergence"])):
+        points = [one for one in results["divergence"] if one["attack"] == name]
+        gaps, distances = [one["gap"] for one in points], [one["distance"] for one in points]
+        axes.plot(gaps, distances, "osD^vPX*"[number % 8], alpha=0.8, label=name)
+    axes.set(
+        xlabel="error gap (attacked - natural)", ylabel="estimated HΔH distance", xlim=(-0.02, 1.02), ylim=(-0.04, 2.04)
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, ncols=2, loc="upper left")
+    figure.savefig(path)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An adversarial image to show.
+
+    Attributes:
+        clean: the image it was made of, [C, H, W] in [0, 1].
+        attacked: the adversarial image, like it.
+        label: the true class.
+        said: what the model says of the adversarial image.
+        length: its distance from the clean one.
+    """
+
+    clean: Tensor
+    attacked: Tensor
+    label: int
+    said: int
+    length: float
+
+
+def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> None:
+    """Writes a PNG with three rows: clean images, attacked ones, and their amplified differences.
+
+    Args:
+        path: file to write.
+        examples: what to show; with none, the picture says so.
+        title: says which attack made them.
+    """
+    if not examples:
+        figure = Figure(figsize=(6, 1.2), dpi=110)
+        figure.text(0.5, 0.5, f"{title}: no adversarial image was found", ha="center", va="center", fontsize=10)
+        figure.savefig(path)
+        return
+    columns = len(examples)
+    figure = Figure(figsize=(1.35 * columns + 1.1, 4.9), dpi=130, layout="constrained")
+    panels = figure.subplots(3, columns, squeeze=False)
+    largest = max(float((one.attacked - one.clean).abs().max()) for one in examples)
+    gain = 0.5 / max(largest, 1e-12)
+    for column, one in enumerate(examples):
+        pictures = (one.clean, one.attacked, 0.5 + gain * (one.attacked - one.clean))
+        words = (f"{one.label}", f"{one.label} → {one.said}", f"distance {one.length:.3g}")
+        for row, (picture, text) in enumerate(zip(pictures, words, strict=True)):
+            axes = panels[row][column]
+            _show(axes, picture)
+            axes.set_title(text, fontsize=9)
+    for row, text in enumerate(("clean", "attacked", f"difference × {gain:.3g}\n(grey: none)")):
+        panels[row][0].set_ylabel(text, fontsize=10)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
+def _show(axes: Any, image: Tensor) -> None:
+    """Draws an image [C, H, W]; grey if it has one channel."""
+    pixels = image.clamp(0, 1).permute(1, 2, 0).cpu().numpy()
+    if pixels.shape[2] == 1:
+        pixels = np.repeat(pixels, 3, axis=2)
+    axes.imshow(pixels[..., :3], interpolation="nearest")
+    axes.set(xticks=[], yticks=[])

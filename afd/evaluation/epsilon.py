@@ -1,0 +1,67 @@
+"""The radius of an attack, exactly: 8/255 is not 0.031, and a result says which of the two it used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Self
+
+from afd.errors import InputError
+
+
+@dataclass(frozen=True, order=True)
+class Epsilon:
+    """A radius >= 0 in units of the image, kept as the fraction that was asked for.
+
+    Attributes:
+        exact: the radius.
+    """
+
+    exact: Fraction
+
+    @classmethod
+    def of(cls, value: str | float | Fraction) -> Self:
+        """A radius from "8/255", "0.3", or a number (a float is read as the decimal that prints it).
+
+        Raises:
+            InputError: it is none of these, negative or not finite.
+        """
+        try:
+            exact = Fraction(value if isinstance(value, Fraction) else str(value))
+        except (ValueError, ZeroDivisionError):
+            raise InputError(f"eps is {value!r}; it must be a number such as 0.3 or a fraction such as 8/255") from None
+        if exact < 0:
+            raise InputError(f"eps is {value}; it must be at least 0")
+        return cls(exact)
+
+    def __float__(self) -> float:
+        return float(self.exact)
+
+    def __str__(self) -> str:
+        digits = f"{float(self.exact):.6g}"
+        if Fraction(digits) == self.exact:
+            return digits
+        levels = self.exact * 255
+        return f"{levels}/255" if levels.denominator == 1 else str(self.exact)
+
+    def as_json(self) -> dict[str, str | float]:
+        """The exact fraction, the float that the attack used, and how it is printed."""
+        return {"fraction": str(self.exact), "float": float(self), "text": str(self)}
+
+
+def ascending(values: Iterable[str | float | Fraction | Epsilon]) -> tuple[Epsilon, ...]:
+    """Radii in strictly ascending order.
+
+    Raises:
+        InputError: there are none, one is not a radius, or one is not larger than the one before.
+    """
+    radii = tuple(value if isinstance(value, Epsilon) else Epsilon.of(value) for value in values)
+    if not radii:
+        raise InputError("eps is empty; it needs at least one radius")
+    for before, after in pairwise(radii):
+        if after <= before:
+            listed = " ".join(map(str, radii))
+            raise InputError(f"eps is {listed}; radii must ascend, and {after} does not exceed {before}")
+    return radii

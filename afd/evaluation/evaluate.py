@@ -1,0 +1,185 @@
+"""One evaluation from a model to its report: checks, attacks, second look, files."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from afd._version import __version__
+from afd.data import Images
+from afd.errors import AfdError, InputError, at_least
+from afd.evaluation import results as files
+from afd.evaluation.examples import examples
+from afd.evaluation.features import DomainWatch, divergences, feature_summary
+from afd.evaluation.html import report
+from afd.evaluation.model_checks import model_checks
+from afd.evaluation.outcome_checks import outcome_checks, verification_check
+from afd.evaluation.place import Place
+from afd.evaluation.plots import plot_divergence, plot_examples, plot_sweeps
+from afd.evaluation.progress import Bar
+from afd.evaluation.protocol import Protocol
+from afd.evaluation.protocols import PROBED
+from afd.evaluation.runner import Runner
+from afd.evaluation.state import Store
+from afd.evaluation.subject import Subject, check_fit
+from afd.evaluation.tables import robustbench, table_1, table_2
+from afd.evaluation.verification import verify
+
+STATE = "state"
+WRITTEN = (files.FILE, "curves.png", "divergence.png", "examples.png", "report.html")
+
+
+class FolderError(AfdError):
+    """The output folder cannot be used."""
+
+
+def evaluate(
+    subject: Subject,
+    images: Images,
+    protocol: Protocol,
+    out: Path,
+    *,
+    surrogate: Subject | None = None,
+    split: str = "test",
+    seed: int = 0,
+    batch_size: int = 250,
+    place: Place | None = None,
+    overwrite: bool = False,
+    keep_images: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any] | None:
+    """Attacks a model as a protocol says and writes results.json, curves.png, examples.png and report.html.
+
+    What has been computed lies in ``out/state`` until the end: an evaluation that was stopped goes on from there when
+    it is run again, and comes to the same result.
+
+    Args:
+        subject: the model.
+        images: what to attack.
+        protocol: how.
+        out: folder of the report; must be new, or hold an unfinished run of this very evaluation.
+        surrogate: the model that transfer stages attack.
+        split: which part of the data the images are, for the report.
+        seed: of all attacks.
+        batch_size: images that are attacked together.
+        place: device and share of the work; by default alone, on the device of the images.
+        overwrite: discard a report or an unfinished evaluation in `out`.
+        keep_images: leave every adversarial image in ``out/state``.
+        console: where to print; by default nowhere.
+
+    Returns:
+        The content of results.json, on the leading process; None on the others.
+
+    Raises:
+        InputError: a number out of range, no surrogate for a protocol that transfers, or the model itself as one.
+        SubjectError: a model does not fit the images.
+        ExtraMissingError: an attack comes from a library that is not installed.
+        FolderError, StateError: `out` holds something else.
+        AttackFailedError: an attack raised; what was computed is kept.
+    """
+    at_least("batch-size", batch_size, 1)
+    at_least("seed", seed, 0)
+    if len(images) == 0:
+        raise InputError("images is empty; an evaluation needs at least one image")
+    if surrogate is None and any(stage.role == "transfer" for stage in protocol.stages):
+        raise InputError("surrogate is None; this protocol transfers attacks and needs a second model")
+    if surrogate is not None and surrogate.digest() == subject.digest():
+        raise InputError(
+            f"transfer-from is {surrogate.source}, which holds the model's own weights; name another model"
+        )
+    place = place or Place(images.device)
+    console = console if console is not None and place.leads else Console(quiet=True)
+    images = images.to(place.device)
+    protocol.check_extras()
+    classes = check_fit(subject, images)
+    if surrogate is not None:
+        check_fit(surrogate, images)
+    if place.leads:
+        prepare(out, overwrite=overwrite)
+    place.wait()
+    settings = {"seed": seed, "batch_size": batch_size}
+    store = Store(out / STATE, fingerprint(subject, surrogate, images, protocol, settings))
+    probed = torch.arange(min(PROBED, len(images)))
+    found = model_checks(subject, images.images(probed), images.labels[probed.to(place.device)])
+    with Bar(console) as bar:
+        runner = Runner(
+            model=subject.model, surrogate=None if surrogate is None else surrogate.model, images=images,
+            classes=classes, protocol=protocol, store=store, place=place, seed=seed, batch_size=batch_size, meter=bar,
+            watch=watcher(subject, protocol),
+        )  # fmt: skip
+        outcome = runner.run()
+        second_look = verify(runner)
+    if place.leads:
+        content = files.summary(
+            outcome, subject=subject, surrogate=surrogate, images=images, split=split,
+            checks=[*found, *outcome_checks(outcome, classes), verification_check(second_look)],
+            features=feature_summary(subject.model, images, batch_size),
+            divergence=divergences(outcome),
+            settings={**settings, "processes": place.processes, "kept_images": keep_images},
+        )  # fmt: skip
+        title, shown = examples(runner)
+        plot_examples(out / "examples.png", shown, title=title)
+        plot_sweeps(out / "curves.png", [content])
+        if content["divergence"]:
+            plot_divergence(out / "divergence.png", content)
+        (out / "report.html").write_text(report(content, out, tables_of(content)), encoding="utf-8")
+        files.write(out, content)
+    place.wait()
+    if place.leads and not keep_images:
+        shutil.rmtree(out / STATE)
+    return content if place.leads else None
+
+
+def prepare(out: Path, *, overwrite: bool) -> None:
+    """Makes the folder ready for a new evaluation, or for going on with an unfinished one.
+
+    Raises:
+        FolderError: it holds a finished report, or something else, and `overwrite` is not set.
+    """
+    if out.exists() and not out.is_dir():
+        raise FolderError(f"out is {out}, which is a file; it must be a folder")
+    if overwrite:
+        shutil.rmtree(out / STATE, ignore_errors=True)
+        for name in WRITTEN:
+            (out / name).unlink(missing_ok=True)
+    elif (out / files.FILE).exists():
+        raise FolderError(f"out is {out}, which holds a finished evaluation; name another folder, or pass --overwrite")
+    elif out.exists() and any(out.iterdir()) and not (out / STATE).is_dir():
+        raise FolderError(f"out is {out}, which exists and holds no evaluation; name another folder, or --overwrite")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def fingerprint(
+    subject: Subject, surrogate: Subject | None, images: Images, protocol: Protocol, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What must be the same for an unfinished evaluation to go on."""
+    pixels = hashlib.sha256(images.pixels.cpu().contiguous().numpy().tobytes())
+    pixels.update(images.labels.cpu().numpy().tobytes())
+    return {
+        "weights": subject.digest(),
+        "weights to transfer from": None if surrogate is None else surrogate.digest(),
+        "images": pixels.hexdigest(),
+        "protocol": protocol.as_json(),
+        "settings": settings,
+        "versions": {"afd": __version__, "torch": torch.__version__},
+    }
+
+
+def watcher(subject: Subject, protocol: Protocol) -> DomainWatch | None:
+    """What counts natural and attacked images: in the paper's protocol, for a model that kept its discriminator."""
+    if protocol.name != "paper" or subject.discriminator is None:
+        return None
+    return DomainWatch(subject.model, subject.discriminator)
+
+
+def tables_of(content: dict[str, Any]) -> list[Any]:
+    """The tables that belong to a protocol."""
+    if content["protocol"]["name"] == "paper":
+        return [table_1([content]), table_2([content])]
+    row = robustbench(content)
+    return [] if row is None else [row]

@@ -1,0 +1,92 @@
+"""What the features look like, and how far attacked ones lie from natural ones (Bashivan et al. 2021, sections 4-5)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afd.attacks.engine import evaluating
+from afd.data import Batches, Images
+from afd.evaluation.outcome import Outcome
+
+EXPLAINED = 0.99
+
+
+def feature_summary(model: nn.Module, images: Images, batch_size: int) -> dict[str, Any] | None:
+    """Principal components for 99% of the variance of F(x), and how many features are never or always zero.
+
+    Args:
+        model: with a method ``features`` from images to [N, num_features]; for any other, the result is None.
+        images: clean ones.
+        batch_size: of the passes.
+    """
+    if not hasattr(model, "features"):
+        return None
+    with evaluating(model), torch.no_grad():
+        features = torch.cat([model.features(x) for x, _ in Batches(images, batch_size)]).double()  # type: ignore[operator]
+    return {
+        "count": features.shape[1],
+        "components": principal_components(features, EXPLAINED),
+        "explained": EXPLAINED,
+        "never_zero": int((features != 0).all(0).sum()),
+        "always_zero": int((features == 0).all(0).sum()),
+    }
+
+
+def principal_components(features: Tensor, share: float) -> int:
+    """The smallest number of principal components that hold `share` of the variance of features [N, D]."""
+    variances = torch.linalg.svdvals(features - features.mean(0)).square()
+    total = variances.sum()
+    if total == 0:
+        return 0
+    held = variances.cumsum(0) / total
+    return int((held < share - 1e-12).sum()) + 1
+
+
+class DomainWatch:
+    """Counts how the discriminator takes images: the two shares that the HΔH distance is made of.
+
+    Args:
+        model: with a method ``features``.
+        discriminator: (features [N, D], labels [N]) -> scores [N], high for natural.
+    """
+
+    def __init__(self, model: nn.Module, discriminator: nn.Module) -> None:
+        self.model, self.discriminator = model, discriminator
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, y: Tensor) -> dict[str, int]:
+        """How many of these images there are, and how many are taken for natural and for attacked ones."""
+        with evaluating(self.model), evaluating(self.discriminator):
+            scores = self.discriminator(self.model.features(x), y)  # type: ignore[operator]
+        return {"judged": len(y), "natural": int((scores > 0).sum()), "attacked": int((scores < 0).sum())}
+
+
+def divergence(natural: Mapping[str, int], attacked: Mapping[str, int]) -> float | None:
+    """The estimated HΔH distance 2 |α - 1|, α = P[D > 0 on natural] + P[D < 0 on attacked]; None without images."""
+    if not natural.get("judged") or not attacked.get("judged"):
+        return None
+    alpha = natural["natural"] / natural["judged"] + attacked["attacked"] / attacked["judged"]
+    return 2 * abs(alpha - 1)
+
+
+def divergences(outcome: Outcome) -> list[dict[str, Any]]:
+    """The HΔH distance beside the gap (attacked error - natural error), for each scoring attack and radius."""
+    natural = outcome.counts.get("clean", Counter())
+    if not natural:
+        return []
+    clean = float(outcome.correct.double().mean())
+    found = []
+    for stage in outcome.protocol.stages:
+        counts = outcome.counts.get(stage.name, Counter())
+        for i, accuracy in enumerate(outcome.accuracies(stage) if stage.role == "score" else []):
+            at = {name: counts[f"{i} {name}"] for name in ("judged", "natural", "attacked")}
+            distance = divergence(natural, at)
+            if distance is not None:
+                gap = clean - accuracy
+                found.append({"attack": stage.name, "eps": str(stage.epsilons[i]), "distance": distance, "gap": gap})
+    return found
