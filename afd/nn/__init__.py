@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from afd.errors import one_of
-from afd.nn.classifier import FeatureClassifier
+from afd.nn.classifier import FeatureClassifier, FeatureSplit, Split, split
 from afd.nn.convnet import ConvNet
 from afd.nn.discriminator import ProjectionDiscriminator
 from afd.nn.resnet import ResNet18
 
-__all__ = ["MODELS", "ConvNet", "FeatureClassifier", "ProjectionDiscriminator", "ResNet18", "build_model"]
+__all__ = [
+    "MODELS",
+    "ConvNet",
+    "FeatureClassifier",
+    "FeatureSplit",
+    "ProjectionDiscriminator",
+    "ResNet18",
+    "Split",
+    "build_model",
+    "split",
+]
 
 MODELS = ("convnet", "resnet18")
 
