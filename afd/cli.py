@@ -11,7 +11,9 @@ import tyro
 from afd import info as information
 from afd.config import TrainConfig
 from afd.errors import AfdError
+from afd.training import StoppedError
 from afd.training import train as run_training
+from afd.training.distributed import leave
 
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
@@ -21,6 +23,7 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
         config: the run.
     """
     run_training(config)
+    leave()
 
 
 def info() -> None:
@@ -38,10 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
+    except StoppedError as stopped:
+        print(f"afd: {stopped}", file=sys.stderr)
+        return stopped.status
     except AfdError as error:
         print(f"afd: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("afd: interrupted; checkpoints of finished epochs are kept", file=sys.stderr)
+        print("afd: interrupted", file=sys.stderr)
         return 130
     return 0

@@ -1,4 +1,4 @@
-"""How the training passes are carried out, apart from what they compute: precision, memory layout, compilation, devices."""
+"""How training passes are carried out, apart from what they compute: precision, memory layout, compilation, devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from afd.attacks import execution as attack_execution
-from afd.errors import one_of
+from afd.errors import InputError, one_of
 from afd.nn import Split
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -23,9 +23,10 @@ class Execution:
     """How training passes run. Parameters, losses and optimizers stay in float32 whatever is chosen.
 
     Attributes:
-        precision: "fp32", "bf16" or "auto" (bfloat16 where the device multiplies it in hardware), of the model's passes.
+        precision: of the passes: "fp32", "bf16" or "auto" (bfloat16 where the device multiplies it in hardware).
         channels_last: lay out images and convolutions channels-last, which convolutions are fastest in.
         compile: run the model's passes through torch.compile.
+        sync_batchnorm: BatchNorm's statistics over the batches of all processes (CUDA only).
 
     Raises:
         InputError: unknown precision.
@@ -34,9 +35,25 @@ class Execution:
     precision: str = "fp32"
     channels_last: bool = True
     compile: bool = False
+    sync_batchnorm: bool = False
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, attack_execution.PRECISIONS)
+
+    def prepare(self, model: Any) -> Any:
+        """`model` in the chosen layout, its BatchNorm layers exchanged if so chosen.
+
+        Raises:
+            InputError: sync_batchnorm on a device that cannot.
+        """
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
+        if not self.sync_batchnorm:
+            return model
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            raise InputError(f"sync_batchnorm is True, but the model is on {device}; torch offers it on CUDA only")
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
     def passes(self, model: Split) -> nn.Module:
         """A module x -> (features, logits), both float32 or wider, that runs `model` as chosen."""

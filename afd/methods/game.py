@@ -78,7 +78,7 @@ class Game(ABC):
     def judge(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Scores of natural and attacked features, in the pass of the discriminator that its update rests on.
 
-        Only the first part of a batch takes a power iteration, so there is one a round, and all parts see the same norms.
+        Only the first part of a batch takes a power iteration: one a round, and all parts see the same norms.
         """
         self.discriminator.train(part.first)
         natural, attacked = self.discriminator(torch.cat([z, z_adv]), part.y.repeat(2)).chunk(2)
@@ -94,7 +94,9 @@ class Game(ABC):
         """L_D of the scores, with the penalty where one is asked for."""
         loss = self.loss.discriminator(natural, attacked)
         if self.settings.penalty:
-            loss = loss + self.settings.penalty * gradient_penalty(alone(self.discriminator), z.detach(), z_adv.detach())
+            loss = loss + self.settings.penalty * gradient_penalty(
+                alone(self.discriminator), z.detach(), z_adv.detach()
+            )
         return loss
 
     @torch.no_grad()

@@ -80,7 +80,7 @@ class SimultaneousRound(Game):
 
 
 class JointRound(SimultaneousRound):
-    """SGD of one momentum: the two updates of θ equal a single optimizer on L_C + (γ/α)·L_F, which is how they are done.
+    """SGD of one momentum: the two updates of θ equal one optimizer on L_C + (γ/α)·L_F, which is how they are done.
 
     The schedules scale α and γ alike, so their ratio stays.
     """

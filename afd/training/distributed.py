@@ -1,0 +1,96 @@
+"""One process or several: who takes part, how gradients and figures are averaged, who writes files.
+
+``torchrun --nproc-per-node=2 script.py`` starts the processes; the trainer joins them by itself. Gradients are averaged
+by DistributedDataParallel, in the model and in the discriminator.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train one model together; without torchrun, this one alone."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """`module` with its gradients averaged over the processes, which start from rank 0's weights.
+
+        Buffers are not exchanged at every pass: the game passes twice before it goes backward, and would trip over it.
+        """
+        if self.size == 1:
+            return module
+        # a feature split may leave layers without a gradient, and so may the user's own model
+        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes, a new tensor; all must ask."""
+        total = self.sum(values)
+        return total / self.size if self.size > 1 else total
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over processes, a new tensor; all must ask."""
+        total = values.clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it holds in any process; all must ask."""
+        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+
+    def gather(self, what: Any) -> list[Any]:
+        """Every process's `what`, by rank; all must ask."""
+        if self.size == 1:
+            return [what]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, what)
+        return gathered
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Gives every process rank 0's buffers: BatchNorm's running statistics, which each gathers by itself."""
+        if self.size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def join() -> Group:
+    """The group this process belongs to; joins torchrun's processes if need be."""
+    if launched() and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if not (dist.is_available() and dist.is_initialized()):
+        return Group()
+    return Group(dist.get_rank(), dist.get_world_size())
+
+
+def leave() -> None:
+    """Ends what `join` began."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
