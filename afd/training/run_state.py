@@ -35,7 +35,6 @@ def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "average": None if trainer.average is None else _average_of(trainer),
         "players": {name: player.state_dict() for name, player in trainer.round.players.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.round.optimizers.items()},
-        "rates": trainer.rates.state_dict(),
         "generators": trainer.group.gather(generators),
     }
     metadata = {
@@ -52,9 +51,9 @@ def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def facts(trainer: Trainer) -> dict[str, Any]:
     """What must be the same in the run that goes on."""
-    described = settings.describe({name: getattr(trainer, name) for name in FACTS})
-    run = described if trainer.config is None else trainer.config
-    return {"afd": __version__, "processes": trainer.group.size, **run}
+    run = {name: getattr(trainer, name) for name in FACTS} if trainer.config is None else trainer.config
+    described: dict[str, Any] = settings.describe({"afd": __version__, "processes": trainer.group.size, **run})
+    return described
 
 
 def resume(trainer: Trainer) -> dict[str, Any] | None:
@@ -84,7 +83,6 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
         player.load_state_dict(state["players"][name])
     for name, optimizer in trainer.round.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
-    trainer.rates.load_state_dict(state["rates"])
     for name, value in metadata["position"].items():
         setattr(trainer.position, name, value)
     trainer.round.rounds = trainer.position.round

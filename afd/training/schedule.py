@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from afd.errors import InputError, one_of
 
@@ -59,7 +57,9 @@ def schedule_named(schedule: str | Schedule) -> Schedule:
 
 
 class Rates:
-    """The learning rates of several optimizers, moved on round by round.
+    """The learning rates of several optimizers in each round of a run.
+
+    Set rather than stepped: there is no state that could be lost, and a player that sits out a round misses nothing.
 
     Args:
         optimizers: by name; their rates now are those of the factor 1.
@@ -68,26 +68,19 @@ class Rates:
     """
 
     def __init__(self, optimizers: Mapping[str, Optimizer], schedule: Schedule, rounds: int) -> None:
-        self.optimizers = optimizers
-        # after the last round, a scheduler looks beyond the end
-        self.factor: Schedule = lambda played: schedule(min(played, rounds - 1) / rounds)
-        self.schedulers = {name: LambdaLR(optimizer, self.factor) for name, optimizer in optimizers.items()}
+        self.optimizers, self.schedule, self.rounds = optimizers, schedule, rounds
+        for optimizer in optimizers.values():
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
 
-    def move_on(self) -> None:
-        """One round is over."""
-        for scheduler in self.schedulers.values():
-            scheduler.step()
+    def set(self, played: int) -> None:
+        """Sets all rates for the round after `played` ones."""
+        factor = self.schedule(played / self.rounds)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
 
     def of_round(self, number: int) -> dict[str, float]:
         """Each optimizer's rate in a round, counted from 1."""
-        factor = self.factor(max(number, 1) - 1)
+        factor = self.schedule((max(number, 1) - 1) / self.rounds)
         return {name: o.param_groups[0]["initial_lr"] * factor for name, o in self.optimizers.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain content for a checkpoint."""
-        return {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was."""
-        for name, scheduler in self.schedulers.items():
-            scheduler.load_state_dict(state[name])

@@ -163,10 +163,10 @@ class Trainer:
                 # the processes' batches are rows of one joint batch, and each row has its own start
                 first = self.group.rank * len(y)
                 x_adv = warmup.at(at.round)(x, y, seed=self.seed + at.round, first_sample=first)
+            self.rates.set(at.round)
             self.meter.add(self.round.step(x, y, x_adv))
             if self.average is not None:
                 self.average.update_parameters(self.network)
-            self.rates.move_on()
             at.batch, at.round, images = at.batch + 1, at.round + 1, images + len(y)
             at_report = at.round % self.log_every == 0 or at.batch == rounds
             if at_report:
