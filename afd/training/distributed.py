@@ -6,6 +6,7 @@ by DistributedDataParallel, in the model and in the discriminator.
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+# DistributedDataParallel's name for exchanging buffers at every pass, in this torch
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Group:
         if self.size == 1:
             return module
         # a feature split may leave layers without a gradient, and so may the user's own model
-        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+        return DistributedDataParallel(module, find_unused_parameters=True, **{SYNC_BUFFERS: False})
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over processes, a new tensor; all must ask."""

@@ -158,15 +158,11 @@ class Trainer:
         for x, y in self.stream.epoch(at.epoch, at.batch, generators):
             if at.epoch == 1:
                 self._check(x, y)
-            x_adv = x
-            if warmup is not None:
-                # the processes' batches are rows of one joint batch, and each row has its own start
-                first = self.group.rank * len(y)
-                x_adv = warmup.at(at.round)(x, y, seed=self.seed + at.round, first_sample=first)
-            self.rates.set(at.round)
-            self.meter.add(self.round.step(x, y, x_adv))
-            if self.average is not None:
-                self.average.update_parameters(self.network)
+            try:
+                self._play(x, y, warmup)
+            except InputError:
+                self._report_interval(rounds)  # a loss that is not finite explains it better
+                raise
             at.batch, at.round, images = at.batch + 1, at.round + 1, images + len(y)
             at_report = at.round % self.log_every == 0 or at.batch == rounds
             if at_report:
@@ -178,6 +174,18 @@ class Trainer:
                 self._save(best=False)
         self._report_interval(rounds)
         return self.group.size * images / (time.perf_counter() - start)
+
+    def _play(self, x: Tensor, y: Tensor, warmup: Warmup | None) -> None:
+        """One round: attack, updates, average."""
+        played, x_adv = self.position.round, x
+        if warmup is not None:
+            # the processes' batches are rows of one joint batch, and each row has its own start
+            first = self.group.rank * len(y)
+            x_adv = warmup.at(played)(x, y, seed=self.seed + played, first_sample=first)
+        self.rates.set(played)
+        self.meter.add(self.round.step(x, y, x_adv))
+        if self.average is not None:
+            self.average.update_parameters(self.network)
 
     def _report_interval(self, rounds: int) -> None:
         """Reads the losses and tells of them; the only place in an epoch that waits for the device."""
