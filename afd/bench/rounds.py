@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
@@ -91,7 +92,7 @@ def ours(case: Case, precision: str, schedule: str) -> Round:
     """afd's."""
     execution = Execution(precision)
     model = execution.prepare(copy.deepcopy(case.model))
-    rates = {"lr": LR, "lr_discriminator": LR, "lr_features": LR}
+    rates: dict[str, Any] = {"lr": LR, "lr_discriminator": LR, "lr_features": LR}
     round_ = AFD(schedule=schedule, **rates).build(model, execution)
     attack = APGD(model, eps=case.eps, steps=case.steps, precision=precision)
     x_adv = attack(case.x, case.y)

@@ -44,7 +44,8 @@ class Group:
         if self.size == 1:
             return module
         # a feature split may leave layers without a gradient, and so may the user's own model
-        return DistributedDataParallel(module, find_unused_parameters=True, **{SYNC_BUFFERS: False})
+        settings: dict[str, Any] = {SYNC_BUFFERS: False}
+        return DistributedDataParallel(module, find_unused_parameters=True, **settings)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over processes, a new tensor; all must ask."""

@@ -9,11 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from afd.attacks.inputs import check_batch
 from afd.data import Batches
 from afd.errors import InputError
 from afd.training import rng
 
 Batch = tuple[Tensor, Tensor]
+BOUNDS = (0.0, 1.0)  # of an image
 Loader = Iterable[Batch]
 """Any re-iterable of (images [N, ...] in [0, 1], labels [N] int64): a DataLoader, `Batches`, a list.
 
@@ -48,8 +50,8 @@ class Stream:
     the epoch, which is why that state is kept; batches that were played already are served again and thrown away.
     """
 
-    def __init__(self, loader: Loader, device: torch.device) -> None:
-        self.loader, self.device = loader, device
+    def __init__(self, loader: Loader, device: torch.device, num_classes: int) -> None:
+        self.loader, self.device, self.num_classes = loader, device, num_classes
         self.at_start: dict[str, Any] | None = None  # the generators at the start of the epoch
 
     def epoch(self, epoch: int, played: int, now: dict[str, Any] | None) -> Iterator[Batch]:
@@ -59,6 +61,10 @@ class Stream:
             epoch: counted from 1.
             played: batches played already; if there are any, `at_start` is set.
             now: the generators after these, where a run is resumed.
+
+        Raises:
+            InputError, InputTypeError: in the first epoch, images are not finite floats in [0, 1] or labels not int64
+                classes of the model.
         """
         for knows in (self.loader, getattr(self.loader, "sampler", None)):
             if isinstance(knows, _KnowsEpochs):
@@ -73,7 +79,15 @@ class Stream:
             self.at_start = rng.capture()
             batches = _from(self.loader, 0)
         for x, y in batches:
+            if epoch == 1:
+                self._check(x, y)
             yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def _check(self, x: Tensor, y: Tensor) -> None:
+        """Looks at the values of a batch; the first epoch shows every batch once. `Batches` were looked at before."""
+        largest = self.loader.images.num_classes - 1 if isinstance(self.loader, Batches) else check_batch(x, y, BOUNDS)
+        if largest >= self.num_classes:
+            raise InputError(f"y holds the label {largest}; the model has classes 0 ... {self.num_classes - 1}")
 
 
 def _from(loader: Loader, played: int) -> Iterator[Batch]:

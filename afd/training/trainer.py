@@ -13,8 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from afd.attacks import AttackFactory
-from afd.attacks.inputs import check_batch
-from afd.data import Batches
 from afd.errors import InputError, at_least
 from afd.methods import AFD, Execution, Method
 from afd.nn import split
@@ -28,8 +26,6 @@ from afd.training.signals import StoppedError, on_signals
 from afd.training.stream import Loader, Stream, rounds_in
 from afd.training.validation import shared_accuracy
 from afd.training.warmup import Warmup
-
-BOUNDS = (0.0, 1.0)  # of an image
 
 
 @dataclass
@@ -135,7 +131,7 @@ class Trainer:
         """
         rounds = rounds_in(train)
         self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
-        self.stream = Stream(train, self.device)
+        self.stream = Stream(train, self.device, self.network.num_classes)
         resumed = run_state.resume(self)
         warmup = None
         if self.attack is not None and self.method.uses_attack:
@@ -156,8 +152,6 @@ class Trainer:
         self.network.train()
         images, start, at = 0, time.perf_counter(), self.position
         for x, y in self.stream.epoch(at.epoch, at.batch, generators):
-            if at.epoch == 1:
-                self._check(x, y)
             try:
                 self._play(x, y, warmup)
             except InputError:
@@ -264,10 +258,3 @@ class Trainer:
         """Says what the user should know, once."""
         if self.group.leads:
             print(f"afd: warning: {message}", file=sys.stderr)
-
-    def _check(self, x: Tensor, y: Tensor) -> None:
-        """Looks at the values of a batch; the first epoch shows every batch once. `Batches` were looked at before."""
-        loader, classes = self.stream.loader, self.network.num_classes
-        largest = loader.images.num_classes - 1 if isinstance(loader, Batches) else check_batch(x, y, BOUNDS)
-        if largest >= classes:
-            raise InputError(f"y holds the label {largest}; the model has classes 0 ... {classes - 1}")
