@@ -93,7 +93,12 @@ def join() -> Group:
     if launched() and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # torchrun's store outlives the workers; restarted ones must not find the addresses of those that died
+        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+        attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     if not (dist.is_available() and dist.is_initialized()):
         return Group()
     return Group(dist.get_rank(), dist.get_world_size())

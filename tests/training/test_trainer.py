@@ -98,6 +98,20 @@ def test_a_round_never_waits_for_the_device(method):
         float(x.sum())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [AFD(), AFD(schedule="alternating"), AFD.adam(clip=1.0, micro_batches=2), Natural()])
+def test_a_round_on_the_gpu_never_waits(method, cuda):
+    network = model().to(cuda)
+    round_ = method.build(network)
+    x, y = (tensor.to(cuda) for tensor in next(iter(Halves())))
+    round_.step(x, y, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        round_.step(x, y, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_stops_when_a_callback_asks_it_to():
     trainer = Trainer(model(), Natural(), epochs=5, log_every=1)
     trainer.callbacks = [lambda report: trainer.stop() if report.round == 3 else None]
