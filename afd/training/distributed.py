@@ -59,9 +59,13 @@ class Group:
             dist.all_reduce(total)
         return total
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it holds in any process; all must ask."""
-        return flag if self.size == 1 else bool(self.sum(torch.tensor(float(flag), device=device)) > 0)
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest of the processes' numbers; all must ask."""
+        if self.size == 1:
+            return number
+        numbers = torch.tensor(number, device=device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
 
     def gather(self, what: Any) -> list[Any]:
         """Every process's `what`, by rank; all must ask."""

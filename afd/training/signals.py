@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from afd.errors import AfdError
@@ -16,9 +17,10 @@ STOPPING = (signal.SIGTERM, signal.SIGINT)
 class StoppedError(AfdError):
     """A signal ended training early, in good order; `status` is the exit status that shells expect of it."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.status = 128 + signal_number
+    def __init__(self, number: int, where: str, checkpoint: Path | None) -> None:
+        kept = f"saved {checkpoint}; go on with resume='auto'" if checkpoint else "no folder, nothing saved"
+        super().__init__(f"{signal.Signals(number).name}: {where}; {kept}")
+        self.status = 128 + number
 
 
 @contextmanager

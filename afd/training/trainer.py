@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from afd.training.signals import StoppedError, on_signals
 from afd.training.stream import Loader, Stream, rounds_in
 from afd.training.validation import shared_accuracy
 from afd.training.warmup import Warmup
+
+BY_CALLBACK = 1  # what stopped a run, if not the signal of a larger number
 
 
 @dataclass
@@ -101,7 +103,7 @@ class Trainer:
         self.average = None if self.ema is None else averaged(self.network, self.ema)
         self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
         self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
-        self._stopped: int | bool = False
+        self._stopped = 0
 
     @property
     def evaluated(self) -> nn.Module:
@@ -111,7 +113,7 @@ class Trainer:
 
     def stop(self, signal_number: int | None = None) -> None:
         """Asks to stop after the round in progress; `fit` then saves and returns (or, for a signal, raises)."""
-        self._stopped = signal_number or True
+        self._stopped = signal_number or BY_CALLBACK
 
     def fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
         """Runs all epochs, or what is left of them.
@@ -137,13 +139,13 @@ class Trainer:
         if self.attack is not None and self.method.uses_attack:
             warmup = Warmup(self.attack(self.network), round(self.eps_warmup * rounds))
         with on_signals(self.stop):
-            while self.position.epoch <= self.epochs and not self._stop_asked(at_report=True):
+            while self.position.epoch <= self.epochs and not self._stop_asked():
                 speed = self._train_epoch(rounds, warmup, resumed)
                 resumed = None
-                if self._stop_asked(at_report=True):
+                if self._stop_asked():
                     break
                 self._close_epoch(validation, speed)
-        if self._stopped is not False:
+        if self._stop_asked():
             self._end_early()
         return self.history
 
@@ -155,13 +157,14 @@ class Trainer:
             try:
                 self._play(x, y, warmup)
             except InputError:
-                self._report_interval(rounds)  # a loss that is not finite explains it better
+                if self.group.size == 1:  # several would wait for each other
+                    self._report_interval(rounds)  # a loss that is not finite explains it better
                 raise
             at.batch, at.round, images = at.batch + 1, at.round + 1, images + len(y)
             at_report = at.round % self.log_every == 0 or at.batch == rounds
             if at_report:
                 self._report_interval(rounds)
-            if self._stop_asked(at_report):
+            if (at_report or self.group.size == 1) and self._stop_asked():
                 break
             if self.save_every and at.round % self.save_every == 0 and at.batch < rounds:
                 self._report_interval(rounds)
@@ -197,17 +200,15 @@ class Trainer:
 
     def _close_epoch(self, validation: Loader, speed: float) -> None:
         """Validation, report and checkpoint after a whole epoch."""
-        self.group.share_buffers(self.network)
+        self.group.share_buffers(self.evaluated)
         judge = self.validation_attack(self.evaluated) if self.validation_attack else None
-        measure: Callable[[Any], float] = lambda attack: shared_accuracy(  # noqa: E731
-            self.evaluated, validation, attack, self.group, self.device
-        )
+        measure = partial(shared_accuracy, self.evaluated, validation, group=self.group, device=self.device)
         report = EpochReport(
             self.position.epoch,
             self.position.round,
             self.meter.means(),
-            natural=measure(None),
-            robust=None if judge is None else measure(judge),
+            natural=measure(attack=None),
+            robust=None if judge is None else measure(attack=judge),
             images_per_second=speed,
             learning_rates=self.rates.of_round(self.position.round),
         )
@@ -215,8 +216,8 @@ class Trainer:
         self.history.append(report)
         self.position = Position(self.position.epoch + 1, 0, self.position.round)
         self.meter = Meter(self.group)
-        self._save(best=best)
         self._tell(report)
+        self._save(best=best)
 
     def _save(self, *, best: bool) -> None:
         if self.keeper is None:
@@ -232,17 +233,15 @@ class Trainer:
     def _end_early(self) -> None:
         if self.position.batch:
             self._save(best=False)
-        if self._stopped is True:
+        if self._stopped == BY_CALLBACK:
             return
-        name, at = signal.Signals(self._stopped).name, self.position
-        kept = f"saved {self.keeper.newest}; go on with resume='auto'" if self.keeper else "no folder, nothing saved"
-        raise StoppedError(f"{name}: stopped in epoch {at.epoch} after round {at.round}; {kept}", self._stopped)
+        at, file = self.position, self.keeper.newest if self.keeper else None
+        raise StoppedError(self._stopped, f"stopped in epoch {at.epoch} after round {at.round}", file)
 
-    def _stop_asked(self, at_report: bool) -> bool:
-        """Whether to stop now; several processes agree on it at reports, where they wait for each other anyway."""
-        if self.group.size > 1:
-            return at_report and self.group.any(self._stopped is not False, self.device)
-        return self._stopped is not False
+    def _stop_asked(self) -> bool:
+        """Whether to stop now; all processes must ask, which several do at reports, where they wait anyway."""
+        self._stopped = self.group.largest(self._stopped, self.device)
+        return self._stopped > 0
 
     def _where_it_stood(self, number: int) -> str:
         shown = ", ".join(f"{name} {rate:g}" for name, rate in self.rates.of_round(number).items())

@@ -41,7 +41,9 @@ def model(unused: bool) -> nn.Module:
     return network
 
 
-def run(method: str, out: Path, epochs: int, kill_at: int = 0, resume: str | None = None) -> Trainer:
+def run(
+    method: str, out: Path, epochs: int, kill_at: int = 0, resume: str | None = None, signal_name: str = "SIGKILL"
+) -> Trainer:
     group = join()
     trainer = Trainer(
         model(unused=method == "alternating"),
@@ -59,7 +61,7 @@ def run(method: str, out: Path, epochs: int, kill_at: int = 0, resume: str | Non
 
         def dying(*batch):
             if trainer.position.round == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.Signals[signal_name])
             return step(*batch)
 
         trainer.round.step = dying
@@ -75,8 +77,9 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--kill-at", type=int, default=0)
     parser.add_argument("--resume")
+    parser.add_argument("--signal", default="SIGKILL")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.methods:
-        run(name, options.out / name, options.epochs, options.kill_at, options.resume)
+        run(name, options.out / name, options.epochs, options.kill_at, options.resume, options.signal)
     leave()
