@@ -34,7 +34,7 @@ SETTLING = 40  # training passes after which BatchNorm's running statistics are 
 
 @dataclass(frozen=True)
 class Case:
-    """A network, the batch it trains on (attacked at random, for what comes after an attack), and the attack's settings."""
+    """A network, its batch (moved at random, for what comes after an attack), and the attack's settings."""
 
     name: str
     model: FeatureClassifier
