@@ -102,9 +102,10 @@ class JointRound(SimultaneousRound):
         with unsynchronised(self.passes):  # the backward through x' averages both
             z, task = self._task(part)
         with self.gathering(self.passes, part):
-            z_adv, logits = self.passes(part.x_adv)
+            # with the logits, though nobody looks at them: they make DistributedDataParallel average the classifier's
+            # gradient, gathered above, as well
+            z_adv, _ = self.passes(part.x_adv)
             pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
             share = self.settings.lr_features / self.settings.lr
-            # the logits' zero gradient tells DistributedDataParallel that the classifier's gradient is whole, too
-            torch.autograd.backward([z_adv, logits], [share * pull, torch.zeros_like(logits)], inputs=self.theta_phi)
+            torch.autograd.backward(z_adv, share * pull, inputs=self.theta_phi)
         return weighted(part, [task, *game])

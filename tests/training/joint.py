@@ -42,7 +42,7 @@ def model(unused: bool) -> nn.Module:
 
 
 def run(
-    method: str, out: Path, epochs: int, kill_at: int = 0, resume: str | None = None, signal_name: str = "SIGKILL"
+    method: str, out: Path, epochs: int, kill_at: int = 0, resume: str | None = None, send: str = "SIGKILL"
 ) -> Trainer:
     group = join()
     trainer = Trainer(
@@ -61,7 +61,7 @@ def run(
 
         def dying(*batch):
             if trainer.position.round == kill_at:
-                os.kill(os.getpid(), signal.Signals[signal_name])
+                os.kill(os.getpid(), signal.Signals[send])
             return step(*batch)
 
         trainer.round.step = dying
@@ -77,9 +77,9 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--kill-at", type=int, default=0)
     parser.add_argument("--resume")
-    parser.add_argument("--signal", default="SIGKILL")
+    parser.add_argument("--send", default="SIGKILL")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.methods:
-        run(name, options.out / name, options.epochs, options.kill_at, options.resume, options.signal)
+        run(name, options.out / name, options.epochs, options.kill_at, options.resume, options.send)
     leave()
