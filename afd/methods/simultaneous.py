@@ -102,8 +102,7 @@ class JointRound(SimultaneousRound):
         with unsynchronised(self.passes):  # the backward through x' averages both
             z, task = self._task(part)
         with self.gathering(self.passes, part):
-            # with the logits, though nobody looks at them: they make DistributedDataParallel average the classifier's
-            # gradient, gathered above, as well
+            # the logits come along, so that the classifier, whose gradient was gathered above, does not count as unused
             z_adv, _ = self.passes(part.x_adv)
             pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
             share = self.settings.lr_features / self.settings.lr
