@@ -13,7 +13,9 @@ from afd.config import TrainConfig
 from afd.errors import AfdError
 from afd.evaluate import EvaluateConfig
 from afd.evaluate import run as run_evaluation
+from afd.training import StoppedError
 from afd.training import train as run_training
+from afd.training.distributed import leave
 
 
 def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
@@ -23,6 +25,7 @@ def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
         config: the run.
     """
     run_training(config)
+    leave()
 
 
 def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
@@ -49,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
+    except StoppedError as stopped:
+        print(f"afd: {stopped}", file=sys.stderr)
+        return stopped.status
     except AfdError as error:
         print(f"afd: error: {error}", file=sys.stderr)
         return 2

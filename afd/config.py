@@ -67,6 +67,8 @@ class ModelConfig:
     """Network. Default: convnet for digits and MNIST, resnet18 for CIFAR."""
     width: int | None = None
     """Filters of the first layer. Default: 32 for digits, 16 for MNIST (as in the paper), 64 for CIFAR."""
+    normalize: bool = True
+    """Scale features to length 1 before classifier and discriminator see them."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,6 @@ class AttackConfig:
     """Steps of the training attack. Default: 10."""
     alpha: Number | None = None
     """Step size of PGD. Default: 2.5 eps / steps."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """Arithmetic of the network inside the training attack; auto: bf16 where the device multiplies it in hardware."""
     eval_steps: int = 20
     """Steps of the validation attack."""
 
@@ -102,16 +102,24 @@ class MethodConfig:
     """Loss of the game between discriminator and features."""
     schedule: Literal["simultaneous", "alternating"] = "simultaneous"
     """simultaneous: the paper's Algorithm 1; alternating: the authors' released code."""
-    lr: Number = 0.1
-    """Learning rate of features and classifier (alpha)."""
-    lr_discriminator: Number = 0.1
-    """Learning rate of the discriminator (beta)."""
-    lr_features: Number = 0.5
-    """Learning rate of the features against the discriminator (gamma)."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Optimizer of every player; adam: the released code's variant."""
+    lr: Number | None = None
+    """Learning rate of features and classifier (alpha). Default: 0.1 for sgd, 1e-4 for adam."""
+    lr_discriminator: Number | None = None
+    """Learning rate of the discriminator (beta). Default: 0.1 for sgd, 1e-3 for adam."""
+    lr_features: Number | None = None
+    """Learning rate of the features against the discriminator (gamma). Default: 0.5 for sgd, 1e-4 for adam."""
     momentum: Number = 0.9
     """Momentum of every SGD optimizer."""
-    weight_decay: Number = 1e-4
-    """Weight decay of features and classifier."""
+    weight_decay: Number | None = None
+    """Weight decay of features and classifier. Default: 1e-4 for sgd, 0 for adam."""
+    label_smoothing: Number = 0.0
+    """Share of the label that is spread over all classes."""
+    clip: Number | None = None
+    """Largest norm of each optimizer's gradient. Default: any."""
+    micro_batches: int = 1
+    """Parts of a batch that are passed one by one, to save memory."""
     discriminator_rounds: int = 1
     """The features answer the discriminator in every so many rounds."""
     penalty: Number = 0.0
@@ -128,14 +136,32 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     epochs: int | None = None
     """Passes over the training images. Default: 60 digits, 10 MNIST, 300 CIFAR."""
+    lr_schedule: Literal["step", "cosine", "one-cycle"] = "step"
+    """How all learning rates change over the run."""
     milestones: tuple[Number, ...] = (0.5, 5 / 6)
-    """Shares of the epochs after which all learning rates fall to a tenth (the paper's CIFAR: 150 and 250 of 300)."""
+    """step: shares of the epochs after which the rates fall to a tenth (the paper's CIFAR: 150 and 250 of 300)."""
+    eps_warmup: Number = 0.0
+    """Epochs in which the training attack grows to its full radius."""
+    ema: Number | None = None
+    """Decay a round of an exponential average of the weights, which is then validated and tested. Default: none."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Arithmetic of the network in attack and training; auto: bf16 where the device multiplies it in hardware."""
+    compile: bool = False
+    """Run the training passes through torch.compile."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over the batches of all processes (CUDA only)."""
     seed: int = 0
     """Of initial weights, batch order, augmentation and attack starts."""
     device: str = "auto"
     """torch device; auto takes CUDA where there is one."""
     out: Path = Path("runs/latest")
-    """Folder for checkpoints and TensorBoard logs."""
+    """Folder for checkpoints, weights and logs."""
+    resume: str | None = None
+    """Go on from a checkpoint: auto (the newest whole one in --out, if there is one) or its file."""
+    save_every: int = 0
+    """Rounds between checkpoints within an epoch; there is always one at its end."""
+    log_every: int = 50
+    """Rounds between lines of the log."""
 
     def settled(self) -> TrainConfig:
         """The same run with every default of its data set written out.
@@ -149,6 +175,7 @@ class TrainConfig:
             data=_filled(self.data, augment=preset.augment),
             model=_filled(self.model, name=preset.model, width=preset.width),
             attack=_filled(self.attack, eps=preset.eps, steps=10),
+            method=_filled(self.method, **RATES[self.method.optimizer]),
             epochs=preset.epochs if self.epochs is None else self.epochs,
         )
         config._check()
@@ -156,6 +183,11 @@ class TrainConfig:
 
     def _check(self) -> None:
         data, model, attack = self.data, self.model, self.attack
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
+        at_least("eps-warmup", self.eps_warmup, 0)
+        at_least("save-every", self.save_every, 0)
+        at_least("log-every", self.log_every, 1)
         assert model.width is not None
         assert attack.eps is not None
         assert attack.steps is not None
@@ -200,7 +232,14 @@ PRESETS = {
 }
 
 
-_Config = TypeVar("_Config", DataConfig, ModelConfig, AttackConfig)
+# What an optimizer asks for where the user says nothing; those of adam are the released code's.
+RATES: dict[str, dict[str, float]] = {
+    "sgd": {"lr": 0.1, "lr_discriminator": 0.1, "lr_features": 0.5, "weight_decay": 1e-4},
+    "adam": {"lr": 1e-4, "lr_discriminator": 1e-3, "lr_features": 1e-4, "weight_decay": 0.0},
+}
+
+
+_Config = TypeVar("_Config", DataConfig, ModelConfig, AttackConfig, MethodConfig)
 
 
 def _filled(config: _Config, **defaults: Any) -> _Config:

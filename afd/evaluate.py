@@ -142,9 +142,11 @@ def from_checkpoint(path: Path, device: torch.device) -> Subject:
     shape, classes = SHAPES[config["data"]["name"]]
     width = config["model"]["width"]
     model = build_model(config["model"]["name"], shape, classes, width)
+    model.normalize = config["model"]["normalize"]
+    average = state["average"]
     discriminator = None
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(average["weights"] if average else state["model"])
         if "discriminator" in state.get("players", {}):
             discriminator = ProjectionDiscriminator(model.num_features, classes)
             discriminator.load_state_dict(state["players"]["discriminator"])

@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from afd.errors import InputError
+from afd.errors import InputError, InputTypeError
 
 
-def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
+def crop_and_flip(x: Tensor, draws: Tensor, padding: int = 4) -> Tensor:
     """A random crop of the zero-padded image, then a horizontal flip half of the time: the usual CIFAR augmentation.
 
     Each image is replaced by one of the (2 * padding + 1)^2 windows of its own size, all equally likely.
 
     Args:
         x: images [B, C, H, W], any dtype and device.
-        generator: a CPU generator; the draws do not depend on the device of x, so neither does the result.
+        draws: int64 [B] on the device of x, uniform in [0, 2^62): one for each image, which settles its crop and flip.
         padding: width of the zero border on each side, at least 0.
 
     Returns:
@@ -26,9 +26,12 @@ def crop_and_flip(x: Tensor, generator: torch.Generator, padding: int = 4) -> Te
         raise InputError(f"x has shape {list(x.shape)}; it must be [B, C, H, W]")
     if padding < 0:
         raise InputError(f"padding is {padding}; it must be at least 0")
-    batch, channels, height, width = x.shape
-    # One tensor, so one copy to the device. Not waiting for it is safe: CUDA stages pageable memory before it returns.
-    draws = torch.randint((2 * padding + 1) ** 2 * 2, (batch, 1), generator=generator).to(x.device, non_blocking=True)
+    if draws.dtype != torch.int64:
+        raise InputTypeError(f"draws is {draws.dtype}; it must be torch.int64")
+    if draws.shape != x.shape[:1]:
+        raise InputError(f"draws has shape {list(draws.shape)}; it must be [{len(x)}], one for each image")
+    _, channels, height, width = x.shape
+    draws = draws.unsqueeze(1) % (2 * (2 * padding + 1) ** 2)
     window, flip = draws // 2, draws % 2 == 1
     top, left = window // (2 * padding + 1), window % (2 * padding + 1)
 

@@ -100,7 +100,10 @@ class Images:
             index: which images, as for `take`; None for all.
         """
         # index_select copies whole images; plain indexing would go pixel by pixel, twenty times slower on a CPU.
-        pixels = self.pixels if index is None else self.pixels.index_select(0, self._positions(index))
+        return self.scaled(self.pixels if index is None else self.pixels.index_select(0, self._positions(index)))
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """Pixels of these images (or what an augmentation made of them) as float32 in [0, 1]."""
         # CUDA would turn a Python number as divisor into a multiplication by its rounded reciprocal, unlike the CPU.
         scale = torch.full((), self.scale, dtype=torch.float32, device=self.device)
         return pixels.to(torch.float32).div_(scale)

@@ -11,7 +11,7 @@ from torch import Tensor
 from afd.data.images import Images
 from afd.errors import InputError
 
-Augment = Callable[[Tensor, torch.Generator], Tensor]
+Augment = Callable[[Tensor, Tensor], Tensor]
 
 ORDER, AUGMENTATION = 0, 1
 
@@ -19,22 +19,27 @@ ORDER, AUGMENTATION = 0, 1
 class Batches:
     """Batches of one epoch, as often as they are iterated.
 
-    Order and augmentation depend on `seed` and the epoch only: an interrupted run that sets the epoch again sees the
-    same batches, on CPU and CUDA alike. `set_epoch` moves to another epoch; iterating does not.
+    Order and augmentation depend on `seed` and the epoch only, and what an image is augmented by on its index besides:
+    an interrupted run that sets the epoch again sees the same batches, on CPU and CUDA, in one process or several.
+    `set_epoch` moves to another epoch; iterating does not.
 
     Yields `(x, y)`: x float32 [B, C, H, W] in [0, 1], y int64 [B], both on the device of the images.
 
     Args:
         images: the images to serve.
-        batch_size: images per batch, at least 1; the last batch may have fewer.
+        batch_size: images per batch of all processes together, at least 1; the last batch may have fewer.
         shuffle: serve in an order drawn anew for each epoch, instead of the images' own order.
         seed: which sequence of orders and augmentations, at least 0.
-        augment: called with (x, generator), the generator on the CPU; returns the x to serve. None to serve x itself.
+        augment: called with (pixels uint8 [B, C, H, W], draws int64 [B] uniform in [0, 2^62)); returns the pixels to
+            serve. None to serve them as they are.
         drop_last: leave out a last batch that has fewer images.
         device: where to keep the images and serve batches; None for where the images are.
+        rank: which of `world_size` processes this is; it is served its rows of each batch. All are served as many:
+            what is left of the last batch then goes to none.
+        world_size: number of processes that share the batches.
 
     Raises:
-        InputError: there is nothing to serve, or `batch_size` or `seed` is out of range.
+        InputError: there is nothing to serve, a number is out of range, or the processes cannot share a batch evenly.
     """
 
     def __init__(
@@ -47,13 +52,23 @@ class Batches:
         augment: Augment | None = None,
         drop_last: bool = False,
         device: torch.device | str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        if batch_size % world_size:
+            raise InputError(
+                f"batch_size is {batch_size}; it must be a multiple of the {world_size} processes that share it"
+            )
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank is {rank}; it must be in [0, {world_size})")
         if seed < 0:
             raise InputError(f"seed is {seed}; it must be at least 0")
         if len(images) == 0:
             raise InputError("images is empty; there must be at least one image")
+        if len(images) < world_size:
+            raise InputError(f"images holds {len(images)}; {world_size} processes need at least one each")
         if drop_last and len(images) < batch_size:
             raise InputError(f"batch_size is {batch_size}; with drop_last it must be at most the {len(images)} images")
         self.images = images if device is None else images.to(device)
@@ -62,6 +77,7 @@ class Batches:
         self.seed = seed
         self.augment = augment
         self.drop_last = drop_last
+        self.rank, self.world_size = rank, world_size
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -72,18 +88,31 @@ class Batches:
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self.images), self.batch_size)
-        return whole if self.drop_last or rest == 0 else whole + 1
+        return whole if self.drop_last or rest < self.world_size else whole + 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self._order().to(self.images.device)
-        generator = self._generator(AUGMENTATION)
-        for index in torch.split(order, self.batch_size)[: len(self)]:
-            x = self.images.images(index)
-            yield x if self.augment is None else self.augment(x, generator), self.images.labels[index]
+        return self.starting_at(0)
+
+    def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches from number `batch` on, counted from 0, without serving those before."""
+        device = self.images.device
+        order = self._order().to(device)
+        draws = self._draws().to(device) if self.augment else None
+        for joint in torch.split(order, self.batch_size)[batch : len(self)]:
+            rows = len(joint) // self.world_size
+            index = joint[self.rank * rows : (self.rank + 1) * rows]
+            pixels, labels = self.images.pixels.index_select(0, index), self.images.labels.index_select(0, index)
+            if self.augment is not None and draws is not None:
+                pixels = self.augment(pixels, draws[index])
+            yield self.images.scaled(pixels), labels
 
     def _order(self) -> Tensor:
         count = len(self.images)
         return torch.randperm(count, generator=self._generator(ORDER)) if self.shuffle else torch.arange(count)
+
+    def _draws(self) -> Tensor:
+        """One draw an image for the whole epoch: which batch it falls in, and in which process, has no say."""
+        return torch.randint(2**62, (len(self.images),), generator=self._generator(AUGMENTATION))
 
     def _generator(self, purpose: int) -> torch.Generator:
         """A CPU generator for one purpose in one epoch: augmenting or not leaves the order as it is."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from afd.errors import one_of
-from afd.nn.classifier import FeatureClassifier
+from afd.nn.classifier import FeatureClassifier, FeatureSplit, Split, split
 from afd.nn.convnet import ConvNet
 from afd.nn.discriminator import ProjectionDiscriminator
 from afd.nn.resnet import ResNet18
 from afd.nn.spectral import SpectralEmbedding, SpectralGroup, SpectralLayer, SpectralLinear
 from afd.nn.spectral_state import convert_spectral_state
 
-__all__ = ["MODELS", "ConvNet", "FeatureClassifier", "ProjectionDiscriminator", "ResNet18", "build_model"]
-__all__ += ["SpectralEmbedding", "SpectralGroup", "SpectralLayer", "SpectralLinear", "convert_spectral_state"]
+__all__ = ["MODELS", "ConvNet", "FeatureClassifier", "FeatureSplit", "ProjectionDiscriminator", "ResNet18", "Split"]
+__all__ += ["SpectralEmbedding", "SpectralGroup", "SpectralLayer", "SpectralLinear", "build_model"]
+__all__ += ["convert_spectral_state", "split"]
 
 MODELS = ("convnet", "resnet18")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,15 +13,20 @@ from rich.table import Table
 
 from afd import data, methods
 from afd.attacks import APGD, PGD, AttackFactory
-from afd.config import AttackConfig, MethodConfig, TrainConfig
+from afd.config import MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import crop_and_flip
 from afd.errors import InputError
-from afd.evaluation import accuracy
 from afd.nn import FeatureClassifier, build_model
-from afd.training.checkpoint import load_checkpoint, save_checkpoint
-from afd.training.listeners import Keeper, TensorBoard, Terminal
-from afd.training.trainer import EpochReport, Trainer
+from afd.training import distributed
+from afd.training.checkpoint import load_checkpoint
+from afd.training.distributed import Group
+from afd.training.logs import json_lines, tensorboard
+from afd.training.progress import Terminal
+from afd.training.schedule import SCHEDULES, Schedule, step
+from afd.training.trainer import Trainer
+from afd.training.validation import shared_accuracy
+from afd.training.weights import save_weights
 
 TEST_STEPS = 40
 EVAL_BATCH = 500
@@ -43,6 +48,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     """Trains as `config` says, prints as it goes, and measures the best checkpoint on the test images.
 
     The best epoch is the one with the highest robust (for natural training: clean) accuracy on the validation images.
+    Its weights are also written as a plain state_dict, ``model.pt``. Under torchrun, every process calls this.
 
     Args:
         config: the run; its unset fields are settled by its data set.
@@ -55,55 +61,77 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     Raises:
         InputError: a setting out of its range.
         DataError: data files missing or damaged.
-        CheckpointError: a checkpoint cannot be written.
+        CheckpointError: a checkpoint cannot be written, read or gone on from.
         TrainingError: a loss stopped being finite.
+        StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
     """
-    console = console or Console()
     config = config.settled()
     device = _device(config.device)
     splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
+    group = distributed.join()
+    console = (console or Console()) if group.leads else Console(quiet=True)
     torch.manual_seed(config.seed)
     model = model_for(config, splits.train).to(device)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
-    method = build_method(config.method)
+    trainer = trainer_for(config, model)
+    if group.size > 1:  # the weights are drawn; from here on, processes draw apart
+        torch.manual_seed(config.seed * group.size + group.rank)
     assert config.epochs is not None
-    trainer = Trainer(
-        model,
-        method,
-        attack=training_attack(config.attack),
-        validation_attack=test_attack(config, config.attack.eval_steps) if method.uses_attack else None,
-        epochs=config.epochs,
-        milestones=config.milestones,
-        seed=config.seed,
-    )
-    keeper = Keeper(config.out, partial(_save, trainer, config))
-    label = f"{config.data.name} {config.method.name}"
-    with Terminal(console, config.epochs, label) as terminal:
-        trainer.listeners = [terminal, TensorBoard(config.out), keeper]
-        trainer.fit(train_batches(config, splits.train, device), _plain_batches(splits.validation, device))
-    assert keeper.best is not None  # there was at least one epoch
+    with Terminal(console, config.epochs, f"{config.data.name} {config.method.name}") as terminal:
+        trainer.callbacks = [terminal, tensorboard(config.out), json_lines(config.out / "log.jsonl")]
+        history = trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
+    group.wait()  # for the files
     best = config.out / "best.pt"
     state, _ = load_checkpoint(best, device)
-    model.load_state_dict(state["model"])
-    test = _plain_batches(splits.test, device)
+    model.load_state_dict(state["average"]["weights"] if state["average"] else state["model"])
+    if group.leads:
+        save_weights(config.out / "model.pt", model)
+    test, attack = plain(splits.test, device), test_attack(config, TEST_STEPS)(model)
     result = Result(
         config,
         model,
         checkpoint=best,
-        epoch=keeper.best.epoch,
-        natural=accuracy(model, test),
-        robust=accuracy(model, test, test_attack(config, TEST_STEPS)(model)),
+        epoch=max(history, key=lambda report: report.score).epoch,
+        natural=shared_accuracy(model, test, None, group, device),
+        robust=shared_accuracy(model, test, attack, group, device),
     )
     console.print(_summary(result, len(splits.test)))
     return result
 
 
+def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
+    """The trainer that a settled config describes, without callbacks."""
+    method = build_method(config.method)
+    assert config.epochs is not None
+    return Trainer(
+        model,
+        method,
+        attack=training_attack(config),
+        validation_attack=test_attack(config, config.attack.eval_steps) if method.uses_attack else None,
+        epochs=config.epochs,
+        schedule=schedule_for(config),
+        eps_warmup=config.eps_warmup,
+        ema=config.ema,
+        execution=methods.Execution(config.precision, compile=config.compile, sync_batchnorm=config.sync_batchnorm),
+        seed=config.seed,
+        log_every=config.log_every,
+        folder=config.out,
+        save_every=config.save_every,
+        resume=config.resume,
+        config=config.as_json(),
+    )
+
+
+def schedule_for(config: TrainConfig) -> Schedule:
+    """The schedule of the learning rates."""
+    return step(config.milestones) if config.lr_schedule == "step" else SCHEDULES[config.lr_schedule]
+
+
 def build_method(config: MethodConfig) -> methods.Method:
-    """The method that a config describes."""
-    if config.name == "natural":
-        return methods.Natural(config.lr, config.momentum, config.weight_decay)
+    """The method that a settled config describes."""
     settings = dataclasses.asdict(config)
-    del settings["name"]
+    if settings.pop("name") == "natural":
+        known = {field.name for field in dataclasses.fields(methods.Natural)}
+        return methods.Natural(**{name: value for name, value in settings.items() if name in known})
     return methods.AFD(**settings)
 
 
@@ -112,11 +140,18 @@ def model_for(config: TrainConfig, images: Images) -> FeatureClassifier:
     assert config.model.name is not None
     assert config.model.width is not None
     channels, height, width = images.pixels.shape[1:]
-    return build_model(config.model.name, (channels, height, width), images.num_classes, config.model.width)
+    model = build_model(config.model.name, (channels, height, width), images.num_classes, config.model.width)
+    model.normalize = config.model.normalize
+    return model
 
 
-def train_batches(config: TrainConfig, images: Images, device: torch.device) -> Batches:
-    """Shuffled (and augmented) training batches."""
+def train_batches(
+    config: TrainConfig,
+    images: Images,
+    device: torch.device,
+    group: Group = Group(),  # noqa: B008  (frozen)
+) -> Batches:
+    """Shuffled (and augmented) training batches, this process's rows of them."""
     return Batches(
         images,
         config.data.batch_size,
@@ -124,17 +159,24 @@ def train_batches(config: TrainConfig, images: Images, device: torch.device) -> 
         seed=config.seed,
         augment=crop_and_flip if config.data.augment else None,
         device=device,
+        rank=group.rank,
+        world_size=group.size,
     )
 
 
-def training_attack(config: AttackConfig) -> AttackFactory:
+def plain(images: Images, device: torch.device) -> Batches:
+    """Batches to measure accuracy on."""
+    return Batches(images, EVAL_BATCH, device=device)
+
+
+def training_attack(config: TrainConfig) -> AttackFactory:
     """The attack to train against."""
-    assert config.eps is not None
-    assert config.steps is not None
-    if config.name == "apgd":
-        return APGD.partial(eps=config.eps, steps=config.steps, precision=config.precision)
-    alpha = config.step_size(config.steps)
-    return PGD.partial(eps=config.eps, alpha=alpha, steps=config.steps, precision=config.precision)
+    attack, precision = config.attack, config.precision
+    assert attack.eps is not None
+    assert attack.steps is not None
+    if attack.name == "apgd":
+        return APGD.partial(eps=attack.eps, steps=attack.steps, precision=precision)
+    return PGD.partial(eps=attack.eps, alpha=attack.step_size(attack.steps), steps=attack.steps, precision=precision)
 
 
 def test_attack(config: TrainConfig, steps: int) -> AttackFactory:
@@ -144,13 +186,13 @@ def test_attack(config: TrainConfig, steps: int) -> AttackFactory:
     return PGD.partial(eps=eps, alpha=2.5 * eps / max(steps, 1), steps=steps, seed=config.seed)
 
 
-def _plain_batches(images: Images, device: torch.device) -> Batches:
-    return Batches(images, EVAL_BATCH, device=device)
-
-
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -158,15 +200,6 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {name!r}, but torch sees no CUDA device; allowed here are auto and cpu")
     return device
-
-
-def _save(trainer: Trainer, config: TrainConfig, path: Path, report: EpochReport) -> None:
-    state = {
-        "model": trainer.model.state_dict(),
-        "players": {name: player.state_dict() for name, player in trainer.round.players.items()},
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.round.optimizers.items()},
-    }
-    save_checkpoint(path, state, {"config": config.as_json(), "report": dataclasses.asdict(report)})
 
 
 def _summary(result: Result, images: int) -> Table:

@@ -1,176 +1,263 @@
-"""The loop, and only the loop: attack, round, validation, and what listens to them."""
+"""The loop, and only the loop: attack, round, report, save, validate."""
 
 from __future__ import annotations
 
-import math
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
-from torch.optim.lr_scheduler import MultiStepLR
+from torch import Tensor, nn
 
-from afd.attacks import Attack, AttackFactory
-from afd.attacks.inputs import check_batch
-from afd.errors import AfdError, InputError, at_least
-from afd.evaluation import accuracy
-from afd.methods import Method
-from afd.nn import FeatureClassifier
+from afd.attacks import AttackFactory
+from afd.attacks.base import GradientAttack
+from afd.errors import InputError, at_least
+from afd.methods import AFD, Execution, Method
+from afd.nn import split
+from afd.training import distributed, run_state
+from afd.training.average import averaged
+from afd.training.keeper import Keeper
+from afd.training.meter import Meter, NotFiniteError
+from afd.training.reports import Callback, EpochReport, IntervalReport, Report, TrainingError
+from afd.training.schedule import Rates, Schedule, schedule_named
+from afd.training.signals import StoppedError, on_signals
+from afd.training.stream import Loader, Stream, rounds_in
+from afd.training.validation import shared_accuracy
+from afd.training.warmup import Warmup
 
-Batch = tuple[Tensor, Tensor]
-BOUNDS = (0.0, 1.0)  # of an image
-
-
-class Loader(Protocol):
-    """Any re-iterable of (images [N, C, H, W] in [0, 1], labels [N] int64) that knows its number of batches.
-
-    Where it has a ``set_epoch(epoch)``, that is called before each pass (samplers order and augment by it).
-    """
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Batches of one pass."""
-
-    def __len__(self) -> int:
-        """Number of batches."""
+BY_CALLBACK = 1  # what stopped a run, if not the signal of a larger number
 
 
-class TrainingError(AfdError):
-    """Training cannot go on."""
+@dataclass
+class Position:
+    """How far a run has come: the epoch in progress, batches of it played, rounds played in all."""
 
-
-@dataclass(frozen=True)
-class EpochReport:
-    """What one epoch did.
-
-    Attributes:
-        epoch: counted from 1.
-        losses: mean of each loss over the epoch.
-        natural: clean accuracy on the validation images, in [0, 1].
-        robust: accuracy there under the validation attack; None without one.
-        images_per_second: training images over training time (attack included, validation not).
-        learning_rates: of each optimizer, during the epoch.
-    """
-
-    epoch: int
-    losses: dict[str, float]
-    natural: float
-    robust: float | None
-    images_per_second: float
-    learning_rates: dict[str, float]
-
-    @property
-    def score(self) -> float:
-        """What the best epoch is chosen by: robust accuracy where it was measured, else clean accuracy."""
-        return self.natural if self.robust is None else self.robust
-
-
-class Listener(Protocol):
-    """Watches a training run. `Trainer.fit` calls both methods, in the order of its listeners."""
-
-    def batch_done(self, epoch: int, done: int, total: int) -> None:
-        """A round is over; must not wait for the device."""
-
-    def epoch_done(self, report: EpochReport) -> None:
-        """An epoch and its validation are over."""
+    epoch: int = 1
+    batch: int = 0
+    round: int = 0
 
 
 @dataclass
 class Trainer:
-    """Trains a classifier with a method against an attack.
+    """Trains any image classifier with a method against an attack.
+
+    Under torchrun, every process builds a trainer and they train one model together.
 
     Attributes:
-        model: trained in place, on the device it is on.
-        method: settings of the training method, e.g. `afd.methods.AFD()`.
+        model: trained in place, on the device it is on; `afd.nn.split` says what it may be.
+        method: settings of the training method.
         attack: the training attack, without its model, e.g. `PGD.partial(eps=0.3)`; not used by natural training.
         validation_attack: likewise; measures robust accuracy after each epoch.
         epochs: passes over the training images.
-        milestones: shares of the epochs after which all learning rates fall to a tenth.
+        schedule: of all learning rates: "step" (a tenth after 1/2 and 5/6 of the run), "cosine", "one-cycle", or a
+            function from progress in [0, 1) to a factor.
+        eps_warmup: epochs in which the training attack grows to its full radius.
+        ema: decay a round of an exponential average of the weights, which is then what is validated; None for none.
+        execution: precision, memory layout and compilation of the training passes.
+        feature_layer: the linear layer that features enter; by default the last one.
+        normalize: whether features are scaled to length 1; None for yes, or as a split model says.
         seed: of the attacks' random starts.
-        listeners: told of each batch and each epoch.
+        callbacks: functions called with every report.
+        log_every: rounds between interval reports; losses are read, and checked, only then.
+        folder: for checkpoints (`Keeper`); None to keep none.
+        save_every: rounds between checkpoints within an epoch; 0 for one at its end only.
+        resume: a checkpoint to go on from, or "auto": the newest whole one in `folder`, or none if there is none.
+        config: kept in the checkpoints; a resumed run must have the same. Default: what the settings above say.
     """
 
-    model: FeatureClassifier
-    method: Method
+    model: nn.Module
+    method: Method = field(default_factory=AFD)
     attack: AttackFactory | None = None
     validation_attack: AttackFactory | None = None
     epochs: int = 1
-    milestones: Sequence[float] = ()
+    schedule: str | Schedule = "step"
+    eps_warmup: float = 0.0
+    ema: float | None = None
+    execution: Execution = field(default_factory=Execution)
+    feature_layer: str | None = None
+    normalize: bool | None = None
     seed: int = 0
-    listeners: Sequence[Listener] = field(default_factory=list)
+    callbacks: Sequence[Callback] = ()
+    log_every: int = 50
+    folder: Path | None = None
+    save_every: int = 0
+    resume: Path | str | None = None
+    config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         at_least("epochs", self.epochs, 0)
+        at_least("eps_warmup", self.eps_warmup, 0.0)
+        at_least("log_every", self.log_every, 1)
+        at_least("save_every", self.save_every, 0)
         if self.method.uses_attack and self.attack is None:
             raise InputError(f"attack is None; the method {type(self.method).__name__} trains against one")
-        self.round = self.method.build(self.model)
-        drops = [max(1, round(share * self.epochs)) for share in self.milestones]
-        self.schedulers = [MultiStepLR(optimizer, drops) for optimizer in self.round.optimizers.values()]
-        self.rounds = 0
+        if self.resume == "auto" and self.folder is None:
+            raise InputError("resume is 'auto'; it needs a folder to look for checkpoints in")
+        self.factor = schedule_named(self.schedule)
+        self.group = distributed.join()
+        self.device = next(self.model.parameters()).device
+        self.network = self.execution.prepare(split(self.model, self.feature_layer, self.normalize))
+        self.round = self.method.build(self.network, self.execution, self.group.wrap)
+        self.average = None if self.ema is None else averaged(self.network, self.ema)
+        self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
+        self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
+        self._stopped = 0
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that validation looks at: the average of the weights where there is one."""
+        network: nn.Module = self.network if self.average is None else self.average.module
+        return network
+
+    def stop(self, signal_number: int | None = None) -> None:
+        """Asks to stop after the round in progress; `fit` then saves and returns (or, for a signal, raises)."""
+        self._stopped = signal_number or BY_CALLBACK
 
     def fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
-        """Runs all epochs.
+        """Runs all epochs, or what is left of them.
 
         Args:
-            train: training batches.
-            validation: batches that choose the best epoch; never test images.
+            train: training batches of this process, with a length.
+            validation: batches that choose the best epoch, the same in all processes; never test images.
 
         Returns:
-            One report an epoch.
+            One report an epoch, those before a resumed checkpoint included.
 
         Raises:
             InputError, InputTypeError: images are not finite floats in [0, 1], labels not int64 classes of the model.
+            CheckpointError: a checkpoint cannot be written, read or gone on from.
             TrainingError: a loss stopped being finite.
+            StoppedError: SIGTERM or SIGINT came; the round was finished and a checkpoint saved.
         """
-        attack = self.attack(self.model) if self.attack and self.method.uses_attack else None
-        judge = self.validation_attack(self.model) if self.validation_attack else None
-        reports = []
-        for epoch in range(1, self.epochs + 1):
-            losses, images_per_second = self._train_epoch(epoch, train, attack)
-            report = EpochReport(
-                epoch,
-                losses,
-                natural=accuracy(self.model, validation),
-                robust=None if judge is None else accuracy(self.model, validation, judge),
-                images_per_second=images_per_second,
-                learning_rates={name: o.param_groups[0]["lr"] for name, o in self.round.optimizers.items()},
-            )
-            for scheduler in self.schedulers:
-                scheduler.step()
-            for listener in self.listeners:
-                listener.epoch_done(report)
-            reports.append(report)
-        return reports
+        rounds = rounds_in(train)
+        self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
+        self.stream = Stream(train, self.device, self.network.num_classes)
+        resumed = run_state.resume(self)
+        warmup = None
+        if self.attack is not None and self.method.uses_attack:
+            attack = self.attack(self.network)
+            if isinstance(attack, GradientAttack):
+                attack.look = False  # the stream looks at the batches and the meter at the losses, with fewer waits
+            warmup = Warmup(attack, round(self.eps_warmup * rounds))
+        with on_signals(self.stop):
+            while self.position.epoch <= self.epochs and not self._stop_asked():
+                speed = self._train_epoch(rounds, warmup, resumed)
+                resumed = None
+                if self._stop_asked():
+                    break
+                self._close_epoch(validation, speed)
+        if self._stop_asked():
+            self._end_early()
+        return self.history
 
-    def _train_epoch(self, epoch: int, train: Loader, attack: Attack | None) -> tuple[dict[str, float], float]:
-        set_epoch: Callable[[int], None] | None = getattr(train, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-        self.model.train()
-        sums: dict[str, Tensor] = {}
-        images, start = 0, time.perf_counter()
-        total = len(train)
-        for done, (x, y) in enumerate(train, start=1):
-            if epoch == 1:
-                self._check(x, y)
-            x_adv = x if attack is None else attack(x, y, seed=self.seed + self.rounds)
-            for name, loss in self.round.step(x, y, x_adv).items():
-                sums[name] = sums[name] + loss if name in sums else loss.clone()
-            self.rounds += 1
-            images += len(y)
-            for listener in self.listeners:
-                listener.batch_done(epoch, done, total)
-        if not images:
-            raise InputError("train holds no images")
-        losses = {name: float(value) / total for name, value in sums.items()}
-        for name, value in losses.items():
-            if not math.isfinite(value):
-                rates = {name: f"{o.param_groups[0]['lr']:g}" for name, o in self.round.optimizers.items()}
-                raise TrainingError(f"the loss {name!r} became {value} in epoch {epoch}; learning rates were {rates}")
-        return losses, images / (time.perf_counter() - start)
+    def _train_epoch(self, rounds: int, warmup: Warmup | None, generators: dict[str, Any] | None) -> float:
+        """What is left of an epoch; returns images a second."""
+        self.network.train()
+        images, start, at = 0, time.perf_counter(), self.position
+        for x, y in self.stream.epoch(at.epoch, at.batch, generators):
+            try:
+                self._play(x, y, warmup)
+            except InputError:
+                if self.group.size == 1:  # several would wait for each other
+                    self._report_interval(rounds)  # a loss that is not finite explains it better
+                raise
+            at.batch, at.round, images = at.batch + 1, at.round + 1, images + len(y)
+            at_report = at.round % self.log_every == 0 or at.batch == rounds
+            if at_report:
+                self._report_interval(rounds)
+            if (at_report or self.group.size == 1) and self._stop_asked():
+                break
+            if self.save_every and at.round % self.save_every == 0 and at.batch < rounds:
+                self._report_interval(rounds)
+                self._save(best=False)
+        self._report_interval(rounds)
+        return self.group.size * images / (time.perf_counter() - start)
 
-    def _check(self, x: Tensor, y: Tensor) -> None:
-        """Looks at the values of a batch; the first epoch shows every batch once."""
-        largest, classes = check_batch(x, y, BOUNDS), self.model.num_classes
-        if largest >= classes:
-            raise InputError(f"y holds the label {largest}; the model has classes 0 ... {classes - 1}")
+    def _play(self, x: Tensor, y: Tensor, warmup: Warmup | None) -> None:
+        """One round: attack, updates, average."""
+        played, x_adv = self.position.round, x
+        if warmup is not None:
+            # the processes' batches are rows of one joint batch, and each row has its own start
+            first = self.group.rank * len(y)
+            x_adv = warmup.at(played)(x, y, seed=self.seed + played, first_sample=first)
+        self.rates.set(played)
+        self.meter.add(self.round.step(x, y, x_adv))
+        if self.average is not None:
+            self.average.update_parameters(self.network)
+
+    def _report_interval(self, rounds: int) -> None:
+        """Reads the losses and tells of them; the only place in an epoch that waits for the device."""
+        at, waiting = self.position, len(self.meter.waiting)
+        try:
+            losses = self.meter.read()
+        except NotFiniteError as error:
+            number = at.round - waiting + error.rounds_before + 1
+            raise TrainingError(
+                f"{error} in round {number} (epoch {at.epoch}); {self._where_it_stood(number)}"
+            ) from None
+        if losses:
+            rates = self.rates.of_round(at.round)
+            self._tell(IntervalReport(at.epoch, at.round, at.batch, rounds, losses, rates))
+
+    def _close_epoch(self, validation: Loader, speed: float) -> None:
+        """Validation, report and checkpoint after a whole epoch."""
+        self.group.share_buffers(self.evaluated)
+        judge = self.validation_attack(self.evaluated) if self.validation_attack else None
+        measure = partial(shared_accuracy, self.evaluated, validation, group=self.group, device=self.device)
+        report = EpochReport(
+            self.position.epoch,
+            self.position.round,
+            self.meter.means(),
+            natural=measure(attack=None),
+            robust=None if judge is None else measure(attack=judge),
+            images_per_second=speed,
+            learning_rates=self.rates.of_round(self.position.round),
+        )
+        best = all(report.score > earlier.score for earlier in self.history)
+        self.history.append(report)
+        self.position = Position(self.position.epoch + 1, 0, self.position.round)
+        self.meter = Meter(self.group)
+        self._tell(report)
+        self._save(best=best)
+
+    def _save(self, *, best: bool) -> None:
+        if self.keeper is None:
+            return
+        self.group.share_buffers(self.network)
+        if not run_state.finite(self.network, self.round.players):
+            played = self.position.round
+            raise TrainingError(f"a weight stopped being finite by round {played}; {self._where_it_stood(played)}")
+        state, metadata = run_state.capture(self)
+        if self.group.leads:
+            self.keeper.save(state, metadata, best=best)
+
+    def _end_early(self) -> None:
+        if self.position.batch:
+            self._save(best=False)
+        if self._stopped == BY_CALLBACK:
+            return
+        at, file = self.position, self.keeper.newest if self.keeper else None
+        raise StoppedError(self._stopped, f"stopped in epoch {at.epoch} after round {at.round}", file)
+
+    def _stop_asked(self) -> bool:
+        """Whether to stop now; all processes must ask, which several do at reports, where they wait anyway."""
+        self._stopped = self.group.largest(self._stopped, self.device)
+        return self._stopped > 0
+
+    def _where_it_stood(self, number: int) -> str:
+        shown = ", ".join(f"{name} {rate:g}" for name, rate in self.rates.of_round(number).items())
+        newest = self.keeper.newest if self.keeper else None
+        return f"learning rates were {shown}; last good checkpoint: {newest or 'none'}"
+
+    def _tell(self, report: Report) -> None:
+        if self.group.leads:
+            for callback in self.callbacks:
+                callback(report)
+
+    def warn(self, message: str) -> None:
+        """Says what the user should know, once."""
+        if self.group.leads:
+            print(f"afd: warning: {message}", file=sys.stderr)

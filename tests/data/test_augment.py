@@ -15,6 +15,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def draws(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2**62, (count,), generator=generator(seed))
+
+
 def windows(image: torch.Tensor, padding: int) -> list[torch.Tensor]:
     """All windows of one padded image, then the same mirrored."""
     _, height, width = image.shape
@@ -35,7 +39,7 @@ def windows(image: torch.Tensor, padding: int) -> list[torch.Tensor]:
 def test_every_crop_is_a_window(batch: int, channels: int, height: int, width: int, padding: int, seed: int) -> None:
     x = torch.rand(batch, channels, height, width, generator=generator(seed))
     before = x.clone()
-    out = crop_and_flip(x, generator(seed), padding=padding)
+    out = crop_and_flip(x, draws(batch, seed), padding=padding)
     assert out.shape == x.shape
     assert out.dtype == x.dtype
     assert torch.equal(x, before)
@@ -46,7 +50,7 @@ def test_every_crop_is_a_window(batch: int, channels: int, height: int, width: i
 def test_all_windows_occur_equally_often() -> None:
     count = 162 * 100
     image = torch.arange(1, 145, dtype=torch.float32).view(1, 12, 12)
-    out = crop_and_flip(image.expand(count, 1, 12, 12), generator())
+    out = crop_and_flip(image.expand(count, 1, 12, 12), draws(count))
     choices = torch.stack(windows(image, 4)).flatten(1)
     # Which of the 81 windows and their mirror images each result is: all 162 are different.
     matches = (out.flatten(1)[:, None, 70:76] == choices[None, :, 70:76]).all(dim=2)
@@ -57,27 +61,33 @@ def test_all_windows_occur_equally_often() -> None:
     assert abs(counts[:81].sum().item() / count - 0.5) < 4 * 0.5 / count**0.5
 
 
-def test_same_generator_same_result() -> None:
-    x = torch.rand(16, 3, 32, 32, generator=generator())
-    assert torch.equal(crop_and_flip(x, generator(1)), crop_and_flip(x, generator(1)))
-    assert not torch.equal(crop_and_flip(x, generator(1)), crop_and_flip(x, generator(2)))
+def test_an_image_follows_its_own_draw() -> None:
+    x, drawn = torch.rand(16, 3, 32, 32, generator=generator()), draws(16, 1)
+    whole = crop_and_flip(x, drawn)
+    assert torch.equal(torch.cat([crop_and_flip(x[:5], drawn[:5]), crop_and_flip(x[5:], drawn[5:])]), whole)
+    assert not torch.equal(crop_and_flip(x, draws(16, 2)), whole)
 
 
 def test_layout_of_the_input_does_not_matter() -> None:
     x = torch.rand(8, 3, 16, 16, generator=generator())
-    expected = crop_and_flip(x, generator(1))
-    assert torch.equal(crop_and_flip(x.to(memory_format=torch.channels_last), generator(1)), expected)
-    assert torch.equal(crop_and_flip(x.transpose(2, 3).contiguous().transpose(2, 3), generator(1)), expected)
+    expected = crop_and_flip(x, draws(8, 1))
+    assert torch.equal(crop_and_flip(x.to(memory_format=torch.channels_last), draws(8, 1)), expected)
+    assert torch.equal(crop_and_flip(x.transpose(2, 3).contiguous().transpose(2, 3), draws(8, 1)), expected)
 
 
 def test_refuses() -> None:
     with pytest.raises(ValueError, match=r"x has shape \[3, 8, 8\]; it must be \[B, C, H, W\]"):
-        crop_and_flip(torch.zeros(3, 8, 8), generator())
+        crop_and_flip(torch.zeros(3, 8, 8), draws(3))
     with pytest.raises(ValueError, match="padding is -1"):
-        crop_and_flip(torch.zeros(1, 3, 8, 8), generator(), padding=-1)
+        crop_and_flip(torch.zeros(1, 3, 8, 8), draws(1), padding=-1)
+    with pytest.raises(ValueError, match=r"draws has shape \[2\]; it must be \[1\]"):
+        crop_and_flip(torch.zeros(1, 3, 8, 8), draws(2))
+    with pytest.raises(TypeError, match=r"draws is torch\.float32"):
+        crop_and_flip(torch.zeros(1, 3, 8, 8), torch.rand(1))
 
 
 @pytest.mark.gpu
 def test_cuda_draws_the_same_crops(cuda: torch.device) -> None:
     x = torch.rand(64, 3, 32, 32, generator=generator())
-    assert torch.equal(crop_and_flip(x.to(cuda), generator(1)).cpu(), crop_and_flip(x, generator(1)))
+    drawn = draws(64, 1)
+    assert torch.equal(crop_and_flip(x.to(cuda), drawn.to(cuda)).cpu(), crop_and_flip(x, drawn))

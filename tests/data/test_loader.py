@@ -121,6 +121,46 @@ def test_augmentation_sees_every_batch_and_follows_the_epoch() -> None:
     assert torch.equal(first, epoch(0))
 
 
+def test_an_image_is_augmented_alike_in_any_batch() -> None:
+    images = Images(
+        torch.randint(256, (50, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8),
+        torch.arange(50), scale=255.0, num_classes=50, name="noise",
+    )  # fmt: skip
+    plain = Batches(images, 50, seed=3, augment=crop_and_flip)
+    shuffled = Batches(images, 7, seed=3, augment=crop_and_flip, shuffle=True)
+    ((expected, _),) = plain
+    for x, y in shuffled:
+        assert torch.equal(x, expected[y])
+
+
+@given(count=st.integers(2, 70), rows=st.integers(1, 9), world=st.integers(1, 4), drop_last=st.booleans())
+def test_processes_share_every_batch(count: int, rows: int, world: int, drop_last: bool) -> None:
+    """Rank by rank, the rows are those of one process; all get as many, and at most world - 1 images are left out."""
+    size = rows * world
+    if count < world or (drop_last and count < size):
+        return
+    settings = {"shuffle": True, "drop_last": drop_last}
+    alone = [y.tolist() for _, y in Batches(numbered(count), size, **settings)]
+    shared = [list(Batches(numbered(count), size, rank=r, world_size=world, **settings)) for r in range(world)]
+    assert len({len(served) for served in shared}) == 1
+    for i, batch in enumerate(zip(*shared, strict=True)):
+        parts = [y.tolist() for _, y in batch]
+        assert len({len(part) for part in parts}) == 1
+        joint = [label for part in parts for label in part]
+        assert joint == alone[i][: len(joint)]
+        assert len(alone[i]) - len(joint) < world
+    left_out = len(alone) - len(shared[0])
+    assert left_out in (0, 1)
+    assert left_out == 0 or len(alone[-1]) < world
+
+
+@given(count=st.integers(1, 40), batch_size=st.integers(1, 9), start=st.integers(0, 50))
+def test_an_epoch_may_be_entered_at_any_batch(count: int, batch_size: int, start: int) -> None:
+    batches = Batches(numbered(count), batch_size, shuffle=True)
+    rest = [y.tolist() for _, y in batches.starting_at(start)]
+    assert rest == [y.tolist() for _, y in batches][start:]
+
+
 def test_batches_are_copies() -> None:
     images = numbered(4)
     for x, y in Batches(images, 2):
@@ -137,6 +177,9 @@ def test_batches_are_copies() -> None:
         ({"batch_size": -3}, "batch_size is -3"),
         ({"batch_size": 1, "seed": -1}, "seed is -1"),
         ({"batch_size": 1, "images": numbered(0)}, "images is empty"),
+        ({"batch_size": 3, "world_size": 2}, "batch_size is 3; it must be a multiple of the 2 processes"),
+        ({"batch_size": 4, "world_size": 4}, "images holds 3; 4 processes need at least one each"),
+        ({"batch_size": 2, "world_size": 2, "rank": 2}, r"rank is 2; it must be in \[0, 2\)"),
     ],
 )
 def test_refuses(arguments: dict[str, object], message: str) -> None:

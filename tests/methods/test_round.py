@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from afd.errors import InputError
-from afd.methods import AFD, Natural
-from afd.nn import FeatureClassifier, spectral
+from afd.methods import AFD, Execution, Natural
+from afd.nn import FeatureClassifier, split
 
 
 @pytest.fixture
@@ -54,16 +54,16 @@ def test_passes_through_the_features(schedule, forwards, backwards, batch):
 
 
 @pytest.mark.parametrize("schedule", ["simultaneous", "alternating"])
-def test_one_power_iteration_a_round(schedule, batch, monkeypatch):
-    _, round_ = game(schedule=schedule, penalty=1.0)
-    steps, power_iterate = [], spectral.power_iterate
-    monkeypatch.setattr(
-        spectral,
-        "power_iterate",
-        lambda *given: steps.append(given[2]) or power_iterate(*given),
-    )
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_one_power_iteration_a_round(schedule, micro_batches, batch):
+    """Only a forward in training mode takes one."""
+    _, round_ = game(schedule=schedule, penalty=1.0, micro_batches=micro_batches)
+    modes = []
+    round_.discriminator.register_forward_pre_hook(lambda module, _: modes.append(module.training))
     round_.step(*batch)
-    assert sum(steps) == 1
+    assert modes.count(True) == 1
+    assert modes[0] is True
+    assert len(modes) > micro_batches
 
 
 @pytest.mark.parametrize("schedule", ["simultaneous", "alternating"])
@@ -97,8 +97,8 @@ def test_penalty_reaches_the_discriminator(schedule, batch):
     for penalty in (0.0, 10.0):
         _, round_ = game(schedule=schedule, penalty=penalty)
         round_.step(*batch)
-        ends.append(round_.discriminator.w.weight.detach().clone())
-    assert not torch.equal(*ends)
+        ends.append([parameter.detach().clone() for parameter in round_.discriminator.parameters()])
+    assert not all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 def test_natural_round_is_sgd_on_cross_entropy(batch):
@@ -122,8 +122,107 @@ def test_natural_round_is_sgd_on_cross_entropy(batch):
         ({"lr": 0.0}, "lr is 0.0"),
         ({"lr_features": -1.0}, "lr_features is -1.0"),
         ({"discriminator_rounds": 0}, "discriminator_rounds is 0"),
+        ({"optimizer": "lbfgs"}, "optimizer is 'lbfgs'; allowed are sgd, adam"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be below 1"),
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"micro_batches": 0}, "micro_batches is 0"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         AFD(**settings)
+
+
+def taken(optimizer):
+    return type(optimizer).__name__, {name: optimizer.defaults[name] for name in ("lr", "weight_decay")}
+
+
+@pytest.mark.parametrize("schedule", ["simultaneous", "alternating"])
+@pytest.mark.parametrize(("loss", "betas"), [("wgan", (0.0, 0.9)), ("dcgan", (0.5, 0.999))])
+def test_the_adam_variant(schedule, loss, betas):
+    round_ = AFD.adam(loss=loss, schedule=schedule, lr_features=2e-4).build(game()[0])
+    rates = {"task": 1e-4, "discriminator": 1e-3, "features": 2e-4}
+    assert round_.optimizers.keys() == rates.keys()
+    for name, optimizer in round_.optimizers.items():
+        assert taken(optimizer) == ("Adam", {"lr": rates[name], "weight_decay": 0.0})
+        assert optimizer.defaults["betas"] == betas
+
+
+def test_the_users_own_optimizers():
+    own = {"task": lambda parameters: torch.optim.AdamW(parameters, lr=0.01), "features": torch.optim.Adagrad}
+    round_ = AFD(optimizers=own).build(game()[0])
+    kinds = {name: type(optimizer).__name__ for name, optimizer in round_.optimizers.items()}
+    assert kinds == {"task": "AdamW", "discriminator": "SGD", "features": "Adagrad"}
+    natural = Natural(optimizers={"task": own["task"]}).build(game()[0])
+    assert type(natural.optimizers["task"]).__name__ == "AdamW"
+    with pytest.raises(InputError, match="optimizers has the key 'critic'; allowed are task, discriminator, features"):
+        AFD(optimizers={"critic": torch.optim.SGD})
+
+
+def test_one_optimizer_for_theta_only_where_that_is_the_same():
+    assert "features" not in AFD().build(game()[0]).optimizers
+    assert "features" in AFD.adam().build(game()[0]).optimizers
+
+
+@pytest.mark.parametrize("schedule", ["simultaneous", "alternating"])
+def test_gradients_are_cut_to_their_norm(schedule, batch):
+    """With a tiny norm and no momentum, an update of rate 1 is as long as the norm."""
+    settings = {"momentum": 0.0, "weight_decay": 0.0, "lr": 1.0, "lr_features": 0.0}
+    model, round_ = game(schedule=schedule, clip=1e-3, **settings)
+    before = [p.detach().clone() for p in model.parameters()]
+    round_.step(*batch)
+    moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [lambda **s: AFD(lr_features=0.0, **s), Natural])
+def test_labels_are_smoothed(build, batch):
+    x, y, x_adv = batch
+    model, _ = game()
+    expected = F.cross_entropy(model(x), y, label_smoothing=0.3).item()
+    assert build(label_smoothing=0.3).build(model).step(x, y, x_adv)["task"].item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["simultaneous", "alternating"])
+def test_low_precision_is_the_passes_alone(schedule, batch):
+    x, y, x_adv = batch
+    torch.manual_seed(0)
+    model = FeatureClassifier(CountingEncoder(), 5, 3)
+    kinds = []
+    model.encoder.linear.register_forward_hook(lambda _, __, out: kinds.append(out.dtype))
+    round_ = AFD(hidden=4, schedule=schedule).build(model, Execution("bf16"))
+    round_.discriminator.register_forward_pre_hook(lambda _, inputs: kinds.append(inputs[0].dtype))
+    losses = round_.step(x, y, x_adv)
+    assert set(kinds) == {torch.bfloat16, torch.float32}
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    _, full = game(schedule=schedule)
+    for name, loss in full.step(x, y, x_adv).items():
+        torch.testing.assert_close(losses[name], loss, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["simultaneous", "alternating"])
+def test_compiled_passes_compute_the_same(schedule, batch):
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        encoder = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5))
+        model = split(nn.Sequential(encoder, nn.Linear(5, 3)))
+        round_ = AFD(hidden=4, schedule=schedule).build(model, Execution(compile=compiled))
+        for _ in range(3):
+            round_.step(*batch)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    for plain, compiled in zip(*ends, strict=True):
+        torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["simultaneous", "alternating"])
+def test_frozen_layers_stay(schedule, batch):
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Flatten(), nn.Linear(8, 6).requires_grad_(False), nn.Linear(6, 5))
+    model = FeatureClassifier(encoder, 5, 3)
+    before = encoder[1].weight.clone()
+    AFD(hidden=4, schedule=schedule).build(model).step(*batch)
+    assert torch.equal(encoder[1].weight, before)
+    assert encoder[1].weight.grad is None

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 import pytest
 import torch
@@ -77,13 +78,29 @@ def test_truncated_files_are_refused(saved, tenth):
         load_checkpoint(saved)
 
 
-def test_a_flipped_byte_in_the_weights_is_refused(saved):
-    whole = bytearray(saved.read_bytes())
-    at = whole.index(torch.tensor(500.0).numpy().tobytes() + torch.tensor(501.0).numpy().tobytes())
-    whole[at] ^= 1
-    saved.write_bytes(whole)
-    with pytest.raises(CheckpointError, match="checksum"):
-        load_checkpoint(saved)
+def test_one_flipped_bit_anywhere_is_refused(saved):
+    """Weights, names, headers, padding and the checksum itself."""
+    whole = saved.read_bytes()
+    for at in [*range(0, len(whole), 61), *range(len(whole) - 40, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << at % 8
+        saved.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged|is not an afd checkpoint|format version"):
+            load_checkpoint(saved)
+
+
+def test_torch_and_zip_open_it(saved):
+    with zipfile.ZipFile(saved) as archive:
+        assert archive.testzip() is None
+        assert len(archive.comment) == 32
+    assert torch.equal(torch.load(saved, weights_only=True)["state"]["model"]["weight"], STATE["model"]["weight"])
+
+
+def test_what_was_there_can_be_kept(saved):
+    kept = saved.with_name("previous.pt")
+    save_checkpoint(saved, {"model": {}}, {}, kept)
+    assert_intact(kept)
+    assert load_checkpoint(saved)[0] == {"model": {}}
 
 
 def test_other_files_are_refused(tmp_path):
@@ -93,7 +110,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="is not an afd checkpoint"):
         load_checkpoint(tmp_path / "other.pt")
     torch.save({"format": "afd-checkpoint", "version": 99}, tmp_path / "later.pt")
-    with pytest.raises(CheckpointError, match="format version 99; this afd reads 1"):
+    with pytest.raises(CheckpointError, match="format version 99; this afd reads 2"):
         load_checkpoint(tmp_path / "later.pt")
     torch.save({"format": "afd-checkpoint", "code": pytest.raises}, tmp_path / "code.pt")
     with pytest.raises(CheckpointError, match="damaged or of another kind"):

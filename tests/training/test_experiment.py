@@ -7,6 +7,7 @@ import torch
 
 from afd import data
 from afd.cli import main
+from afd.evaluation import accuracy
 from afd.training import experiment
 from afd.training.checkpoint import load_checkpoint
 
@@ -24,8 +25,14 @@ def trained(tmp_path_factory):
 
 def test_leaves_checkpoints_and_tensorboard_events(trained):
     names = sorted(path.name for path in trained.iterdir())
-    assert [name for name in names if "tfevents" not in name] == ["best.pt", "last.pt"]
-    assert len(names) == 3
+    assert [name for name in names if "tfevents" not in name] == [
+        "best.pt",
+        "last.pt",
+        "log.jsonl",
+        "model.pt",
+        "previous.pt",
+    ]
+    assert len(names) == 6
 
 
 def test_tensorboard_has_every_scalar(trained):
@@ -34,9 +41,10 @@ def test_tensorboard_has_every_scalar(trained):
     events = EventAccumulator(str(trained)).Reload()
     assert set(events.Tags()["scalars"]) == {
         "loss/task", "loss/discriminator", "loss/features", "lr/task", "lr/discriminator",
+        "epoch/loss/task", "epoch/loss/discriminator", "epoch/loss/features", "epoch/lr/task", "epoch/lr/discriminator",
         "validation/natural", "validation/robust", "speed/images_per_second",
     }  # fmt: skip
-    assert [event.step for event in events.Scalars("validation/robust")] == [1, 2]
+    assert [event.step for event in events.Scalars("validation/robust")] == [11, 22]
 
 
 def test_a_checkpoint_rebuilds_the_model_and_its_accuracy(trained):
@@ -47,7 +55,7 @@ def test_a_checkpoint_rebuilds_the_model_and_its_accuracy(trained):
     model = experiment.build_model("convnet", (1, 8, 8), 10, config["model"]["width"])
     model.load_state_dict(state["model"])
     validation = experiment.Batches(data.load("digits").validation, 50)
-    assert experiment.accuracy(model, validation) == pytest.approx(metadata["report"]["natural"])
+    assert accuracy(model, validation) == pytest.approx(metadata["report"]["natural"])
     assert set(state["players"]) == {"discriminator"}
     assert set(state["optimizers"]) == {"task", "discriminator"}
 
@@ -64,10 +72,10 @@ def test_the_same_seed_trains_the_same_weights(trained, tmp_path):
 def test_the_best_epoch_is_chosen_on_validation_images(tmp_path, monkeypatch):
     """The test images are looked at once, after training, and only with the best checkpoint."""
     looked_at = []
-    real = experiment.accuracy
+    real = experiment.shared_accuracy
     monkeypatch.setattr(
         experiment,
-        "accuracy",
+        "shared_accuracy",
         lambda model, batches, *a: (looked_at.append(len(batches.images)), real(model, batches, *a))[1],
     )
     config = experiment.TrainConfig(out=tmp_path, epochs=2)
@@ -101,6 +109,7 @@ def test_natural_training(tmp_path):
         (["--validation", "1.5"], "validation is 1.5; it must be a share between 0 and 1"),
         (["--milestones", "2"], r"milestones are (2.0,)"),
         (["--lr", "0"], "lr is 0.0"),
+        (["--ema", "1"], "ema is 1.0; it must be in [0, 1)"),
         (["--device", "tpu9"], "device is 'tpu9'; allowed are auto, cpu, cuda"),
         (["--data", "mnist", "--data-root", "{here}"], "{here}"),
     ],

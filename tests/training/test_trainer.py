@@ -3,12 +3,16 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd.attacks import PGD
 from afd.errors import InputError, InputTypeError
 from afd.methods import AFD, Natural
 from afd.nn import FeatureClassifier
-from afd.training import Trainer, TrainingError
+from afd.ops.spectral import checks
+from afd.training import IntervalReport, Trainer, TrainingError, load_checkpoint
+from afd.training.meter import Meter
+from afd.training.schedule import step
 
 
 def model():
@@ -19,7 +23,8 @@ def model():
 class Halves:
     """Images whose upper or lower half is brighter; two batches."""
 
-    def __init__(self, size=32):
+    def __init__(self, size=32, batches=2):
+        self.batches = batches
         generator = torch.Generator().manual_seed(1)
         self.y = torch.randint(2, (size,), generator=generator)
         self.x = torch.full((size, 1, 2, 2), 0.3) + 0.02 * torch.randn(size, 1, 2, 2, generator=generator)
@@ -27,24 +32,13 @@ class Halves:
         self.epochs = []
 
     def __len__(self):
-        return 2
+        return self.batches
 
     def __iter__(self):
-        yield from zip(self.x.chunk(2), self.y.chunk(2), strict=True)
+        yield from zip(self.x.chunk(self.batches), self.y.chunk(self.batches), strict=True)
 
     def set_epoch(self, epoch):
         self.epochs.append(epoch)
-
-
-class Witness:
-    def __init__(self):
-        self.events = []
-
-    def batch_done(self, epoch, done, total):
-        self.events.append((epoch, done, total))
-
-    def epoch_done(self, report):
-        self.events.append(report.epoch)
 
 
 @pytest.mark.parametrize("schedule", ["simultaneous", "alternating"])
@@ -55,6 +49,7 @@ def test_learns_a_robust_classifier(schedule):
         attack=PGD.partial(eps=0.1, alpha=0.05, steps=4),
         validation_attack=PGD.partial(eps=0.1, alpha=0.02, steps=10),
         epochs=40,
+        schedule=lambda _: 1.0,
     )
     reports = trainer.fit(Halves(), Halves())
     assert reports[-1].natural == 1.0
@@ -62,17 +57,74 @@ def test_learns_a_robust_classifier(schedule):
     assert reports[-1].losses["task"] < reports[0].losses["task"] / 2
 
 
-def test_tells_its_listeners_of_batches_and_epochs():
-    witness = Witness()
+def test_tells_its_callbacks_of_intervals_and_epochs():
+    told = []
     train = Halves()
-    Trainer(model(), Natural(), epochs=2, listeners=[witness]).fit(train, Halves())
-    assert witness.events == [(1, 1, 2), (1, 2, 2), 1, (2, 1, 2), (2, 2, 2), 2]
+    Trainer(model(), Natural(), epochs=2, log_every=1, callbacks=[told.append]).fit(train, Halves())
+    kinds = [type(report).__name__.removesuffix("Report") for report in told]
+    assert kinds == ["Interval", "Interval", "Epoch"] * 2
+    assert [(report.epoch, report.round) for report in told] == [(1, 1), (1, 2), (1, 2), (2, 3), (2, 4), (2, 4)]
+    intervals = [report for report in told if isinstance(report, IntervalReport)]
+    assert [(report.done, report.total) for report in intervals] == [(1, 2), (2, 2)] * 2
+    assert told[2].losses["task"] == pytest.approx(sum(report.losses["task"] for report in told[:2]) / 2)
     assert train.epochs == [1, 2]
+
+
+def test_losses_are_read_once_an_interval(monkeypatch):
+    readings = []
+    real = Meter.read
+    monkeypatch.setattr(Meter, "read", lambda meter: (readings.append(len(meter.waiting)), real(meter))[1])
+    Trainer(model(), Natural(), epochs=3, log_every=5).fit(Halves(size=32, batches=8), Halves())
+    assert [rounds for rounds in readings if rounds] == [5, 3, 2, 5, 1, 4, 4]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Fails on what would wait for a device: reading a number or a mask's positions on the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        assert name not in {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}, name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", [AFD(), AFD(schedule="alternating"), AFD(clip=1.0, micro_batches=2), Natural()])
+def test_a_round_never_waits_for_the_device(method, monkeypatch):
+    monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
+    network = model()
+    round_ = method.build(network)
+    x, y = next(iter(Halves()))
+    for _ in range(2):
+        with NoWaiting():
+            round_.step(x, y, x)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        float(x.sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", [AFD(), AFD(schedule="alternating"), AFD.adam(clip=1.0, micro_batches=2), Natural()])
+def test_a_round_on_the_gpu_never_waits(method, cuda):
+    network = model().to(cuda)
+    round_ = method.build(network)
+    x, y = (tensor.to(cuda) for tensor in next(iter(Halves())))
+    round_.step(x, y, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        round_.step(x, y, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_stops_when_a_callback_asks_it_to():
+    trainer = Trainer(model(), Natural(), epochs=5, log_every=1)
+    trainer.callbacks = [lambda report: trainer.stop() if report.round == 3 else None]
+    history = trainer.fit(Halves(), Halves())
+    assert [report.epoch for report in history] == [1]
+    assert trainer.position.round == 3
 
 
 def test_all_learning_rates_fall_at_the_milestones():
     trainer = Trainer(
-        model(), AFD(schedule="alternating"), attack=PGD.partial(steps=0), epochs=6, milestones=(0.5, 5 / 6)
+        model(), AFD(schedule="alternating"), attack=PGD.partial(steps=0), epochs=6, schedule=step((0.5, 5 / 6))
     )
     rates = [report.learning_rates for report in trainer.fit(Halves(), Halves())]
     for name, first in (("task", 0.1), ("discriminator", 0.1), ("features", 0.5)):
@@ -83,8 +135,9 @@ def test_every_round_attacks_from_another_start():
     seeds = []
 
     def recording(_model):
-        def attack(x, _y, *, seed):
+        def attack(x, _y, *, seed, first_sample):
             seeds.append(seed)
+            assert first_sample == 0
             return x
 
         return attack
@@ -110,10 +163,32 @@ def test_trains_in_training_mode_after_validation():
     assert modes == [True, True, False, False] * 2
 
 
-def test_a_loss_that_is_not_finite_stops_training():
-    trainer = Trainer(model(), Natural(lr=1e38), epochs=3)
-    with pytest.raises(TrainingError, match=r"the loss 'task' became (nan|inf) in epoch \d; learning rates were"):
+class Breaks(Natural):
+    """Natural training whose loss stops being finite in round 5."""
+
+    def build(self, *arguments):
+        round_ = super().build(*arguments)
+        step_ = round_.step
+        round_.step = lambda *batch: {
+            "task": step_(*batch)["task"] * (float("inf") if round_.rounds == 5 else 1.0), "other": torch.tensor(1.0),
+        }  # fmt: skip
+        return round_
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path):
+    trainer = Trainer(model(), Breaks(), epochs=5, log_every=50, folder=tmp_path)
+    message = r"'task' became inf in round 5 \(epoch 3\); learning rates were task 0.1; last good checkpoint: .*last.pt"
+    with pytest.raises(TrainingError, match=message):
         trainer.fit(Halves(), Halves())
+    assert load_checkpoint(tmp_path / "last.pt")[1]["position"] == {"epoch": 3, "batch": 0, "round": 4}
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    trainer = Trainer(model(), Natural(lr=1e38), epochs=1, folder=tmp_path)
+    one_batch = Halves(batches=1)
+    with pytest.raises(TrainingError, match=r"a weight stopped being finite by round 1; .* last good checkpoint: none"):
+        trainer.fit(one_batch, Halves())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_wrong_settings_are_named():
@@ -121,6 +196,16 @@ def test_wrong_settings_are_named():
         Trainer(model(), AFD())
     with pytest.raises(InputError, match="epochs is -1"):
         Trainer(model(), Natural(), epochs=-1)
+    for settings, message in [
+        ({"schedule": "stairs"}, "schedule is 'stairs'; allowed are step, cosine, one-cycle"),
+        ({"ema": 1.0}, r"ema is 1.0; it must be in \[0, 1\)"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"resume": "auto"}, "resume is 'auto'; it needs a folder"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            Trainer(model(), Natural(), **settings)
+    with pytest.raises(InputError, match="train is a generator without a length"):
+        Trainer(model(), Natural()).fit((batch for batch in Halves()), Halves())
     with pytest.raises(InputError, match="train holds no images"):
         Trainer(model(), Natural()).fit([], Halves())
 

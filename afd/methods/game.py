@@ -1,0 +1,136 @@
+"""What both schedules of the game share: players, losses, and how gradients are gathered and steps taken.
+
+The discriminator sees natural and attacked features as ONE batch, so its spectral norms take one power iteration an
+update; its other passes use the norms as they stand. (The released code passes one after the other.)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from afd.methods.base import Part, parts
+from afd.methods.execution import alone, unsynchronised
+from afd.methods.losses import game_loss, gradient_penalty
+from afd.methods.optimizers import take_step, trainable
+
+if TYPE_CHECKING:
+    from afd.methods.afd import AFD
+
+
+class Game(ABC):
+    """One round a `step`: the losses L_C, L_D, L_F and the optimizers of (θ, φ) and ψ.
+
+    Args:
+        passes: x -> (features, logits), or x, False -> (features,); its parameters are θ and φ.
+        discriminator: (features, labels) -> scores [N].
+        settings: of the game.
+    """
+
+    def __init__(self, passes: nn.Module, discriminator: nn.Module, settings: AFD) -> None:
+        self.passes, self.discriminator, self.settings = passes, discriminator, settings
+        self.players: dict[str, nn.Module] = {"discriminator": alone(discriminator)}
+        self.loss = game_loss(settings.loss)
+        self.theta_phi, self.psi = trainable(passes), trainable(discriminator)
+        self.optimizers: dict[str, Optimizer] = {
+            "task": settings.optimizer_of("task", self.theta_phi),
+            "discriminator": settings.optimizer_of("discriminator", self.psi),
+        }
+        self.rounds = 0
+
+    def step(self, x: Tensor, y: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
+        """One round.
+
+        Args:
+            x: images [N, C, H, W] in [0, 1].
+            y: labels [N] int64.
+            x_adv: attacked copies of x.
+
+        Returns:
+            L_C, L_D and L_F as "task", "discriminator" and "features", detached.
+        """
+        self.rounds += 1
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        names = ("task", "discriminator", "features")
+        return dict(zip(names, self.play(list(parts(x, y, x_adv, self.settings.micro_batches))), strict=True))
+
+    @abstractmethod
+    def play(self, batch: Sequence[Part]) -> Tensor:
+        """The updates of one round; returns L_C, L_D, L_F of the batch as one tensor [3], detached."""
+
+    @property
+    def features_answer(self) -> bool:
+        """Whether θ moves on L_F in this round."""
+        return self.rounds % self.settings.discriminator_rounds == 0
+
+    def task_loss(self, logits: Tensor, part: Part) -> Tensor:
+        """L_C."""
+        return F.cross_entropy(logits, part.y, label_smoothing=self.settings.label_smoothing)
+
+    def judge(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        """Scores of natural and attacked features, in the pass of the discriminator that its update rests on.
+
+        Only the first part of a batch takes a power iteration: one a round, and all parts see the same norms.
+        """
+        self.discriminator.train(part.first)
+        natural, attacked = self.discriminator(torch.cat([z, z_adv]), part.y.repeat(2)).chunk(2)
+        self.discriminator.eval()
+        return natural, attacked
+
+    def score(self, z: Tensor, part: Part) -> Tensor:
+        """Scores in a pass that neither updates the discriminator nor its norms."""
+        scores: Tensor = alone(self.discriminator)(z, part.y)
+        return scores
+
+    def discriminator_loss(self, natural: Tensor, attacked: Tensor, z: Tensor, z_adv: Tensor) -> Tensor:
+        """L_D of the scores, with the penalty where one is asked for."""
+        loss = self.loss.discriminator(natural, attacked)
+        if self.settings.penalty:
+            loss = loss + self.settings.penalty * gradient_penalty(
+                alone(self.discriminator), z.detach(), z_adv.detach()
+            )
+        return loss
+
+    @torch.no_grad()
+    def look(self, x: Tensor) -> Tensor:
+        """Features without a graph."""
+        z: Tensor = alone(self.passes)(x, False)[0]
+        return z
+
+    def backward(self, loss: Tensor, part: Part, parameters: Sequence[Tensor]) -> None:
+        """Adds the gradients of a part's loss to the `.grad` of `parameters`, and to nothing else."""
+        torch.autograd.backward(loss, torch.full_like(loss, part.share), inputs=parameters)
+
+    def take_step(self, player: str) -> None:
+        """One step of a player's optimizer on the gradients gathered."""
+        take_step(self.optimizers[player], self.settings.clip)
+
+    def gathering(self, module: nn.Module, part: Part) -> AbstractContextManager[Any]:
+        """The context for a part's passes and backward: processes average their gradients at the last part."""
+        return nullcontext() if part.last else unsynchronised(module)
+
+
+class Gradients:
+    """A second set of `.grad` for some parameters, so that two losses can gather gradients apart."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.others: list[Tensor | None] = [None] * len(parameters)
+
+    def swap(self) -> None:
+        """Exchanges the parameters' `.grad` with the other set."""
+        for i, parameter in enumerate(self.parameters):
+            parameter.grad, self.others[i] = self.others[i], parameter.grad
+
+
+def weighted(part: Part, losses: Iterator[Tensor] | Sequence[Tensor]) -> Tensor:
+    """A part's losses as what they add to the batch's, in one detached tensor."""
+    return part.share * torch.stack([loss.detach() for loss in losses])

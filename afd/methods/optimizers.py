@@ -1,0 +1,68 @@
+"""The players' optimizers: the paper's SGD, its Adam variant, or the user's own, one factory a player."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from afd.errors import InputError, at_least
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+OPTIMIZERS = ("sgd", "adam")
+
+
+def optimizer_for(
+    parameters: Iterable[nn.Parameter],
+    own: OptimizerFactory | None,
+    *,
+    name: str = "sgd",
+    lr: float,
+    momentum: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> Optimizer:
+    """The user's `own` optimizer, else the one called `name` with the settings it knows."""
+    if own is not None:
+        return own(parameters)
+    if name == "adam":
+        return Adam(parameters, lr, betas=betas, weight_decay=weight_decay)
+    return SGD(parameters, lr, momentum, weight_decay=weight_decay)
+
+
+def check_factories(factories: Mapping[str, OptimizerFactory], players: Iterable[str]) -> None:
+    """Raises InputError unless every factory is for one of `players`."""
+    names = tuple(players)
+    for name in factories:
+        if name not in names:
+            raise InputError(f"optimizers has the key {name!r}; allowed are {', '.join(names)}")
+
+
+def check_update(label_smoothing: float, clip: float | None, micro_batches: int) -> None:
+    """Raises InputError unless the settings of an update that all methods share are in range."""
+    at_least("label_smoothing", label_smoothing, 0.0)
+    if label_smoothing >= 1:
+        raise InputError(f"label_smoothing is {label_smoothing}; it must be below 1")
+    if clip is not None:
+        at_least("clip", clip, 1e-12)
+    at_least("micro_batches", micro_batches, 1)
+
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a module that are not frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters that an optimizer moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def take_step(optimizer: Optimizer, clip: float | None) -> None:
+    """One step on the gradients as they stand, their joint norm cut to `clip` first; then they are gone."""
+    if clip is not None:
+        torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip)
+    optimizer.step()
+    optimizer.zero_grad()

@@ -1,0 +1,57 @@
+"""Losses, kept on the device until somebody asks: one wait for the device an interval, none a round."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from afd.training.distributed import Group
+
+
+class NotFiniteError(ArithmeticError):
+    """A loss stopped being finite: its name, its value, and how many rounds of the interval came before."""
+
+    def __init__(self, name: str, value: float, rounds_before: int) -> None:
+        super().__init__(f"the loss {name!r} became {value}")
+        self.name, self.value, self.rounds_before = name, value, rounds_before
+
+
+@dataclass
+class Meter:
+    """Means of an epoch's losses. `sums` and `rounds` are what was read so far; they go into a checkpoint."""
+
+    group: Group
+    sums: dict[str, float] = field(default_factory=dict)
+    rounds: int = 0
+    waiting: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """Takes the detached losses of one round; does not look at them."""
+        self.waiting.append(losses)
+
+    def read(self) -> dict[str, float]:
+        """Means over the rounds since the last reading (none: an empty dict); waits for the device.
+
+        Raises:
+            NotFiniteError: a loss of one of these rounds is not finite.
+        """
+        if not self.waiting:
+            return {}
+        names = list(self.waiting[0])
+        table = self.group.mean(torch.stack([torch.stack([losses[name] for name in names]) for losses in self.waiting]))
+        self.waiting = []
+        rows = table.tolist()
+        for number, row in enumerate(rows):
+            for name, value in zip(names, row, strict=True):
+                if not math.isfinite(value):
+                    raise NotFiniteError(name, value, number)
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.rounds += 1
+        return {name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(names)}
+
+    def means(self) -> dict[str, float]:
+        """Means over all that was read."""
+        return {name: value / self.rounds for name, value in self.sums.items()}

@@ -1,0 +1,116 @@
+"""All that a run is at one moment, to and from a checkpoint: going on from it repeats no round and skips none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from afd._version import __version__
+from afd.nn.classifier import unwrapped
+from afd.training import rng, settings
+from afd.training.checkpoint import CheckpointError
+from afd.training.keeper import Keeper
+from afd.training.reports import EpochReport
+
+if TYPE_CHECKING:
+    from afd.training.trainer import Trainer
+
+FACTS = (
+    "method", "attack", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
+)  # fmt: skip
+
+FREE = {"out", "device", "resume", "save_every", "log_every", "data.root"}  # of a config: may change when resumed
+
+
+def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """State and metadata of a checkpoint; all processes must ask."""
+    generators = {"at_start": trainer.stream.at_start if trainer.position.batch else None, "now": rng.capture()}
+    state = {
+        "model": unwrapped(trainer.network).state_dict(),
+        "average": None if trainer.average is None else _average_of(trainer),
+        "players": {name: player.state_dict() for name, player in trainer.round.players.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.round.optimizers.items()},
+        "generators": trainer.group.gather(generators),
+    }
+    metadata = {
+        "run": facts(trainer),
+        "config": trainer.config,
+        "report": dataclasses.asdict(trainer.history[-1]) if trainer.history else None,
+        "commit": settings.commit(),
+        "position": dataclasses.asdict(trainer.position),
+        "meter": {"sums": trainer.meter.sums, "rounds": trainer.meter.rounds},
+        "history": [dataclasses.asdict(report) for report in trainer.history],
+    }
+    return state, metadata
+
+
+def facts(trainer: Trainer) -> dict[str, Any]:
+    """What must be the same in the run that goes on."""
+    run = {name: getattr(trainer, name) for name in FACTS} if trainer.config is None else trainer.config
+    described: dict[str, Any] = settings.describe({"afd": __version__, "processes": trainer.group.size, **run})
+    return described
+
+
+def resume(trainer: Trainer) -> dict[str, Any] | None:
+    """Puts the trainer where its checkpoint was; returns the state of the random generators there.
+
+    Returns:
+        None if there is nothing to go on from.
+
+    Raises:
+        CheckpointError: it cannot be read, or another run made it; the message says what differs.
+    """
+    if trainer.resume is None:
+        return None
+    assert trainer.keeper is not None or trainer.resume != "auto"
+    content = _read(trainer)
+    if content is None:
+        return None
+    state, metadata = content
+    different = settings.differences(metadata["run"], facts(trainer), FREE)
+    if different:
+        raise CheckpointError(f"the checkpoint in {trainer.resume} is of another run: {'; '.join(different)}")
+    unwrapped(trainer.network).load_state_dict(state["model"])
+    if trainer.average is not None:
+        unwrapped(trainer.average.module).load_state_dict(state["average"]["weights"])
+        trainer.average.n_averaged.copy_(state["average"]["rounds"])
+    for name, player in trainer.round.players.items():
+        player.load_state_dict(state["players"][name])
+    for name, optimizer in trainer.round.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    for name, value in metadata["position"].items():
+        setattr(trainer.position, name, value)
+    trainer.round.rounds = trainer.position.round
+    trainer.meter.sums, trainer.meter.rounds = metadata["meter"]["sums"], metadata["meter"]["rounds"]
+    trainer.history[:] = [EpochReport(**report) for report in metadata["history"]]
+    generators: dict[str, Any] = state["generators"][trainer.group.rank]
+    trainer.stream.at_start = generators["at_start"]
+    now: dict[str, Any] = generators["now"]
+    return now
+
+
+@torch.no_grad()
+def finite(model: nn.Module, players: Mapping[str, nn.Module]) -> bool:
+    """Whether all weights are; waits for the device once."""
+    weights: list[Tensor] = [p for module in (model, *players.values()) for p in module.parameters()]
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(weights)).sum()))
+
+
+def _read(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    if trainer.resume == "auto":
+        assert trainer.keeper is not None
+        return trainer.keeper.load_newest(trainer.device)
+    path = Path(str(trainer.resume))
+    keeper = trainer.keeper or Keeper(path.parent, trainer.warn)
+    return keeper.load(path, trainer.device)
+
+
+def _average_of(trainer: Trainer) -> dict[str, Any]:
+    assert trainer.average is not None
+    weights = unwrapped(trainer.average.module).state_dict()
+    return {"weights": weights, "rounds": trainer.average.n_averaged}

@@ -1,0 +1,63 @@
+"""A run's settings as plain facts, so that a checkpoint can say which of them another run changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import subprocess
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+def describe(value: Any) -> Any:
+    """`value` in terms of JSON: dataclasses and mappings by field, functions and classes by name."""
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, functools.partial):
+        return {"name": describe(value.func), **describe(value.keywords)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"name": type(value).__name__, **describe(fields)}
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [describe(item) for item in value]
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def differences(saved: Mapping[str, Any], here: Mapping[str, Any], free: Collection[str] = ()) -> list[str]:
+    """What is not the same and not among `free`, e.g. "attack.eps is 0.2 there and 0.3 here", one each."""
+    left, right = dict(_flat(saved)), dict(_flat(here))
+    absent = "not set"
+    return [
+        f"{name} is {left.get(name, absent)} there and {right.get(name, absent)} here"
+        for name in sorted((left.keys() | right.keys()) - set(free))
+        if left.get(name, absent) != right.get(name, absent)
+    ]
+
+
+def commit() -> str | None:
+    """The commit this package is checked out from, or None for an installed one."""
+    here = Path(__file__)
+
+    def git(*words: str) -> str | None:
+        try:
+            ran = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # no git here
+            return None
+        return ran.stdout.strip() if ran.returncode == 0 else None
+
+    tracked = git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie in some other repository
+    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") if tracked else None
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
+    return found

@@ -1,0 +1,41 @@
+"""Accuracy on validation images, each image seen by one process."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from afd.attacks import Attack
+from afd.errors import InputError
+from afd.evaluation import accuracy
+from afd.training.distributed import Group
+from afd.training.stream import Loader
+
+
+def shared_accuracy(
+    model: nn.Module, batches: Loader, attack: Attack | None, group: Group, device: torch.device
+) -> float:
+    """Share of images classified correctly, batches dealt out to the processes one by one.
+
+    An attack starts at each image as it would in one process. All processes must ask.
+
+    Raises:
+        InputError: there are no images.
+    """
+    correct, seen = 0.0, 0
+    for number, (x, y) in enumerate(batches):
+        if number % group.size == group.rank:
+            started = None if attack is None else partial(_shifted, attack, seen)
+            correct += accuracy(model, [(x.to(device), y.to(device))], started) * len(y)
+        seen += len(y)
+    if not seen:
+        raise InputError("validation holds no images")
+    return float(group.sum(torch.tensor(round(correct), dtype=torch.float64, device=device))) / seen
+
+
+def _shifted(
+    attack: Attack, offset: int, x: torch.Tensor, y: torch.Tensor, *, seed: int | None = None, first_sample: int = 0
+) -> torch.Tensor:
+    return attack(x, y, seed=seed, first_sample=offset + first_sample)

@@ -1,0 +1,58 @@
+"""The trained network as a plain state_dict of the user's own model, which loads without afd.
+
+What else belongs to the trained function, whether its features are scaled to length 1 and before which layer, is in the
+state_dict's metadata, where `load_state_dict` overlooks it and `load_weights` finds it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from afd.nn import FeatureClassifier, FeatureSplit, split
+from afd.nn.classifier import unwrapped
+from afd.training.checkpoint import CheckpointError
+
+KEY = "afd"
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    """Writes the state_dict of the user's own model inside `model`, on the CPU and contiguous.
+
+    Without afd: ``model.load_state_dict(torch.load(path))``; if features are normalised, what enters the feature layer
+    must be divided by its length.
+    """
+    inner = unwrapped(model)
+    state = inner.state_dict()
+    for name, tensor in state.items():
+        state[name] = tensor.detach().cpu().contiguous()
+    facts: dict[str, Any] = {"normalize": False, "feature_layer": None}
+    if isinstance(model, (FeatureClassifier, FeatureSplit)):
+        layer = getattr(model, "feature_layer", "classifier")
+        facts = {"normalize": model.normalize, "feature_layer": layer}
+    state._metadata[KEY] = facts  # type: ignore[attr-defined]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+
+
+def load_weights(path: Path, model: nn.Module) -> Any:
+    """Loads what `save_weights` wrote (or any state_dict of `model`) and returns the model split as it was trained.
+
+    Raises:
+        CheckpointError: the file cannot be read, or does not fit the model.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        unwrapped(model).load_state_dict(state)
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not load into a {type(unwrapped(model)).__name__}: {reason}") from error
+    facts = getattr(state, "_metadata", {}).get(KEY, {})
+    if isinstance(model, FeatureClassifier):
+        model.normalize = facts.get("normalize", model.normalize)
+        return model
+    return split(unwrapped(model), facts.get("feature_layer"), facts.get("normalize"))

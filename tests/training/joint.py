@@ -1,0 +1,85 @@
+"""What the processes of `test_distributed.py` run under torchrun; alone, it is the run that they are compared with."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from afd.attacks import PGD
+from afd.data import Batches, Images
+from afd.methods import AFD, Natural
+from afd.nn import FeatureClassifier
+from afd.training import Trainer
+from afd.training.distributed import join, leave
+
+METHODS = {
+    "joint": AFD(hidden=8),
+    "separate": AFD.adam(hidden=8, loss="dcgan", lr=1e-2, lr_features=1e-2),
+    "alternating": AFD(hidden=8, schedule="alternating", loss="hinge"),
+    "seldom": AFD(hidden=8, discriminator_rounds=3, micro_batches=2),
+    "natural": Natural(micro_batches=2),
+}
+
+
+def images() -> Images:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (58, 1, 6, 6), generator=generator).to(torch.uint8)
+    return Images(pixels, torch.arange(58) % 3, scale=255.0, num_classes=3, name="noise")
+
+
+def model(unused: bool) -> nn.Module:
+    """Without BatchNorm, whose statistics hang on how a batch is shared out."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 5))
+    network = FeatureClassifier(encoder, 5, 3)
+    if unused:  # as a pooler of some transformers: has parameters, is never called
+        encoder.register_module("pooler", nn.Linear(3, 3))
+        encoder.forward = lambda x: encoder[3](encoder[2](encoder[1](encoder[0](x))))
+    return network
+
+
+def run(
+    method: str, out: Path, epochs: int, kill_at: int = 0, resume: str | None = None, send: str = "SIGKILL"
+) -> Trainer:
+    group = join()
+    trainer = Trainer(
+        model(unused=method == "alternating"),
+        METHODS[method],
+        attack=PGD.partial(eps=0.1, alpha=0.05, steps=2),
+        validation_attack=PGD.partial(eps=0.05, steps=2),
+        epochs=epochs,
+        log_every=2,
+        save_every=3,
+        folder=out,
+        resume=resume,
+    )
+    if kill_at and group.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+        step = trainer.round.step
+
+        def dying(*batch):
+            if trainer.position.round == kill_at:
+                os.kill(os.getpid(), signal.Signals[send])
+            return step(*batch)
+
+        trainer.round.step = dying
+    validation = Batches(images(), 7)
+    trainer.fit(Batches(images(), 20, shuffle=True, rank=group.rank, world_size=group.size), validation)
+    return trainer
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--methods", nargs="+")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--kill-at", type=int, default=0)
+    parser.add_argument("--resume")
+    parser.add_argument("--send", default="SIGKILL")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.methods:
+        run(name, options.out / name, options.epochs, options.kill_at, options.resume, options.send)
+    leave()

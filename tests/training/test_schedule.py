@@ -1,0 +1,105 @@
+"""Schedules at points worked out by hand, the attack's warm-up, and the average of the weights."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from afd.attacks import APGD, PGD
+from afd.errors import InputError
+from afd.methods import Natural
+from afd.nn import FeatureClassifier
+from afd.training import Trainer
+from afd.training.average import averaged
+from afd.training.schedule import Rates, cosine, one_cycle, schedule_named, step
+from afd.training.warmup import Warmup
+
+
+def test_step_falls_at_each_milestone():
+    factors = [step((0.5, 0.8), factor=0.5)(progress) for progress in (0, 0.49, 0.5, 0.79, 0.8, 0.99)]
+    assert factors == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert [schedule_named("step")(epoch / 300) for epoch in (149, 150, 249, 250)] == pytest.approx([1, 0.1, 0.1, 0.01])
+    with pytest.raises(InputError, match=r"milestones are \(2.0,\)"):
+        step((2.0,))
+
+
+def test_cosine_and_one_cycle():
+    assert [cosine(p) for p in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+    assert [one_cycle(p) for p in (0, 0.15, 0.3, 0.65, 1)] == pytest.approx([0.04, 0.52, 1, (1 + 1e-4) / 2, 1e-4])
+
+
+def test_all_groups_of_all_optimizers_follow():
+    weights = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    first = SGD([{"params": weights[:1], "lr": 1.0}, {"params": weights[1:2], "lr": 0.1}], lr=9.0)
+    second = SGD(weights[2:], lr=2.0)
+    rates = Rates({"a": first, "b": second}, cosine, rounds=4)
+    rates.set(2)
+    assert [group["lr"] for group in (*first.param_groups, *second.param_groups)] == pytest.approx([0.5, 0.05, 1.0])
+    assert rates.of_round(3) == pytest.approx({"a": 0.5, "b": 1.0})
+    assert rates.of_round(1) == {"a": 1.0, "b": 2.0}
+
+
+def test_a_run_follows_its_schedule_round_by_round():
+    torch.manual_seed(0)
+    seen = []
+    model = FeatureClassifier(nn.Flatten(), 4, 2)
+    trainer = Trainer(model, Natural(lr=0.4), epochs=2, schedule=lambda progress: 1 - progress)
+    real = trainer.round.step
+    trainer.round.step = lambda *batch: (seen.append(trainer.round.task.param_groups[0]["lr"]), real(*batch))[1]
+    batches = [(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))] * 2
+    reports = trainer.fit(batches, batches)
+    assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    assert [report.learning_rates["task"] for report in reports] == pytest.approx([0.3, 0.1])
+
+
+@pytest.mark.parametrize("eps", [0.3, torch.tensor([0.3, 0.6])])
+def test_the_radius_grows_to_its_own_value(eps):
+    attack = PGD(nn.Flatten(), eps=eps, alpha=0.06)
+    warmup = Warmup(attack, rounds=3)
+    for played, share in enumerate([1 / 3, 2 / 3, 1, 1]):
+        assert warmup.at(played) is attack
+        torch.testing.assert_close(torch.as_tensor(attack.eps), torch.as_tensor(eps) * share)
+        assert attack.alpha == pytest.approx(0.06 * share)
+    assert attack.eps is eps
+
+
+def test_the_radius_of_a_run_grows():
+    farthest = []
+
+    def recording(model):
+        attack = APGD(model, eps=0.2, steps=1)
+
+        class Recording:
+            eps = attack.eps
+
+            def __call__(self, x, y, **settings):
+                attack.eps = self.eps
+                x_adv = attack(x, y, **settings)
+                farthest.append(float((x_adv - x).abs().max()))
+                return x_adv
+
+        return Recording()
+
+    torch.manual_seed(0)
+    model = FeatureClassifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), 4, 2)
+    batches = [(torch.full((8, 1, 2, 2), 0.5), torch.arange(8) % 2)] * 4
+    Trainer(model, attack=recording, epochs=2, eps_warmup=1.0).fit(batches, batches)
+    assert farthest == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.2, 0.2], abs=1e-6)
+
+
+def test_what_has_no_radius_is_named():
+    batches = [(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))]
+    trainer = Trainer(FeatureClassifier(nn.Flatten(), 4, 2), attack=lambda _: lambda *_, **__: None, eps_warmup=1.0)
+    with pytest.raises(InputError, match="attack is a function, which has no eps that a warm-up could scale"):
+        trainer.fit(batches, batches)
+
+
+def test_the_average_is_exponential():
+    model = nn.Linear(1, 1)
+    average = averaged(model, 0.75)
+    values = [1.0, 2.0, 5.0]
+    for value in values:
+        with torch.no_grad():
+            model.weight.fill_(value)
+        average.update_parameters(model)
+    assert average.module.weight.item() == pytest.approx(0.75 * (0.75 * 1 + 0.25 * 2) + 0.25 * 5)
