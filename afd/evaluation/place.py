@@ -75,8 +75,7 @@ def placed(device: str) -> Iterator[Place]:
         InputError: the device is none of these, or is not there.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = _device(device, local)
+    chosen = device_named(device)
     if processes == 1:
         yield Place(chosen)
         return
@@ -89,7 +88,12 @@ def placed(device: str) -> Iterator[Place]:
         dist.destroy_process_group()
 
 
-def _device(name: str, local: int) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """The torch device of a name, "auto" taking CUDA where there is one; each process of a machine has its own GPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -98,4 +102,6 @@ def _device(name: str, local: int) -> torch.device:
         raise InputError(f"device is {name!r}; allowed are auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {name!r}, but torch sees no CUDA device; allowed here are auto and cpu")
-    return torch.device("cuda", local) if device.type == "cuda" and device.index is None else device
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return device

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from afd.attacks import APGD, PGD, AttackFactory
 from afd.config import MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import crop_and_flip
-from afd.errors import InputError
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
 from afd.training.checkpoint import load_checkpoint
@@ -66,7 +64,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
         StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
     """
     config = config.settled()
-    device = _device(config.device)
+    device = device_named(config.device)
     splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)
@@ -184,22 +182,6 @@ def test_attack(config: TrainConfig, steps: int) -> AttackFactory:
     eps = config.attack.eps
     assert eps is not None
     return PGD.partial(eps=eps, alpha=2.5 * eps / max(steps, 1), steps=steps, seed=config.seed)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device is {name!r}; allowed are auto, cpu, cuda, cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device is {name!r}, but torch sees no CUDA device; allowed here are auto and cpu")
-    return device
 
 
 def _summary(result: Result, images: int) -> Table:
