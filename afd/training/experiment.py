@@ -15,6 +15,7 @@ from afd.attacks import APGD, PGD, AttackFactory
 from afd.config import MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import crop_and_flip
+from afd.evaluation.place import device_named
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
 from afd.training.checkpoint import load_checkpoint
