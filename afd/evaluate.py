@@ -143,7 +143,7 @@ def from_checkpoint(path: Path, device: torch.device) -> Subject:
     width = config["model"]["width"]
     model = build_model(config["model"]["name"], shape, classes, width)
     model.normalize = config["model"]["normalize"]
-    average = state["average"]
+    average = state.get("average")
     discriminator = None
     try:
         model.load_state_dict(average["weights"] if average else state["model"])

@@ -7,7 +7,7 @@ forward and one backward at each layer. The gradient changes by rounding only.
 The model's own code runs as ever; only the two layers do other work: the convolution takes the folded weights, the
 BatchNorm passes its input on. Which pairs may be folded, a symbolic trace of the model says (torch.fx): the BatchNorm
 must be all that sees the convolution's output, and each must run once. Where a model cannot be traced, or a layer has
-hooks or parametrisations, nothing is folded.
+hooks or parametrisations, nothing is folded. (A wrapper around one module is looked through.)
 """
 
 from __future__ import annotations
@@ -118,7 +118,10 @@ def _pairs(model: nn.Module) -> Iterator[tuple[Conv, Norm]]:
         return
     try:
         graph = fx.Tracer().trace(model)
-    except Exception:  # whatever a model's own code raises on symbolic values: it is attacked unfolded
+    except Exception:  # whatever a model's own code raises on symbolic values
+        children = list(model.children())
+        if len(children) == 1:  # a wrapper, such as one that inspects what the model inside returns
+            yield from _pairs(children[0])
         return
     layers = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]

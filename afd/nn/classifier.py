@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -183,6 +184,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def unit_length(z: Tensor) -> Tensor:
     """Rows of length 1, in float32 under autocast; a row of zeros stays zero."""
     return F.normalize(z.float() if torch.is_autocast_enabled(z.device.type) else z, dim=-1)
+
+
+torch.fx.wrap("unit_length")  # a symbolic trace of the model must not look into it: its branch asks for a real tensor
 
 
 def _entrance_of(layer: nn.Linear, normalize: bool) -> Entrance:

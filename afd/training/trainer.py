@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from afd.attacks import AttackFactory
-from afd.attacks.base import GradientAttack
 from afd.errors import InputError, at_least
 from afd.methods import AFD, Execution, Method
 from afd.nn import split
@@ -26,7 +25,7 @@ from afd.training.schedule import Rates, Schedule, schedule_named
 from afd.training.signals import StoppedError, on_signals
 from afd.training.stream import Loader, Stream, rounds_in
 from afd.training.validation import shared_accuracy
-from afd.training.warmup import Warmup
+from afd.training.warmup import Warmup, unwatched
 
 BY_CALLBACK = 1  # what stopped a run, if not the signal of a larger number
 
@@ -138,10 +137,7 @@ class Trainer:
         resumed = run_state.resume(self)
         warmup = None
         if self.attack is not None and self.method.uses_attack:
-            attack = self.attack(self.network)
-            if isinstance(attack, GradientAttack):
-                attack.look = False  # the stream looks at the batches and the meter at the losses, with fewer waits
-            warmup = Warmup(attack, round(self.eps_warmup * rounds))
+            warmup = Warmup(unwatched(self.attack(self.network)), round(self.eps_warmup * rounds))
         with on_signals(self.stop):
             while self.position.epoch <= self.epochs and not self._stop_asked():
                 speed = self._train_epoch(rounds, warmup, resumed)
@@ -205,7 +201,7 @@ class Trainer:
     def _close_epoch(self, validation: Loader, speed: float) -> None:
         """Validation, report and checkpoint after a whole epoch."""
         self.group.share_buffers(self.evaluated)
-        judge = self.validation_attack(self.evaluated) if self.validation_attack else None
+        judge = unwatched(self.validation_attack(self.evaluated)) if self.validation_attack else None
         measure = partial(shared_accuracy, self.evaluated, validation, group=self.group, device=self.device)
         report = EpochReport(
             self.position.epoch,

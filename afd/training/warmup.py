@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from afd.attacks import Attack
+from afd.attacks.base import GradientAttack
 from afd.errors import InputError
+
+
+def unwatched(attack: Attack) -> Attack:
+    """The attack without its own look at values: the stream has checked the batches, and the losses show what is wrong.
+
+    That spares two waits for the device a round, and warnings in mid-training, where gradients may well be zero.
+    """
+    if isinstance(attack, GradientAttack):
+        attack.look = False
+    return attack
 
 
 class Warmup:

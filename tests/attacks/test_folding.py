@@ -9,7 +9,7 @@ from torch import nn
 
 from afd.attacks import APGD, PGD
 from afd.attacks.folding import CONVS, NORMS, folding
-from afd.nn import build_model
+from afd.nn import build_model, split
 
 
 def unsettled(model):
@@ -50,6 +50,12 @@ def test_a_resnet_is_folded_whole_and_computes_the_same():
     torch.testing.assert_close(folded_grad, grad, atol=1e-10, rtol=1e-10)
     assert not torch.equal(folded_grad, grad)  # it did fold
     assert torch.equal(gradient(model, x)[1], grad)
+
+
+def test_a_wrapper_is_looked_through():
+    """Training wraps a user's classifier in one that cannot be traced, since it inspects the output."""
+    inner = unsettled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5)))
+    assert len(folding(split(inner)).pairs) == 1
 
 
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
