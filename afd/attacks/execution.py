@@ -19,7 +19,7 @@ from afd.errors import at_least, one_of
 from afd.ops import backend
 
 PRECISIONS = ("fp32", "bf16", "auto")
-ACTIVATION_BYTES = 48 << 20  # of one piece: a few MiB a core stay in its own cache, the rest in the shared one
+ACTIVATION_BYTES = 24 << 20  # of one piece: a few MiB a core stay in its own cache, the rest in the shared one
 LEAST_PIECE = 64  # below it, the cost of calling each layer shows
 
 _bytes_per_sample: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
