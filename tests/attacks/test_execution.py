@@ -86,3 +86,10 @@ def test_wrong_settings_are_named():
         PGD(net(), precision="fp8")
     with pytest.raises(InputError, match="piece is 0"):
         PGD(net(), piece=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_attacked_like_any_other():
+    x, y = torch.rand(6, 3, 8, 8), torch.randint(5, (6,))
+    plain, compiled = (PGD(model, eps=0.1, steps=3)(x, y) for model in (net(), torch.compile(net())))
+    assert (plain - compiled).abs().gt(1e-6).float().mean() < 0.01  # signs turn where gradients are all but zero
