@@ -94,8 +94,9 @@ class APGD(GradientAttack):
 
     def _run(self, piece: Piece) -> Tensor:
         x, found = piece.x, Outcome.before(piece.x)
-        wrong = self._fooled(self._as_written(x), piece.y)
-        aims = [self._aimed(piece, rank) for rank in range(self.targets)]
+        clean = self._as_written(x)
+        wrong = self._fooled(clean, piece.y)
+        aims = [self._aimed(piece, clean, rank) for rank in range(self.targets)]
         rows = torch.arange(len(x), device=x.device)
         for run in range(self.n_restarts * self.targets):
             aimed, ball = aims[run % self.targets], self._ball(piece, self.radii[0][0])

@@ -108,9 +108,12 @@ class GradientAttack(ABC):
     def _run(self, piece: Piece) -> Tensor:
         """The algorithm on a checked piece that is not empty, its model in evaluation mode, without autograd."""
 
-    def _aimed(self, piece: Piece, rank: int = 0) -> Piece:
-        """The piece with what the loss is judged by; `rank` chooses among target classes."""
-        return replace(piece, aim=self.loss.aim(lambda: self._as_written(piece.x), piece.y, rank))
+    def _aimed(self, piece: Piece, clean: Tensor | None = None, rank: int = 0) -> Piece:
+        """The piece with what the loss is judged by; `clean`: logits of its images, if known; `rank`: of the target."""
+        return replace(
+            piece,
+            aim=self.loss.aim(lambda: self._as_written(piece.x) if clean is None else clean, piece.y, rank),
+        )
 
     def _ball(self, piece: Piece, radius: float = 1.0) -> dict[str, Any]:
         """Where the iterates may lie, in the words of the ops; `radius` counts in eps."""

@@ -101,6 +101,7 @@ def test_targeted_dlr_aims_at_each_of_the_likeliest_classes(batch, restarts):
     attack(x[5:], y[5:])
     order = RowByRow()(x[5:]).argsort(1, descending=True)
     assert len(aims) == restarts * 4 * 3
+    assert len(attack.model.sizes) == len(aims) + 1  # the clean images are looked at once
     for run in range(restarts * 4):
         assert torch.equal(aims[3 * run], torch.stack([y[5:], order[:, 1 + run % 4]], 1))
 
