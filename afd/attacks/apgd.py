@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from afd.attacks.apgd_run import Run
 from afd.attacks.apgd_state import Outcome, rows_of
 from afd.attacks.apgd_walks import MomentumWalk, SparseWalk, Walk
 from afd.attacks.base import GradientAttack
+from afd.attacks.execution import Running
 from afd.attacks.piece import Piece, take
 from afd.errors import InputError, at_least
 
@@ -47,10 +49,8 @@ class APGD(GradientAttack):
         seed: of the random starts; the same seed gives the same result.
         bounds: lowest and highest value of an image.
         targeted: y is the class to reach, and the loss is descended.
-        precision: as in `PGD`; a success found in bfloat16 counts only where float32 confirms it.
-        piece: as in `PGD`.
-        look: as in `PGD`.
-        fold: as in `PGD`.
+        running: precision, piece, look and fold, as in `PGD`; a success found in bfloat16, or by folded layers, counts
+            only where the model as written confirms it in float32.
 
     The attack returns, for each sample, the last point that fooled the model in the first run that did; else x if the
     model is wrong there; else the point of the highest loss.
@@ -75,14 +75,11 @@ class APGD(GradientAttack):
         seed: int = 0,
         bounds: tuple[float, float] = (0.0, 1.0),
         targeted: bool = False,
-        precision: str = "fp32",
-        piece: int | None = None,
-        look: bool = True,
-        fold: bool = True,
+        **running: Unpack[Running],
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
-            precision=precision, piece=piece, look=look, fold=fold,
+            **running,
         )  # fmt: skip
         for name, count in (("n_restarts", n_restarts), ("eot_iter", eot_iter), ("n_target_classes", n_target_classes)):
             at_least(name, count, 1)

@@ -41,10 +41,10 @@ class GradientAttack(ABC):
         loss: str,
         bounds: tuple[float, float],
         seed: int,
-        precision: str,
-        piece: int | None,
-        look: bool,
-        fold: bool,
+        precision: str = "fp32",
+        piece: int | None = None,
+        look: bool = True,
+        fold: bool = True,
     ) -> None:
         checks.norm(norm)
         checks.bounds(*bounds)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +23,15 @@ ACTIVATION_BYTES = 24 << 20  # of one piece: a few MiB a core stay in its own ca
 LEAST_PIECE = 64  # below it, the cost of calling each layer shows
 
 _bytes_per_sample: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
+
+
+class Running(TypedDict, total=False):
+    """The settings that say how an attack runs, never what it computes; `afd.attacks.PGD` describes them."""
+
+    precision: str
+    piece: int | None
+    look: bool
+    fold: bool
 
 
 def check_execution(precision: str, piece: int | None) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor, nn
 
+from afd.attacks.execution import Running
 from afd.attacks.pgd import PGD
 
 
@@ -19,10 +22,7 @@ class FGSM(PGD):
         targeted: y is the class to reach, and the loss is descended.
         loss: as in `PGD`.
         bounds: lowest and highest value of an image.
-        precision: as in `PGD`.
-        piece: as in `PGD`.
-        look: as in `PGD`.
-        fold: as in `PGD`.
+        running: precision, piece, look and fold, as in `PGD`.
 
     Raises:
         InputError: a setting out of its range.
@@ -37,12 +37,9 @@ class FGSM(PGD):
         targeted: bool = False,
         loss: str = "ce",
         bounds: tuple[float, float] = (0.0, 1.0),
-        precision: str = "fp32",
-        piece: int | None = None,
-        look: bool = True,
-        fold: bool = True,
+        **running: Unpack[Running],
     ) -> None:
         super().__init__(
-            model, norm=norm, eps=eps, alpha=eps, steps=1, random_start=False, targeted=targeted, loss=loss,
-            bounds=bounds, precision=precision, piece=piece, look=look, fold=fold,
+            model, norm=norm, eps=eps, alpha=eps, steps=1, random_start=False, seed=0, targeted=targeted, loss=loss,
+            bounds=bounds, **running,
         )  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
 from afd import ops
 from afd.attacks.base import GradientAttack, not_negative
+from afd.attacks.execution import Running
 from afd.attacks.piece import Piece
 from afd.errors import InputError, at_least
 
@@ -28,10 +31,7 @@ class MIM(GradientAttack):
         targeted: y is the class to reach, and the loss is descended.
         loss: as in `PGD`.
         bounds: lowest and highest value of an image.
-        precision: as in `PGD`.
-        piece: as in `PGD`.
-        look: as in `PGD`.
-        fold: as in `PGD`.
+        running: precision, piece, look and fold, as in `PGD`.
 
     Raises:
         InputError: a setting out of its range.
@@ -49,14 +49,11 @@ class MIM(GradientAttack):
         targeted: bool = False,
         loss: str = "ce",
         bounds: tuple[float, float] = (0.0, 1.0),
-        precision: str = "fp32",
-        piece: int | None = None,
-        look: bool = True,
-        fold: bool = True,
+        **running: Unpack[Running],
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=0,
-            precision=precision, piece=piece, look=look, fold=fold,
+            **running,
         )  # fmt: skip
         not_negative("alpha", alpha)
         if loss == "kl":

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from torch import Tensor, nn
 
 from afd import ops
 from afd.attacks.base import GradientAttack, not_negative
+from afd.attacks.execution import Running
 from afd.attacks.piece import Piece
 from afd.errors import InputError
 
@@ -56,14 +59,11 @@ class PGD(GradientAttack):
         loss: str = "ce",
         bounds: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
-        precision: str = "fp32",
-        piece: int | None = None,
-        look: bool = True,
-        fold: bool = True,
+        **running: Unpack[Running],
     ) -> None:
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
-            precision=precision, piece=piece, look=look, fold=fold,
+            **running,
         )  # fmt: skip
         not_negative("alpha", alpha)
         if loss == "kl" and not random_start:
