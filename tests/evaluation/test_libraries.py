@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from afd.attacks import PGD
+from afd.bench.peers import Request, adapted
 from afd.evaluation import extras
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.epsilon import Epsilon, ascending
@@ -131,3 +133,56 @@ def test_autoattack_is_within_half_a_point_of_the_reference_on_mnist(kind, mnist
     print(kind, ours, theirs)
     assert 0.05 < theirs < 0.98
     assert abs(ours - theirs) <= 0.005 + 1e-9
+
+
+SEEDS = range(6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("library", ["foolbox", "torchattacks"])
+@pytest.mark.parametrize("kind", ["natural", "robust"])
+def test_pgd_leaves_as_many_as_the_libraries_leave_on_mnist(kind, library, mnist_models):
+    """PGD-40 at equal settings: image by image from the clean images, within 0.3 points over random starts."""
+    pytest.importorskip(library)
+    images, models = mnist_models
+    model, labels = models[kind], images.labels
+    x = images.images(torch.arange(len(labels)))
+    request = Request("pgd", "Linf", {"natural": 0.1, "robust": 0.25}[kind], 0.01, 40)
+
+    def standing(run):
+        return torch.cat(
+            [model(run(*part)).argmax(1) == part[1] for part in zip(x.split(250), labels.split(250), strict=True)]
+        )
+
+    def accuracy(run):
+        return float(standing(run).double().mean())
+
+    still = {name: standing(run) for name, run in unmoved(library, model, request).items()}
+    assert (still["afd"] != still[library]).sum() <= 1
+    means = {"afd": [], library: []}
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        attack = PGD(model, eps=request.eps, alpha=request.alpha, steps=request.steps)
+        means["afd"].append(accuracy(lambda x, y, attack=attack, seed=seed: attack(x, y, seed=seed)))
+        means[library].append(accuracy(adapted(library, model, request)))
+    ours, theirs = (sum(found) / len(SEEDS) for found in means.values())
+    print(kind, library, float(still["afd"].double().mean()), ours, theirs)
+    assert 0.02 < ours < 0.98
+    assert abs(ours - theirs) <= 0.003 + 1e-9
+
+
+def unmoved(library, model, request):
+    """afd's PGD and the library's, both from the clean images."""
+    settings = {"eps": request.eps, "alpha": request.alpha, "steps": request.steps, "random_start": False}
+    runs = {"afd": PGD(model, **settings)}
+    if library == "torchattacks":
+        import torchattacks
+
+        runs[library] = torchattacks.PGD(model, **settings)
+    else:
+        import foolbox
+
+        attack = foolbox.attacks.LinfPGD(abs_stepsize=request.alpha, steps=request.steps, random_start=False)
+        wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
+        runs[library] = lambda x, y: attack(wrapped, x, y, epsilons=request.eps)[1]
+    return runs
