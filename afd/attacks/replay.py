@@ -2,14 +2,16 @@
 
 A recording reads the model's weights where they lie, so they may change between replays; weights that move elsewhere
 (`model.to`, a new tensor in their place) make a new recording. A shape is recorded when it is met for the second time:
-its first run, made step by step, lets libraries choose their algorithms, and a last, shorter batch costs nothing.
+its first run, made step by step, lets libraries choose their algorithms, and a last, shorter batch costs nothing. What
+the host checks in a step, a replay does not: a label larger than any before is met step by step, once more.
 """
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -39,21 +41,25 @@ class Recording:
         """Captures `climb` on copies of its arguments."""
         piece = replace(piece, x=piece.x.clone(), y=piece.y.clone(), aim=piece.aim.clone(), trace=piece.trace.clone())
         x_adv, graph = x_adv.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _capturing(graph):
             outputs = climb(piece, x_adv)
         return cls(graph, piece, x_adv, outputs)
 
     def play(self, piece: Piece, x_adv: Tensor) -> tuple[Tensor, ...]:
         """Runs the graph on other arguments of the same shapes."""
-        for held, given in zip(self._inputs(self.piece, self.x_adv), self._inputs(piece, x_adv), strict=True):
+        for held, given in zip(_inputs(self.piece, self.x_adv), _inputs(piece, x_adv), strict=True):
             held.copy_(given)
         self.graph.replay()
         piece.trace.copy_(self.piece.trace)
         return tuple(output.clone() for output in self.outputs)
 
-    @staticmethod
-    def _inputs(piece: Piece, x_adv: Tensor) -> tuple[Tensor, ...]:
-        return piece.x, piece.y, piece.aim, piece.trace, x_adv
+
+@dataclass
+class Known:
+    """What is known of a climb on inputs of one form: the largest label that it took, and its graph, once recorded."""
+
+    largest_label: int
+    recording: Recording | None = None
 
 
 class Replays:
@@ -61,7 +67,7 @@ class Replays:
 
     def __init__(self) -> None:
         self.refused = False
-        self._recordings: OrderedDict[Hashable, Recording | None] = OrderedDict()
+        self._known: OrderedDict[Hashable, Known] = OrderedDict()
 
     def __call__(
         self, name: Hashable, model: nn.Module, climb: Climb, piece: Piece, x_adv: Tensor
@@ -72,22 +78,22 @@ class Replays:
             name: of the climb and of every setting it holds.
             model: that it runs.
             climb: the steps, without host synchronisation.
-            piece: the whole batch.
+            piece: what it attacks; rows that are indices, which differ from call to call, are not recorded.
             x_adv: where to start, like piece.x.
         """
-        if self.refused or not x_adv.is_cuda:
+        if self.refused or not x_adv.is_cuda or not isinstance(piece.rows, slice):
             return climb(piece, x_adv)
-        key = (name, _where(model), *((t.shape, t.stride(), t.dtype) for t in (piece.x, piece.aim, x_adv)))
-        if key not in self._recordings:
-            self._recordings[key] = None
-            while len(self._recordings) > KEPT:
-                self._recordings.popitem(last=False)
-            return climb(piece, x_adv)
-        self._recordings.move_to_end(key)
-        recording = self._recordings[key]
-        if recording is None:
+        forms = ((t.shape, t.stride(), t.dtype) for t in _inputs(piece, x_adv))
+        key = (name, _where(model), piece.rows.start, piece.rows.stop, *forms)
+        known = self._known.get(key)
+        if known is None or piece.largest_label > known.largest_label:
+            outcome = climb(piece, x_adv)  # raises if the model has no such class
+            self._know(key, piece.largest_label)
+            return outcome
+        self._known.move_to_end(key)
+        if known.recording is None:
             try:
-                recording = self._recordings[key] = Recording.of(climb, piece, x_adv)
+                known.recording = Recording.of(climb, piece, x_adv)
             except RuntimeError as error:  # raised inside the capture: the step-by-step run before it went well
                 self.refused = True
                 warnings.warn(
@@ -96,7 +102,35 @@ class Replays:
                     stacklevel=2,
                 )
                 return climb(piece, x_adv)
-        return recording.play(piece, x_adv)
+        return known.recording.play(piece, x_adv)
+
+    def _know(self, key: Hashable, largest_label: int) -> None:
+        self._known.setdefault(key, Known(largest_label)).largest_label = largest_label
+        self._known.move_to_end(key)
+        while len(self._known) > KEPT:
+            self._known.popitem(last=False)
+
+
+@contextlib.contextmanager
+def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """`torch.cuda.graph`, and torch as it was before if the capture fails.
+
+    Where a capture ends in an error, `torch.cuda.graph` leaves its own stream current, and the allocator in a state in
+    which memory that other streams have used is never free again.
+    """
+    pool, here = torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.stream(here), torch.cuda.graph(graph, pool=pool):
+            yield
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):  # torch has ended it: the capture failed before or after
+            torch._C._cuda_endAllocateToPool(here.device_index, pool)
+            torch._C._cuda_releasePool(here.device_index, pool)
+        raise
+
+
+def _inputs(piece: Piece, x_adv: Tensor) -> tuple[Tensor, ...]:
+    return piece.x, piece.y, piece.aim, piece.trace, x_adv
 
 
 def _where(model: nn.Module) -> int:

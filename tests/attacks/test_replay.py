@@ -11,6 +11,7 @@ from torch import nn
 from afd.attacks import APGD, MIM, PGD, CaptureWarning, replay
 from afd.attacks.piece import Piece
 from afd.attacks.watch import new_trace
+from afd.errors import InputError
 
 
 class OnDevice(torch.Tensor):
@@ -47,17 +48,19 @@ def recordings(monkeypatch):
     return Fresh
 
 
-def piece_of(samples):
+def piece_of(samples, rows=None, largest_label=0):
     x, y = torch.zeros(samples, 3), torch.zeros(samples, dtype=torch.int64)
-    return Piece(x, y, y, slice(0, samples), 0, 0, 0, new_trace(samples, torch.device("cpu")))
+    rows = slice(0, samples) if rows is None else rows
+    return Piece(x, y, y, rows, 0, 0, largest_label, new_trace(samples, torch.device("cpu")))
 
 
 def climb(_piece, x_adv):
     return (x_adv + 1,)
 
 
-def run(replays, samples=4, name="pgd", model=None):
-    (out,) = replays(name, model or nn.Identity(), climb, piece_of(samples), on_device(torch.zeros(samples, 3)))
+def run(replays, samples=4, name="pgd", model=None, **of_piece):
+    piece = piece_of(samples, **of_piece)
+    (out,) = replays(name, model or nn.Identity(), climb, piece, on_device(torch.zeros(samples, 3)))
     return float(out[0, 0])
 
 
@@ -72,6 +75,33 @@ def test_partial_batches_and_other_settings_are_recorded_apart(recordings):
     results = [run(replays), run(replays, samples=3), run(replays), run(replays, name="other"), run(replays, samples=3)]
     assert results == [1, 1, 100, 1, 100]
     assert recordings.made == 2
+
+
+def test_pieces_are_recorded_apart_for_they_write_their_own_rows(recordings):
+    replays = replay.Replays()
+    first, second = slice(0, 4), slice(4, 8)
+    assert [run(replays, rows=rows) for rows in (first, second, first, second)] == [1, 1, 100, 100]
+    assert recordings.made == 2
+
+
+def test_rows_that_are_indices_are_not_recorded(recordings):
+    replays = replay.Replays()
+    assert [run(replays, rows=torch.arange(4)) for _ in range(3)] == [1, 1, 1]
+    assert not recordings.made
+
+
+def test_a_larger_label_is_met_step_by_step_where_the_model_is_asked_for_its_classes(recordings):
+    replays = replay.Replays()
+    assert [run(replays, largest_label=label) for label in (7, 7, 5, 9, 9, 8)] == [1, 100, 100, 1, 100, 100]
+    assert recordings.made == 1
+
+    def refuses(_piece, _x_adv):
+        raise ValueError("no such class")
+
+    x_adv = on_device(torch.zeros(4, 3))
+    for _ in range(2):  # nor is it known afterwards
+        with pytest.raises(ValueError, match="no such class"):
+            replays("pgd", nn.Identity(), refuses, piece_of(4, largest_label=10), x_adv)
 
 
 def test_weights_may_change_but_not_move(recordings):
@@ -90,7 +120,7 @@ def test_old_recordings_make_room(recordings):
     for samples in range(1, 2 + replay.KEPT):
         run(replays, samples=samples), run(replays, samples=samples)
     assert recordings.made == replay.KEPT + 1
-    assert len(replays._recordings) == replay.KEPT
+    assert len(replays._known) == replay.KEPT
     assert run(replays, samples=1) == 1
 
 
@@ -153,7 +183,9 @@ ATTACKS = {
 
 
 @pytest.fixture
-def batch(cuda):
+def batch(cuda, monkeypatch):
+    """Images and labels; convolutions give equal bits every time, for a step goes by the sign of the gradient."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     torch.manual_seed(1)
     return torch.rand(8, 3, 8, 8).to(cuda), torch.randint(5, (8,)).to(cuda)
 
@@ -171,7 +203,7 @@ def test_replays_equal_the_steps_one_by_one(name, batch):
         with torch.no_grad():
             model[0].weight.mul_(1.1)
     assert not recorded._replays.refused
-    assert any(recorded._replays._recordings.values())
+    assert any(known.recording for known in recorded._replays._known.values())
 
 
 @pytest.mark.gpu
@@ -182,6 +214,35 @@ def test_a_partial_batch_between_full_ones(batch):
     for rows in (8, 8, 3, 8, 3, 3, 8):
         x, y = batch[0][:rows], batch[1][:rows]
         torch.testing.assert_close(recorded(x, y), plain(x, y), atol=1e-5, rtol=0)
+
+
+@pytest.mark.gpu
+def test_pieces_keep_to_their_own_radii_and_rows(batch):
+    model, eps = net(), torch.linspace(0, 0.2, 8).cuda()
+    recorded = PGD(model, eps=eps, steps=3, piece=3)
+    for _ in range(3):
+        x_adv = recorded(*batch)
+        assert ((x_adv - batch[0]).flatten(1).abs().amax(1) <= eps + 1e-6).all()
+        assert recorded.report.evaluations.tolist() == [3] * 8
+
+
+@pytest.mark.gpu
+def test_restarts_on_the_samples_that_are_left_keep_to_their_own_radii(batch):
+    attack = APGD(net(), norm="L1", eps=torch.linspace(0, 2, 8).cuda(), steps=10, n_restarts=3, early_stop=True)
+    for seed in range(3):
+        x_adv = attack(*batch, seed=seed)
+        assert ((x_adv - batch[0]).flatten(1).abs().sum(1) <= attack.eps * (1 + 1e-5) + 1e-6).all()
+
+
+@pytest.mark.gpu
+def test_a_label_that_the_model_lacks_is_named_though_the_attack_is_recorded(batch):
+    x, y = batch
+    attack = PGD(net(), eps=0.1, steps=2)
+    for _ in range(3):
+        attack(x, y)
+    y[2] = 5
+    with pytest.raises(InputError, match="y holds the label 5"):
+        attack(x, y)
 
 
 @pytest.mark.gpu
@@ -216,3 +277,8 @@ def test_a_model_that_waits_cannot_be_recorded_and_is_attacked_all_the_same(batc
         second = attack(*batch)
     torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
     torch.testing.assert_close(attack(*batch), first, atol=1e-5, rtol=0)
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    torch.cuda.empty_cache()
+    other = PGD(net(), eps=0.1, steps=2)
+    assert torch.equal(other(*batch), other(*batch))
+    assert not other._replays.refused
