@@ -5,15 +5,14 @@
 #include "afd/apgd_step.h"
 
 #include "cuda/launch.cuh"
-#include "cuda/pack.cuh"
 
 namespace afd::cuda {
 namespace {
 
 template <class Grad, int kWidth>
 __global__ void __launch_bounds__(kThreads) apgd_step_kernel(const ApgdStep args) {
-  using Floats = PackOf<float, kWidth>;
-  using Grads = PackOf<typename Grad::type, kWidth>;
+  using Floats = Pack<float, kWidth>;
+  using Grads = Pack<typename Grad::type, kWidth>;
   const int64_t per_sample = args.elements / kWidth, packs = args.samples * per_sample;
   for (int64_t p = first_item(); p < packs; p += item_stride()) {
     const Floats x_adv = reinterpret_cast<const Floats*>(args.x_adv)[p];

@@ -6,7 +6,6 @@
 #include "afd/apgd_update.h"
 
 #include "cuda/launch.cuh"
-#include "cuda/pack.cuh"
 
 namespace afd::cuda {
 namespace {
@@ -18,8 +17,8 @@ __global__ void __launch_bounds__(kThreads) apgd_decide_kernel(const ApgdUpdate 
 // GradWord only carries bits: an unsigned integer of the gradient's size.
 template <class GradWord, int kWidth>
 __global__ void __launch_bounds__(kThreads) apgd_move_kernel(const ApgdUpdate a) {
-  using Floats = PackOf<float, kWidth>;
-  using Grads = PackOf<GradWord, kWidth>;
+  using Floats = Pack<float, kWidth>;
+  using Grads = Pack<GradWord, kWidth>;
   auto* x_adv = reinterpret_cast<Floats*>(a.x_adv);
   auto* x_best = reinterpret_cast<Floats*>(a.x_best);
   auto* x_best_adv = reinterpret_cast<Floats*>(a.x_best_adv);

@@ -26,7 +26,7 @@ inline unsigned blocks_for(int64_t items) {
 __device__ __forceinline__ int64_t first_item() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t item_stride() { return int64_t{gridDim.x} * kThreads; }
 
-// kWidth neighbours in one access.
+// kWidth neighbours, moved by one access where they are together at most 16 bytes.
 template <class T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Pack {
   T v[kWidth];

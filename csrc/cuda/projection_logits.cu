@@ -16,11 +16,6 @@ constexpr int kGroups = kThreads / static_cast<int>(kStrip);  // of samples that
 
 unsigned warps_for(int64_t samples) { return blocks_for(samples * 32); }
 
-__device__ float warp_sum(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-  return value;
-}
-
 // body(sample, lane), a warp a sample.
 template <class Body>
 __device__ void each_sample(int64_t samples, const Body& body) {
@@ -58,11 +53,11 @@ __global__ void __launch_bounds__(kThreads) dh_kernel(const ProjectionLogitsBack
   });
 }
 
-// Block (strip, row): row 0 is w, row 1 + c is class c of e.
+// Block (row, strip): row 0 is w, row 1 + c is class c of e. Rows go first, for there a grid may be long.
 __global__ void __launch_bounds__(kThreads) gather_kernel(const ProjectionLogitsBackward args) {
   __shared__ float shares[kGroups][kStrip];
   const int column = threadIdx.x % kStrip, group = threadIdx.x / kStrip;
-  const int64_t row = blockIdx.y, j = int64_t{blockIdx.x} * kStrip + column, label = row - 1;
+  const int64_t row = blockIdx.x, j = int64_t{blockIdx.y} * kStrip + column, label = row - 1;
   const bool inside = j < args.width;
   const int64_t each = (args.samples + kGroups - 1) / kGroups;
   const int64_t end = (group + 1) * each < args.samples ? (group + 1) * each : args.samples;
@@ -80,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const ProjectionLogits
     product = static_cast<double>(sum) * static_cast<double>(weight);
   }
   product = block_sum(product);
-  if (threadIdx.x == 0) args.workspace[blockIdx.x * int64_t{gridDim.y} + row] = product;
+  if (threadIdx.x == 0) args.workspace[blockIdx.y * int64_t{gridDim.x} + row] = product;
 }
 
 // Block row: as above; block 0 makes db, too.
@@ -112,7 +107,7 @@ int projection_logits_backward(const ProjectionLogitsBackward& args, Launch laun
   const auto rows = static_cast<unsigned>(args.y ? args.classes + 1 : 1);
   dh_kernel<<<warps_for(args.samples), kThreads, 0, stream>>>(args);
   if (const cudaError_t error = cudaGetLastError()) return error;
-  gather_kernel<<<dim3(static_cast<unsigned>(strips_of(args.width)), rows), kThreads, 0, stream>>>(args);
+  gather_kernel<<<dim3(rows, static_cast<unsigned>(strips_of(args.width))), kThreads, 0, stream>>>(args);
   if (const cudaError_t error = cudaGetLastError()) return error;
   take_off_kernel<<<rows, kThreads, 0, stream>>>(args);
   return cudaGetLastError();

@@ -22,6 +22,11 @@ inline int row_threads(int64_t elements) { return elements <= 1024 ? 128 : fits_
 inline unsigned row_blocks(int64_t samples) { return static_cast<unsigned>(samples < (1 << 30) ? samples : (1 << 30)); }
 inline size_t row_memory(int64_t elements) { return fits_on_chip(elements) ? 2 * sizeof(float) * elements : 0; }
 
+__device__ inline float warp_sum(float value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
+  return value;
+}
+
 template <class T, class Join>
 __device__ T block_join(T value, const Join& join) {
   __shared__ T warps[32];

@@ -7,7 +7,7 @@
 // result does not depend on which one is the last.
 //
 // The order in which v comes first, and matrices whose products leave float's range, go one block a matrix, scaled
-// (`careful`). The counters are set to zero ahead of the launch, on its stream.
+// (`careful`). The counters are set to zero ahead of the first launch, on its stream; each launch leaves them so.
 
 #include "afd/spectral_norm.h"
 
@@ -34,11 +34,6 @@ struct Slots {
   int count;
   float eps;
 };
-
-__device__ float warp_sum(float value) {
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-  return value;
-}
 
 __device__ double squares_of(const float* vector, int64_t count) {
   return sum_of(count, [=](int64_t i) { return static_cast<double>(vector[i]) * static_cast<double>(vector[i]); });
@@ -152,7 +147,8 @@ __device__ bool last_of(unsigned* counter, int blocks) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(counter, 1u) == static_cast<unsigned>(blocks - 1);
+  const auto all_but_one = static_cast<unsigned>(blocks - 1);
+  if (threadIdx.x == 0) last = atomicInc(counter, all_but_one) == all_but_one;  // then back to 0, for the next launch
   __syncthreads();
   if (last) __threadfence();
   return last;
@@ -217,13 +213,12 @@ __global__ void __launch_bounds__(kThreads) sweep_kernel(const Slots slots, bool
     stay(slot, u, v, slots.eps);
 }
 
-cudaError_t run(const Slots& slots, int blocks, unsigned* counters, const SpectralNorm& args, cudaStream_t stream) {
+cudaError_t run(const Slots& slots, int blocks, const SpectralNorm& args, cudaStream_t stream) {
   if (!args.u_first && args.n_iter > 0) {
     careful_kernel<<<slots.count, kThreads, 0, stream>>>(slots, args.n_iter, false);
     return cudaGetLastError();
   }
   for (int i = 0; i == 0 || i < args.n_iter; ++i) {
-    if (const cudaError_t error = cudaMemsetAsync(counters, 0, sizeof(unsigned) * slots.count, stream)) return error;
     if (args.n_iter == 0)
       sweep_kernel<false><<<blocks, kThreads, 0, stream>>>(slots, false);
     else
@@ -239,6 +234,8 @@ int spectral_norm(const SpectralNorm& args, Launch launch) {
   if (const cudaError_t error = enter(launch)) return error;
   auto* counters = reinterpret_cast<unsigned*>(args.workspace);  // one a matrix, ahead of all else
   float* workspace = args.workspace + args.count;
+  if (const cudaError_t error = cudaMemsetAsync(counters, 0, sizeof(unsigned) * args.count, stream_of(launch)))
+    return error;
   for (int begin = 0; begin < args.count; begin += kMatrices) {
     Slots slots{};
     slots.eps = args.eps;
@@ -249,7 +246,7 @@ int spectral_norm(const SpectralNorm& args, Launch launch) {
       blocks += bands_of(m.rows, m.columns);
       workspace += spectral_norm_workspace(m.rows, m.columns) - 1;
     }
-    if (const cudaError_t error = run(slots, blocks, counters + begin, args, stream_of(launch))) return error;
+    if (const cudaError_t error = run(slots, blocks, args, stream_of(launch))) return error;
   }
   return cudaSuccess;
 }
