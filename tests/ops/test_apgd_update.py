@@ -319,6 +319,8 @@ def test_graph_capture_replays_an_iteration(cuda):
     x_adv, grad = torch.rand(8, 3, 32, 32, device=cuda), torch.rand(8, 3, 32, 32, device=cuda)
     state, loss = fresh(x_adv, grad), torch.rand(8, device=cuda)
     fooled = torch.zeros(8, dtype=torch.bool, device=cuda)
+    others = fresh(x_adv, grad)
+    ops.apgd_update_(x_adv, grad, loss, fooled, **others, interval=2)  # kernels are loaded by their first launch
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), backend.use("native"):
         ops.apgd_update_(x_adv, grad, loss, fooled, **state, interval=2)
