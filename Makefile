@@ -1,11 +1,12 @@
-# Two commands matter: `make demo` and `make test`. Each makes its own environment (.venv) from constraints.txt first.
+# Two commands matter: `make demo` and `make test`. Each makes its own environment (.venv) from constraints.txt first;
+# `make gpu` takes the Python that is there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test test-slow test-gpu sanitize lint format bench clean
+.PHONY: demo test test-slow test-gpu sanitize lint format bench gpu wheels clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -43,6 +44,20 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m afd.bench.kernels
+
+# A day on a GPU, with nothing fetched: make gpu STAGES=1,2,3 BUDGET=580 DATA=folder WHEELS=build/wheels OUT=folder
+OUT ?= build/gpu
+STAGES ?= 1,2,3,4,5,6
+BUDGET ?= 1740
+COMMIT ?= $(shell git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null)
+GPU_DAY := PYTHONPATH="$(CURDIR)/benchmarks$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m
+
+gpu:
+	$(GPU_DAY) gpu_day --stages "$(STAGES)" --budget "$(BUDGET)" --out "$(OUT)" --commit "$(COMMIT)" \
+		$(if $(DATA),--data "$(DATA)") $(if $(WHEELS),--wheels "$(WHEELS)")
+
+wheels:
+	$(GPU_DAY) gpu_day.wheels build/wheels
 
 clean:
 	rm -rf $(VENV) build afd/*.so *.egg-info demo

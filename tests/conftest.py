@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
 # Kernels and thread pools warm up at their first call, so the time of one example says nothing.
 settings.register_profile("afd", deadline=None, max_examples=40, print_blob=True)
-settings.load_profile("afd")
+settings.register_profile("brief", settings.get_profile("afd"), max_examples=3)  # where each example takes long
+settings.load_profile(os.environ.get("AFD_HYPOTHESIS", "afd"))
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
