@@ -1,7 +1,7 @@
 """Children that end in time: a command in a process group of its own, and nothing of it left behind.
 
 A child whose time is over is first interrupted (pytest then writes its report, `afd train` its checkpoint), then
-killed. Processes that it started are found by a mark in their environment, whatever group or session they have moved to.
+killed. What it started itself is found by a mark in the environment, whatever group or session it has moved to.
 """
 
 from __future__ import annotations
