@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,7 @@ STAGES = {stage.number: stage for stage in (build.stage(), checks.stage(), *benc
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a day; returns 0, 1 where a step failed, 2 where it could not begin, 130 or 143 where it was stopped."""
     options = parser().parse_args(arguments)
-    stopped, signals = threading.Event(), []
+    begin, stopped, signals = time.monotonic(), threading.Event(), []
 
     def stop(number: int, frame: FrameType | None) -> None:
         del frame
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if 1 not in words and not build.up_to_date(setting):
             print("stage 1 is added: the module in this checkout was not built here from these sources")
             words = {1: "", **words}
-        status = Day(setting, [STAGES[number] for number in words], words, budget, said, stopped).run()
+        left = budget - (time.monotonic() - begin)  # the first import of torch can take a minute
+        status = Day(setting, [STAGES[number] for number in words], words, left, said, stopped).run()
     except (ChoiceError, MachineError, FileNotFoundError, NotADirectoryError) as error:
         print(f"make gpu: {error}", file=sys.stderr)
         return 2

@@ -76,26 +76,30 @@ def run_all(
         workers: children at a time.
         stopped: ends all children once it is set.
     """
-    stopped = stopped or threading.Event()
+    stop, now = stopped or threading.Event(), time.monotonic()
+    times = (until - min(GRACE, (until - now) / 5), until)
     logs.mkdir(parents=True, exist_ok=True)
 
     def one(command: Command) -> Exit:
-        assert stopped is not None
         log = logs / f"{command.name}.log"
-        if stopped.is_set() or time.monotonic() >= until:
+        if stop.is_set() or time.monotonic() >= times[0]:
             return Exit(command, log, None, 0.0, timed_out=True)
-        return run(command, until, log, {**environment, **command.extra}, root, stopped)
+        return run(command, times, log, {**environment, **command.extra}, root, stop)
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(one, commands))
 
 
 def run(
-    command: Command, until: float, log: Path, environment: Mapping[str, str], root: Path, stopped: threading.Event
+    command: Command,
+    times: tuple[float, float],
+    log: Path,
+    environment: Mapping[str, str],
+    root: Path,
+    stopped: threading.Event,
 ) -> Exit:
-    """Runs one command with its output in `log`; see `run_all`."""
+    """Runs one command with its output in `log`; `times` are when it is interrupted and when killed. See `run_all`."""
     begin, mark = time.monotonic(), uuid.uuid4().hex
-    grace = min(GRACE, (until - begin) / 5)
     with log.open("wb") as stream:
         stream.write(f"$ {' '.join(command.words)}\n".encode())
         stream.flush()
@@ -108,10 +112,10 @@ def run(
             stream.write(f"cannot be started: {error}\n".encode())
             return Exit(command, log, None, time.monotonic() - begin)
         try:
-            over = not _ends(process, until - grace, stopped)
+            over = not _ends(process, times[0], stopped)
             if over:
                 _signal(process.pid, signal.SIGINT)
-                _ends(process, until, threading.Event())
+                _ends(process, times[1], threading.Event())
         finally:
             _sweep(process, mark)
     return Exit(command, log, process.returncode, time.monotonic() - begin, timed_out=over)

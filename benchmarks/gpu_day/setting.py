@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.machinery
 import json
 import os
@@ -97,6 +98,7 @@ class Setting:
 
     def has(self, module: str) -> bool:
         """Whether children can import a top-level module."""
+        importlib.invalidate_caches()
         paths = [*self.environment["PYTHONPATH"].split(os.pathsep), *sys.path]
         return importlib.machinery.PathFinder.find_spec(module, [path for path in paths if path]) is not None
 
@@ -127,8 +129,7 @@ def environment(root: Path, work: Path, data: Path | None, given: Mapping[str, s
     found["PATH"] = os.pathsep.join([*known, *(path for path in programs if path not in known)])
     packages = [str(root), str(work / "site"), *found.get("PYTHONPATH", "").split(os.pathsep)]
     found["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in packages if path))
-    home = found.get("HOME", "")
-    if not home or not os.access(home, os.W_OK):
+    if not _writable(found.get("HOME", "")):
         found["HOME"] = str(work / "home")
     temporary = tempfile.gettempdir()  # the first that can be written; the current directory at last
     found["TMPDIR"] = str(work / "tmp") if Path(temporary) == Path.cwd() else temporary
@@ -143,6 +144,15 @@ def environment(root: Path, work: Path, data: Path | None, given: Mapping[str, s
     for name in ("HOME", "TMPDIR", *caches):
         Path(found[name]).mkdir(parents=True, exist_ok=True)
     return found
+
+
+def _writable(folder: str) -> bool:
+    """By trying: a superuser is told that everything may be written, a read-only disk included."""
+    try:
+        with tempfile.TemporaryFile(dir=folder or "/nonexistent"):
+            return True
+    except OSError:
+        return False
 
 
 def machine(environment: Mapping[str, str], root: Path) -> Machine:
