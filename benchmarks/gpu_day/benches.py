@@ -94,7 +94,7 @@ def commands(bench: Bench, box: Box) -> list[Command]:
 
 
 def read(box: Box, exits: Sequence[Exit]) -> Findings:
-    """How many times as fast as the others ours is, or, where nothing of ours is named, medians."""
+    """The median of everything that was timed; the benchmark's own table, in the log, says more."""
     found: dict[str, Any] = {}
     for exit_ in exits:
         document = readers.read_json(box.folder / f"{exit_.command.name}.json")
