@@ -11,7 +11,7 @@ from typing import Any
 from gpu_day import readers
 from gpu_day.child import Command, Exit
 from gpu_day.setting import Setting
-from gpu_day.steps import Box, Findings, Stage, Step
+from gpu_day.steps import AFD, Box, Findings, Stage, Step
 
 PEERS = "eager,eager-tf32,eager-bf16,compile,torchattacks,foolbox,pyautoattack"
 
@@ -82,7 +82,7 @@ def stages() -> tuple[Stage, ...]:
 def steps(number: int, setting: Setting) -> Sequence[Step]:
     """A step a benchmark."""
     return [
-        Step(bench.name, partial(commands, bench), bench.share, modules=("tyro", *bench.modules), read=read)
+        Step(bench.name, partial(commands, bench), bench.share, modules=(*AFD, *bench.modules), read=read)
         for bench in (ON_GPU if setting.machine.gpu else ON_CPU)[number]
     ]
 

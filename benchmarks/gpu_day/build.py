@@ -16,7 +16,7 @@ from pathlib import Path
 
 from gpu_day.child import Command, Exit
 from gpu_day.setting import Setting
-from gpu_day.steps import Box, Findings, Stage, Step
+from gpu_day.steps import AFD, Box, Findings, Stage, Step
 
 SOURCES = ("csrc/**/*", "CMakeLists.txt")
 
@@ -28,11 +28,17 @@ def stage() -> Stage:
 
 def steps(setting: Setting) -> Sequence[Step]:
     """Configure and compile, unless the module is what these sources give; then ask it."""
-    info = Step("info", lambda _: [Command("info", (sys.executable, "-m", "afd", "info"))], share=1, read=read_info)
+    info = Step("info", told, share=1, modules=AFD, read=read_info)
     if up_to_date(setting):
         return [info]
     tools = ("cmake", "c++", *(("nvcc",) if setting.machine.gpu else ()))
     return [Step("compile", compiled, share=9, modules=("pybind11",), tools=tools, read=read_build), info]
+
+
+def told(box: Box) -> list[Command]:
+    """What the installation says of itself."""
+    del box
+    return [Command("info", (sys.executable, "-m", "afd", "info"))]
 
 
 def compiled(box: Box) -> list[Command]:

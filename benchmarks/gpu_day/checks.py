@@ -10,7 +10,7 @@ from gpu_day.child import Command, Exit
 from gpu_day.pytests import files, gpu_files, in_files, read_tests, slow_files
 from gpu_day.sanitizers import sanitized
 from gpu_day.setting import Setting
-from gpu_day.steps import Box, Findings, Stage, Step
+from gpu_day.steps import TESTS, Box, Findings, Stage, Step
 
 FEW = ("tests/ops/test_pgd_step.py", "tests/ops/test_apgd_step.py", "tests/test_structure.py")  # for a small CPU
 
@@ -22,7 +22,7 @@ def stage() -> Stage:
 
 def steps(setting: Setting) -> Sequence[Step]:
     """All of it; without a GPU, a few tests and what can be said without one."""
-    tests = partial(Step, modules=("pytest", "hypothesis"), read=read_tests)
+    tests = partial(Step, modules=TESTS, read=read_tests)
     threads, small = max(1, setting.machine.cores // 2), not setting.machine.gpu
     return [
         tests("tests-gpu", partial(in_files, "gpu", gpu_files(setting)), share=4, gpu=True, workers=min(4, threads)),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpu_day import pytests, readers
 from gpu_day.child import Command, Exit
-from gpu_day.steps import Box, Findings, Step
+from gpu_day.steps import TESTS, Box, Findings, Step
 
 KERNELS = ("tests/ops/*.py", "tests/nn/test_spectral*.py")  # what is watched
 OURS = "afd"  # in the mangled name of every kernel of ours
@@ -26,7 +26,7 @@ INTERRUPTED = 2  # pytest's exit status
 def sanitized(tool: str, share: float) -> Step:
     """The kernels' GPU tests under one tool of compute-sanitizer, preceded by a program with a planted error."""
     return Step(
-        tool, partial(watched, tool), share=share, modules=("pytest", "hypothesis"),
+        tool, partial(watched, tool), share=share, modules=TESTS,
         tools=("compute-sanitizer", "nvcc"), gpu=True, read=partial(read_sanitized, tool), workers=4,
     )  # fmt: skip
 

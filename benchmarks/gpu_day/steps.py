@@ -13,6 +13,9 @@ from gpu_day.setting import Setting
 OK, FAILED, TIMED_OUT, MISSING, NO_GPU = "ok", "failed", "timed out", "missing", "no GPU"
 UNFINISHED = "unfinished"  # what a step is written down as before it runs, and stays if the day is cut off
 
+AFD = ("numpy", "matplotlib", "rich", "tensorboard", "tyro", "docstring_parser")  # what afd imports, besides torch
+TESTS = (*AFD, "pytest", "hypothesis", "sklearn")  # and its tests
+
 
 @dataclass(frozen=True)
 class Findings:

@@ -16,14 +16,14 @@ from pathlib import Path
 from gpu_day import readers
 from gpu_day.child import Command, Exit
 from gpu_day.setting import Setting
-from gpu_day.steps import Box, Findings, Stage, Step
+from gpu_day.steps import AFD, Box, Findings, Stage, Step
 
 METHODS = {
     "wgan": "--method afd --loss wgan",
     "natural": "--method natural",
     "dcgan": "--method afd --loss dcgan",
 }
-PROTOCOLS = (("quick", 0.5, ("tyro",)), ("autoattack", 0.9, ("tyro", "foolbox", "pyautoattack")))
+PROTOCOLS = (("quick", 0.5, ()), ("autoattack", 0.9, ("foolbox", "eagerpy", "pyautoattack")))
 START = 15.0  # seconds to import, load data and save
 SAFETY = 0.85  # of the time is planned
 
@@ -70,20 +70,21 @@ def steps(setting: Setting) -> list[Step]:
     """Per data set: paces, runs, evaluations; AFD before the natural run that it is compared with."""
     found = []
     for task in tasks(setting):
+        needs = (*AFD, "sklearn") if task.data == "digits" else AFD
         if task.data == "cifar10" and packed_cifar(setting):
             found.append(Step("cifar10-unpack", unpacking, share=0.5, modules=("numpy", "PIL")))
         found += [
-            Step(f"{task.data}-pace", partial(paces, task), 1.0 * task.share, modules=("tyro",), read=read_pace),
+            Step(f"{task.data}-pace", partial(paces, task), 1.0 * task.share, modules=needs, read=read_pace),
             *(
                 Step(f"{task.data}-{method}", partial(training, task, method),
-                     (0.6 if method == "natural" else 2.4) * task.share, modules=("tyro", "tensorboard"),
+                     (0.6 if method == "natural" else 2.4) * task.share, modules=needs,
                      read=partial(read_training, task))
                 for method in METHODS
             ),
             *(
                 Step(f"{task.data}-{method}-{protocol}", partial(evaluation, task, method, protocol),
-                     share * task.share, modules=modules, read=partial(read_evaluation, task))
-                for protocol, share, modules in PROTOCOLS for method in METHODS
+                     share * task.share, modules=(*needs, *others), read=partial(read_evaluation, task))
+                for protocol, share, others in PROTOCOLS for method in METHODS
             ),
         ]  # fmt: skip
     return found

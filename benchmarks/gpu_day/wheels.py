@@ -54,7 +54,10 @@ def download(name: str, folder: Path, constraints: Path) -> bool:
         "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder), "--python-version", "3.11",
         "--implementation", "py", "--abi", "none", "--platform", "any", name,
     )  # fmt: skip
-    return any(_pip([*fitting, *bound], os.environ) == 0 for bound in (["--constraint", str(constraints)], []))
+    if _pip([*fitting, "--constraint", str(constraints)], os.environ) == 0:
+        return True
+    print(f"{name}: its version in {constraints} does not fit every machine; taking the newest that does")
+    return _pip(fitting, os.environ) == 0
 
 
 def lighten(wheel: Path) -> None:

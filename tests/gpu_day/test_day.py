@@ -17,7 +17,7 @@ import pytest
 from gpu_day import report
 from gpu_day.choice import ChoiceError
 from gpu_day.day import Day
-from gpu_day.steps import Findings
+from gpu_day.steps import AFD, Findings
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -207,3 +207,13 @@ def test_the_archive_leaves_weights_and_large_files_behind(make_setting):
     report.archive(setting.results, setting.work / "results.tar.gz")
     with tarfile.open(setting.work / "results.tar.gz") as tar:
         assert tar.getnames() == ["results/6-training/mnist/log.jsonl"]
+
+
+def test_what_afd_imports_is_what_its_steps_ask_for():
+    """A package that `import afd` needs and nobody asked for would fail every step instead of being named."""
+    code = "import sys; import afd.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=BENCHMARKS.parent, capture_output=True, text=True, check=True
+    )
+    others = {"numpy", "matplotlib", "pooch", "rich", "sklearn", "tensorboard", "tyro", "docstring_parser", "foolbox"}
+    assert set(AFD) == others & set(ran.stdout.split())
