@@ -23,7 +23,7 @@ METHODS = {
     "natural": "--method natural",
     "dcgan": "--method afd --loss dcgan",
 }
-PROTOCOLS = (("quick", 0.5, ()), ("autoattack", 0.9, ("foolbox", "eagerpy", "pyautoattack")))
+PROTOCOLS = (("quick", 1.0, ()), ("autoattack", 2.0, ("foolbox", "eagerpy", "pyautoattack")))
 START = 15.0  # seconds to import, load data and save
 SAFETY = 0.85  # of the time is planned
 
@@ -67,26 +67,23 @@ def stage() -> Stage:
 
 
 def steps(setting: Setting) -> list[Step]:
-    """Per data set: paces, runs, evaluations; AFD before the natural run that it is compared with."""
-    found = []
+    """Per data set: paces, runs, and the evaluations of all runs side by side (only their time suffers)."""
+    found, together = [], len(METHODS) if setting.machine.gpu else 1
     for task in tasks(setting):
         needs = (*AFD, "sklearn") if task.data == "digits" else AFD
         if task.data == "cifar10" and packed_cifar(setting):
             found.append(Step("cifar10-unpack", unpacking, share=0.5, modules=("numpy", "PIL")))
-        found += [
-            Step(f"{task.data}-pace", partial(paces, task), 1.0 * task.share, modules=needs, read=read_pace),
-            *(
-                Step(f"{task.data}-{method}", partial(training, task, method),
-                     (0.6 if method == "natural" else 2.4) * task.share, modules=needs,
-                     read=partial(read_training, task))
-                for method in METHODS
-            ),
-            *(
-                Step(f"{task.data}-{method}-{protocol}", partial(evaluation, task, method, protocol),
-                     share * task.share, modules=(*needs, *others), read=partial(read_evaluation, task))
-                for protocol, share, others in PROTOCOLS for method in METHODS
-            ),
-        ]  # fmt: skip
+        found.append(Step(f"{task.data}-pace", partial(paces, task), task.share, modules=needs, read=read_pace))
+        for method in METHODS:
+            share = task.share * (0.6 if method == "natural" else 2.4)
+            read = partial(read_training, task)
+            found.append(
+                Step(f"{task.data}-{method}", partial(training, task, method), share, modules=needs, read=read)
+            )
+        for protocol, share, others in PROTOCOLS:
+            made, read = partial(evaluations, task, protocol), partial(read_evaluations, task)
+            modules, share = (*needs, *others), task.share * share
+            found.append(Step(f"{task.data}-{protocol}", made, share, modules=modules, read=read, workers=together))
     return found
 
 
@@ -199,27 +196,42 @@ def read_training(task: Task, box: Box, exits: Sequence[Exit]) -> Findings:
     return Findings({**figures, **noted(task)})
 
 
-def evaluation(task: Task, method: str, protocol: str, box: Box) -> list[Command]:
-    """`afd evaluate` on the first test images, with the best checkpoint there is."""
-    run = run_folder(box.setting, task, method)
-    checkpoint = run / "best.pt" if (run / "best.pt").is_file() else run / "last.pt"
+def evaluations(task: Task, protocol: str, box: Box) -> list[Command]:
+    """`afd evaluate` on the first test images, with the best checkpoint of each run that left one."""
     count = str(task.hard if protocol == "autoattack" else task.quick)
-    return [
-        Command(protocol, (sys.executable, "-m", "afd", "evaluate", str(checkpoint), "--protocol", protocol, "--images",
-                           count, "--device", box.setting.device, "--out", str(box.folder / "report"), "--overwrite"))
-    ]  # fmt: skip
+    found = []
+    for method in METHODS:
+        run = run_folder(box.setting, task, method)
+        if checkpoint := next((path for path in (run / "best.pt", run / "last.pt") if path.is_file()), None):
+            asked = ("--protocol", protocol, "--images", count, "--device", box.setting.device)
+            words = ("evaluate", str(checkpoint), *asked, "--out", str(box.folder / method))
+            found.append(Command(method, (sys.executable, "-m", "afd", *words)))
+    return found
 
 
-def read_evaluation(task: Task, box: Box, exits: Sequence[Exit]) -> Findings:
+def read_evaluations(task: Task, box: Box, exits: Sequence[Exit]) -> Findings:
     """Clean accuracy, the worst case over all attacks, and whether the figures can be believed."""
-    results = readers.read_json(box.folder / "report" / "results.json")
-    if not results:
-        return Findings(problems=["there is no results.json"] if any(exit_.well for exit_ in exits) else [])
-    worst = {f"worst case {norm} {eps}": f"{accuracy:.2%}" for norm, of in results["worst_case"].items()
-             for eps, accuracy in of.items()}  # fmt: skip
-    images = task.hard if box.folder.name.endswith("autoattack") else task.quick
-    told = {"clean": f"{results['clean']:.2%}", **worst, "first test images": images, "checks": results["verdict"]}
-    return Findings({**told, **noted(task)})
+    if not exits:
+        return Findings(missing="no run has left a checkpoint")
+    figures: dict[str, str] = {}
+    problems = []
+    for exit_ in exits:
+        method = exit_.command.name
+        results = readers.read_json(box.folder / method / "results.json")
+        if results:
+            worst = [
+                f"{accuracy:.2%} at {eps} {norm}"
+                for norm, of in results["worst_case"].items()
+                for eps, accuracy in of.items()
+            ]
+            images = exit_.command.words[exit_.command.words.index("--images") + 1]
+            figures[method] = (
+                f"clean {results['clean']:.2%}, worst case {', '.join(worst)} (first {images} test images; "
+                f"checks: {results['verdict']})"
+            )
+        elif exit_.well:
+            problems.append(f"{method} left no results.json")
+    return Findings({**figures, **noted(task)}, problems)
 
 
 def noted(task: Task) -> dict[str, str]:

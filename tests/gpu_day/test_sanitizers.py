@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 from gpu_day import sanitizers
 from gpu_day.child import Command, Exit
 from gpu_day.steps import Box
 
+ROOT = Path(__file__).parents[2]
 CLEAN, ERRORS = "========= ERROR SUMMARY: 0 errors\n", "========= ERROR SUMMARY: 2 errors\n"
 
 
@@ -53,13 +57,24 @@ def test_a_machine_that_the_tool_does_not_support_is_no_failure(verdict):
 
 
 def test_only_kernels_are_watched_with_few_examples(make_setting, tmp_path):
-    from pathlib import Path
-
     setting = make_setting(gpu="NVIDIA H100")
-    setting = type(setting)(**{**vars(setting), "root": Path(__file__).parents[2]})
+    setting = type(setting)(**{**vars(setting), "root": ROOT})
     planted, *files = sanitizers.watched("memcheck", Box(setting, tmp_path, 60))
     assert "planted.cu" in planted.words[-1]
     assert {"ops-pgd_step", "ops-spectral_norm"} <= {command.name for command in files}
     assert not [command.name for command in files if command.name.startswith(("training", "attacks"))]
     assert all(command.extra["AFD_HYPOTHESIS"] == "brief" for command in files)
     assert all("kns=afd" in command.words for command in files)
+
+
+def test_kernel_tests_that_capture_say_so_in_their_names():
+    """They are left out by name: memcheck runs without torch's pool, and no graph can be captured without it."""
+    functions = [
+        node
+        for path in (ROOT / "tests" / "ops").glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    capturing = [node.name for node in functions if "CUDAGraph" in ast.unparse(node)]
+    assert len(capturing) > 5
+    assert [name for name in capturing if "graph" not in name] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 import pytest
@@ -74,18 +75,24 @@ def test_the_pace_that_was_measured_sets_the_epochs(make_setting, data):
     assert understood(TrainConfig, step.commands(replace(box, seconds=1e6))[0]).epochs == 20
 
 
-def test_the_last_checkpoint_is_evaluated_where_there_is_no_best(make_setting, data):
+def test_what_the_runs_left_is_evaluated_the_best_where_there_is_one(make_setting, data):
     setting = make_setting(gpu="NVIDIA H100", data=data)
     steps = {step.name: step for step in training.steps(setting)}
-    run = setting.results / "6-training" / "cifar10-natural" / "run"
-    run.mkdir(parents=True)
-    box = Box(setting, setting.results / "6-training" / "cifar10-natural-autoattack", 60)
-    asked = understood(EvaluateConfig, steps["cifar10-natural-autoattack"].commands(box)[0])
-    assert asked.model == str(run / "last.pt")
-    assert (asked.protocol, asked.images, asked.overwrite) == ("autoattack", 256, True)
-    (run / "best.pt").touch()
-    asked = understood(EvaluateConfig, steps["cifar10-natural-quick"].commands(box)[0])
-    assert (asked.model, asked.images) == (str(run / "best.pt"), 1000)
+    box = Box(setting, setting.results / "6-training" / "cifar10-autoattack", 60)
+    assert steps["cifar10-autoattack"].commands(box) == []
+    assert "no run" in steps["cifar10-autoattack"].read(box, []).missing
+    for run, names in (("natural", ["last.pt", "best.pt"]), ("dcgan", ["last.pt"])):
+        for name in names:
+            path = setting.results / "6-training" / f"cifar10-{run}" / "run" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    asked = [understood(EvaluateConfig, command) for command in steps["cifar10-autoattack"].commands(box)]
+    assert [Path(config.model).parts[-3:] for config in asked] == [
+        ("cifar10-natural", "run", "best.pt"),
+        ("cifar10-dcgan", "run", "last.pt"),
+    ]
+    assert {(config.protocol, config.images, config.device) for config in asked} == {("autoattack", 256, "cuda")}
+    assert {understood(EvaluateConfig, one).images for one in steps["cifar10-quick"].commands(box)} == {1000}
 
 
 def test_a_jpeg_copy_is_unpacked_and_named_beside_every_figure(make_setting, tmp_path):
@@ -123,8 +130,17 @@ def test_figures_are_read_from_what_a_run_left(make_setting, tmp_path):
         "epochs": "3 of 4", "images/s": 1234, "validation natural": "91.00%", "validation PGD-20": "80.00%",
         "note": training.DIGITS.note,
     }  # fmt: skip
-    box = Box(box.setting, tmp_path / "digits-wgan-autoattack", 60)
+
+
+def test_evaluations_are_read_run_by_run(make_setting, tmp_path):
+    box = Box(make_setting(), tmp_path, 60)
     results = {"clean": 0.9, "worst_case": {"Linf": {"0.2": 0.5}}, "verdict": "pass"}
-    write_json(box.folder / "report" / "results.json", results)
-    figures = training.read_evaluation(training.MNIST, box, exits).figures
-    assert figures == {"clean": "90.00%", "worst case Linf 0.2": "50.00%", "first test images": 256, "checks": "pass"}
+    write_json(box.folder / "wgan" / "results.json", results)
+    commands = [Command(method, ("afd", "--images", "256")) for method in ("wgan", "dcgan", "natural")]
+    exits = [Exit(commands[0], tmp_path, 0, 1.0), Exit(commands[1], tmp_path, 0, 1.0)]
+    exits.append(Exit(commands[2], tmp_path, None, 1.0, timed_out=True))
+    found = training.read_evaluations(training.MNIST, box, exits)
+    assert found.figures == {
+        "wgan": "clean 90.00%, worst case 50.00% at 0.2 Linf (first 256 test images; checks: pass)"
+    }
+    assert found.problems == ["dcgan left no results.json"]
