@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from gpu_day import readers
 from gpu_day.child import Command, Exit
@@ -95,10 +94,11 @@ def commands(bench: Bench, box: Box) -> list[Command]:
 
 def read(box: Box, exits: Sequence[Exit]) -> Findings:
     """The median of everything that was timed; the benchmark's own table, in the log, says more."""
-    found: dict[str, Any] = {}
+    found: dict[str, str] = {}
     for exit_ in exits:
-        document = readers.read_json(box.folder / f"{exit_.command.name}.json")
-        if exit_.well and not document.get("seconds"):
-            return Findings(problems=[f"{exit_.command.name} ended well, but its JSON file holds no seconds"])
-        found |= {path: f"{seconds * 1e3:.4g} ms" for path, seconds in readers.medians(document).items()}
+        medians = readers.medians(readers.read_json(box.folder / f"{exit_.command.name}.json"))
+        if exit_.well and not any(medians.values()):
+            return Findings(problems=[f"{exit_.command.name} ended well, but its JSON file holds no times"])
+        for case, times in medians.items():
+            found[case] = ", ".join(f"{who} {seconds * 1e3:.4g} ms" for who, seconds in times.items())
     return Findings(found)

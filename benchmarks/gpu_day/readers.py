@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +56,12 @@ def ptxas(text: str) -> list[dict[str, Any]]:
     return list(kernels.values())
 
 
-def medians(document: dict[str, Any]) -> dict[str, float]:
-    """The median seconds of everything that a benchmark timed, by its path in the JSON."""
-    return {" / ".join(path): timing["p50"] for path, timing in _timings(document.get("seconds", {}), ())}
-
-
-def _timings(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, float]]]:
-    if not isinstance(node, dict):
-        return
-    if isinstance(node.get("p50"), (int, float)):
-        yield path, node
-        return
-    for name, inner in node.items():
-        yield from _timings(inner, (*path, name) if name not in {"libraries", "seconds", "times"} else path)
+def medians(document: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The median seconds of every candidate that `afd bench` timed, by case."""
+    return {
+        name: {who: one["seconds"]["p50"] for who, one in case["candidates"].items() if one["seconds"]}
+        for name, case in document.get("cases", {}).items()
+    }
 
 
 def epochs(log: Path) -> list[dict[str, Any]]:

@@ -61,11 +61,11 @@ def test_sanitizers(tmp_path, text, errors):
     assert readers.sanitizer_errors(tmp_path / "log") == errors
 
 
-def test_medians_of_nested_results():
+def test_medians_of_a_benchmark():
     timing = {"p20": 1.0, "p50": 2.0, "p80": 3.0}
-    document = {"seconds": {"PGD-10 Linf": {"request": {"steps": 10}, "libraries": {"afd": {"seconds": timing}}}}}
-    assert readers.medians(document) == {"PGD-10 Linf / afd": 2.0}
-    assert readers.medians({"seconds": {"whole": {"afd": timing}}}) == {"whole / afd": 2.0}
+    candidates = {"afd": {"seconds": timing, "figures": {}}, "untimed": {"seconds": None, "figures": {"bytes": 3}}}
+    document = {"format": "afd-bench", "cases": {"PGD-10 Linf": {"settings": {}, "candidates": candidates}}}
+    assert readers.medians(document) == {"PGD-10 Linf": {"afd": 2.0}}
     assert readers.medians({}) == {}
 
 
