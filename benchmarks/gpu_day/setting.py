@@ -149,8 +149,8 @@ def environment(root: Path, work: Path, data: Path | None, given: Mapping[str, s
 def _writable(folder: str) -> bool:
     """By trying: a superuser is told that everything may be written, a read-only disk included."""
     try:
-        with tempfile.TemporaryFile(dir=folder or "/nonexistent"):
-            return True
+        with tempfile.TemporaryFile(dir=folder):
+            return folder != ""
     except OSError:
         return False
 

@@ -22,7 +22,7 @@ def test_every_cache_is_a_folder_in_the_work_folder(tmp_path):
     assert found["MPLBACKEND"] == "Agg"
 
 
-@pytest.mark.parametrize("home", [None, "", "/nonexistent", "/proc"])
+@pytest.mark.parametrize("home", [None, "", "/absent/home", "/proc"])
 def test_a_home_that_cannot_be_written_is_replaced(tmp_path, home):
     found = environment(
         tmp_path, tmp_path / "work", None, {"PATH": "/usr/bin"} | ({} if home is None else {"HOME": home})
@@ -75,7 +75,7 @@ def test_tools_are_found_in_a_toolkit_that_is_not_on_the_path(make_setting, tmp_
     tool.touch(mode=0o755)
     setting = make_setting(given={**os.environ, "CUDA_HOME": str(tmp_path / "toolkit")})
     assert setting.tool(tool.name) == str(tool)
-    assert make_setting(given={**os.environ, "CUDA_HOME": "/nowhere"}).tool(tool.name) is None
+    assert make_setting(given={**os.environ, "CUDA_HOME": "/absent/toolkit"}).tool(tool.name) is None
 
 
 def test_tools_are_found_beside_an_nvcc_that_is_a_link(make_setting, tmp_path):
