@@ -41,7 +41,8 @@ def _attacks(model: str, batch: int, rounds: int, attacks: str = "pgd,apgd") -> 
 
 ON_GPU = {
     3: (
-        Bench("kernels", "kernels --rounds 100", share=2),
+        Bench("kernels-cifar", "kernels --sizes cifar --rounds 100", share=2),
+        Bench("kernels-imagenet", "kernels --sizes imagenet --rounds 60", share=2),
         Bench("discriminator", "discriminator --rounds 200"),
     ),
     4: (
@@ -58,7 +59,7 @@ ON_GPU = {
 }  # fmt: skip
 ON_CPU = {
     3: (
-        Bench("kernels", "kernels --rounds 2", share=2),
+        Bench("kernels-cifar", "kernels --sizes cifar --ops pgd_step,spectral_norm --rounds 2", share=2),
         Bench("discriminator", "discriminator --rounds 2"),
     ),
     4: (

@@ -138,7 +138,7 @@ def environment(root: Path, work: Path, data: Path | None, given: Mapping[str, s
         "TRITON_CACHE_DIR": "triton", "CUDA_CACHE_PATH": "cuda", "TORCH_HOME": "torch",
     }  # fmt: skip
     found |= {name: str(work / "cache" / folder) for name, folder in caches.items()}
-    found |= {"MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+    found |= {"MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "COLUMNS": "160"}
     found |= {} if data is None else {"AFD_DATA_ROOT": str(data)}
     found.setdefault("USER", "afd")  # asked for by torch's compiler, of whom the password file may know nothing
     for name in ("HOME", "TMPDIR", *caches):
@@ -148,9 +148,11 @@ def environment(root: Path, work: Path, data: Path | None, given: Mapping[str, s
 
 def _writable(folder: str) -> bool:
     """By trying: a superuser is told that everything may be written, a read-only disk included."""
+    if not folder:
+        return False
     try:
         with tempfile.TemporaryFile(dir=folder):
-            return folder != ""
+            return True
     except OSError:
         return False
 
