@@ -1,4 +1,4 @@
-"""Builds afd/_C with CMake. Settings come from the environment: AFD_CUDA, AFD_CUDA_ARCHITECTURES, AFD_SANITIZE."""
+"""Builds afd/_C with CMake. Settings come from the environment (README, Build)."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-SETTINGS = ("AFD_CUDA", "AFD_CUDA_ARCHITECTURES", "AFD_SANITIZE")
+SETTINGS = ("AFD_CUDA", "AFD_CUDA_ARCHITECTURES", "AFD_SANITIZE", "AFD_WERROR")
 
 
 class CMakeBuild(build_ext):
