@@ -11,6 +11,7 @@
 
 #include "afd/apgd_step.h"
 #include "afd/apgd_update.h"
+#include "afd/load_batch.h"
 #include "afd/pgd_step.h"
 #include "afd/project.h"
 #include "afd/projection_logits.h"
@@ -126,6 +127,24 @@ afd::ApgdUpdate apgd_update_args(Address x_adv, Address grad, Address loss, Addr
           elements,
           checkpoint,
           most_increases};
+}
+
+afd::LoadBatch load_batch_args(Address pixels, Address index, Address draws, Address out, int64_t images,
+                               int64_t samples, int64_t channels, int64_t height, int64_t width, float scale,
+                               int64_t padding, bool flip, bool channels_last) {
+  return {pointer<const uint8_t>(pixels),
+          pointer<const int64_t>(index),
+          pointer<const int64_t>(draws),
+          pointer<float>(out),
+          images,
+          samples,
+          channels,
+          height,
+          width,
+          scale,
+          padding,
+          flip,
+          channels_last};
 }
 
 afd::SpectralLinear spectral_linear_args(Address out, Address bias, Address sigma, int64_t samples, int64_t rows,
@@ -249,6 +268,7 @@ void bind_cpu(py::module_ cpu) {
   bind(cpu, "random_start", random_start_args, afd::cpu::random_start, place);
   bind(cpu, "apgd_step", apgd_step_args, afd::cpu::apgd_step, place);
   bind(cpu, "apgd_update", apgd_update_args, afd::cpu::apgd_update, place);
+  bind(cpu, "load_batch", load_batch_args, afd::cpu::load_batch, place);
   bind(cpu, "spectral_linear", spectral_linear_args, afd::cpu::spectral_linear, place);
   bind(cpu, "spectral_linear_backward", spectral_linear_backward_args, afd::cpu::spectral_linear_backward, place);
   bind(cpu, "projection_logits", projection_logits_args, afd::cpu::projection_logits, place);
@@ -268,6 +288,7 @@ void bind_cuda(py::module_ cuda) {
   bind(cuda, "random_start", random_start_args, afd::cuda::random_start, place);
   bind(cuda, "apgd_step", apgd_step_args, afd::cuda::apgd_step, place);
   bind(cuda, "apgd_update", apgd_update_args, afd::cuda::apgd_update, place);
+  bind(cuda, "load_batch", load_batch_args, afd::cuda::load_batch, place);
   bind(cuda, "spectral_linear", spectral_linear_args, afd::cuda::spectral_linear, place);
   bind(cuda, "spectral_linear_backward", spectral_linear_backward_args, afd::cuda::spectral_linear_backward, place);
   bind(cuda, "projection_logits", projection_logits_args, afd::cuda::projection_logits, place);

@@ -17,6 +17,7 @@ from afd import ops
 ROOT = Path(__file__).parents[1]
 PACKAGE, CSRC = ROOT / "afd", ROOT / "csrc"
 OPS = ("pgd_step", "project", "random_start", "apgd_step", "apgd_update")
+OPS += ("load_batch",)
 OPS += ("spectral_norm", "spectral_linear", "projection_logits")
 
 # From the ground up; a room may import from lower floors and from itself.

@@ -57,7 +57,7 @@ class Layout:
         )
 
 
-CIFAR10 = Layout(
+CIFAR10: Layout = Layout(
     source=Source(
         name="cifar10",
         files=(*(f"data_batch_{batch}.bin" for batch in range(1, 6)), "test_batch.bin"),
@@ -70,7 +70,7 @@ CIFAR10 = Layout(
     records=(10_000,) * 6,
 )
 
-CIFAR100 = Layout(
+CIFAR100: Layout = Layout(
     source=Source(
         name="cifar100",
         files=("train.bin", "test.bin"),

@@ -1,4 +1,4 @@
-"""Batches straight from memory: the images stay on the device, and a batch is an index, a gather and a division."""
+"""Batches straight from memory: the images stay on the device as bytes, and one op makes a batch of them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from afd.data.augment import CropAndFlip
 from afd.data.images import Images
 from afd.errors import InputError
+from afd.ops import load_batch
 
 Augment = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,13 +32,14 @@ class Batches:
         batch_size: images per batch of all processes together, at least 1; the last batch may have fewer.
         shuffle: serve in an order drawn anew for each epoch, instead of the images' own order.
         seed: which sequence of orders and augmentations, at least 0.
-        augment: called with (pixels uint8 [B, C, H, W], draws int64 [B] uniform in [0, 2^62)); returns the pixels to
-            serve. None to serve them as they are.
+        augment: a `CropAndFlip`, which costs no pass of its own; or called with (pixels uint8 [B, C, H, W], draws int64
+            [B] uniform in [0, 2^62)), to return the pixels to serve. None to serve them as they are.
         drop_last: leave out a last batch that has fewer images.
         device: where to keep the images and serve batches; None for where the images are.
         rank: which of `world_size` processes this is; it is served its rows of each batch. All are served as many:
             what is left of the last batch then goes to none.
         world_size: number of processes that share the batches.
+        channels_last: lay out the batches channels-last, as training passes and attacks want them.
 
     Raises:
         InputError: there is nothing to serve, a number is out of range, or the processes cannot share a batch evenly.
@@ -54,6 +57,7 @@ class Batches:
         device: torch.device | str | None = None,
         rank: int = 0,
         world_size: int = 1,
+        channels_last: bool = False,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}; it must be at least 1")
@@ -78,6 +82,7 @@ class Batches:
         self.augment = augment
         self.drop_last = drop_last
         self.rank, self.world_size = rank, world_size
+        self.channels_last = channels_last
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -101,10 +106,19 @@ class Batches:
         for joint in torch.split(order, self.batch_size)[batch : len(self)]:
             rows = len(joint) // self.world_size
             index = joint[self.rank * rows : (self.rank + 1) * rows]
-            pixels, labels = self.images.pixels.index_select(0, index), self.images.labels.index_select(0, index)
-            if self.augment is not None and draws is not None:
-                pixels = self.augment(pixels, draws[index])
-            yield self.images.scaled(pixels), labels
+            yield self._load(index, draws), self.images.labels.index_select(0, index)
+
+    def _load(self, index: Tensor, draws: Tensor | None) -> Tensor:
+        """The images at these positions as they are served."""
+        images, crop = self.images, self.augment
+        if crop is not None and draws is not None and not isinstance(crop, CropAndFlip):
+            x = images.scaled(crop(images.pixels.index_select(0, index), draws.index_select(0, index)))
+            return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+        padding, flip = (crop.padding, crop.flip) if isinstance(crop, CropAndFlip) else (0, False)
+        return load_batch(
+            images.pixels, index, scale=images.scale, draws=draws, padding=padding, flip=flip,
+            channels_last=self.channels_last,
+        )  # fmt: skip
 
     def _order(self) -> Tensor:
         count = len(self.images)

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from afd.ops import backend, checks, schema
 from afd.ops.apgd import apgd_step, apgd_step_, apgd_update_, momentum_point
+from afd.ops.loading import load_batch
 from afd.ops.settings import Bounds, Setting, plain, split
 from afd.ops.spectral import Spectrum, projection_logits, spectral_linear, spectral_norm
 
 __all__ = ["backend", "pgd_step", "pgd_step_", "project", "project_", "random_start", "random_start_", "schema"]
 __all__ += ["apgd_step", "apgd_step_", "apgd_update_", "momentum_point"]
+__all__ += ["load_batch"]
 __all__ += ["Spectrum", "projection_logits", "spectral_linear", "spectral_norm"]
 
 

@@ -14,7 +14,7 @@ from afd import data, methods
 from afd.attacks import APGD, PGD, AttackFactory
 from afd.config import MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
-from afd.data.augment import crop_and_flip
+from afd.data.augment import CropAndFlip
 from afd.evaluation.place import device_named
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
@@ -156,10 +156,11 @@ def train_batches(
         config.data.batch_size,
         shuffle=True,
         seed=config.seed,
-        augment=crop_and_flip if config.data.augment else None,
+        augment=CropAndFlip() if config.data.augment else None,
         device=device,
         rank=group.rank,
         world_size=group.size,
+        channels_last=True,
     )
 
 

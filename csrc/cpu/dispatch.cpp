@@ -5,6 +5,7 @@
 
 #include "afd/apgd_step.h"
 #include "afd/apgd_update.h"
+#include "afd/load_batch.h"
 #include "afd/pgd_step.h"
 #include "afd/project.h"
 #include "afd/projection_logits.h"
@@ -45,6 +46,7 @@ AFD_FORWARD(project, Project)
 AFD_FORWARD(random_start, RandomStart)
 AFD_FORWARD(apgd_step, ApgdStep)
 AFD_FORWARD(apgd_update, ApgdUpdate)
+AFD_FORWARD(load_batch, LoadBatch)
 AFD_FORWARD(spectral_norm, SpectralNorm)
 AFD_FORWARD(spectral_linear, SpectralLinear)
 AFD_FORWARD(spectral_linear_backward, SpectralLinearBackward)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.data.augment import crop_and_flip
+from afd.data.augment import CropAndFlip
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -39,7 +39,7 @@ def windows(image: torch.Tensor, padding: int) -> list[torch.Tensor]:
 def test_every_crop_is_a_window(batch: int, channels: int, height: int, width: int, padding: int, seed: int) -> None:
     x = torch.rand(batch, channels, height, width, generator=generator(seed))
     before = x.clone()
-    out = crop_and_flip(x, draws(batch, seed), padding=padding)
+    out = CropAndFlip(padding=padding)(x, draws(batch, seed))
     assert out.shape == x.shape
     assert out.dtype == x.dtype
     assert torch.equal(x, before)
@@ -50,7 +50,7 @@ def test_every_crop_is_a_window(batch: int, channels: int, height: int, width: i
 def test_all_windows_occur_equally_often() -> None:
     count = 162 * 100
     image = torch.arange(1, 145, dtype=torch.float32).view(1, 12, 12)
-    out = crop_and_flip(image.expand(count, 1, 12, 12), draws(count))
+    out = CropAndFlip()(image.expand(count, 1, 12, 12), draws(count))
     choices = torch.stack(windows(image, 4)).flatten(1)
     # Which of the 81 windows and their mirror images each result is: all 162 are different.
     matches = (out.flatten(1)[:, None, 70:76] == choices[None, :, 70:76]).all(dim=2)
@@ -63,31 +63,31 @@ def test_all_windows_occur_equally_often() -> None:
 
 def test_an_image_follows_its_own_draw() -> None:
     x, drawn = torch.rand(16, 3, 32, 32, generator=generator()), draws(16, 1)
-    whole = crop_and_flip(x, drawn)
-    assert torch.equal(torch.cat([crop_and_flip(x[:5], drawn[:5]), crop_and_flip(x[5:], drawn[5:])]), whole)
-    assert not torch.equal(crop_and_flip(x, draws(16, 2)), whole)
+    whole = CropAndFlip()(x, drawn)
+    assert torch.equal(torch.cat([CropAndFlip()(x[:5], drawn[:5]), CropAndFlip()(x[5:], drawn[5:])]), whole)
+    assert not torch.equal(CropAndFlip()(x, draws(16, 2)), whole)
 
 
 def test_layout_of_the_input_does_not_matter() -> None:
     x = torch.rand(8, 3, 16, 16, generator=generator())
-    expected = crop_and_flip(x, draws(8, 1))
-    assert torch.equal(crop_and_flip(x.to(memory_format=torch.channels_last), draws(8, 1)), expected)
-    assert torch.equal(crop_and_flip(x.transpose(2, 3).contiguous().transpose(2, 3), draws(8, 1)), expected)
+    expected = CropAndFlip()(x, draws(8, 1))
+    assert torch.equal(CropAndFlip()(x.to(memory_format=torch.channels_last), draws(8, 1)), expected)
+    assert torch.equal(CropAndFlip()(x.transpose(2, 3).contiguous().transpose(2, 3), draws(8, 1)), expected)
 
 
 def test_refuses() -> None:
     with pytest.raises(ValueError, match=r"x has shape \[3, 8, 8\]; it must be \[B, C, H, W\]"):
-        crop_and_flip(torch.zeros(3, 8, 8), draws(3))
+        CropAndFlip()(torch.zeros(3, 8, 8), draws(3))
     with pytest.raises(ValueError, match="padding is -1"):
-        crop_and_flip(torch.zeros(1, 3, 8, 8), draws(1), padding=-1)
+        CropAndFlip(padding=-1)(torch.zeros(1, 3, 8, 8), draws(1))
     with pytest.raises(ValueError, match=r"draws has shape \[2\]; it must be \[1\]"):
-        crop_and_flip(torch.zeros(1, 3, 8, 8), draws(2))
+        CropAndFlip()(torch.zeros(1, 3, 8, 8), draws(2))
     with pytest.raises(TypeError, match=r"draws is torch\.float32"):
-        crop_and_flip(torch.zeros(1, 3, 8, 8), torch.rand(1))
+        CropAndFlip()(torch.zeros(1, 3, 8, 8), torch.rand(1))
 
 
 @pytest.mark.gpu
 def test_cuda_draws_the_same_crops(cuda: torch.device) -> None:
     x = torch.rand(64, 3, 32, 32, generator=generator())
     drawn = draws(64, 1)
-    assert torch.equal(crop_and_flip(x.to(cuda), drawn.to(cuda)).cpu(), crop_and_flip(x, drawn))
+    assert torch.equal(CropAndFlip()(x.to(cuda), drawn.to(cuda)).cpu(), CropAndFlip()(x, drawn))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from afd.data import Batches, Images
-from afd.data.augment import crop_and_flip
+from afd.data.augment import CropAndFlip
 
 
 def numbered(count: int) -> Images:
@@ -72,7 +72,7 @@ def test_seed_and_epoch_decide_the_order(seed: int, epoch: int) -> None:
     once = order(first)
     torch.rand(3)  # the global generator has no say
     assert order(first) == once
-    second = Batches(images, 16, shuffle=True, seed=seed, augment=crop_and_flip)
+    second = Batches(images, 16, shuffle=True, seed=seed, augment=CropAndFlip())
     second.set_epoch(epoch + 1)
     assert order(second) != once
     second.set_epoch(epoch)
@@ -93,7 +93,7 @@ def test_global_generator_is_left_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(4)
     torch.manual_seed(0)
-    list(Batches(numbered(20), 4, shuffle=True, augment=crop_and_flip))
+    list(Batches(numbered(20), 4, shuffle=True, augment=CropAndFlip()))
     assert torch.equal(torch.rand(4), expected)
 
 
@@ -105,7 +105,7 @@ def test_augmentation_sees_every_batch_and_follows_the_epoch() -> None:
         num_classes=1,
         name="noise",
     )
-    batches = Batches(images, 16, seed=3, augment=crop_and_flip)
+    batches = Batches(images, 16, seed=3, augment=CropAndFlip())
 
     def epoch(number: int) -> Tensor:
         batches.set_epoch(number)
@@ -121,13 +121,38 @@ def test_augmentation_sees_every_batch_and_follows_the_epoch() -> None:
     assert torch.equal(first, epoch(0))
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_one_op_serves_what_several_would(channels_last: bool) -> None:
+    """A function of one's own takes the long way: choose, augment, scale."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(17, (50, 3, 7, 9), generator=generator).to(torch.uint8)
+    images = Images(pixels, torch.arange(50), scale=16.0, num_classes=50, name="noise")
+    settings = {"batch_size": 16, "shuffle": True, "seed": 3, "channels_last": channels_last}
+    augment = CropAndFlip(padding=2)
+    one, several = (Batches(images, augment=how, **settings) for how in (augment, lambda x, draws: augment(x, draws)))
+    for (x, y), (x_there, y_there) in zip(one, several, strict=True):
+        assert torch.equal(x, x_there)
+        assert torch.equal(y, y_there)
+        assert x.is_contiguous(memory_format=torch.channels_last) == channels_last
+        assert x.stride() == x_there.stride()
+
+
+def test_a_crop_alone_mirrors_nothing() -> None:
+    ramp = torch.arange(1, 9, dtype=torch.uint8).expand(40, 1, 8, 8).contiguous()
+    images = Images(ramp, torch.zeros(40, dtype=torch.int64), scale=255.0, num_classes=1, name="ramp")
+    for flip in (False, True):
+        ((x, _),) = Batches(images, 40, augment=CropAndFlip(padding=2, flip=flip))
+        rises = x[:, 0, 4, 4] > x[:, 0, 4, 3]
+        assert bool(rises.all()) is not flip
+
+
 def test_an_image_is_augmented_alike_in_any_batch() -> None:
     images = Images(
         torch.randint(256, (50, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8),
         torch.arange(50), scale=255.0, num_classes=50, name="noise",
     )  # fmt: skip
-    plain = Batches(images, 50, seed=3, augment=crop_and_flip)
-    shuffled = Batches(images, 7, seed=3, augment=crop_and_flip, shuffle=True)
+    plain = Batches(images, 50, seed=3, augment=CropAndFlip())
+    shuffled = Batches(images, 7, seed=3, augment=CropAndFlip(), shuffle=True)
     ((expected, _),) = plain
     for x, y in shuffled:
         assert torch.equal(x, expected[y])
@@ -195,8 +220,8 @@ def test_epoch_is_not_negative() -> None:
 @pytest.mark.gpu
 def test_cuda_serves_the_same_batches(cuda: torch.device) -> None:
     images = numbered(300)
-    here = Batches(images, 64, shuffle=True, seed=5, augment=crop_and_flip)
-    there = Batches(images, 64, shuffle=True, seed=5, augment=crop_and_flip, device=cuda)
+    here = Batches(images, 64, shuffle=True, seed=5, augment=CropAndFlip())
+    there = Batches(images, 64, shuffle=True, seed=5, augment=CropAndFlip(), device=cuda)
     for (x, y), (x_there, y_there) in zip(here, there, strict=True):
         assert x_there.is_cuda
         assert torch.equal(x_there.cpu(), x)
@@ -205,7 +230,7 @@ def test_cuda_serves_the_same_batches(cuda: torch.device) -> None:
 
 @pytest.mark.gpu
 def test_cuda_batches_never_wait_for_the_device(cuda: torch.device) -> None:
-    batches = Batches(numbered(300), 64, shuffle=True, augment=crop_and_flip, device=cuda)
+    batches = Batches(numbered(300), 64, shuffle=True, augment=CropAndFlip(), device=cuda)
     served = iter(batches)
     next(served)  # the order of the epoch is copied once, at its start
     torch.cuda.set_sync_debug_mode("error")

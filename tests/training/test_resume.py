@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from afd.attacks import APGD, PGD
 from afd.cli import main
 from afd.data import Batches, Images
-from afd.data.augment import crop_and_flip
+from afd.data.augment import CropAndFlip
 from afd.methods import AFD, Execution
 from afd.nn import FeatureClassifier
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights
@@ -50,7 +50,7 @@ class Noisy(TensorDataset):
 
 
 def batches():
-    return Batches(images(), 8, shuffle=True, augment=functools.partial(crop_and_flip, padding=1))
+    return Batches(images(), 8, shuffle=True, augment=CropAndFlip(padding=1))
 
 
 def data_loader():
