@@ -150,6 +150,8 @@ class TrainConfig:
     """Run the training passes through torch.compile."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes (CUDA only)."""
+    graph: bool = False
+    """Record the whole round, attack and optimizer steps included, in one CUDA graph and replay it."""
     seed: int = 0
     """Of initial weights, batch order, augmentation and attack starts."""
     device: str = "auto"

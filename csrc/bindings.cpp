@@ -70,7 +70,7 @@ afd::Project project_args(Address x_adv, Address x, Address out, int64_t samples
 }
 
 afd::RandomStart random_start_args(Address x, Address out, int64_t samples, int64_t elements, float eps,
-                                   Address epsilons, float low, float high, int norm, uint64_t seed,
+                                   Address epsilons, float low, float high, int norm, uint64_t seed, Address seeds,
                                    uint64_t first_sample) {
   return {pointer<const float>(x),
           pointer<float>(out),
@@ -80,7 +80,7 @@ afd::RandomStart random_start_args(Address x, Address out, int64_t samples, int6
           low,
           high,
           static_cast<afd::Norm>(norm),
-          seed,
+          {pointer<const int64_t>(seeds), seed},
           first_sample};
 }
 

@@ -97,7 +97,7 @@ class APGD(GradientAttack):
         rows = torch.arange(len(x), device=x.device)
         for run in range(self.n_restarts * self.targets):
             aimed, ball = aims[run % self.targets], self._ball(piece, self.radii[0][0])
-            seed = (piece.seed + run) % 2**63
+            seed = (piece.seed + run) & (2**63 - 1)
             start = ops.random_start(x, seed=seed, first_sample=piece.first_sample, **ball)
             if self.early_stop:
                 rows = (~(found.broken | wrong)).nonzero().squeeze(1)

@@ -65,13 +65,14 @@ class GradientAttack(ABC):
         return functools.partial(cls, **settings)
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
+    def __call__(self, x: Tensor, y: Tensor, *, seed: int | Tensor | None = None, first_sample: int = 0) -> Tensor:
         """Adversarial images.
 
         Args:
             x: images [N, ...], float32 in `bounds`.
             y: labels [N] int64; the class to reach if `targeted`.
-            seed: overrides the attack's own for this call.
+            seed: overrides the attack's own for this call; as an int64 tensor [] it is read on the device (by a graph
+                that records this call, at each replay).
             first_sample: index of x's first row in the whole data set, so that batches of any size start alike.
 
         Returns:
@@ -100,7 +101,7 @@ class GradientAttack(ABC):
         self.report = watch.settle(trace) if self.look else None
         return x_adv
 
-    def perturb(self, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
+    def perturb(self, x: Tensor, y: Tensor, *, seed: int | Tensor | None = None, first_sample: int = 0) -> Tensor:
         """The same as calling the attack."""
         return self(x, y, seed=seed, first_sample=first_sample)
 

@@ -17,7 +17,7 @@ class Piece:
         y: labels [n].
         aim: what the loss is judged by, [n, ...]: y, for most.
         rows: which rows of the batch they are, a slice or indices [n].
-        seed: of random starts.
+        seed: of random starts; a tensor [] on the device where a recorded graph is to follow it.
         first_sample: index of the first row in the whole data set.
         largest_label: max(y) or more, known to the host; -1 if nobody looked.
         trace: what `afd.attacks.watch` notes of the whole batch.
@@ -27,7 +27,7 @@ class Piece:
     y: Tensor
     aim: Tensor
     rows: slice | Tensor
-    seed: int
+    seed: int | Tensor
     first_sample: int
     largest_label: int
     trace: Tensor

@@ -81,7 +81,8 @@ class Replays:
             piece: what it attacks; rows that are indices, which differ from call to call, are not recorded.
             x_adv: where to start, like piece.x.
         """
-        if self.refused or not x_adv.is_cuda or not isinstance(piece.rows, slice):
+        fixed = isinstance(piece.rows, slice)
+        if self.refused or not x_adv.is_cuda or not fixed or _recorded_by_another():
             return climb(piece, x_adv)
         forms = ((t.shape, t.stride(), t.dtype) for t in _inputs(piece, x_adv))
         key = (name, _where(model), piece.rows.start, piece.rows.stop, *forms)
@@ -131,6 +132,11 @@ def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
 
 def _inputs(piece: Piece, x_adv: Tensor) -> tuple[Tensor, ...]:
     return piece.x, piece.y, piece.aim, piece.trace, x_adv
+
+
+def _recorded_by_another() -> bool:
+    """Whether a graph is being recorded already, of which these steps are a part: graphs do not nest."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _where(model: nn.Module) -> int:

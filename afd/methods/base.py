@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -22,6 +22,9 @@ class Round(Protocol):
 
     def step(self, x: Tensor, y: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         """Updates everything once from images [N, C, H, W], labels [N] and attacked images; returns detached losses."""
+
+    def course(self) -> Hashable:
+        """Which way the next step goes: those that go the same way do the same work, whatever the batch holds."""
 
 
 class Method(Protocol):

@@ -27,6 +27,8 @@ class Execution:
         channels_last: lay out images and convolutions channels-last, which convolutions are fastest in.
         compile: run the model's passes through torch.compile.
         sync_batchnorm: BatchNorm's statistics over the batches of all processes (CUDA only).
+        graph: on CUDA, have the trainer record the whole round, attack and optimizer steps included, in one graph and
+            replay it (`afd.training.recording`).
 
     Raises:
         InputError: unknown precision.
@@ -36,6 +38,7 @@ class Execution:
     channels_last: bool = True
     compile: bool = False
     sync_batchnorm: bool = False
+    graph: bool = False
 
     def __post_init__(self) -> None:
         one_of("precision", self.precision, attack_execution.PRECISIONS)

@@ -62,6 +62,10 @@ class Game(ABC):
         names = ("task", "discriminator", "features")
         return dict(zip(names, self.play(list(parts(x, y, x_adv, self.settings.micro_batches))), strict=True))
 
+    def course(self) -> bool:
+        """Whether θ will move on L_F in the next round."""
+        return (self.rounds + 1) % self.settings.discriminator_rounds == 0
+
     @abstractmethod
     def play(self, batch: Sequence[Part]) -> Tensor:
         """The updates of one round; returns L_C, L_D, L_F of the batch as one tensor [3], detached."""
@@ -124,6 +128,10 @@ class Gradients:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = parameters
         self.others: list[Tensor | None] = [None] * len(parameters)
+
+    def forget(self) -> None:
+        """Lets go of the other set, which a round that broke off may have left."""
+        self.others = [None] * len(self.parameters)
 
     def swap(self) -> None:
         """Exchanges the parameters' `.grad` with the other set."""

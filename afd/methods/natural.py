@@ -80,6 +80,9 @@ class NaturalRound:
         )
         self.optimizers: dict[str, Optimizer] = {"task": self.task}
 
+    def course(self) -> None:
+        """All steps go the same way."""
+
     def step(self, x: Tensor, y: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         """Updates the model from images x and labels y."""
         self.rounds += 1

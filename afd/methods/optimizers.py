@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from afd.errors import InputError, at_least
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 OPTIMIZERS = ("sgd", "adam")
+RECORDABLE = (SGD, Adam, AdamW)  # whose fused steps read their rate, and count, on the device
 
 
 def optimizer_for(
@@ -66,3 +68,34 @@ def take_step(optimizer: Optimizer, clip: float | None) -> None:
         torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def make_recordable(optimizer: Optimizer, device: torch.device) -> None:
+    """Puts what changes from step to step on the device, where a recorded step finds it: learning rates and counts.
+
+    Only torch's fused steps read a rate there (the others ask the host for its value, or keep it as it was).
+
+    Args:
+        optimizer: one of `RECORDABLE`, fresh or after some steps.
+        device: of its parameters.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = torch.full((), float(group["lr"]), dtype=torch.float32, device=device)
+        group["fused"], group["foreach"] = True, False
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = torch.full((), float(state["step"]), dtype=torch.float32, device=device)
+
+
+@contextmanager
+def being_recorded(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Tells the optimizers that a graph is recorded: some refuse otherwise, and warn if told so at other times."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups if "capturable" in group]
+    before = [group["capturable"] for group in groups]
+    try:
+        for group in groups:
+            group["capturable"] = True
+        yield
+    finally:
+        for group, capturable in zip(groups, before, strict=True):
+            group["capturable"] = capturable

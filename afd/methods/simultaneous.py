@@ -34,6 +34,7 @@ class SimultaneousRound(Game):
 
     def play(self, batch: Sequence[Part]) -> Tensor:
         """See `Game.play`."""
+        self.gradients.forget()
         losses = torch.stack([self.gather(part) for part in batch]).sum(0)
         self.take_step("discriminator")
         self.take_step("task")

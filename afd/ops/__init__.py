@@ -138,7 +138,7 @@ def random_start(
     x: Tensor,
     *,
     eps: Setting,
-    seed: int,
+    seed: int | Tensor,
     first_sample: int = 0,
     bounds: Bounds = (0.0, 1.0),
     norm: str = "Linf",
@@ -157,7 +157,8 @@ def random_start(
     Args:
         x: clean images, float32 (float64 is served by the reference), [N, ...].
         eps: radius of the ball, a float >= 0 or one per sample [N].
-        seed: key of the generator, 0 <= seed < 2**63.
+        seed: key of the generator, 0 <= seed < 2**63; an int64 tensor [] on x's device is read there, so that replays of
+            a recorded graph may each find another.
         first_sample: index of x's first row in the whole batch.
         bounds: lowest and highest value of an image.
         norm: "Linf", "L2" or "L1".
@@ -179,7 +180,7 @@ def random_start_(
     x: Tensor,
     *,
     eps: Setting,
-    seed: int,
+    seed: int | Tensor,
     first_sample: int = 0,
     bounds: Bounds = (0.0, 1.0),
     norm: str = "Linf",
@@ -203,9 +204,10 @@ def _pgd_settings(
 
 
 def _start_settings(
-    eps: Setting, bounds: Bounds, seed: int, first_sample: int, norm: str
-) -> tuple[float, float, float, int, int, Tensor | None, str]:
-    checks.counter("seed", seed)  # here, because torch's own overflow error would not name them
+    eps: Setting, bounds: Bounds, seed: int | Tensor, first_sample: int, norm: str
+) -> tuple[float, float, float, int, int, Tensor | None, str, Tensor | None]:
+    number, key = (0, seed) if isinstance(seed, Tensor) else (seed, None)
+    checks.counter("seed", number)  # here, because torch's own overflow error would not name them
     checks.counter("first_sample", first_sample)
     radius, radii = split(eps)
-    return radius, *bounds, seed, first_sample, radii, norm
+    return radius, *bounds, number, first_sample, radii, norm, key

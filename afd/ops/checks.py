@@ -94,6 +94,16 @@ def counter(name: str, value: int) -> None:
         raise InputError(f"{name} is {value}; it must be in [0, 2**63)")
 
 
+def key(name: str, value: Tensor | None, x: Tensor) -> None:
+    """A seed that lies on the device; its value is not looked at."""
+    if value is None:
+        return
+    if value.dtype != torch.int64 or value.device != x.device:
+        raise InputTypeError(f"{name} is {value.dtype} on {value.device}; it must be torch.int64 on {x.device}, like x")
+    if value.dim():
+        raise InputError(f"{name} has shape {list(value.shape)}; as a tensor it must be a single number, of shape []")
+
+
 def _memory(x: Tensor) -> tuple[int, int]:
     """First and one past last byte that x touches."""
     if not x.numel():

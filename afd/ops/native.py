@@ -156,16 +156,17 @@ def random_start(
     first_sample: int = 0,
     epsilons: Tensor | None = None,
     norm: str = "Linf",
+    key: Tensor | None = None,
 ) -> None:
     """`afd.ops.random_start` into `out`, which may be x."""
     if not (out.is_contiguous() and x.is_contiguous()):  # elements are numbered in logical order
-        return _through_copy(random_start, out, x, eps, low, high, seed, first_sample, epsilons, norm)
+        return _through_copy(random_start, out, x, eps, low, high, seed, first_sample, epsilons, norm, key)
     if norm != "Linf" and x.data_ptr() == out.data_ptr():
         x = x.clone()  # out holds the draws while their norm is not yet known
     return launch(
         "random_start", out,
         x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high, _NORM_CODES[norm],
-        seed, first_sample,
+        seed, _address(key), first_sample,
     )  # fmt: skip
 
 

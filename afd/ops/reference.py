@@ -81,13 +81,15 @@ def random_start(
     first_sample: int = 0,
     epsilons: Tensor | None = None,
     norm: str = "Linf",
+    key: Tensor | None = None,
 ) -> Tensor:
     """clamp(x + ε·v, low, high), v uniform in the unit ball from Philox(seed; sample, element)."""
     samples, elements = x.shape[0], x[:1].numel()
     blocks = torch.arange((elements + 3) // 4, device=x.device)
     rows = torch.arange(samples, device=x.device) + first_sample  # wraps at 2**64 as the kernels do
-    bits = philox(seed, rows[:, None], blocks[None, :], RANDOM_START_STREAM)
-    extra = philox(seed, rows, torch.zeros_like(rows), RANDOM_START_EXTRA_STREAM)
+    chosen = seed if key is None else key
+    bits = philox(chosen, rows[:, None], blocks[None, :], RANDOM_START_STREAM)
+    extra = philox(chosen, rows, torch.zeros_like(rows), RANDOM_START_EXTRA_STREAM)
     if norm == "Linf":
         unit = symmetric_uniform(bits).flatten(1)[:, :elements]
     elif norm == "L2":
@@ -176,11 +178,11 @@ def _l1_direction(grad: Tensor, sparsity: float, sparsities: Tensor | None) -> T
 # --- Draws ----------------------------------------------------------------------------------------------------------
 
 
-def philox(seed: int, sample: Tensor, block: Tensor, stream: int) -> Tensor:
+def philox(seed: int | Tensor, sample: Tensor, block: Tensor, stream: int) -> Tensor:
     """Philox4x32-10 (Salmon et al. 2011) in int64 arithmetic.
 
     Args:
-        seed: 0 <= seed < 2**63, the 64-bit key.
+        seed: 0 <= seed < 2**63, the 64-bit key; a number or an int64 tensor [].
         sample: int64 sample indices, broadcast against `block`.
         block: int64 block indices below 2**32; block b serves elements 4b ... 4b + 3.
         stream: separates uses that share a seed.

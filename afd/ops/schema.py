@@ -136,12 +136,14 @@ def _check_random_start(
     first_sample: int = 0,
     epsilons: Tensor | None = None,
     norm: str = "Linf",
+    key: Tensor | None = None,
 ) -> None:
     checks.norm(norm)
     checks.images("x", x)
     checks.iterate("x_adv", x_adv, x)
     checks.setting("eps", eps, epsilons, x)
     checks.bounds(low, high)
+    checks.key("seed", key, x)
     checks.counter("seed", seed)
     checks.counter("first_sample", first_sample)
 
@@ -161,6 +163,7 @@ def _random_start_(x_adv: Tensor, x: Tensor, *rest: Any) -> None:
 
 
 _REST = (
-    'Tensor x, float eps, float low, float high, int seed, int first_sample=0, Tensor? epsilons=None, str norm="Linf"'
+    "Tensor x, float eps, float low, float high, int seed, int first_sample=0, Tensor? epsilons=None, "
+    'str norm="Linf", Tensor? key=None'
 )
 _register("random_start", _REST, _random_start, f"Tensor(a!) x_adv, {_REST}", _random_start_)

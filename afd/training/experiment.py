@@ -110,7 +110,9 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
         schedule=schedule_for(config),
         eps_warmup=config.eps_warmup,
         ema=config.ema,
-        execution=methods.Execution(config.precision, compile=config.compile, sync_batchnorm=config.sync_batchnorm),
+        execution=methods.Execution(
+            config.precision, compile=config.compile, sync_batchnorm=config.sync_batchnorm, graph=config.graph
+        ),
         seed=config.seed,
         log_every=config.log_every,
         folder=config.out,

@@ -24,7 +24,8 @@ FACTS = (
     "method", "attack", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
 )  # fmt: skip
 
-FREE = {"out", "device", "resume", "save_every", "log_every", "data.root"}  # of a config: may change when resumed
+# of a config: may change when resumed
+FREE = {"out", "device", "resume", "save_every", "log_every", "data.root", "graph", "execution.graph"}
 
 
 def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:

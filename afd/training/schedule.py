@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from afd.errors import InputError, one_of
@@ -71,14 +72,18 @@ class Rates:
         self.optimizers, self.schedule, self.rounds = optimizers, schedule, rounds
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
+                group.setdefault("initial_lr", float(group["lr"]))
 
     def set(self, played: int) -> None:
         """Sets all rates for the round after `played` ones."""
         factor = self.schedule(played / self.rounds)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
+                rate = group["initial_lr"] * factor
+                if isinstance(group["lr"], Tensor):  # which a recorded step reads, so it stays where it is
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
 
     def of_round(self, number: int) -> dict[str, float]:
         """Each optimizer's rate in a round, counted from 1."""

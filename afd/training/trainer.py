@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from afd.attacks import AttackFactory
+from afd.attacks import Attack, AttackFactory
 from afd.errors import InputError, at_least
 from afd.methods import AFD, Execution, Method
 from afd.nn import split
-from afd.training import distributed, run_state
+from afd.training import distributed, recording, run_state
 from afd.training.average import averaged
 from afd.training.keeper import Keeper
 from afd.training.meter import Meter, NotFiniteError
@@ -55,7 +55,7 @@ class Trainer:
             function from progress in [0, 1) to a factor.
         eps_warmup: epochs in which the training attack grows to its full radius.
         ema: decay a round of an exponential average of the weights, which is then what is validated; None for none.
-        execution: precision, memory layout and compilation of the training passes.
+        execution: precision, memory layout and compilation of the training passes, and whether rounds are recorded.
         feature_layer: the linear layer that features enter; by default the last one.
         normalize: whether features are scaled to length 1; None for yes, or as a split model says.
         seed: of the attacks' random starts.
@@ -138,6 +138,7 @@ class Trainer:
         warmup = None
         if self.attack is not None and self.method.uses_attack:
             warmup = Warmup(unwatched(self.attack(self.network)), round(self.eps_warmup * rounds))
+        self.plays = recording.plays(self, None if warmup is None else warmup.attack)
         with on_signals(self.stop):
             while self.position.epoch <= self.epochs and not self._stop_asked():
                 speed = self._train_epoch(rounds, warmup, resumed)
@@ -173,16 +174,21 @@ class Trainer:
         return self.group.size * images / (time.perf_counter() - start)
 
     def _play(self, x: Tensor, y: Tensor, warmup: Warmup | None) -> None:
-        """One round: attack, updates, average."""
-        played, x_adv = self.position.round, x
-        if warmup is not None:
-            # the processes' batches are rows of one joint batch, and each row has its own start
-            first = self.group.rank * len(y)
-            x_adv = warmup.at(played)(x, y, seed=self.seed + played, first_sample=first)
+        """One round, and the average."""
+        played = self.position.round
         self.rates.set(played)
-        self.meter.add(self.round.step(x, y, x_adv))
+        attack, share = (None, 1.0) if warmup is None else (warmup.at(played), warmup.share(played))
+        self.meter.add(self.plays(partial(self._attack_and_step, attack), share, x, y, self.seed + played))
         if self.average is not None:
             self.average.update_parameters(self.network)
+
+    def _attack_and_step(self, attack: Attack | None, x: Tensor, y: Tensor, seed: Any) -> dict[str, Tensor]:
+        """All of a round that a graph can record; the seed is a number, or a tensor that a recording reads."""
+        x_adv = x
+        if attack is not None:
+            # the processes' batches are rows of one joint batch, and each row has its own start
+            x_adv = attack(x, y, seed=seed, first_sample=self.group.rank * len(y))
+        return self.round.step(x, y, x_adv)
 
     def _report_interval(self, rounds: int) -> None:
         """Reads the losses and tells of them; the only place in an epoch that waits for the device."""

@@ -36,6 +36,12 @@ def shared_accuracy(
 
 
 def _shifted(
-    attack: Attack, offset: int, x: torch.Tensor, y: torch.Tensor, *, seed: int | None = None, first_sample: int = 0
+    attack: Attack,
+    offset: int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    seed: int | None = None,
+    first_sample: int = 0,
 ) -> torch.Tensor:
     return attack(x, y, seed=seed, first_sample=offset + first_sample)

@@ -34,9 +34,13 @@ class Warmup:
         self.attack, self.rounds = attack, rounds
         self.full = {name: getattr(attack, name) for name in ("eps", "alpha") if hasattr(attack, name)}
 
+    def share(self, played: int) -> float:
+        """What share of its own radius the attack has in the round after `played` ones."""
+        return min(1.0, (played + 1) / self.rounds) if self.rounds else 1.0
+
     def at(self, played: int) -> Attack:
         """The attack for the round after `played` ones."""
-        share = min(1.0, (played + 1) / self.rounds) if self.rounds else 1.0
+        share = self.share(played)
         for name, value in self.full.items():
             setattr(self.attack, name, value if share == 1 else share * value)
         return self.attack

@@ -44,6 +44,8 @@ START_ERRORS = [
     ({"bounds": (0.0, 0.0)}, ValueError, "bounds are (0.0, 0.0); low must be less than high"),
     ({"seed": -1}, ValueError, "seed is -1; it must be in [0, 2**63)"),
     ({"seed": 2**63}, ValueError, "seed is 9223372036854775808; it must be in [0, 2**63)"),
+    ({"seed": torch.tensor(1.0)}, TypeError, "seed is torch.float32 on cpu; it must be torch.int64 on cpu, like x"),
+    ({"seed": torch.tensor([1, 2])}, ValueError, "seed has shape [2]; as a tensor it must be a single number"),
     ({"first_sample": -1}, ValueError, "first_sample is -1; it must be in [0, 2**63)"),
     ({"first_sample": 2**63}, ValueError, "first_sample is 9223372036854775808; it must be in [0, 2**63)"),
 ]

@@ -127,6 +127,23 @@ def test_the_image_itself_may_be_overwritten(device, which):
     assert x._version == before + 1
 
 
+@pytest.mark.parametrize("which", ["native", "reference"])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("seed", [0, 7, 2**32 + 5, 2**63 - 1])
+def test_a_seed_on_the_device_draws_as_a_number_does(device, which, norm, seed):
+    x = torch.rand(3, 1030, device=device)
+    want = start(which, x, eps=0.1, seed=seed, first_sample=2, norm=norm)
+    key = torch.full((), 3, dtype=torch.int64, device=device)
+    assert not torch.equal(start(which, x, eps=0.1, seed=key, first_sample=2, norm=norm), want)
+    key.fill_(seed)
+    assert torch.equal(start(which, x, eps=0.1, seed=key, first_sample=2, norm=norm), want)
+    with backend.use(which):
+        assert torch.equal(
+            ops.random_start_(x.mT.contiguous().mT, x, eps=0.1, seed=key, first_sample=2, norm=norm), want
+        )
+    torch.library.opcheck(torch.ops.afd.random_start.default, (x, 0.1, 0.0, 1.0, 0, 2, None, norm, key))
+
+
 def test_zero_radius_only_clamps(device):
     x = torch.tensor([[-0.5, 0.25, 1.5]], device=device)
     assert start("native", x, eps=0.0, seed=6).tolist() == [[0.0, 0.25, 1.0]]
@@ -200,6 +217,18 @@ def test_gpu_and_cpu_agree_bit_for_bit(cuda, shape):
     x = torch.rand(shape)
     on_gpu = start("native", x.to(cuda), eps=0.1, seed=2**62 + 5, first_sample=2**40)
     assert torch.equal(on_gpu.cpu(), start("native", x, eps=0.1, seed=2**62 + 5, first_sample=2**40))
+
+
+@pytest.mark.gpu
+def test_replays_follow_a_seed_on_the_device(cuda):
+    x, out = torch.rand(8, 3, 32, 32, device=cuda), torch.empty(8, 3, 32, 32, device=cuda)
+    key, graph = torch.zeros((), dtype=torch.int64, device=cuda), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), backend.use("native"):
+        ops.random_start_(out, x, eps=0.1, seed=key)
+    for seed in (13, 2**62 + 1):
+        key.fill_(seed)
+        graph.replay()
+        assert torch.equal(out, start("native", x, eps=0.1, seed=seed))
 
 
 @pytest.mark.gpu

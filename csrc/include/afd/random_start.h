@@ -20,6 +20,13 @@ namespace afd {
 
 constexpr uint32_t kRandomStartStream = 0, kRandomStartExtraStream = 1;
 
+// The key of the generator: a number, or one that lies on the device, where a recorded graph finds a new one each time.
+struct Key {
+  const int64_t* place;  // null: `value` is the key
+  uint64_t value;
+  AFD_HOST_DEVICE_MEMBER operator uint64_t() const { return place ? static_cast<uint64_t>(*place) : value; }
+};
+
 struct RandomStart {
   const float* x;  // [samples, elements]
   float* out;      // same; in Linf it may be x itself, in L2 and L1 it holds the draws before they are scaled
@@ -27,7 +34,7 @@ struct RandomStart {
   PerSample eps;
   float low, high;
   Norm norm;
-  uint64_t seed;
+  Key seed;
   uint64_t first_sample;
 };
 

@@ -1,0 +1,176 @@
+"""A whole round as one CUDA graph: attack, passes, losses, backwards and optimizer steps, launched as one thing.
+
+A graph repeats what it recorded with the numbers it recorded, so whatever changes from round to round lies on the
+device, at a fixed place: the batch, the seed of the attack's starts, the learning rates (`make_recordable`). What
+changes rarely makes another recording: the shape of a last, shorter batch, the attack's radius while it grows, the
+rounds in which the features do not answer, and weights or optimizer state that have moved in memory.
+
+A kind of round is recorded when it is met for the second time: its first one, played as ever, lets libraries choose
+their algorithms and optimizers make their state. Recording runs nothing, so where it fails nothing has happened, and
+the rounds are played as ever. Meter, schedule and average of the weights stay outside of the graph.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from afd.attacks import Attack, CaptureWarning
+from afd.attacks.base import GradientAttack
+from afd.methods import Round
+from afd.methods.optimizers import RECORDABLE, being_recorded, make_recordable
+
+if TYPE_CHECKING:
+    from afd.training.trainer import Trainer
+
+Losses = dict[str, Tensor]
+Play = Callable[[Tensor, Tensor, Any], Losses]  # (images, labels, seed): attack and step
+Plays = Callable[[Play, Hashable, Tensor, Tensor, int], Losses]  # `Recordings.__call__`
+KEPT = 4  # recordings, each with memory of its own
+
+
+def plays(trainer: Trainer, attack: Attack | None) -> Plays:
+    """How a trainer's rounds are played: recorded, if that was asked for and can be, else one launch after the other.
+
+    Warns:
+        CaptureWarning: it was asked for and cannot be; the message says why.
+    """
+    if not trainer.execution.graph:
+        return as_ever
+    reason = obstacle(trainer.device, trainer.group.size, attack, trainer.round)
+    if reason is None:
+        return Recordings(trainer.network, trainer.round, trainer.device)
+    warn(reason)
+    return as_ever
+
+
+def as_ever(play: Play, _settings: Hashable, x: Tensor, y: Tensor, seed: int) -> Losses:
+    """play(x, y, seed)."""
+    return play(x, y, seed)
+
+
+def obstacle(device: torch.device, processes: int, attack: Attack | None, round_: Round) -> str | None:
+    """Why rounds cannot be recorded, or None if nothing is known to speak against it."""
+    if device.type != "cuda":
+        return f"the model is on {device}, and graphs are CUDA's"
+    if processes > 1:
+        return f"{processes} processes average their gradients in them"
+    if attack is not None and not isinstance(attack, GradientAttack):
+        return f"the attack is a {type(attack).__name__}, none of those in afd.attacks"
+    for name, optimizer in round_.optimizers.items():
+        if type(optimizer) not in RECORDABLE:
+            allowed = ", ".join(kind.__name__ for kind in RECORDABLE)
+            return f"the optimizer {name!r} is a {type(optimizer).__name__}; those that can be recorded are {allowed}"
+    return None
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded round with the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    x: Tensor
+    y: Tensor
+    seed: Tensor
+    names: tuple[str, ...]
+    losses: Tensor
+
+    @classmethod
+    def of(cls, play: Play, x: Tensor, y: Tensor) -> Recording:
+        """Records `play` on batches like x and y, and any seed."""
+        x, y, seed = x.clone(), y.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            losses = play(x, y, seed)
+            table = torch.stack(list(losses.values()))
+        return cls(graph, x, y, seed, tuple(losses), table)
+
+    def play(self, x: Tensor, y: Tensor, seed: int) -> Losses:
+        """The round on another batch."""
+        self.x.copy_(x)
+        self.y.copy_(y)
+        self.seed.fill_(seed)
+        self.graph.replay()
+        return dict(zip(self.names, self.losses.clone().unbind(), strict=True))
+
+
+class Recordings:
+    """The recordings of one run, those used last kept.
+
+    Args:
+        model: that is trained.
+        round_: that trains it; its optimizers are made recordable.
+        device: of both.
+    """
+
+    def __init__(self, model: nn.Module, round_: Round, device: torch.device) -> None:
+        self.model, self.round, self.refused = model, round_, False
+        self._known: OrderedDict[Hashable, Recording | None] = OrderedDict()
+        for optimizer in round_.optimizers.values():
+            make_recordable(optimizer, device)
+
+    def __call__(self, play: Play, settings: Hashable, x: Tensor, y: Tensor, seed: int) -> Losses:
+        """play(x, y, seed), by a replay where this kind of round has been met before.
+
+        Args:
+            play: the round, which does not wait for the device; the same at every call but for `settings`.
+            settings: what `play` holds that is no tensor.
+            x: images.
+            y: labels.
+            seed: of the attack's starts.
+        """
+        if self.refused:
+            return play(x, y, seed)
+        kind = (settings, self.round.course(), *((t.shape, t.stride(), t.dtype) for t in (x, y)))
+        key = (kind, self._places())
+        if key not in self._known:
+            losses = play(x, y, seed)
+            self._known[kind, self._places()] = None  # looked up again: a first step makes the optimizers' state
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)
+            return losses
+        self._known.move_to_end(key)
+        recording = self._known[key]
+        if recording is not None:
+            self.round.rounds += 1
+            return recording.play(x, y, seed)
+        recording = self._known[key] = self._record(play, x, y)
+        return play(x, y, seed) if recording is None else recording.play(x, y, seed)
+
+    def _record(self, play: Play, x: Tensor, y: Tensor) -> Recording | None:
+        played = self.round.rounds
+        optimizers = self.round.optimizers.values()
+        try:
+            with being_recorded(optimizers):
+                return Recording.of(play, x, y)
+        except RuntimeError as error:  # raised inside the capture: rounds played as ever went well
+            self.round.rounds, self.refused = played, True
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self._known.clear()
+            warn(f"recording one failed: {error}")
+            return None
+
+    def _places(self) -> int:
+        """Changes when a weight, a buffer or a part of an optimizer's state moves in memory."""
+        return hash(tuple(tensor.data_ptr() for tensor in self._tensors()))
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for module in (self.model, *self.round.players.values()):
+            yield from module.parameters()
+            yield from module.buffers()
+        for optimizer in self.round.optimizers.values():
+            yield from (group["lr"] for group in optimizer.param_groups)
+            for state in optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def warn(reason: str) -> None:
+    """Says, once a run, why its rounds are played without a graph."""
+    warnings.warn(f"rounds are played without a CUDA graph, because {reason}", CaptureWarning, stacklevel=4)

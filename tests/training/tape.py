@@ -1,0 +1,92 @@
+"""What a CUDA graph is, on the CPU: the ops of one run, to be run again with the numbers and on the memory they had.
+
+Whatever Python did between them is not done again. What is read back to the host cannot be recorded. As in a capture,
+recording leaves everything as it was: it runs the ops, and then undoes what they wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from afd.ops import native
+from afd.ops.spectral import native as spectral_native
+
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+
+
+class Tape(TorchDispatchMode):
+    """In the place of `torch.cuda.CUDAGraph`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: list[Any] = []
+        self.kept: list[Any] = []  # alive, as the memory of a graph is
+        self.before: dict[int, tuple[Any, Any]] = {}
+        self.born: set[int] = set()
+        self.inside = False
+        self.replays = 0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """In the place of `torch.cuda.graph`."""
+        generator, launch = torch.get_rng_state(), native.launch
+
+        def noted(*arguments: Any) -> None:
+            if not self.inside:
+                self.kept.append(arguments)
+                self.runs.append(lambda: launch(*arguments))
+            launch(*arguments)
+
+        native.launch = spectral_native.launch = noted
+        try:
+            with self:
+                yield
+        finally:
+            native.launch = spectral_native.launch = launch
+            for storage, content in self.before.values():
+                storage.copy_(content)
+            torch.set_rng_state(generator)
+
+    def replay(self) -> None:
+        """Runs it all again."""
+        self.replays += 1
+        with torch.no_grad():
+            for run in self.runs:
+                run()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function.name() in WAITING:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        for tensor in given:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.born and storage.data_ptr() not in self.before:
+                self.before[storage.data_ptr()] = storage, storage.clone()
+        self.inside = True
+        try:
+            out = function(*args, **kwargs)
+        finally:
+            self.inside = False
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        known = {tensor.untyped_storage().data_ptr() for tensor in given}
+        fresh = [tensor.untyped_storage().data_ptr() not in known for tensor in results]
+        self.born |= {t.untyped_storage().data_ptr() for t, new in zip(results, fresh, strict=True) if new}
+        self.kept.append((args, kwargs, out))
+        if any(fresh) or function._schema.is_mutable:
+            self.runs.append(lambda: self._again(function, args, kwargs, results, fresh))
+        return out
+
+    @staticmethod
+    def _again(function: Any, args: Any, kwargs: Any, results: list[Tensor], fresh: list[bool]) -> None:
+        again = [leaf for leaf in tree_leaves(function(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        for target, source, new in zip(results, again, fresh, strict=True):
+            if new:
+                target.detach().copy_(source)

@@ -1,0 +1,339 @@
+"""Recorded rounds. On the CPU a tape stands for the CUDA graph: it knows only the numbers it was recorded with."""
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from afd.attacks import APGD, PGD, CaptureWarning
+from afd.data import Batches, Images
+from afd.data.augment import CropAndFlip
+from afd.methods import AFD, Execution, Natural
+from afd.methods.optimizers import make_recordable
+from afd.nn import FeatureClassifier
+from afd.ops.spectral import checks
+from afd.training import Trainer, load_checkpoint, recording
+
+tape = importlib.util.module_from_spec(
+    spec := importlib.util.spec_from_file_location("tape", Path(__file__).with_name("tape.py"))
+)
+spec.loader.exec_module(tape)
+
+CPU = torch.device("cpu")
+BATCHES, EPOCHS = 4, 6  # of 8 images, the last of 6
+
+
+def images(count=30):
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(256, (count, 1, 6, 6), generator=generator).to(torch.uint8)
+    return Images(pixels, torch.arange(count) % 3, scale=255.0, num_classes=3, name="noise")
+
+
+def batches(device=CPU):
+    return Batches(images(), 8, shuffle=True, augment=CropAndFlip(padding=1), device=device)
+
+
+def model():
+    """Draws at random in training, and gathers statistics."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.3), nn.Linear(64, 5)
+    )
+    return FeatureClassifier(encoder, 5, 3)
+
+
+PGD_2 = PGD.partial(eps=0.1, alpha=0.05, steps=2)
+CASES = {
+    "joint": {"method": AFD(hidden=8), "attack": PGD_2, "schedule": "cosine"},
+    "adam": {
+        "method": AFD.adam(loss="dcgan", penalty=1.0, clip=1.0, discriminator_rounds=2),
+        "attack": APGD.partial(eps=0.1, steps=3, n_restarts=2),
+        "schedule": "one-cycle",
+        "eps_warmup": 1.0,
+        "ema": 0.9,
+    },
+    "alternating": {
+        "method": AFD(schedule="alternating", loss="hinge", micro_batches=2, label_smoothing=0.1),
+        "attack": PGD.partial(norm="L2", eps=1.0, alpha=0.5, steps=2),
+        "execution": Execution("bf16", graph=True),
+    },
+    "natural": {"method": Natural(momentum=0.0), "schedule": "cosine"},
+}
+# all of the 24 rounds but the first of its kind: shorter batches, rounds without an answer, three in which eps grows
+REPLAYS = {"joint": 22, "adam": 18, "alternating": 22, "natural": 22}
+
+
+def trainer(case, **settings):
+    defaults = {"epochs": EPOCHS, "log_every": 3, "execution": Execution(graph=True)}
+    return Trainer(model(), **{**defaults, **CASES[case], **settings})
+
+
+@pytest.fixture
+def tapes(monkeypatch):
+    """Graphs are tapes, and nothing stands against them; returns those that were recorded."""
+    made = []
+
+    def recorded():
+        made.append(tape.Tape())
+        return made[-1]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", recorded)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph.recording())
+    monkeypatch.setattr(recording, "obstacle", lambda *_: None)
+    monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
+    return made
+
+
+def run(case, folder, **settings):
+    torch.manual_seed(5)
+    trained = trainer(case, folder=folder, **settings)
+    history = trained.fit(batches(), batches())
+    assert trained.round.rounds == trained.position.round
+    return load_checkpoint(folder / "last.pt")[0], [{**vars(report), "images_per_second": 0} for report in history]
+
+
+def step_by_step(monkeypatch):
+    monkeypatch.setattr(recording.Recordings, "_record", lambda *_: None)
+
+
+def assert_same(left, right, path=""):
+    assert type(left) is type(right), path
+    if isinstance(left, torch.Tensor):
+        assert torch.equal(left, right), path
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same(left[key], right[key], f"{path}.{key}")
+    elif isinstance(left, (list, tuple)):
+        for i, (a, b) in enumerate(zip(left, right, strict=True)):
+            assert_same(a, b, f"{path}.{i}")
+    else:
+        assert left == right, path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_rounds_equal_those_played_one_by_one(case, tapes, monkeypatch, tmp_path):
+    """Weights, statistics, u and v, momenta, averages, random generators and losses, to the last bit."""
+    replayed = run(case, tmp_path / "replayed")
+    assert sum(one.replays for one in tapes) == REPLAYS[case]
+    with monkeypatch.context() as patch:
+        step_by_step(patch)
+        played = run(case, tmp_path / "played")
+    assert sum(one.replays for one in tapes) == REPLAYS[case]
+    assert_same(replayed, played)
+
+
+@pytest.mark.parametrize("case", ["joint", "adam"])
+def test_what_would_be_recorded_for_good_is_noticed(case, tapes, monkeypatch, tmp_path):
+    """The tape is no mere function call: a seed that is a number stays the one of the recording."""
+    with monkeypatch.context() as patch:
+        real = recording.Recording.play
+        patch.setattr(recording.Recording, "play", lambda self, x, y, _seed: real(self, x, y, 0))
+        stale = run(case, tmp_path / "stale")
+    assert not torch.equal(
+        stale[0]["model"]["classifier.weight"], run(case, tmp_path / "right")[0]["model"]["classifier.weight"]
+    )
+
+
+def test_a_tape_knows_only_the_numbers_it_was_recorded_with():
+    rate, on_device, weight = 2.0, torch.tensor(2.0), torch.ones(3)
+    graph = tape.Tape()
+    with graph.recording():
+        weight.mul_(rate).add_(on_device)
+    assert weight.tolist() == [1, 1, 1]
+    rate, _ = 5.0, on_device.fill_(7.0)
+    graph.replay()
+    assert weight.tolist() == [9, 9, 9]
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), graph.recording():
+        float(weight.sum())
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_recorded_rounds(tapes, tmp_path):
+    """Exact resume: state that was on the device is there again, and the graph flag itself is free to change."""
+    whole = run("adam", tmp_path / "whole")
+    torch.manual_seed(5)
+    first = trainer("adam", folder=tmp_path / "parts", log_every=1)
+    first.callbacks = [lambda report: first.stop() if report.round == 14 else None]
+    first.fit(batches(), batches())
+    resumed = trainer("adam", folder=tmp_path / "parts", resume="auto")
+    resumed.fit(batches(), batches())
+    state = load_checkpoint(tmp_path / "parts" / "last.pt")[0]
+    assert_same(state["model"], whole[0]["model"])
+    assert_same(state["optimizers"], whole[0]["optimizers"])
+    without = trainer("adam", folder=tmp_path / "parts", resume="auto", execution=Execution(), epochs=EPOCHS)
+    assert len(without.fit(batches(), batches())) == EPOCHS
+
+
+def test_failed_recordings_are_told_once_and_change_nothing(tapes, monkeypatch, tmp_path):
+    class Waits(nn.Module):
+        """Waits for the device in the backward of every second pass in training: that of x', of whose gradients two
+        sets are then about."""
+
+        passes = 0
+
+        def forward(self, x):
+            x = x * 1.0
+            if self.training:
+                self.passes += 1
+                if self.passes % 2 == 0 and x.requires_grad:
+                    x.register_hook(lambda grad: grad if float(grad.sum()) < 1e9 else -grad)
+            return x
+
+    def waiting():
+        net = model()
+        net.encoder.append(Waits())
+        return net
+
+    ends = []
+    for recorded in (True, False):
+        torch.manual_seed(5)
+        trained = Trainer(waiting(), AFD.adam(), attack=PGD_2, epochs=3, execution=Execution(graph=True))
+        with warnings.catch_warnings(record=True) as told, monkeypatch.context() as patch:
+            warnings.simplefilter("always")
+            if not recorded:
+                step_by_step(patch)
+            trained.fit(batches(), batches())
+        told = [str(one.message) for one in told if one.category is CaptureWarning]
+        expected = "rounds are played without a CUDA graph, because recording one failed: operation not permitted"
+        assert len(told) == recorded
+        assert not recorded or told[0].startswith(expected)
+        assert trained.round.rounds == 12
+        ends.append([trained.network.state_dict(), trained.round.players["discriminator"].state_dict()])
+    assert_same(*ends)
+    assert all(one.replays == 0 for one in tapes)
+
+
+def test_what_stands_against_recording_is_told_and_training_goes_on():
+    trained = Trainer(model(), Natural(), execution=Execution(graph=True))
+    with pytest.warns(CaptureWarning, match="rounds are played without a CUDA graph, because the model is on cpu, and"):
+        (report,) = trained.fit(batches(), batches())
+    assert report.round == BATCHES
+    assert trained.round.task.param_groups[0]["lr"] == pytest.approx(0.01)  # a number, as without the graph
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Trainer(model(), Natural()).fit(batches(), batches())
+
+
+def test_obstacles():
+    cuda, round_ = torch.device("cuda"), AFD().build(model())
+    attack = PGD(model())
+    assert recording.obstacle(cuda, 1, attack, round_) is None
+    assert recording.obstacle(cuda, 1, None, Natural(optimizer="adam").build(model())) is None
+    assert recording.obstacle(cuda, 2, attack, round_) == "2 processes average their gradients in them"
+    own = recording.obstacle(cuda, 1, lambda x, _: x, round_)
+    assert own == "the attack is a function, none of those in afd.attacks"
+    adagrad = Natural(optimizers={"task": torch.optim.Adagrad}).build(model())
+    assert recording.obstacle(cuda, 1, None, adagrad) == (
+        "the optimizer 'task' is a Adagrad; those that can be recorded are SGD, Adam, AdamW"
+    )
+
+
+def test_weights_that_move_make_a_new_recording(tapes):
+    net = model()
+    round_ = Natural().build(net)
+    played = recording.Recordings(net, round_, CPU)
+    x, y = torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
+
+    def play(x, y, _seed):
+        return round_.step(x, y, x)
+
+    for _ in range(4):
+        played(play, None, x, y, 0)
+    assert [one.replays for one in tapes] == [3]
+    net.classifier.weight.data = net.classifier.weight.data.clone()
+    for _ in range(2):
+        played(play, None, x, y, 0)
+    assert [one.replays for one in tapes] == [3, 1]
+    for rows in (1, 2, 3) * 3:
+        played(play, None, x[:rows], y[:rows], 0)
+    assert len(played._known) == recording.KEPT
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("begun", [False, True])
+def test_recordable_optimizers_take_the_same_steps(kind, begun):
+    """Beside torch's own; also one that has taken steps already, and with rates that change."""
+    settings = {"momentum": 0.9} if kind is torch.optim.SGD else {"betas": (0.5, 0.9)}
+    torch.manual_seed(0)
+    start = torch.randn(3, 5)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    recordable, plain = (kind([p], lr=0.1, weight_decay=0.01, **settings) for p in (ours, theirs))
+    for step in range(5):
+        if step == (2 if begun else 0):
+            make_recordable(recordable, CPU)
+        grad = torch.randn(3, 5)
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        for optimizer in (recordable, plain):
+            rate = optimizer.param_groups[0]["lr"]
+            if isinstance(rate, torch.Tensor):
+                rate.fill_(0.1 / (step + 1))
+            else:
+                optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(ours, start)
+
+
+# --- On a GPU -------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(cuda, case, **settings):
+    torch.manual_seed(5)
+    defaults = {"epochs": EPOCHS, "log_every": 3, "execution": Execution(graph=True)}
+    net = model().to(cuda)
+    net.encoder[4] = nn.Identity()  # dropout draws otherwise in a graph
+    return Trainer(net, **{**defaults, **CASES[case], **settings})
+
+
+GPU_CASES = [case for case in CASES if case != "adam"]  # whose gradient penalty draws at random
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES)
+def test_captured_rounds_train_as_uncaptured_ones_do(case, cuda, monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured = on_gpu(cuda, case)
+        ours = captured.fit(batches(cuda), batches(cuda))
+    assert any(captured.plays._known.values())
+    assert not captured.plays.refused
+    with monkeypatch.context() as patch:
+        step_by_step(patch)
+        played = on_gpu(cuda, case)
+        theirs = played.fit(batches(cuda), batches(cuda))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.losses == pytest.approx(b.losses, rel=1e-3, abs=1e-3)
+    for name, weight in captured.network.state_dict().items():
+        torch.testing.assert_close(weight, played.network.state_dict()[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_captured_rounds_of_adam_train(cuda):
+    trained = on_gpu(cuda, "adam")
+    history = trained.fit(batches(cuda), batches(cuda))
+    assert any(trained.plays._known.values())
+    assert all(value == value for report in history for value in report.losses.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_a_replayed_round_never_waits_for_the_device(case, cuda):
+    trained = on_gpu(cuda, case, eps_warmup=0.0)
+    trained.fit(batches(cuda), batches(cuda))
+    x, y = next(iter(batches(cuda)))
+    attack = None if trained.attack is None else trained.attack(trained.network)
+    if attack is not None:
+        attack.look = False
+    play = lambda x, y, seed: trained._attack_and_step(attack, x, y, seed)  # noqa: E731
+    trained.network.train()
+    for _ in range(4):
+        trained.plays(play, "again", x, y, 1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            trained.plays(play, "again", x, y, 2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
