@@ -1,9 +1,13 @@
-"""The commands ``afd train | evaluate | info`` (or ``python -m afd``). A mistake ends in one line and exit status 2."""
+"""The commands ``afd train | evaluate | curves | info`` (or ``python -m afd``).
+
+A mistake ends in one line and exit status 2.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -15,6 +19,7 @@ from afd.evaluate import EvaluateConfig
 from afd.evaluate import run as run_evaluation
 from afd.training import StoppedError
 from afd.training import train as run_training
+from afd.training.curves import named, plot_curves
 from afd.training.distributed import leave
 
 
@@ -37,6 +42,17 @@ def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
     run_evaluation(config)
 
 
+def curves(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("curves.png")) -> None:
+    """Draw the learning curves of runs in one picture.
+
+    Args:
+        runs: folders that `afd train` has written, as FOLDER or NAME=FOLDER.
+        out: PNG to write.
+    """
+    plot_curves(out, named(runs))
+    print(f"written to {out}")
+
+
 def info() -> None:
     """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
     print("\n".join(information.lines()))
@@ -46,9 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "evaluate": evaluate, "info": info},
+            {"train": train, "evaluate": evaluate, "curves": curves, "info": info},
             prog="afd",
-            description="Adversarial Feature Desensitization: train, evaluate, and see what serves your tensors.",
+            description="Adversarial Feature Desensitization: train, evaluate, draw, and see what serves your tensors.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )

@@ -157,8 +157,8 @@ def random_start(
     Args:
         x: clean images, float32 (float64 is served by the reference), [N, ...].
         eps: radius of the ball, a float >= 0 or one per sample [N].
-        seed: key of the generator, 0 <= seed < 2**63; an int64 tensor [] on x's device is read there, so that replays of
-            a recorded graph may each find another.
+        seed: key of the generator, 0 <= seed < 2**63; an int64 tensor [] on x's device is read there, so that each
+            replay of a recorded graph may find another.
         first_sample: index of x's first row in the whole batch.
         bounds: lowest and highest value of an image.
         norm: "Linf", "L2" or "L1".

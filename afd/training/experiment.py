@@ -19,6 +19,7 @@ from afd.evaluation.place import device_named
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
 from afd.training.checkpoint import load_checkpoint
+from afd.training.curves import plot_curves
 from afd.training.distributed import Group
 from afd.training.logs import json_lines, tensorboard
 from afd.training.progress import Terminal
@@ -47,7 +48,8 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     """Trains as `config` says, prints as it goes, and measures the best checkpoint on the test images.
 
     The best epoch is the one with the highest robust (for natural training: clean) accuracy on the validation images.
-    Its weights are also written as a plain state_dict, ``model.pt``. Under torchrun, every process calls this.
+    Its weights are also written as a plain state_dict, ``model.pt``, and the learning curves as ``curves.png``. Under
+    torchrun, every process calls this.
 
     Args:
         config: the run; its unset fields are settled by its data set.
@@ -79,6 +81,8 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
         trainer.callbacks = [terminal, tensorboard(config.out), json_lines(config.out / "log.jsonl")]
         history = trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
     group.wait()  # for the files
+    if group.leads:
+        plot_curves(config.out / "curves.png", {f"{config.data.name} {config.method.name}": config.out})
     best = config.out / "best.pt"
     state, _ = load_checkpoint(best, device)
     model.load_state_dict(state["average"]["weights"] if state["average"] else state["model"])

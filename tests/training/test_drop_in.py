@@ -61,6 +61,56 @@ def test_three_lines_train_somebodys_network(wrapped, feature_layer):
     assert players.num_features == (32 if feature_layer is None else 512)
 
 
+def torchvision_resnet():
+    models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    return models.resnet18(num_classes=10), 512
+
+
+def timm_resnet():
+    pytest.importorskip("torchvision", reason="torchvision, which timm imports, is not installed")
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    return timm.create_model("resnet10t", num_classes=10), 512
+
+
+def hugging_face_resnet():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=10
+    )
+    return transformers.ResNetForImageClassification(config), 16
+
+
+def hugging_face_vit():
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        num_labels=10,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config), 16
+
+
+@pytest.mark.parametrize("build", [torchvision_resnet, timm_resnet, hugging_face_resnet, hugging_face_vit])
+def test_a_librarys_classifier_trains_as_it_is(build, tmp_path):
+    torch.manual_seed(0)
+    model, features = build()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
+    attack = afd.attacks.PGD.partial(eps=8 / 255, steps=2)
+    trainer = afd.Trainer(model, attack=attack, validation_attack=attack)
+    (report,) = trainer.fit(list(zip(x.split(8), y.split(8), strict=True)), [(x, y)])
+    assert report.losses.keys() == {"task", "discriminator", "features"}
+    assert report.robust is not None
+    assert trainer.network.num_classes == 10
+    assert trainer.round.players["discriminator"].num_features == features
+    still = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
+    assert not [name for name in still if "pooler" not in name]
+    save_weights(tmp_path / "model.pt", trainer.network)
+    torch.manual_seed(1)
+    again = load_weights(tmp_path / "model.pt", build()[0])
+    trainer.network.eval(), again.eval()
+    torch.testing.assert_close(again(x), trainer.network(x))
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 def test_weights_load_with_torch_alone_and_mean_the_same(normalize, tmp_path):
     torch.manual_seed(0)

@@ -27,12 +27,13 @@ def test_leaves_checkpoints_and_tensorboard_events(trained):
     names = sorted(path.name for path in trained.iterdir())
     assert [name for name in names if "tfevents" not in name] == [
         "best.pt",
+        "curves.png",
         "last.pt",
         "log.jsonl",
         "model.pt",
         "previous.pt",
     ]
-    assert len(names) == 6
+    assert len(names) == 7
 
 
 def test_tensorboard_has_every_scalar(trained):

@@ -295,7 +295,7 @@ GPU_CASES = [case for case in CASES if case != "adam"]  # whose gradient penalty
 @pytest.mark.parametrize("case", GPU_CASES)
 def test_captured_rounds_train_as_uncaptured_ones_do(case, cuda, monkeypatch):
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", CaptureWarning)
         captured = on_gpu(cuda, case)
         ours = captured.fit(batches(cuda), batches(cuda))
     assert any(captured.plays._known.values())

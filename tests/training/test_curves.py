@@ -1,0 +1,84 @@
+"""Learning curves: what of a run's log ends up in the picture."""
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from afd.cli import main
+from afd.errors import InputError
+from afd.training import EpochReport, IntervalReport, curves, json_lines
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, as they are."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (figures.append(figure), save(figure, path)))
+    return figures
+
+
+def write(folder, robust, losses=("task", "discriminator", "features"), epochs=2, interval=True):
+    log = json_lines(folder / "log.jsonl")
+    for epoch in range(1, epochs + 1):
+        values = {name: (number + 1) / epoch for number, name in enumerate(losses)}
+        for done in (1, 4) if interval else ():
+            log(IntervalReport(epoch, 4 * (epoch - 1) + done, done, 4, values, {"task": 0.1 / epoch}))
+        log(EpochReport(epoch, 4 * epoch, values, 0.5 + epoch / 10, robust, 9.0, {"task": 0.1 / epoch}))
+    return folder
+
+
+def lines(axes):
+    return [[(float(x), float(y)) for x, y in line.get_xydata()] for line in axes.get_lines()]
+
+
+def test_panels_hold_what_was_logged(tmp_path, drawn):
+    runs = {"a": write(tmp_path / "a", 0.25), "b": write(tmp_path / "b", 0.5, epochs=3)}
+    curves.plot_curves(tmp_path / "new" / "curves.png", runs)
+    (figure,) = drawn
+    accuracy, *losses, rate = figure.axes
+    assert [axes.get_title() for axes in losses] == ["cross-entropy", "discriminator's loss", "features' loss"]
+    assert lines(accuracy)[:2] == [[(1, 60), (2, 70)], [(1, 25), (2, 25)]]
+    assert len(lines(accuracy)[2]) == 3
+    assert lines(losses[1])[0] == [(0.25, 2), (1, 2), (1.25, 1), (2, 1)]
+    assert lines(rate)[0] == [(0.25, 0.1), (1, 0.1), (1.25, 0.05), (2, 0.05)]
+    legend = [text.get_text() for text in accuracy.get_legend().get_texts()]
+    assert legend[:2] == ["a, clean: 70.0% at the end", "a, under attack: 25.0% at the end"]
+    low, high = accuracy.get_ylim()
+    assert low < 25
+    assert high > 80
+    assert imread(tmp_path / "new" / "curves.png").std() > 0.05
+
+
+def test_natural_training_has_fewer_panels_and_lines(tmp_path, drawn):
+    both = {"natural": write(tmp_path / "n", None, ["task"]), "afd": write(tmp_path / "a", 0.5, interval=False)}
+    curves.plot_curves(tmp_path / "curves.png", {"natural": both["natural"]})
+    assert len(drawn[0].axes) == 3
+    assert len(lines(drawn[0].axes[0])) == 1
+    curves.plot_curves(tmp_path / "curves.png", both)
+    accuracy, task, discriminator, *_ = drawn[1].axes
+    assert [len(lines(axes)) for axes in (accuracy, task, discriminator)] == [3, 2, 1]
+    assert lines(task)[1] == [(1, 1), (2, 0.5)]  # no intervals: one point an epoch
+
+
+def test_command(tmp_path, capsys):
+    folder, out = write(tmp_path / "run", 0.5), tmp_path / "picture.png"
+    assert main(["curves", str(folder), f"other={folder}", "--out", str(out)]) == 0
+    assert out.stat().st_size > 10_000
+    for words, message in [
+        ([str(tmp_path)], f"there is no log.jsonl in {tmp_path}"),
+        ([str(folder), f"run={folder}"], "of which two are called alike; write NAME=FOLDER"),
+        ([], "runs is empty"),
+    ]:
+        assert main(["curves", *words, "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_what_cannot_be_drawn_is_named(tmp_path):
+    with pytest.raises(InputError, match="runs is empty"):
+        curves.plot_curves(tmp_path / "curves.png", {})
+    folder = write(tmp_path / "run", 0.5, epochs=0)
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"kind": "inter')
+    with pytest.raises(InputError, match=r"log.jsonl holds no finished epoch; there is nothing to draw yet"):
+        curves.plot_curves(tmp_path / "curves.png", {"run": folder})
