@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from afd import data
+from afd.attacks import CaptureWarning
 from afd.cli import main
 from afd.evaluation import accuracy
 from afd.training import experiment
@@ -91,6 +92,11 @@ def test_the_best_epoch_is_chosen_on_validation_images(tmp_path, monkeypatch):
 def test_training_against_apgd_in_low_precision(tmp_path):
     assert run(tmp_path, "--attack", "apgd", "--precision", "auto") == 0
     assert load_checkpoint(tmp_path / "last.pt")[1]["config"]["attack"]["name"] == "apgd"
+
+
+def test_a_graph_where_there_is_none_is_told(tmp_path):
+    with pytest.warns(CaptureWarning, match="rounds are played without a CUDA graph, because the model is on cpu"):
+        assert run(tmp_path, "--graph", "--device", "cpu") == 0
 
 
 def test_natural_training(tmp_path):
