@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import Attack, CaptureWarning
+from afd.attacks import Attack, CaptureWarning, folding
 from afd.attacks.base import GradientAttack
 from afd.methods import Round
 from afd.methods.optimizers import RECORDABLE, being_recorded, make_recordable
@@ -80,16 +80,17 @@ class Recording:
     seed: Tensor
     names: tuple[str, ...]
     losses: Tensor
+    kept: tuple[object, ...]  # whose memory the graph uses
 
     @classmethod
-    def of(cls, play: Play, x: Tensor, y: Tensor) -> Recording:
-        """Records `play` on batches like x and y, and any seed."""
+    def of(cls, play: Play, x: Tensor, y: Tensor, model: nn.Module) -> Recording:
+        """Records `play`, which attacks and trains the model, on batches like x and y, and any seed."""
         x, y, seed = x.clone(), y.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             losses = play(x, y, seed)
             table = torch.stack(list(losses.values()))
-        return cls(graph, x, y, seed, tuple(losses), table)
+        return cls(graph, x, y, seed, tuple(losses), table, (play, folding.known(model)))
 
     def play(self, x: Tensor, y: Tensor, seed: int) -> Losses:
         """The round on another batch."""
@@ -148,7 +149,7 @@ class Recordings:
         optimizers = self.round.optimizers.values()
         try:
             with being_recorded(optimizers):
-                return Recording.of(play, x, y)
+                return Recording.of(play, x, y, self.model)
         except RuntimeError as error:  # raised inside the capture: rounds played as ever went well
             self.round.rounds, self.refused = played, True
             for optimizer in optimizers:

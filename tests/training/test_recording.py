@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks import APGD, PGD, CaptureWarning
+from afd.attacks import APGD, PGD, CaptureWarning, folding
 from afd.data import Batches, Images
 from afd.data.augment import CropAndFlip
 from afd.methods import AFD, Execution, Natural
@@ -229,6 +229,17 @@ def test_obstacles():
     assert recording.obstacle(cuda, 1, None, adagrad) == (
         "the optimizer 'task' is a Adagrad; those that can be recorded are SGD, Adam, AdamW"
     )
+
+
+def test_what_a_graph_writes_to_is_kept(tapes):
+    """The weights of folded layers belong to the attack, which lets go of them when it sees the layers changed."""
+    trained = trainer("joint", epochs=2)
+    trained.fit(batches(), batches())
+    recorded = [one for one in trained.plays._known.values() if one is not None]
+    assert recorded
+    folded = folding.known(trained.network)
+    assert folded.pairs
+    assert all(folded in one.kept for one in recorded)
 
 
 def test_weights_that_move_make_a_new_recording(tapes):
