@@ -8,10 +8,10 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from afd.attacks.apgd import APGD
+from afd.attacks.capture import CaptureWarning
 from afd.attacks.fgsm import FGSM
 from afd.attacks.mim import MIM
 from afd.attacks.pgd import PGD
-from afd.attacks.replay import CaptureWarning
 from afd.attacks.watch import ModelWarning, Report
 
 __all__ = ["APGD", "FGSM", "MIM", "PGD", "Attack", "AttackFactory", "CaptureWarning", "ModelWarning", "Report"]

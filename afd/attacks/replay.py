@@ -8,23 +8,19 @@ the host checks in a step, a replay does not: a label larger than any before is 
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from afd.attacks.capture import CaptureWarning, capturing, under_way
 from afd.attacks.piece import Piece
 
 Climb = Callable[[Piece, Tensor], tuple[Tensor, ...]]
 KEPT = 4  # recordings, each with memory of its own
-
-
-class CaptureWarning(UserWarning):
-    """An attack cannot be recorded in a CUDA graph and runs step by step instead."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +37,7 @@ class Recording:
         """Captures `climb` on copies of its arguments."""
         piece = replace(piece, x=piece.x.clone(), y=piece.y.clone(), aim=piece.aim.clone(), trace=piece.trace.clone())
         x_adv, graph = x_adv.clone(), torch.cuda.CUDAGraph()
-        with _capturing(graph):
+        with capturing(graph):
             outputs = climb(piece, x_adv)
         return cls(graph, piece, x_adv, outputs)
 
@@ -81,8 +77,7 @@ class Replays:
             piece: what it attacks; rows that are indices, which differ from call to call, are not recorded.
             x_adv: where to start, like piece.x.
         """
-        fixed = isinstance(piece.rows, slice)
-        if self.refused or not x_adv.is_cuda or not fixed or _recorded_by_another():
+        if self.refused or not x_adv.is_cuda or under_way() or not isinstance(piece.rows, slice):
             return climb(piece, x_adv)
         forms = ((t.shape, t.stride(), t.dtype) for t in _inputs(piece, x_adv))
         key = (name, _where(model), piece.rows.start, piece.rows.stop, *forms)
@@ -112,31 +107,8 @@ class Replays:
             self._known.popitem(last=False)
 
 
-@contextlib.contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
-    """`torch.cuda.graph`, and torch as it was before if the capture fails.
-
-    Where a capture ends in an error, `torch.cuda.graph` leaves its own stream current, and the allocator in a state in
-    which memory that other streams have used is never free again.
-    """
-    pool, here = torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
-    try:
-        with torch.cuda.stream(here), torch.cuda.graph(graph, pool=pool):
-            yield
-    except RuntimeError:
-        with contextlib.suppress(RuntimeError):  # torch has ended it: the capture failed before or after
-            torch._C._cuda_endAllocateToPool(here.device_index, pool)
-            torch._C._cuda_releasePool(here.device_index, pool)
-        raise
-
-
 def _inputs(piece: Piece, x_adv: Tensor) -> tuple[Tensor, ...]:
     return piece.x, piece.y, piece.aim, piece.trace, x_adv
-
-
-def _recorded_by_another() -> bool:
-    """Whether a graph is being recorded already, of which these steps are a part: graphs do not nest."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _where(model: nn.Module) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from afd.attacks import Attack, CaptureWarning, folding
 from afd.attacks.base import GradientAttack
+from afd.attacks.capture import capturing
 from afd.methods import Round
 from afd.methods.optimizers import RECORDABLE, being_recorded, make_recordable
 
@@ -87,7 +88,7 @@ class Recording:
         """Records `play`, which attacks and trains the model, on batches like x and y, and any seed."""
         x, y, seed = x.clone(), y.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with capturing(graph):
             losses = play(x, y, seed)
             table = torch.stack(list(losses.values()))
         return cls(graph, x, y, seed, tuple(losses), table, (play, folding.known(model)))

@@ -35,7 +35,7 @@ class Tape(TorchDispatchMode):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """In the place of `torch.cuda.graph`."""
+        """In the place of `capturing`."""
         generator, launch = torch.get_rng_state(), native.launch
 
         def noted(*arguments: Any) -> None:

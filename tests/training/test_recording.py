@@ -81,7 +81,7 @@ def tapes(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", recorded)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph: graph.recording())
+    monkeypatch.setattr(recording, "capturing", lambda graph: graph.recording())
     monkeypatch.setattr(recording, "obstacle", lambda *_: None)
     monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
     return made
