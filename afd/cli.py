@@ -1,4 +1,4 @@
-"""The commands ``afd train | evaluate | info`` (or ``python -m afd``). A mistake ends in one line and exit status 2."""
+"""The commands ``afd train | evaluate | bench | info`` (or ``python -m afd``). A mistake ends in one line and exit status 2."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 
 from afd import info as information
+from afd.bench.agreement import AgreementBench
+from afd.bench.attacks import AttackBench
+from afd.bench.discriminator import DiscriminatorBench
+from afd.bench.kernels import KernelBench
+from afd.bench.program import run as run_benchmark
+from afd.bench.rounds import RoundBench
 from afd.config import TrainConfig
 from afd.errors import AfdError
 from afd.evaluate import EvaluateConfig
@@ -37,6 +44,24 @@ def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
     run_evaluation(config)
 
 
+Work = (
+    Annotated[AttackBench, tyro.conf.subcommand("attacks")]
+    | Annotated[KernelBench, tyro.conf.subcommand("kernels")]
+    | Annotated[RoundBench, tyro.conf.subcommand("round")]
+    | Annotated[DiscriminatorBench, tyro.conf.subcommand("discriminator")]
+    | Annotated[AgreementBench, tyro.conf.subcommand("agreement")]
+)
+
+
+def bench(work: Annotated[Work, tyro.conf.arg(name="")]) -> None:
+    """Measure attacks, kernels and training rounds beside what else does the same work.
+
+    Args:
+        work: the benchmark.
+    """
+    run_benchmark(work, Console())
+
+
 def info() -> None:
     """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
     print("\n".join(information.lines()))
@@ -46,9 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "evaluate": evaluate, "info": info},
+            {"train": train, "evaluate": evaluate, "bench": bench, "info": info},
             prog="afd",
-            description="Adversarial Feature Desensitization: train, evaluate, and see what serves your tensors.",
+            description="Adversarial Feature Desensitization: train, evaluate, measure speed, and see what serves your tensors.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )

@@ -1,4 +1,4 @@
-"""The most memory that tensors hold during a call."""
+"""The most memory that tensors hold during a call, and how running out of it is told."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler says when it starts and stops, on stderr
-
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """Bytes allocated at the worst moment of a call, beyond those before it; what it returns counts while it runs."""
@@ -22,6 +20,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler says when it starts and stops, on stderr
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     with tempfile.TemporaryDirectory() as folder:
@@ -34,3 +33,9 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         held += change
         most = max(most, held)
     return most
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device has no more memory; the CPU's allocator has no error class of its own."""
+    said = "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said)
