@@ -1,4 +1,4 @@
-"""The commands ``afd train | evaluate | bench | info`` (or ``python -m afd``). A mistake ends in one line and exit status 2."""
+"""The commands ``afd train | evaluate | bench | info`` (``python -m afd`` too). A mistake ends in a line and status 2."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tyro.extras.subcommand_cli_from_dict(
             {"train": train, "evaluate": evaluate, "bench": bench, "info": info},
             prog="afd",
-            description="Adversarial Feature Desensitization: train, evaluate, measure speed, and see what serves your tensors.",
+            description="Adversarial Feature Desensitization: train, evaluate, measure speed, see what serves tensors.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )

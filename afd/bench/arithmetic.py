@@ -20,13 +20,12 @@ COUNTED_IMAGES = 2  # FLOPs are counted on so many: they grow with the batch
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether CUDA may multiply float32 matrices and convolutions with ten bits of mantissa; torch's default is half so."""
+    """Whether CUDA may multiply float32 with ten bits of mantissa; by default torch does so in convolutions alone."""
     cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+    flags = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     try:
-        with cudnn.flags(
-            enabled=True, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic, allow_tf32=allowed
-        ):
+        with cudnn.flags(**flags, allow_tf32=allowed):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -59,9 +58,9 @@ def _wait(device: torch.device) -> None:
 
 
 def pass_flops(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Operations of one forward and input gradient of a batch: matrix products and convolutions, as torch counts them."""
+    """Operations of one forward and input gradient: those of matrix products and convolutions, as torch counts them."""
     counted = min(COUNTED_IMAGES, len(x))
     images = x[:counted].clone().requires_grad_()
     with engine.evaluating(model), FlopCounterMode(display=False) as counter:
-        torch.autograd.grad(F.cross_entropy(model(images), y[:counted], reduction="sum"), images)
-    return counter.get_total_flops() * len(x) / counted
+        torch.autograd.backward(F.cross_entropy(model(images), y[:counted], reduction="sum"))
+    return float(counter.get_total_flops()) * len(x) / counted

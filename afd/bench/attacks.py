@@ -90,5 +90,6 @@ class AttackBench(Benchmark):
         cases = {}
         with tf32(False):
             for request in wanted:
-                target, cases[request.name] = fitting(target, request, against, self.rounds, say)
+                target, found = fitting(target, request, against, self.rounds, say)
+                cases[f"{request.name}, {target.size}"] = found
         return cases

@@ -57,11 +57,14 @@ def contestants(target: Subject, request: Request, against: Sequence[str], say: 
         found["afd tf32"] = Contestant(tf32(True)(ours(target.model, request)), "tf32")
     auto = ours(target.model, request, precision="auto")
     found[AUTO] = Contestant(auto, "bf16" if fast_bf16(device) else "fp32")
+    absent = []
     for name in against:
         try:
             found[name] = Contestant(adapted(name, target.model, request), PEERS[name].arithmetic)
         except (PeerMissingError, NotOfferedError) as error:
-            say(f"left out: {error}")
+            absent.append(str(error))
+    if absent:
+        say(f"{request.name}, left out: {'; '.join(dict.fromkeys(absent))}")
     return found
 
 

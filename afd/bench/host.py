@@ -20,18 +20,18 @@ INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_ind
 class HostReads(TorchDispatchMode):
     """Counts the operations for which the host needs values from the device.
 
-    They are: reading a scalar, operations whose output's shape hangs on values (nonzero, masked_select, unique, indexing
-    with a mask, repeat_interleave of unknown length), torch.equal, and copies from another device to the host. Seen is
-    what passes torch's dispatcher in Python while the mode is on, backward passes included.
+    They are: reading a scalar, operations whose output's shape hangs on values (nonzero, masked_select, unique,
+    indexing with a mask, repeat_interleave of unknown length), torch.equal, and copies from another device to the
+    host. Seen is what passes torch's dispatcher while the mode is on, backward passes included.
 
-    Not seen: what a CUDA graph replays (it holds no such operation, or it could not have been recorded); synchronisation
-    asked for by other means (torch.cuda.synchronize, streams, a blocking copy to the device); and on a CPU a move to
-    NumPy, which copies nothing there. A model under torch.compile runs uncompiled while the mode is on, and is counted
-    as such.
+    Not seen: what a CUDA graph replays (it holds no such operation, or it could not have been recorded);
+    synchronisation asked for by other means (torch.cuda.synchronize, streams, a blocking copy to the device); and on
+    a CPU a move to NumPy, which copies nothing there. A model under torch.compile runs uncompiled while the mode is
+    on, and is counted as such.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(

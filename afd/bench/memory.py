@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,9 +21,14 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler says when it starts and stops, on stderr
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    profile = torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU])
+    with _silent_stderr():  # the profiler says there when it starts and stops
+        profile.start()
+    try:
         call()
+    finally:
+        with _silent_stderr():
+            profile.stop()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
@@ -33,6 +39,19 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         held += change
         most = max(most, held)
     return most
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """For what C++ writes: Python's own stream is not asked."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def out_of_memory(error: BaseException) -> bool:

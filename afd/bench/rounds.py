@@ -177,15 +177,14 @@ class RoundBench(Benchmark):
     def remarks(self, cases: Mapping[str, Measured]) -> Iterable[str]:
         """Which bars each candidate reaches."""
         bars = CASES[self.case][-1]
-        for name in cases[WHOLE].candidates:
-            if name != RELEASED:
-                bar = getattr(bars, name.split()[-1])
-                whole, outside = (cases[part].candidates[name].figures["speedup"] for part in (WHOLE, OUTSIDE))
-                met = {
-                    f"{bar:g}x the released round": whole >= bar,
-                    f"{OUTSIDE_BAR:g}x outside": outside >= OUTSIDE_BAR,
-                }
-                yield f"{name}: {reached(met)}"
+        for name in [other for other in cases[WHOLE].candidates if other != RELEASED]:
+            bar = getattr(bars, name.split()[-1])
+            theirs, own = (
+                [cases[part].candidates[who].median for part in (WHOLE, OUTSIDE)] for who in (RELEASED, name)
+            )
+            whole, outside = (slow / fast for slow, fast in zip(theirs, own, strict=True))
+            met = {f"{bar:g}x the released round": whole >= bar, f"{OUTSIDE_BAR:g}x outside": outside >= OUTSIDE_BAR}
+            yield f"{name}: {reached(met)}"
 
 
 def _figures(name: str, part: str, times: Mapping[str, Mapping[str, Timing]]) -> dict[str, Figure]:

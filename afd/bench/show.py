@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import figure as drawing
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
 from rich import box
 from rich.table import Table
 
@@ -76,17 +77,17 @@ def chart(path: Path, document: Document) -> None:
     down = math.ceil(len(cases) / across)
     bars = max(len(case.candidates) for case in cases.values())
     size = (max(7.0, 4.8 * across), down * (0.24 * bars + 0.8) + 0.5)
-    figure = drawing.Figure(figsize=size, dpi=120, layout="constrained")
+    figure = Drawing(figsize=size, dpi=120, layout="constrained")
     panels = figure.subplots(down, across, squeeze=False)
     for axes in panels.flat[len(cases) :]:
         axes.set_visible(False)
     for axes, (name, case) in zip(panels.flat, cases.items(), strict=False):
         _bars(axes, name, case)
-    figure.suptitle(title(document), fontsize=9)
+    figure.suptitle(f"{title(document)}\nbars: medians, whiskers: p20 to p80", fontsize=9)
     figure.savefig(path)
 
 
-def _bars(axes: drawing.Axes, name: str, case: Case) -> None:
+def _bars(axes: Axes, name: str, case: Case) -> None:
     timed = {candidate: found.seconds for candidate, found in case.candidates.items() if found.seconds}
     unit, word = next(((u, w) for u, w in ((1.0, "s"), (1e-3, "ms")) if max(t.p50 for t in timed.values()) >= u),
                       (1e-6, "µs"))  # fmt: skip
@@ -98,8 +99,7 @@ def _bars(axes: drawing.Axes, name: str, case: Case) -> None:
         axes.annotate(f" {duration(taken.p50)}", (taken.p80 / unit, row), va="center", fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.2 * max(taken.p80 for taken in timed.values()) / unit)
-    axes.set_title(name, fontsize=9, loc="left")
-    axes.set_xlabel(word, fontsize=7, loc="right", labelpad=0)
+    axes.set_title(f"{name}, {word}", fontsize=9, loc="left")
     axes.tick_params(labelsize=7)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -51,7 +51,7 @@ def spectral_linear(size: str, device: torch.device) -> Iterator[Work]:
 
     yield Work(
         f"spectral_linear {batch} x {WIDTH}",
-        lambda: torch.autograd.grad(ops.spectral_linear(*inputs, spectrum, negative_slope=SLOPE), inputs, grad),
+        lambda: torch.autograd.grad(ops.spectral_linear(x, weight, bias, spectrum, negative_slope=SLOPE), inputs, grad),
         lambda: layer(_normalised(weight, spectrum)),
         lambda: layer(weight),
     )
