@@ -1,4 +1,4 @@
-"""The commands ``afd train | evaluate | bench | info`` (``python -m afd`` too). A mistake ends in a line and status 2."""
+"""The commands ``afd train | evaluate | bench | info``, or ``python -m afd``. A mistake ends in a line and status 2."""
 
 from __future__ import annotations
 

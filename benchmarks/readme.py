@@ -104,16 +104,20 @@ def rendered(files: list[str], results: Path) -> str:
     headings, *rows = TABLES[kind](documents)
     lines = [headings, ("---",) * len(headings), *rows]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"\n{table}\n\n{'; '.join(caption(*pair) for pair in zip(files, documents, strict=True))}.\n\n"
+    return f"\n{table}\n\n{caption(dict(zip(files, documents, strict=True)))}\n\n"
 
 
-def caption(file: str, document: Document) -> str:
-    """Machine, rounds, and where the whole of it lies."""
-    link = RESULTS / file
-    timed = any(found.seconds for case in document.cases.values() for found in case.candidates.values())
-    times = f", medians of {document.rounds} rounds" if timed else ""
-    picture = f", [picture]({link.with_suffix('.png')})" if (ROOT / link).with_suffix(".png").exists() else ""
-    return f"{document.machine}, torch {document.versions['torch']}{times} ([JSON]({link}){picture})"
+def caption(documents: dict[str, Document]) -> str:
+    """Machine, rounds, and where the whole of it lies, a sentence for each machine."""
+    places: dict[str, list[str]] = {}
+    for file, document in documents.items():
+        timed = any(found.seconds for case in document.cases.values() for found in case.candidates.values())
+        rounds = f"medians of {document.rounds} rounds: " if timed else ""
+        link = RESULTS / file
+        picture = f", [picture]({link.with_suffix('.png')})" if (ROOT / link).with_suffix(".png").exists() else ""
+        place = f"{document.machine}, torch {document.versions['torch']}"
+        places.setdefault(place, []).append(f"{rounds}[JSON]({link}){picture}")
+    return "\n".join(f"{place}; {'; '.join(found)}." for place, found in places.items())
 
 
 def renewed(text: str, results: Path = ROOT / RESULTS) -> str:

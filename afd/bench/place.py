@@ -41,7 +41,10 @@ def versions(packages: Iterable[str] = ()) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit this package is checked out from ("-dirty" with local changes), or None for an installed one."""
+    """The commit this package is checked out from, or None for an installed one.
+
+    "-dirty" follows it where sources have local changes; results that were written meanwhile do not count.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -52,4 +55,7 @@ def commit() -> str | None:
 
     here = Path(__file__)
     tracked = git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie in some other repository
-    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") if tracked else None
+    if tracked is None:
+        return None
+    changed = git("status", "--porcelain", "--", str(here.parents[1]), str(here.parents[2] / "csrc"))
+    return f"{git('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"
