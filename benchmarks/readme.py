@@ -7,11 +7,11 @@ of one benchmark. What stands between the markers is replaced, whatever it was; 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from afd.bench.document import Document, Figure, read
-from afd.bench.show import duration, mebibytes
+from afd.bench.show import Column, duration, mebibytes
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
@@ -32,7 +32,7 @@ def attacks(documents: list[Document]) -> Rows:
                 yield (
                     work, candidate, shown(figures["image_steps_per_second"], "{:,.0f}"),
                     *(shown(figures[key], "{:.2f}x") for key in ("over_floor", "over_afd", "over_auto")),
-                    shown(figures.get("matmul_share"), "{:.0%}"), mebibytes(figures["peak_bytes"]),
+                    shown(figures.get("matmul_share"), "{:.0%}"), shown(figures["peak_bytes"], mebibytes),
                     shown(figures.get("host_reads"), "{}"), shown(figures["accuracy_left"], "{:.1%}"),
                 )  # fmt: skip
                 work = ""
@@ -92,9 +92,9 @@ def sign(name: str) -> str:
     return name.replace("Linf", "L∞")
 
 
-def shown(value: Figure, form: str) -> str:
-    """A figure, or a dash where an older document lacks it."""
-    return "–" if value is None else form.format(value)
+def shown(value: Figure, form: str | Callable[[float], str]) -> str:
+    """A figure, or a dash where there is none, as in older documents."""
+    return Column("", "", form).cell(value) or "–"
 
 
 def rendered(files: list[str], results: Path) -> str:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from afd import demo
 from afd.cli import main
 from afd.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_info_says_what_serves_which_tensor(capsys):
@@ -38,6 +41,27 @@ def test_no_command_shows_the_commands(capsys):
         main([])
     out = capsys.readouterr()
     assert "train" in out.out + out.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attacks", "--attack", "cw"], "afd: error: attack is 'cw'; allowed are pgd, apgd"),
+        (["attacks", "--against", "cleverhans"], "afd: error: against is 'cleverhans'; allowed are"),
+        (["attacks", "--model", "alexnet"], "afd: error: model is 'alexnet'; allowed are lenet"),
+        (["attacks", "--model", "no_such_package:make"], "afd: error: model no_such_package:make cannot be imported"),
+        (["kernels", "--ops", "softmax"], "afd: error: ops is 'softmax'; allowed are pgd_step"),
+        (["round", "--schedules", "never"], "afd: error: schedules is 'never'; allowed are simultaneous, alternating"),
+        (["agreement", "--data", ".", "--peer", "nobody"], "afd: error: peer is 'nobody'; allowed are"),
+        (["discriminator", "--compare", "pyproject.toml"], "afd: error: pyproject.toml is not JSON"),
+    ],
+)
+def test_a_mistake_in_a_benchmark_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["bench", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ class Work:
         bytes_moved: read and written, where the floor is a copy; else None.
         compiles: whether torch.compile takes seconds with it, not minutes.
         reference: the exact formulation, where it is not the eager one.
+        written: the tensors it works on in place.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Work:
     bytes_moved: int | None = None
     compiles: bool = True
     reference: Call | None = None
+    written: tuple[Tensor, ...] = ()
 
     @property
     def candidates(self) -> dict[str, Call]:
@@ -82,6 +84,7 @@ def _pgd_step(size: str, device: torch.device, norm: str, label: str, dtype: tor
         *copying((3 * 4 + dtype.itemsize) * x.numel(), device),
         compiles=norm != "L1",  # whose passes are unrolled
         reference=_exact(native, norm, x),
+        written=(x_adv,),
     )
 
 
@@ -116,6 +119,7 @@ def random_start(size: str, device: torch.device) -> Iterator[Work]:
         lambda: ops.random_start_(x_adv, x, eps=eps, seed=1, bounds=BOX),
         lambda: x_adv.copy_(reference.random_start(x, eps, *BOX, 1)),
         *copying(2 * 4 * x.numel(), device),
+        written=(x_adv,),
     )
 
 
@@ -139,6 +143,7 @@ def _apgd_step(size: str, device: torch.device, label: str, dtype: torch.dtype) 
         lambda: ops.apgd_step_(x_adv, x_adv_old, x, grad, step=step, eps=eps, bounds=BOX),
         by_hand,
         *copying((5 * 4 + dtype.itemsize) * x.numel(), device),
+        written=(x_adv, x_adv_old),
     )
 
 
@@ -157,7 +162,8 @@ def apgd_update(size: str, device: torch.device) -> Iterator[Work]:
         state["loss_best"].zero_()
         reference.apgd_update(x_adv, grad, loss, fooled, **state, interval=0, rho=0.75)
 
-    yield Work(f"apgd_update {_shown(x)}", native, by_hand, *copying(int(2 * 2 * 4 * MOVED * x.numel()), device))
+    floor = copying(int(2 * 2 * 4 * MOVED * x.numel()), device)
+    yield Work(f"apgd_update {_shown(x)}", native, by_hand, *floor, written=(x_adv, grad, *state.values()))
 
 
 def _images(size: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
