@@ -22,13 +22,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     profile = torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU])
-    with _silent_stderr():  # the profiler says there when it starts and stops
-        profile.start()
-    try:
+    with _silent_stderr(), profile:  # the profiler says there when it starts and stops, and what it did not see begin
         call()
-    finally:
-        with _silent_stderr():
-            profile.stop()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
@@ -43,7 +38,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """For what C++ writes: Python's own stream is not asked."""
+    """Nothing reaches the process's standard error, not even what C++ writes."""
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)

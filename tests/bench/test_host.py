@@ -76,11 +76,8 @@ def test_a_backward_pass_is_seen():
 
 def test_the_reads_of_an_attack_do_not_grow_with_its_steps():
     torch.manual_seed(0)
-    model, x, y = (
-        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5)),
-        torch.rand(4, 3, 4, 4),
-        torch.zeros(4),
-    )
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 5))
+    x, y = torch.rand(4, 3, 4, 4), torch.tensor([0, 1, 2, 3])
     counts = []
     for steps in (2, 9):
         with HostReads() as reads:

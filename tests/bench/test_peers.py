@@ -73,7 +73,7 @@ def test_art_by_default_takes_32_images_at_a_time(target):
     if not peers.PEERS["art"].installed:
         pytest.skip("art is not installed")
     sizes = []
-    hook = target.model.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
+    hook = target.model[0].register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
     for name in ("art", "art-defaults"):
         peers.adapted(name, target.model, Request("pgd", "Linf", 0.08, 0.02, 2))(target.x, target.y)
         sizes.append(name)
