@@ -1,12 +1,19 @@
 """`afd info`, help texts and the demo."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
 from afd import demo
+from afd.bench.agreement import AgreementBench
+from afd.bench.attacks import AttackBench
+from afd.bench.discriminator import DiscriminatorBench
+from afd.bench.kernels import KernelBench
+from afd.bench.program import Benchmark
+from afd.bench.rounds import RoundBench
 from afd.cli import main
 from afd.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, TrainConfig
 
@@ -26,13 +33,28 @@ def test_every_option_has_a_help_line(group, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     helped = " ".join(re.sub(r"[│\n]", " ", capsys.readouterr().out).split())
-    source = __import__("inspect").getsource(group)
+    source = inspect.getsource(group)
     nested = {"data", "model", "attack", "method"} if group is TrainConfig else set()
     for field in dataclasses.fields(group):
         if field.name in nested:
             continue
         match = re.search(rf'^    {field.name}: .*\n    """(.+?)"""', source, re.MULTILINE | re.DOTALL)
         assert match, f"{group.__name__}.{field.name} has no docstring"
+        assert " ".join(match.group(1).split())[:40] in helped
+
+
+@pytest.mark.parametrize("work", [AttackBench, KernelBench, RoundBench, DiscriminatorBench, AgreementBench])
+def test_every_option_of_a_benchmark_has_a_help_line(work, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", work.name, "--help"])
+    helped = " ".join(re.sub(r"[│\n]", " ", capsys.readouterr().out).split())
+    sources = [inspect.getsource(one) for one in work.__mro__ if issubclass(one, Benchmark)]
+    offered = [field for field in dataclasses.fields(work) if "Suppress" not in str(field.type)]
+    assert {"device", "out", "compare"} <= {field.name for field in offered}
+    for field in offered:
+        found = (re.search(rf'^    {field.name}: .*\n    """(.+?)"""', source, re.M | re.S) for source in sources)
+        match = next(filter(None, found), None)
+        assert match, f"{work.__name__}.{field.name} has no docstring"
         assert " ".join(match.group(1).split())[:40] in helped
 
 

@@ -54,5 +54,15 @@ def bf16(model: nn.Module, request: Request) -> Run:
 
 
 def compiled(model: nn.Module, request: Request) -> Run:
-    """In float32 with the model under torch.compile."""
-    return fp32(torch.compile(model), request)  # type: ignore[arg-type]
+    """In float32 with the model under torch.compile; where that has no compiler, the first call says so."""
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    plain = fp32(torch.compile(model), request)  # type: ignore[arg-type]
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        try:
+            return plain(x, y)
+        except TorchDynamoException as error:
+            raise NotOfferedError(f"torch.compile fails here: {str(error).splitlines()[0]}") from error
+
+    return run

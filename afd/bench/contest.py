@@ -98,14 +98,12 @@ def case(target: Subject, request: Request, against: Sequence[str], rounds: int,
     entrants = contestants(target, request, against, say)
     device, x, y = target.x.device, target.x, target.y
     facts: dict[str, dict[str, Figure]] = {}
-    for name, entrant in entrants.items():
-        with HostReads() as reads:
-            attacked = entrant.run(x, y)
-        facts[name] = {
-            "accuracy_left": None if name == FLOOR else accuracy(target, attacked),
-            "host_reads": reads.count,
-            "peak_bytes": peak_bytes(partial(entrant.run, x, y), device),
-        }
+    for name, entrant in list(entrants.items()):
+        try:
+            facts[name] = untimed(target, entrant.run, attacks=name != FLOOR)
+        except NotOfferedError as error:
+            say(f"{request.name}, left out: {error}")
+            del entrants[name]
     calls = {name: partial(entrant.run, x, y) for name, entrant in entrants.items()}
     times = interleaved(calls, rounds, warmup=0, device=device)
     flops = pass_flops(target.model, x, y)
@@ -116,6 +114,17 @@ def case(target: Subject, request: Request, against: Sequence[str], rounds: int,
         candidates={name: Candidate(times[name], {**images[name], **speeds[name], **facts[name]}) for name in entrants},
         measured={f"matmul_{kind}": _rate(kind, device) for kind in sorted({e.arithmetic for e in entrants.values()})},
     )
+
+
+def untimed(target: Subject, run: Run, attacks: bool) -> dict[str, Figure]:
+    """What two calls show beside their time."""
+    with HostReads() as reads:
+        attacked = run(target.x, target.y)
+    return {
+        "accuracy_left": accuracy(target, attacked) if attacks else None,
+        "host_reads": reads.count,
+        "peak_bytes": peak_bytes(lambda: run(target.x, target.y), target.x.device),
+    }
 
 
 @torch.no_grad()

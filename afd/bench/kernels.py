@@ -98,13 +98,13 @@ def _figures(taken: Timing, times: Mapping[str, Timing], bytes_moved: int | None
 
 def _compiled(work: Work, say: Say) -> Callable[[], object] | None:
     """The eager formulation under torch.compile; None, with a word, where there is no compiler."""
-    from torch._dynamo.exc import BackendCompilerFailed  # takes a second to import
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
     torch.compiler.reset()  # earlier cases do not count towards the limit of recompilations
     call = torch.compile(work.eager)
     try:
         call()
-    except BackendCompilerFailed as error:
+    except TorchDynamoException as error:
         say(f"left out: torch.compile, which fails here: {str(error).splitlines()[0]}")
         return None
     return call

@@ -100,6 +100,21 @@ def test_a_missing_peer_is_named_with_its_pip_line(tiny, tmp_path, console, monk
     assert "art is not installed; add it with: pip install adversarial-robustness-toolbox" in console.export_text()
 
 
+def test_a_compiler_that_fails_is_left_out_with_its_reason(tiny, tmp_path, console, monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def broken(_model):
+        def call(_x):
+            raise TorchDynamoException("no working C++ compiler\nlong story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    made = run(options(tiny, tmp_path, against="compile,eager"), console)
+    assert list(made.cases["PGD-3 Linf, 6x3x4x4"].candidates) == ["floor", "afd", "afd auto", "eager"]
+    assert "left out: torch.compile fails here: no working C++ compiler\n" in console.export_text().replace("  ", "")
+
+
 def test_the_round_needs_its_peer_too(monkeypatch):
     from afd.bench import rounds
 
