@@ -37,7 +37,7 @@ class Work:
         name: op, norm, size and dtype.
         native: through `afd.ops`.
         eager: the same in plain PyTorch, and what torch.compile is given.
-        floor: what no implementation can beat.
+        floor: torch's own time for the least that must be done.
         bytes_moved: read and written, where the floor is a copy; else None.
         compiles: whether torch.compile takes seconds with it, not minutes.
         reference: the exact formulation, where it is not the eager one.
