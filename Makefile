@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PEERS := $(VENV)/.peers
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: demo test test-slow test-gpu sanitize lint format bench gpu wheels clean
@@ -42,8 +43,17 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
 
-bench: $(READY)
-	$(BIN)/python -m afd.bench.kernels
+# The short set: under five minutes on two cores. Results go to benchmarks/results and README's tables follow them.
+BENCH := $(BIN)/python -m afd bench
+LIBRARIES := torchattacks,foolbox,art
+
+bench: $(PEERS)
+	$(BENCH) attacks --model lenet --batch 256 --steps 5 --rounds 5 --against $(LIBRARIES),art-defaults,eager,eager-bf16
+	$(BENCH) attacks --model resnet18 --steps 3 --rounds 3 --against $(LIBRARIES),eager-bf16
+	$(BENCH) kernels --sizes cifar --rounds 40
+	$(BENCH) discriminator --rounds 100
+	$(BENCH) round --case small --rounds 9
+	$(BIN)/python benchmarks/readme.py
 
 # A day on a GPU, with nothing fetched: make gpu STAGES=1,2,3 BUDGET=580 DATA=folder WHEELS=build/wheels OUT=folder
 OUT ?= build/gpu
@@ -65,4 +75,8 @@ clean:
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
+	touch $@
+
+$(PEERS): benchmarks/peers.txt $(READY)
+	$(BIN)/pip install --quiet --no-deps --requirement benchmarks/peers.txt
 	touch $@

@@ -1,4 +1,4 @@
-"""The commands ``afd train | evaluate | curves | info`` (or ``python -m afd``).
+"""The commands ``afd train | evaluate | bench | curves | info`` (or ``python -m afd``).
 
 A mistake ends in one line and exit status 2.
 """
@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
 
 from afd import info as information
+from afd.bench.agreement import AgreementBench
+from afd.bench.attacks import AttackBench
+from afd.bench.discriminator import DiscriminatorBench
+from afd.bench.kernels import KernelBench
+from afd.bench.program import run as run_benchmark
+from afd.bench.rounds import RoundBench
 from afd.config import TrainConfig
 from afd.errors import AfdError
 from afd.evaluate import EvaluateConfig
@@ -53,6 +60,24 @@ def curves(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("curves
     print(f"written to {out}")
 
 
+Work = (
+    Annotated[AttackBench, tyro.conf.subcommand("attacks")]
+    | Annotated[KernelBench, tyro.conf.subcommand("kernels")]
+    | Annotated[RoundBench, tyro.conf.subcommand("round")]
+    | Annotated[DiscriminatorBench, tyro.conf.subcommand("discriminator")]
+    | Annotated[AgreementBench, tyro.conf.subcommand("agreement")]
+)
+
+
+def bench(work: Annotated[Work, tyro.conf.arg(name="")]) -> None:
+    """Measure attacks, kernels and training rounds beside what else does the same work.
+
+    Args:
+        work: the benchmark.
+    """
+    run_benchmark(work, Console())
+
+
 def info() -> None:
     """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
     print("\n".join(information.lines()))
@@ -62,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "evaluate": evaluate, "curves": curves, "info": info},
+            {"train": train, "evaluate": evaluate, "bench": bench, "curves": curves, "info": info},
             prog="afd",
-            description="Adversarial Feature Desensitization: train, evaluate, draw, and see what serves your tensors.",
+            description="Adversarial Feature Desensitization: train, evaluate, measure speed, see what is built.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )

@@ -1,13 +1,23 @@
 """`afd info`, help texts and the demo."""
 
 import dataclasses
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 
 from afd import demo
+from afd.bench.agreement import AgreementBench
+from afd.bench.attacks import AttackBench
+from afd.bench.discriminator import DiscriminatorBench
+from afd.bench.kernels import KernelBench
+from afd.bench.program import Benchmark
+from afd.bench.rounds import RoundBench
 from afd.cli import main
 from afd.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, TrainConfig
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_info_says_what_serves_which_tensor(capsys):
@@ -23,7 +33,7 @@ def test_every_option_has_a_help_line(group, capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     helped = " ".join(re.sub(r"[│\n]", " ", capsys.readouterr().out).split())
-    source = __import__("inspect").getsource(group)
+    source = inspect.getsource(group)
     nested = {"data", "model", "attack", "method"} if group is TrainConfig else set()
     for field in dataclasses.fields(group):
         if field.name in nested:
@@ -33,11 +43,47 @@ def test_every_option_has_a_help_line(group, capsys):
         assert " ".join(match.group(1).split())[:40] in helped
 
 
+@pytest.mark.parametrize("work", [AttackBench, KernelBench, RoundBench, DiscriminatorBench, AgreementBench])
+def test_every_option_of_a_benchmark_has_a_help_line(work, capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", work.name, "--help"])
+    helped = " ".join(re.sub(r"[│\n]", " ", capsys.readouterr().out).split())
+    sources = [inspect.getsource(one) for one in work.__mro__ if issubclass(one, Benchmark)]
+    offered = [field for field in dataclasses.fields(work) if "Suppress" not in str(field.type)]
+    assert {"device", "out", "compare"} <= {field.name for field in offered}
+    for field in offered:
+        found = (re.search(rf'^    {field.name}: .*\n    """(.+?)"""', source, re.M | re.S) for source in sources)
+        match = next(filter(None, found), None)
+        assert match, f"{work.__name__}.{field.name} has no docstring"
+        assert " ".join(match.group(1).split())[:40] in helped
+
+
 def test_no_command_shows_the_commands(capsys):
     with pytest.raises(SystemExit):
         main([])
     out = capsys.readouterr()
     assert "train" in out.out + out.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attacks", "--attack", "cw"], "afd: error: attack is 'cw'; allowed are pgd, apgd"),
+        (["attacks", "--against", "cleverhans"], "afd: error: against is 'cleverhans'; allowed are"),
+        (["attacks", "--model", "alexnet"], "afd: error: model is 'alexnet'; allowed are lenet"),
+        (["attacks", "--model", "no_such_package:make"], "afd: error: model no_such_package:make cannot be imported"),
+        (["kernels", "--ops", "softmax"], "afd: error: ops is 'softmax'; allowed are pgd_step"),
+        (["round", "--schedules", "never"], "afd: error: schedules is 'never'; allowed are simultaneous, alternating"),
+        (["agreement", "--data", ".", "--peer", "nobody"], "afd: error: peer is 'nobody'; allowed are"),
+        (["discriminator", "--compare", "pyproject.toml"], "afd: error: pyproject.toml is not JSON"),
+    ],
+)
+def test_a_mistake_in_a_benchmark_is_one_line(arguments, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main(["bench", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert err.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Does speed cost strength? ``python -m afd.bench.agreement --data DIR``: afd and pyautoattack break which images?
+"""Does speed cost strength? ``afd bench agreement --data DIR``: afd and pyautoattack break which images?
 
 A LeNet-size net is trained on MNIST for an epoch, a little adversarially, so that about half of the test images can be
 broken. Both libraries then run APGD-CE with the same steps and restarts, and the table says how many images each
@@ -7,65 +7,92 @@ leaves, and how many each breaks that the other does not.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from afd.attacks import PGD
+from afd.bench.document import Candidate, Case, Figure
 from afd.bench.models import lenet
-from afd.bench.peers import Request, Run, adapted, ours
-from afd.bench.timing import CPU, device_name, record, slug
+from afd.bench.peers import PEERS, adapted
+from afd.bench.program import Benchmark, Say
+from afd.bench.request import Request, Run, ours
+from afd.bench.show import Column
 from afd.data import load
+from afd.errors import at_least, one_of
 
 RADII = {"Linf": 0.15, "L2": 1.5, "L1": 8.0}
 
 
-@dataclass(frozen=True)
-class AgreementBench:
-    """Compare the images that afd and another library break.
+@dataclass(frozen=True, kw_only=True)
+class AgreementBench(Benchmark):
+    """Which of a thousand MNIST images afd breaks, and which another library does. Nothing is timed."""
 
-    Attributes:
-        data: folder with MNIST.
-        images: of the test set.
-        steps: of APGD.
-        peer: the other library.
-        precision: of afd.
-        out: JSON file; by default benchmarks/results/agreement-<device>.json.
-    """
+    name = "agreement"
+    columns = (
+        Column("accuracy left", "accuracy_left", "{:.1%}"),
+        Column("broken by it alone", "broken_alone", "{}"),
+    )
 
     data: Path
+    """Folder with MNIST."""
+    rounds: Suppress[int] = 1  # the same seed finds the same points
     images: int = 1000
+    """Of the test set."""
     steps: int = 100
+    """Of APGD."""
     peer: str = "pyautoattack"
-    precision: str = "fp32"
-    out: Path | None = None
+    """The other library."""
+    precision: Literal["fp32", "bf16", "auto"] = "fp32"
+    """Of afd."""
 
+    @property
+    def settings(self) -> Mapping[str, Figure]:
+        """Of all norms."""
+        return {"images": self.images, "steps": self.steps, "precision": self.precision}
 
-@dataclass(frozen=True)
-class Agreement:
-    """Shares of images that stand, and counts of those that one library breaks and the other does not."""
+    @property
+    def packages(self) -> Iterable[str]:
+        """The peer."""
+        return [PEERS[self.peer].package]
 
-    ours: float
-    theirs: float
-    broken_by_ours_only: int
-    broken_by_theirs_only: int
+    def measure(self, device: torch.device, say: Say) -> Mapping[str, Case]:
+        """A case for each norm."""
+        del say
+        one_of("peer", self.peer, PEERS)
+        at_least("images", self.images, 1)
+        sets = load("mnist", self.data)
+        model = trained(sets.train.images().to(device), sets.train.labels.to(device))
+        x, y = (part[: self.images].to(device) for part in (sets.test.images(), sets.test.labels))
+        return {norm: self.agreement(norm, model, x, y) for norm in RADII}
+
+    def agreement(self, norm: str, model: nn.Module, x: Tensor, y: Tensor) -> Case:
+        """Both libraries on the same images."""
+        eps = RADII[norm]
+        request = Request("apgd", norm, eps, alpha=eps, steps=self.steps)
+        runs = {"afd": ours(model, request, self.precision), self.peer: adapted(self.peer, model, request)}
+        left, other = (standing(model, run, x, y) for run in runs.values())
+        alone = ((~left & other).sum(), (left & ~other).sum())
+        found = {
+            name: Candidate(None, {"accuracy_left": float(stand.double().mean()), "broken_alone": int(count)})
+            for name, stand, count in zip(runs, (left, other), alone, strict=True)
+        }
+        return Case({"eps": eps}, found)
 
 
 def trained(x: Tensor, y: Tensor, eps: float = 0.1) -> nn.Module:
     """A LeNet after one epoch on images that two PGD steps have attacked."""
     torch.manual_seed(0)
-    model = lenet()
+    model = lenet().to(x.device)
     attack = PGD(model, eps=eps, alpha=eps, steps=2)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    order = torch.randperm(len(x))
+    order = torch.randperm(len(x), device=x.device)
     for number, rows in enumerate(order.split(128)):
         x_adv = attack(x[rows], y[rows], seed=number)
         optimizer.zero_grad()
@@ -80,41 +107,3 @@ def standing(model: nn.Module, run: Run, x: Tensor, y: Tensor) -> Tensor:
     with torch.enable_grad():
         attacked = [(run(a, b), b) for a, b in zip(x.split(250), y.split(250), strict=True)]
     return torch.cat([model(a).argmax(1) == b for a, b in attacked])
-
-
-def compare(model: nn.Module, request: Request, x: Tensor, y: Tensor, peer: str, precision: str) -> Agreement:
-    """Both libraries on the same images."""
-    left = standing(model, ours(model, request, precision), x, y)
-    other = standing(model, adapted(peer, model, request), x, y)
-    only = int((~left & other).sum()), int((left & ~other).sum())
-    return Agreement(float(left.float().mean()), float(other.float().mean()), *only)
-
-
-def run(options: AgreementBench, console: Console) -> None:
-    """Trains, compares, prints and records."""
-    sets = load("mnist", options.data)
-    model = trained(sets.train.images(), sets.train.labels)
-    x, y = sets.test.images()[: options.images], sets.test.labels[: options.images]
-    shown = Table("", title=f"{options.images} MNIST images, APGD-{options.steps}", box=box.SIMPLE_HEAD)
-    for heading in ("eps", "afd leaves", f"{options.peer} leaves", "broken by afd only", f"by {options.peer} only"):
-        shown.add_column(heading, justify="right")
-    results = {}
-    for norm, eps in RADII.items():
-        found = compare(model, Request("apgd", norm, eps, eps, options.steps), x, y, options.peer, options.precision)
-        results[norm] = {"eps": eps, **asdict(found)}
-        counts = (str(found.broken_by_ours_only), str(found.broken_by_theirs_only))
-        shown.add_row(norm, f"{eps:g}", f"{found.ours:.1%}", f"{found.theirs:.1%}", *counts)
-    console.print(shown)
-    out = options.out or Path("benchmarks/results") / f"agreement-{slug(device_name(CPU))}.json"
-    asked = {"images": options.images, "steps": options.steps, "peer": options.peer, "precision": options.precision}
-    record(out, "agreement", results, CPU, settings=asked)
-    console.print(f"written to {out}")
-
-
-def main() -> None:
-    """Reads the command line."""
-    run(tyro.cli(Annotated[AgreementBench, tyro.conf.arg(name="")], prog="python -m afd.bench.agreement"), Console())
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The discriminator beside the same layers of torch, with and without its spectral norm.
 
-``python -m afd.bench.discriminator`` runs it. A case is one forward and backward of the whole network, to the gradients
+``afd bench discriminator`` runs it. A case is one forward and backward of the whole network, to the gradients
 of its parameters and of its input. "plain" has no spectral norm: it is the floor that a spectral norm should cost
 nothing over. "parametrized" is `torch.nn.utils.parametrizations.spectral_norm`. All candidates of a case run in turn,
 so that a busy spell meets them alike.
@@ -11,26 +11,65 @@ power iteration of the group is timed inside a CUDA graph.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from afd.bench.timing import CPU, Candidates, Timing, device_name, interleaved, record, slug
+from afd.bench.document import Candidate, Case, Figure
+from afd.bench.program import Benchmark, Say, reached
+from afd.bench.show import Column
+from afd.bench.timing import CPU, Candidates, Timing, interleaved
 from afd.nn import ProjectionDiscriminator
 from afd.ops import backend
 
 WIDTH, CLASSES, BATCHES = 512, (10, 100), (128, 1024)
+GRAPH = "power iteration in a CUDA graph"
 MOST_OVER_PLAIN, LEAST_OVER_PARAMETRIZED = 1.15, 1.6  # what the CPU is held to
 LEAST_ON_GPU = {"parametrized": 8.0, "compiled": 2.0}  # and a GPU, in speed
 MOST_MICROSECONDS_IN_GRAPH = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorBench(Benchmark):
+    """The spectral-normalised discriminator beside the same layers of torch, with and without spectral norm."""
+
+    name = "discriminator"
+    columns = (
+        Column("of plain", "over_plain"),
+        Column("afd faster", "over_afd", "{:.2f}x"),
+    )
+
+    rounds: int = 300
+    """Timed calls of each candidate, all candidates in turn."""
+
+    @property
+    def settings(self) -> Mapping[str, Figure]:
+        """The width of its layers."""
+        return {"width": WIDTH}
+
+    def measure(self, device: torch.device, say: Say) -> Mapping[str, Case]:
+        """A case for each batch and number of classes; on a GPU, the graph too."""
+        del say
+        cases = {}
+        for batch in BATCHES:
+            for classes in CLASSES:
+                taken = times(batch, classes, self.rounds, device)
+                cases[f"batch {batch}, {classes} classes"] = Case(
+                    {"batch": batch, "classes": classes},
+                    {name: Candidate(timing, _figures(timing, taken)) for name, timing in taken.items()},
+                )
+        if device.type == "cuda":
+            cases[GRAPH] = Case({}, {"afd": Candidate(graphed_power_iteration(self.rounds, device))})
+        return cases
+
+    def remarks(self, cases: Mapping[str, Case]) -> Iterable[str]:
+        """Which bars each case reaches."""
+        for name, found in cases.items():
+            yield f"{name}: {verdict({which: candidate.median for which, candidate in found.candidates.items()})}"
 
 
 class Layers(nn.Module):
@@ -97,65 +136,18 @@ def graphed_power_iteration(rounds: int, device: torch.device, replays: int = 10
     return Timing(*(seconds / replays for seconds in (taken.p20, taken.p50, taken.p80)))
 
 
-# --- The program ----------------------------------------------------------------------------------------------------
+def _figures(timing: Timing, taken: Mapping[str, Timing]) -> dict[str, Figure]:
+    return {"over_plain": timing.p50 / taken["plain"].p50, "over_afd": timing.p50 / taken["afd"].p50}
 
 
-def table(cases: dict[str, dict[str, Timing]], title: str) -> Table:
-    """The cases as a table, one row a candidate."""
-    shown = Table("", title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
-    for heading in ("p20 ms", "p50 ms", "p80 ms", "of plain", "x faster than parametrized"):
-        shown.add_column(heading, justify="right")
-    for name, taken in cases.items():
-        shown.add_row(f"[bold]{name}")
-        for candidate, timing in taken.items():
-            shown.add_row(
-                f"  {candidate}",
-                *(f"{seconds * 1e3:.3f}" for seconds in (timing.p20, timing.p50, timing.p80)),
-                f"{timing.p50 / taken['plain'].p50:.2f}",
-                f"{taken['parametrized'].p50 / timing.p50:.2f}",
-            )
-    return shown
-
-
-def verdict(taken: dict[str, Timing]) -> str:
+def verdict(medians: Mapping[str, float]) -> str:
     """Whether a case reaches its bars."""
-    ours = taken["afd"].p50
-    if "compiled" in taken:
-        bars = {f"{least:g}x {name}": taken[name].p50 / ours >= least for name, least in LEAST_ON_GPU.items()}
-    else:
-        bars = {
-            f"at most {MOST_OVER_PLAIN:g} of plain": ours / taken["plain"].p50 <= MOST_OVER_PLAIN,
-            f"{LEAST_OVER_PARAMETRIZED:g}x parametrized": taken["parametrized"].p50 / ours >= LEAST_OVER_PARAMETRIZED,
-        }
-    return ", ".join(f"{bar}? {'yes' if reached else 'NO'}" for bar, reached in bars.items())
-
-
-def main() -> None:
-    """Measures, prints and records."""
-    parser = argparse.ArgumentParser(prog="python -m afd.bench.discriminator", description="Times the discriminator.")
-    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu or cuda")
-    parser.add_argument("--rounds", type=int, default=300, help="timed calls of each candidate")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/discriminator-<device>.json)")
-    options = parser.parse_args()
-    device, console = options.device, Console()
-    cases = {
-        f"batch {batch}, {classes} classes": times(batch, classes, options.rounds, device)
-        for batch in BATCHES
-        for classes in CLASSES
-    }
-    console.print(table(cases, f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"))
-    for name, taken in cases.items():
-        console.print(f"{name}: {verdict(taken)}")
-    results: dict[str, object] = {**cases}
-    if device.type == "cuda":
-        iteration = graphed_power_iteration(options.rounds, device)
-        results["power iteration in a graph"] = iteration
-        reached = "yes" if iteration.p50 * 1e6 <= MOST_MICROSECONDS_IN_GRAPH else "NO"
-        console.print(f"power iteration: {iteration.p50 * 1e6:.1f} us; {MOST_MICROSECONDS_IN_GRAPH:g} us? {reached}")
-    out = options.out or Path("benchmarks/results") / f"discriminator-{slug(device_name(device))}.json"
-    record(out, "discriminator", results, device, rounds=options.rounds, width=WIDTH)
-    console.print(f"written to {out}")
-
-
-if __name__ == "__main__":
-    main()
+    ours = medians["afd"]
+    if "plain" not in medians:
+        return reached({f"{MOST_MICROSECONDS_IN_GRAPH:g} us": ours * 1e6 <= MOST_MICROSECONDS_IN_GRAPH})
+    if "compiled" in medians:
+        return reached({f"{least:g}x {name}": medians[name] / ours >= least for name, least in LEAST_ON_GPU.items()})
+    return reached({
+        f"at most {MOST_OVER_PLAIN:g} of plain": ours / medians["plain"] <= MOST_OVER_PLAIN,
+        f"{LEAST_OVER_PARAMETRIZED:g}x parametrized": medians["parametrized"] / ours >= LEAST_OVER_PARAMETRIZED,
+    })  # fmt: skip

@@ -1,16 +1,15 @@
-"""The most memory that tensors hold during a call."""
+"""The most memory that tensors hold during a call, and how running out of it is told."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler says when it starts and stops, on stderr
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
@@ -22,7 +21,8 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    profile = torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU])
+    with _silent_stderr(), profile:  # the profiler says there when it starts and stops, and what it did not see begin
         call()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -34,3 +34,22 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         held += change
         most = max(most, held)
     return most
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Nothing reaches the process's standard error, not even what C++ writes."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device has no more memory; the CPU's allocator has no error class of its own."""
+    said = "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said)

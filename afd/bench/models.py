@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from afd.errors import InputError
+from afd.errors import InputError, at_least
+from afd.evaluation.subject import from_factory
 from afd.nn import build_model
 
 
@@ -33,6 +33,10 @@ class Subject:
     def size(self) -> str:
         """The batch's shape, as in 128x3x32x32."""
         return "x".join(map(str, self.x.shape))
+
+    def first(self, images: int) -> Subject:
+        """The same with fewer images."""
+        return replace(self, x=self.x[:images], y=self.y[:images])
 
 
 def lenet() -> nn.Module:
@@ -67,31 +71,24 @@ def subject(
         device: where to.
 
     Raises:
-        InputError: unknown name, or a factory that cannot be imported or called.
+        InputError: unknown name, no image, or a model that does not take images of that shape.
+        SubjectError: a factory that cannot be imported or called, or returns no model.
     """
-    build, own_shape, own_batch = MODELS.get(name) or (factory(name), (3, 32, 32), 128)
-    torch.manual_seed(0)
-    try:
-        model = build().to(device).eval()
-    except Exception as error:
-        raise InputError(f"model is {name!r}, whose factory raised {type(error).__name__}: {error}") from error
-    x = torch.rand(batch or own_batch, *(shape or own_shape), device=device)
-    with torch.no_grad():
-        y = torch.cat([model(part).argmax(1) for part in x.split(128)])
-    return Subject(name, model, x, y)
-
-
-def factory(name: str) -> Callable[[], nn.Module]:
-    """The function that "package.module:function" names.
-
-    Raises:
-        InputError: there is none.
-    """
-    module, colon, function = name.partition(":")
-    if not colon:
+    if name not in MODELS and ":" not in name:
         raise InputError(f"model is {name!r}; allowed are {', '.join(MODELS)}, and package.module:factory")
+    torch.manual_seed(0)
+    if name in MODELS:
+        build, own_shape, own_batch = MODELS[name]
+        model = build().to(device).eval()
+    else:
+        model, own_shape, own_batch = from_factory(name, torch.device(device)).model, (3, 32, 32), 128
+    images = own_batch if batch is None else batch
+    at_least("batch", images, 1)
+    x = torch.rand(images, *(shape or own_shape), device=device)
     try:
-        found: Callable[[], nn.Module] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"model is {name!r}, which cannot be imported: {error}") from error
-    return found
+        with torch.no_grad():
+            y = torch.cat([model(part).argmax(1) for part in x.split(128)])
+    except (RuntimeError, ValueError, IndexError) as error:
+        size, reason = "x".join(map(str, shape or own_shape)), str(error).split("\n", 1)[0]
+        raise InputError(f"shape is {size}, which model {name} does not take: {reason}") from error
+    return Subject(name, model, x, y)

@@ -1,8 +1,9 @@
-"""Other libraries' attacks behind one shape: (model, request) -> a call that attacks a batch, at equal settings.
+"""Other ways to attack behind one shape: (model, request) -> a call that attacks a batch, at equal settings.
 
-A peer is imported when asked for. One that is not installed is named with the line that adds it; none is a dependency.
-Each runs as its documentation shows. What its defaults would make slower or weaker than it can be is set: ART's batch
-of 32 is the whole batch, pyautoattack's L1 shrinks its radius as its standard version does.
+A library is imported when asked for. One that is not installed is named with the line that adds it; none is a
+dependency. Each runs as its documentation recommends. Where what it does by default is slower or weaker than that, its
+defaults are a peer of their own: ART goes through a batch 32 images at a time, and pyautoattack's Auto-PGD does without
+the shrinking radius that its standard version has in L1. The others have nothing to set beside the request.
 """
 
 from __future__ import annotations
@@ -10,79 +11,24 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afd.attacks import APGD, PGD
-from afd.bench import eager
-from afd.errors import AfdError, InputError, one_of
-
-Run = Callable[[Tensor, Tensor], Tensor]
+from afd.bench import by_hand
+from afd.bench.request import NORMS, NotOfferedError, Request, Run
+from afd.errors import AfdError, one_of
 
 
 class PeerMissingError(AfdError):
     """A peer library is not installed; the message says how to add it."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What every library is asked for, from a random start.
-
-    Attributes:
-        attack: "pgd" or "apgd" (on cross-entropy).
-        norm: "Linf", "L2" or "L1".
-        eps: radius.
-        alpha: step of PGD.
-        steps: number of steps.
-    """
-
-    attack: str
-    norm: str
-    eps: float
-    alpha: float
-    steps: int
-
-    @property
-    def name(self) -> str:
-        """As in PGD-10 Linf."""
-        return f"{self.attack.upper()}-{self.steps} {self.norm}"
-
-
-def ours(model: nn.Module, request: Request, precision: str = "fp32") -> Run:
-    """afd's own."""
-    if request.attack == "apgd":
-        return APGD(model, norm=request.norm, eps=request.eps, steps=request.steps, precision=precision)
-    return PGD(model, norm=request.norm, eps=request.eps, alpha=request.alpha, steps=request.steps, precision=precision)
-
-
-def _compiled(model: nn.Module, request: Request) -> Run:
-    return ours(torch.compile(model), request)  # type: ignore[arg-type]
-
-
-def _eager(model: nn.Module, request: Request) -> Run:
-    """The loop that people write by hand, in plain PyTorch."""
-    _only(request, "a loop by hand", {"pgd": ("Linf", "L2", "L1")})
-
-    def run(x: Tensor, y: Tensor) -> Tensor:
-        x_adv = x + request.eps * (2 * torch.rand_like(x) - 1) if request.norm == "Linf" else x.clone()
-        x_adv = eager.project(x_adv, x, request.eps, 0.0, 1.0, request.norm)
-        for _ in range(request.steps):
-            x_adv.requires_grad_()
-            (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)
-            x_adv = eager.pgd_step(
-                x_adv.detach(), x, grad, request.alpha, request.eps, 0.0, 1.0, request.norm, sparsity=0.05
-            )
-        return x_adv
-
-    return run
-
-
 def _torchattacks(model: nn.Module, request: Request) -> Run:
     import torchattacks
 
-    _only(request, "torchattacks", {"pgd": ("Linf", "L2"), "apgd": ("Linf", "L2")})
+    request.only("torchattacks", {"pgd": ("Linf", "L2"), "apgd": ("Linf", "L2")})
     if request.attack == "apgd":
         run: Run = torchattacks.APGD(model, norm=request.norm, eps=request.eps, steps=request.steps, n_restarts=1)
     elif request.norm == "L2":
@@ -95,8 +41,8 @@ def _torchattacks(model: nn.Module, request: Request) -> Run:
 def _foolbox(model: nn.Module, request: Request) -> Run:
     import foolbox
 
-    _only(request, "foolbox", {"pgd": ("Linf", "L2", "L1")})
-    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=next(model.parameters()).device)
+    request.only("foolbox", {"pgd": NORMS})
+    wrapped = foolbox.PyTorchModel(model, bounds=(0, 1), device=_device(model))
     kinds = {"Linf": foolbox.attacks.LinfPGD, "L2": foolbox.attacks.L2PGD, "L1": foolbox.attacks.L1PGD}
     attack = kinds[request.norm](abs_stepsize=request.alpha, steps=request.steps, random_start=True)
 
@@ -107,17 +53,18 @@ def _foolbox(model: nn.Module, request: Request) -> Run:
     return run
 
 
-def _art(model: nn.Module, request: Request) -> Run:
+def _art(model: nn.Module, request: Request, batch_size: int | None) -> Run:
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
-    _only(request, "art", {"pgd": ("Linf", "L2", "L1")})
+    request.only("art", {"pgd": NORMS})
 
     def run(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
             classes = model(x[:1]).shape[1]
+        device = "gpu" if x.is_cuda else "cpu"
         estimator = PyTorchClassifier(
-            model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), classes, clip_values=(0.0, 1.0), device_type=x.device.type
+            model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), classes, clip_values=(0.0, 1.0), device_type=device
         )
         attack = ProjectedGradientDescentPyTorch(
             estimator,
@@ -126,7 +73,7 @@ def _art(model: nn.Module, request: Request) -> Run:
             eps_step=request.alpha,
             max_iter=request.steps,
             num_random_init=1,
-            batch_size=len(x),
+            batch_size=batch_size or len(x),
             verbose=False,
         )
         return torch.from_numpy(attack.generate(x.cpu().numpy(), y.cpu().numpy())).to(x.device)
@@ -134,49 +81,59 @@ def _art(model: nn.Module, request: Request) -> Run:
     return run
 
 
-def _pyautoattack(model: nn.Module, request: Request) -> Run:
+def _pyautoattack(model: nn.Module, request: Request, shrinks: bool) -> Run:
     from pyautoattack.autopgd_base import APGDAttack
 
-    _only(request, "pyautoattack", {"apgd": ("Linf", "L2", "L1")})
-    device = next(model.parameters()).device
+    request.only("pyautoattack", {"apgd": NORMS})
+    if not shrinks and request.norm != "L1":
+        raise NotOfferedError(f"pyautoattack's defaults are what it recommends in {request.norm}")
     attack = APGDAttack(
         model, n_iter=request.steps, norm=request.norm, eps=request.eps, n_restarts=1, seed=0, loss="ce",
-        use_largereps=request.norm == "L1", device=str(device),
+        use_largereps=shrinks and request.norm == "L1", device=str(_device(model)),
     )  # fmt: skip
-
-    def run(x: Tensor, y: Tensor) -> Tensor:
-        found: Tensor = attack.perturb(x, y)
-        return found
-
+    run: Run = attack.perturb
     return run
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Another way to attack: the module that must be importable, what pip calls it, and its adapter."""
+    """Another way to attack.
+
+    Attributes:
+        module: must be importable.
+        package: what pip calls it.
+        adapt: (model, request) -> run.
+        arithmetic: that the model runs in: fp32, tf32 or bf16.
+    """
 
     module: str
     package: str
     adapt: Callable[[nn.Module, Request], Run]
+    arithmetic: str = "fp32"
+
+    @property
+    def installed(self) -> bool:
+        """Whether it can be imported."""
+        return importlib.util.find_spec(self.module) is not None
 
 
+ART, AUTOATTACK = ("art", "adversarial-robustness-toolbox"), ("pyautoattack", "pyautoattack")
 PEERS = {
     "torchattacks": Peer("torchattacks", "torchattacks", _torchattacks),
     "foolbox": Peer("foolbox", "foolbox", _foolbox),
-    "art": Peer("art", "adversarial-robustness-toolbox", _art),
-    "pyautoattack": Peer("pyautoattack", "pyautoattack", _pyautoattack),
-    "eager": Peer("torch", "torch", _eager),
-    "compile": Peer("torch", "torch", _compiled),
+    "art": Peer(*ART, partial(_art, batch_size=None)),
+    "art-defaults": Peer(*ART, partial(_art, batch_size=32)),
+    "pyautoattack": Peer(*AUTOATTACK, partial(_pyautoattack, shrinks=True)),
+    "pyautoattack-defaults": Peer(*AUTOATTACK, partial(_pyautoattack, shrinks=False)),
+    "eager": Peer("torch", "torch", by_hand.fp32),
+    "eager-tf32": Peer("torch", "torch", by_hand.in_tf32, "tf32"),
+    "eager-bf16": Peer("torch", "torch", by_hand.bf16, "bf16"),
+    "compile": Peer("torch", "torch", by_hand.compiled),
 }
-
-
-class NotOfferedError(AfdError):
-    """A peer has no such attack."""
-
-
-def _only(request: Request, library: str, offered: dict[str, tuple[str, ...]]) -> None:
-    if request.norm not in offered.get(request.attack, ()):
-        raise NotOfferedError(f"{library} offers no {request.attack.upper()} in {request.norm}")
 
 
 def adapted(name: str, model: nn.Module, request: Request) -> Run:
@@ -189,23 +146,6 @@ def adapted(name: str, model: nn.Module, request: Request) -> Run:
     """
     one_of("against", name, PEERS)
     peer = PEERS[name]
-    if importlib.util.find_spec(peer.module) is None:
+    if not peer.installed:
         raise PeerMissingError(f"{name} is not installed; add it with: pip install {peer.package}")
     return peer.adapt(model, request)
-
-
-def requests(attacks: list[str], norms: list[str], steps: int, radii: dict[str, float]) -> list[Request]:
-    """Every attack in every norm.
-
-    Raises:
-        InputError: unknown attack or norm, or none of either.
-    """
-    for kind in attacks:
-        one_of("attack", kind, ("pgd", "apgd"))
-    for norm in norms:
-        one_of("norm", norm, radii)
-    if not (attacks and norms):
-        raise InputError("attack and norm must name at least one each")
-    return [
-        Request(kind, norm, radii[norm], radii[norm] * 2.5 / max(steps, 1), steps) for kind in attacks for norm in norms
-    ]

@@ -8,7 +8,6 @@ more, is left out; so are its histograms.)
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 
 import torch
@@ -18,23 +17,8 @@ from torch.nn.utils import spectral_norm
 from torch.optim import SGD
 
 from afd.attacks.engine import evaluating
-from afd.bench.peers import PeerMissingError, Run
+from afd.bench.request import Run
 from afd.nn import FeatureClassifier
-
-
-def apgd(model: nn.Module, eps: float, steps: int) -> Run:
-    """pyautoattack's Auto-PGD on the cross-entropy.
-
-    Raises:
-        PeerMissingError: it is not installed.
-    """
-    if importlib.util.find_spec("pyautoattack") is None:
-        raise PeerMissingError("pyautoattack is not installed; add it with: pip install pyautoattack")
-    from pyautoattack.autopgd_base import APGDAttack
-
-    attack = APGDAttack(model, n_iter=steps, norm="Linf", eps=eps, seed=0, loss="ce")
-    run: Run = attack.perturb
-    return run
 
 
 class ReleasedDiscriminator(nn.Module):

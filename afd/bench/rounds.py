@@ -1,4 +1,4 @@
-"""One AFD training round beside one of the released code: ``python -m afd.bench.rounds``.
+"""One AFD training round beside one of the released code: ``afd bench round``.
 
 Both attack the same batch with Auto-PGD of as many steps, then play AFD-WGAN with SGD. Learning rates are so small that
 the networks stay what they are, and labels are what the network says, so that every image is attacked in every round.
@@ -6,29 +6,32 @@ the networks stay what they are, and labels are what the network says, so that e
 
 from __future__ import annotations
 
-import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from afd.attacks import APGD
-from afd.bench.released import ReleasedRound, apgd
-from afd.bench.timing import CPU, Timing, device_name, interleaved, record, slug
+from afd.bench.document import Candidate, Figure
+from afd.bench.document import Case as Measured
+from afd.bench.peers import PEERS, adapted
+from afd.bench.program import Benchmark, Say, listed, reached
+from afd.bench.released import ReleasedRound
+from afd.bench.request import Request
+from afd.bench.show import Column
+from afd.bench.timing import Timing, interleaved
+from afd.errors import at_least
 from afd.methods import AFD, Execution
 from afd.nn import FeatureClassifier, build_model
 
 LR = 1e-12
 RELEASED = "released"
-PRECISIONS = ("fp32", "auto")
+PRECISIONS, SCHEDULES = ("fp32", "auto"), ("simultaneous", "alternating")
+WHOLE, OUTSIDE = "whole", "outside the attack"
 SETTLING = 40  # training passes after which BatchNorm's running statistics are the batch's
 
 
@@ -82,7 +85,8 @@ Round = tuple[Callable[[], object], Callable[[], object]]
 def released(case: Case) -> Round:
     """The released code's."""
     model = copy.deepcopy(case.model)
-    round_, attack = ReleasedRound(model, LR), apgd(model, case.eps, case.steps)
+    request = Request("apgd", "Linf", case.eps, alpha=case.eps, steps=case.steps)
+    round_, attack = ReleasedRound(model, LR), adapted("pyautoattack", model, request)
 
     def whole() -> None:
         round_.step(case.x, case.y, round_.attacked(attack, case.x, case.y))
@@ -110,66 +114,80 @@ def ours(case: Case, precision: str, schedule: str) -> Round:
 
 
 def measure(
-    case: Case, rounds: int, schedules: list[str], precisions: list[str], device: torch.device
+    case: Case, rounds: int, schedules: Sequence[str], precisions: Sequence[str], device: torch.device
 ) -> dict[str, dict[str, Timing]]:
     """Times of whole rounds and of what comes after the attack, by candidate."""
     candidates = {RELEASED: released(case)}
     for schedule in schedules:
         for precision in precisions:
             candidates[f"afd {schedule} {precision}"] = ours(case, precision, schedule)
-    parts = {"whole": 0, "outside the attack": 1}
     return {
-        part: interleaved({name: pair[i] for name, pair in candidates.items()}, rounds, warmup=0, device=device)
-        for part, i in parts.items()
+        part: interleaved({name: pair[i] for name, pair in candidates.items()}, rounds, warmup=1, device=device)
+        for i, part in enumerate((WHOLE, OUTSIDE))
     }
 
 
-def table(times: dict[str, dict[str, Timing]], title: str) -> Table:
-    """One row a candidate and part."""
-    shown = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for heading in ("p20 s", "p50 s", "p80 s", "times as fast as released"):
-        shown.add_column(heading, justify="right")
-    for part, taken in times.items():
-        shown.add_row(f"[bold]{part}")
-        for name, time in taken.items():
-            seconds = (f"{value:.4f}" for value in (time.p20, time.p50, time.p80))
-            shown.add_row(f"  {name}", *seconds, f"{taken[RELEASED].p50 / time.p50:.2f}")
-    return shown
+@dataclass(frozen=True, kw_only=True)
+class RoundBench(Benchmark):
+    """One training round of AFD beside one of the released code."""
+
+    name = "round"
+    columns = (Column("times as fast as released", "speedup"), Column("outside the attack", "share", "{:.0%}"))
+
+    case: Literal["small", "resnet18"] = "small"
+    """Network and images: a small net on 1x28x28, or ResNet-18 on 3x32x32."""
+    batch: int = 128
+    """Images a batch."""
+    steps: int = 10
+    """Of the attack."""
+    schedules: str = "simultaneous"
+    """simultaneous, alternating; comma-separated."""
+    precisions: str = ",".join(PRECISIONS)
+    """fp32, auto; comma-separated."""
+
+    @property
+    def subject(self) -> str:
+        """The network."""
+        return self.case
+
+    @property
+    def settings(self) -> Mapping[str, Figure]:
+        """Network, images and attack."""
+        return {"case": self.case, "batch": self.batch, "steps": self.steps, "eps": CASES[self.case][3]}
+
+    @property
+    def packages(self) -> Iterable[str]:
+        """The released flow's attack."""
+        return [PEERS["pyautoattack"].package]
+
+    def measure(self, device: torch.device, say: Say) -> Mapping[str, Measured]:
+        """Two cases: whole rounds, and what of them comes after the attack."""
+        del say
+        at_least("batch", self.batch, 1)
+        at_least("steps", self.steps, 1)
+        schedules = listed("schedules", self.schedules, SCHEDULES)
+        precisions = listed("precisions", self.precisions, PRECISIONS)
+        chosen = case(self.case, self.batch, self.steps, device)
+        times = measure(chosen, self.rounds, schedules, precisions, device)
+        return {
+            part: Measured({}, {name: Candidate(time, _figures(name, part, times)) for name, time in taken.items()})
+            for part, taken in times.items()
+        }
+
+    def remarks(self, cases: Mapping[str, Measured]) -> Iterable[str]:
+        """Which bars each candidate reaches."""
+        bars = CASES[self.case][-1]
+        for name in [other for other in cases[WHOLE].candidates if other != RELEASED]:
+            bar = getattr(bars, name.split()[-1])
+            theirs, own = (
+                [cases[part].candidates[who].median for part in (WHOLE, OUTSIDE)] for who in (RELEASED, name)
+            )
+            whole, outside = (slow / fast for slow, fast in zip(theirs, own, strict=True))
+            met = {f"{bar:g}x the released round": whole >= bar, f"{OUTSIDE_BAR:g}x outside": outside >= OUTSIDE_BAR}
+            yield f"{name}: {reached(met)}"
 
 
-def main() -> None:
-    """Measures, prints and records."""
-    parser = argparse.ArgumentParser(prog="python -m afd.bench.rounds", description="Times AFD rounds side by side.")
-    parser.add_argument("--case", choices=sorted(CASES), default="small", help="network and images")
-    parser.add_argument("--batch", type=int, default=128, help="images a batch")
-    parser.add_argument("--steps", type=int, default=10, help="attack steps")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each")
-    parser.add_argument("--schedules", nargs="+", default=["simultaneous"], help="simultaneous, alternating")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, help="fp32, auto")
-    parser.add_argument("--device", type=torch.device, default=CPU, help="cpu or cuda")
-    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/rounds-<case>-<device>.json)")
-    options = parser.parse_args()
-    console, device = Console(), options.device
-    chosen = case(options.case, options.batch, options.steps, device)
-    times = measure(chosen, options.rounds, options.schedules, options.precisions, device)
-    size = "x".join(str(length) for length in chosen.x.shape)
-    threads = torch.get_num_threads()
-    console.print(
-        table(times, f"{options.case} {size}, APGD-{options.steps}, {device_name(device)}, {threads} threads")
-    )
-    bars, whole, outside = CASES[options.case][-1], times["whole"], times["outside the attack"]
-    for schedule in options.schedules:
-        for precision in options.precisions:
-            bar, name = getattr(bars, precision), f"afd {schedule} {precision}"
-            speedup, beyond = (t[RELEASED].p50 / t[name].p50 for t in (whole, outside))
-            verdicts = ("yes" if speedup >= bar else "NO", "yes" if beyond >= OUTSIDE_BAR else "NO")
-            console.print(f"{name}: {bar:g}x the released round? {verdicts[0]} ({speedup:.2f}x)", end="; ")
-            console.print(f"{OUTSIDE_BAR:g}x outside the attack? {verdicts[1]} ({beyond:.2f}x)")
-    out = options.out or Path("benchmarks/results") / f"rounds-{options.case}-{slug(device_name(device))}.json"
-    settings = {"batch": options.batch, "steps": options.steps, "eps": chosen.eps, "rounds": options.rounds}
-    record(out, f"rounds {options.case}", times, device, **settings)
-    console.print(f"written to {out}")
-
-
-if __name__ == "__main__":
-    main()
+def _figures(name: str, part: str, times: Mapping[str, Mapping[str, Timing]]) -> dict[str, Figure]:
+    taken = times[part]
+    share = times[OUTSIDE][name].p50 / times[WHOLE][name].p50
+    return {"speedup": taken[RELEASED].p50 / taken[name].p50, "share": share if part == WHOLE else None}

@@ -1,23 +1,13 @@
-"""Timing that survives a busy machine: candidates side by side, percentiles, and numbers that carry their context."""
+"""Timing that survives a busy machine: candidates side by side, and percentiles."""
 
 from __future__ import annotations
 
-import json
-import platform
 import random
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-
-from afd._version import __version__
 
 Candidates = Mapping[str, Callable[[], object]]
 CPU = torch.device("cpu")
@@ -74,55 +64,3 @@ def _on_gpu(call: Callable[[], object]) -> Callable[[], float]:
 def _percentiles(seconds: list[float]) -> Timing:
     ranks = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     return Timing(*torch.tensor(seconds, dtype=torch.float64).quantile(ranks).tolist())
-
-
-# --- Context --------------------------------------------------------------------------------------------------------
-
-
-def device_name(device: torch.device = CPU) -> str:
-    """The model of the GPU or CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
-
-
-def slug(name: str) -> str:
-    """A device's name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
-
-
-def commit() -> str | None:
-    """The commit this package is checked out from ("-dirty" with local changes), or None for an installed one."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            ran = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git here
-            return None
-        return ran.stdout.strip() if ran.returncode == 0 else None
-
-    here = Path(__file__)
-    tracked = git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie in some other repository
-    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") if tracked else None
-
-
-def record(
-    path: Path, benchmark: str, results: Mapping[str, Any], device: torch.device = CPU, **context: object
-) -> None:
-    """Writes results (Timings at any depth) as JSON, with what is needed to read them later."""
-    document = {
-        "benchmark": benchmark,
-        "device": device_name(device),
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "afd": __version__,
-        "commit": commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        **context,
-        "seconds": results,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, default=asdict) + "\n")

@@ -61,7 +61,6 @@ def test_the_sizes_asked_for_are_measured_on_a_gpu():
 
 def test_afd_understands_every_command_line(tmp_path):
     """One child reads them all, stopping before anything is measured."""
-    pytest.importorskip("afd.bench.program", reason="this afd has no `afd bench`")
     lines = [bench.words for kind in (benches.ON_GPU, benches.ON_CPU) for some in kind.values() for bench in some]
     code = f"""
     from afd import cli

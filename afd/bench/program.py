@@ -1,0 +1,115 @@
+"""What every benchmark shares: its options, and the way from a measurement to table, JSON, picture and comparison."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from rich.console import Console
+
+from afd.bench import compare, show
+from afd.bench.document import Case, Document, Figure
+from afd.bench.place import slug
+from afd.bench.show import Column
+from afd.errors import InputError, at_least, one_of
+from afd.evaluation.place import device_named
+
+Say = Callable[[str], None]
+RESULTS = Path("benchmarks/results")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(ABC):
+    """The options that all benchmarks have, and what each must know."""
+
+    name: ClassVar[str]
+    columns: ClassVar[tuple[Column, ...]]
+
+    rounds: int = 9
+    """Timed calls of each candidate, all candidates in turn."""
+    device: str = "cpu"
+    """cpu or cuda."""
+    out: Path | None = None
+    """JSON file; a PNG goes beside it. Default: benchmarks/results/<what>-<device>.json."""
+    compare: Path | None = None
+    """JSON of an earlier run on this device: says what changed beyond noise."""
+
+    @abstractmethod
+    def measure(self, device: torch.device, say: Say) -> Mapping[str, Case]:
+        """The cases with all candidates timed; `say` tells the user what was left out or changed."""
+
+    @property
+    def subject(self) -> str:
+        """What of the file's name comes after the benchmark's."""
+        return ""
+
+    @property
+    def settings(self) -> Mapping[str, Figure]:
+        """Of all cases."""
+        return {}
+
+    @property
+    def packages(self) -> Iterable[str]:
+        """Libraries beside torch whose versions matter."""
+        return ()
+
+    def remarks(self, cases: Mapping[str, Case]) -> Iterable[str]:
+        """Lines below the table, such as which bars are reached."""
+        del cases
+        return ()
+
+
+def run(benchmark: Benchmark, console: Console) -> Document:
+    """Measures, prints, records and compares.
+
+    Raises:
+        InputError: an option has a value that is not allowed, or the device is not there.
+        DocumentError: the earlier run cannot be compared with this one.
+    """
+    at_least("rounds", benchmark.rounds, 1)
+    device = device_named(benchmark.device)
+    old = compare.earlier(benchmark.compare, benchmark.name, device) if benchmark.compare else None
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    cases = benchmark.measure(device, say)
+    settings, packages = benchmark.settings, benchmark.packages
+    document = Document.here(benchmark.name, device, benchmark.rounds, settings, cases, packages)
+    console.print(show.table(document, benchmark.columns))
+    for line in benchmark.remarks(cases):
+        say(line)
+    out = benchmark.out or RESULTS / f"{slug(f'{benchmark.name} {benchmark.subject} {document.device}')}.json"
+    document.write(out)
+    written = [out]
+    if any(candidate.seconds for case in cases.values() for candidate in case.candidates.values()):
+        written.append(out.with_suffix(".png"))
+        show.chart(written[-1], document)
+    say(f"written: {', '.join(map(str, written))}")
+    if old:
+        console.print(compare.table(old, document))
+    return document
+
+
+def listed(option: str, text: str, allowed: Iterable[str]) -> list[str]:
+    """The names in a comma-separated option.
+
+    Raises:
+        InputError: one is not allowed, or there is none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    allowed = list(allowed)
+    if not names:
+        raise InputError(f"{option} names nothing; allowed are {', '.join(allowed)}")
+    for name in names:
+        one_of(option, name, allowed)
+    return list(dict.fromkeys(names))
+
+
+def reached(bars: Mapping[str, bool]) -> str:
+    """Bars in words, each with a yes or a NO."""
+    return ", ".join(f"{bar}? {'yes' if met else 'NO'}" for bar, met in bars.items())

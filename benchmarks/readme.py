@@ -1,0 +1,136 @@
+"""Writes README's tables of benchmarks from the JSON in benchmarks/results: ``python benchmarks/readme.py``.
+
+A table stands between ``<!-- bench: FILE ... -->`` and ``<!-- /bench -->``; the files lie in benchmarks/results and are
+of one benchmark. What stands between the markers is replaced, whatever it was; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from afd.bench.document import Document, Figure, read
+from afd.bench.show import Column, duration, mebibytes
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path("benchmarks/results")
+BLOCK = re.compile(r"(<!-- bench: (.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+
+Rows = Iterator[tuple[str, ...]]  # the first holds the headings
+
+
+def attacks(documents: list[Document]) -> Rows:
+    """Every candidate: its rate, how many times as fast afd is, and what its speed is bought with."""
+    yield ("attack", "by", "image-steps/s", "time over the floor", "afd faster", '`precision="auto"` faster',
+           "of matmul rate", "peak MiB", "host reads", "accuracy left")  # fmt: skip
+    for document in documents:
+        for name, case in document.cases.items():
+            work = f"{sign(name)}, {document.settings['model']}"
+            for candidate, found in case.candidates.items():
+                figures = found.figures
+                yield (
+                    work, candidate, shown(figures["image_steps_per_second"], "{:,.0f}"),
+                    *(shown(figures[key], "{:.2f}x") for key in ("over_floor", "over_afd", "over_auto")),
+                    shown(figures.get("matmul_share"), "{:.0%}"), shown(figures["peak_bytes"], mebibytes),
+                    shown(figures.get("host_reads"), "{}"), shown(figures["accuracy_left"], "{:.1%}"),
+                )  # fmt: skip
+                work = ""
+
+
+def kernels(documents: list[Document]) -> Rows:
+    """The kernels alone: their time, and how many times as fast they are."""
+    yield "op", "time", "of the floor's rate", "over eager PyTorch", "over torch.compile"
+    for document in documents:
+        for name, case in document.cases.items():
+            op, rest = name.split(" ", 1)
+            native, others = case.candidates["native"], case.candidates
+            faster = (others[key].figures["over_native"] if key in others else None for key in ("eager", "compiled"))
+            share = shown(native.figures["share_of_floor"], "{:.0%}")
+            yield f"`{op}` {sign(rest)}", duration(native.median), share, *(shown(one, "{:.2g}x") for one in faster)
+
+
+def rounds(documents: list[Document]) -> Rows:
+    """Each round of ours beside the released one."""
+    yield "network and batch", "round", "times as fast as released", "outside the attack", "its share of the time"
+    for document in documents:
+        whole, outside = (document.cases[part].candidates for part in ("whole", "outside the attack"))
+        network = f"{document.settings['case']}, {document.settings['batch']}, APGD-{document.settings['steps']}"
+        for name, found in whole.items():
+            speeds = (shown(part[name].figures["speedup"], "{:.2f}x") for part in (whole, outside))
+            yield network, name, *speeds, shown(found.figures["share"], "{:.0%}")
+            network = ""
+
+
+def discriminator(documents: list[Document]) -> Rows:
+    """Ours beside torch's layers with and without spectral norm."""
+    yield "width 512, forward and backward", "time", "of plain layers' time", "faster than torch's parametrisation"
+    for document in documents:
+        for name, case in document.cases.items():
+            others = case.candidates
+            ours, slower = others["afd"], others["parametrized"].figures["over_afd"]
+            yield name, duration(ours.median), shown(ours.figures["over_plain"], "{:.2f}"), shown(slower, "{:.2f}x")
+
+
+def agreement(documents: list[Document]) -> Rows:
+    """What each library leaves standing, and breaks alone."""
+    yield "APGD-CE", "by", "accuracy left", "images broken by it alone"
+    for document in documents:
+        for norm, case in document.cases.items():
+            work = f"{sign(norm)}, ε = {case.settings['eps']:g}, {document.settings['steps']} steps"
+            for name, found in case.candidates.items():
+                yield work, name, shown(found.figures["accuracy_left"], "{:.1%}"), str(found.figures["broken_alone"])
+                work = ""
+
+
+TABLES = {"attacks": attacks, "kernels": kernels, "round": rounds, "discriminator": discriminator}
+TABLES["agreement"] = agreement
+
+
+def sign(name: str) -> str:
+    """Norms as README writes them."""
+    return name.replace("Linf", "L∞")
+
+
+def shown(value: Figure, form: str | Callable[[float], str]) -> str:
+    """A figure, or a dash where there is none, as in older documents."""
+    return Column("", "", form).cell(value) or "–"
+
+
+def rendered(files: list[str], results: Path) -> str:
+    """Table, without columns that say nothing, and caption of the documents in these files."""
+    documents = [read(results / name) for name in files]
+    (kind,) = {document.benchmark for document in documents}
+    columns = [column for column in zip(*TABLES[kind](documents), strict=True) if set(column[1:]) != {"–"}]
+    headings, *rows = zip(*columns, strict=True)
+    lines = [headings, ("---",) * len(headings), *rows]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"\n{table}\n\n{caption(dict(zip(files, documents, strict=True)))}\n\n"
+
+
+def caption(documents: dict[str, Document]) -> str:
+    """Machine, rounds, and where the whole of it lies, a sentence for each machine."""
+    places: dict[str, list[str]] = {}
+    for file, document in documents.items():
+        timed = any(found.seconds for case in document.cases.values() for found in case.candidates.values())
+        rounds = f"medians of {document.rounds} rounds: " if timed else ""
+        link = RESULTS / file
+        picture = f", [picture]({link.with_suffix('.png')})" if (ROOT / link).with_suffix(".png").exists() else ""
+        place = f"{document.machine}, torch {document.versions['torch']}"
+        places.setdefault(place, []).append(f"{rounds}[JSON]({link}){picture}")
+    return "\n".join(f"{place}; {'; '.join(found)}." for place, found in places.items())
+
+
+def renewed(text: str, results: Path = ROOT / RESULTS) -> str:
+    """The README with every table as its JSON has it."""
+    return BLOCK.sub(lambda found: found[1] + rendered(found[2].split(), results) + found[3], text)
+
+
+def main() -> None:
+    """Rewrites README.md."""
+    readme = ROOT / "README.md"
+    readme.write_text(renewed(readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()
