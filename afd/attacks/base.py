@@ -94,7 +94,7 @@ class GradientAttack(ABC):
         with engine.evaluating(self.model):
             self._folding = folding(self.model) if self.fold else NOTHING
             with self._folding.folded():
-                for rows in execution.pieces(self.model, x, self.piece):
+                for rows in execution.pieces(self.model, x, self.piece, self.precision):
                     images, labels = execution.channels_last(x[rows]), y[rows]
                     piece = Piece(images, labels, labels, rows, seed, first_sample + rows.start, largest_label, trace)
                     x_adv[rows] = self._run(piece)

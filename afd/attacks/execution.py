@@ -22,7 +22,7 @@ PRECISIONS = ("fp32", "bf16", "auto")
 ACTIVATION_BYTES = 24 << 20  # of one piece: a few MiB a core stay in its own cache, the rest in the shared one
 LEAST_PIECE = 64  # below it, the cost of calling each layer shows
 
-_bytes_per_sample: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], int]] = WeakKeyDictionary()
+_bytes_per_sample: WeakKeyDictionary[nn.Module, dict[tuple[str, *tuple[int, ...]], int]] = WeakKeyDictionary()
 
 
 class Running(TypedDict, total=False):
@@ -58,29 +58,30 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous().as_strided(x.shape, (height * width, 1, width, 1))
 
 
-def pieces(model: nn.Module, x: Tensor, piece: int | None = None) -> Iterator[slice]:
+def pieces(model: nn.Module, x: Tensor, piece: int | None = None, precision: str = "fp32") -> Iterator[slice]:
     """Rows of x to attack together, in order.
 
     Args:
         model: in evaluation mode.
         x: images [N, ...], N >= 1.
         piece: rows at most; None lets the size of the model's activations decide (on CUDA: the whole batch).
+        precision: that the model runs in: activations in bfloat16 are half as large.
     """
     samples = x.shape[0]
     if piece is None and (x.is_cuda or samples <= LEAST_PIECE):
         piece = samples
     elif piece is None:
-        piece = max(LEAST_PIECE, ACTIVATION_BYTES // _activation_bytes(model, x))
+        piece = max(LEAST_PIECE, ACTIVATION_BYTES // _activation_bytes(model, x, precision))
     size = math.ceil(samples / math.ceil(samples / piece))  # pieces of equal size
     for start in range(0, samples, size):
         yield slice(start, min(start + size, samples))
 
 
-def _activation_bytes(model: nn.Module, x: Tensor) -> int:
+def _activation_bytes(model: nn.Module, x: Tensor, precision: str) -> int:
     """Bytes that the model's layers put out for one sample, found by one forward and remembered."""
     known = _bytes_per_sample.setdefault(model, {})
-    shape = tuple(x.shape[1:])
-    if shape not in known:
+    kind = (precision, *x.shape[1:])
+    if kind not in known:
         sizes: list[int] = []
 
         def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -90,10 +91,10 @@ def _activation_bytes(model: nn.Module, x: Tensor) -> int:
         layers = [module for module in model.modules() if not any(module.children())]
         hooks = [layer.register_forward_hook(count) for layer in layers]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(precision, x.device):
                 model(x[:1])
         finally:
             for hook in hooks:
                 hook.remove()
-        known[shape] = max(1, sum(sizes))
-    return known[shape]
+        known[kind] = max(1, sum(sizes))
+    return known[kind]

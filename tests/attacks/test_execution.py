@@ -41,6 +41,13 @@ def test_large_activations_make_small_pieces():
     )
 
 
+def test_activations_half_as_large_make_pieces_twice_as_large():
+    x, model = torch.rand(50_000, 3, 8, 8), net()
+    most = execution.ACTIVATION_BYTES // (8 * 64 + 8 * 64 + 8 * 64 + 512 + 5)
+    for precision, size in (("fp32", 4), ("bf16", 2)):
+        assert len(list(execution.pieces(model, x, precision=precision))) == -(-50_000 // (most // size))
+
+
 @pytest.mark.parametrize("piece", [1, 3, 64])
 def test_pieces_do_not_change_the_result(piece):
     x, y = torch.rand(10, 3, 8, 8), torch.randint(5, (10,))
