@@ -1,21 +1,27 @@
-"""Writes README's tables of benchmarks from the JSON in benchmarks/results: ``python benchmarks/readme.py``.
+"""Writes README's tables of measurements from the JSON in benchmarks/results: ``python benchmarks/readme.py``.
 
-A table stands between ``<!-- bench: FILE ... -->`` and ``<!-- /bench -->``; the files lie in benchmarks/results and are
-of one benchmark. What stands between the markers is replaced, whatever it was; nothing else is touched.
+A table of a benchmark stands between ``<!-- bench: FILE ... -->`` and ``<!-- /bench -->``; the files lie in
+benchmarks/results and are of one benchmark. Evaluations stand between ``<!-- table 1: FILE ... -->`` (``table 2``,
+``autoattack``) and ``<!-- /table -->``. What is between the markers is replaced, whatever it was; nothing else is.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from afd.bench.document import Document, Figure, read
 from afd.bench.show import Column, duration, mebibytes
+from afd.evaluation.results import read as read_evaluation
+from afd.evaluation.tables import Table, robustbench, table_1, table_2
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
 BLOCK = re.compile(r"(<!-- bench: (.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+EVALUATED = re.compile(r"(<!-- (table 1|table 2|autoattack): (.+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 Rows = Iterator[tuple[str, ...]]  # the first holds the headings
 
@@ -108,6 +114,19 @@ def rendered(files: list[str], results: Path) -> str:
     return f"\n{table}\n\n{caption(dict(zip(files, documents, strict=True)))}\n\n"
 
 
+def evaluated(kind: str, files: list[str], results: Path) -> str:
+    """A table of the evaluations in these files."""
+    found = [read_evaluation(results / name) for name in files]
+    table = autoattack(found) if kind == "autoattack" else {"table 1": table_1, "table 2": table_2}[kind](found)
+    return f"\n{table.title}:\n\n{table.markdown()}\n\n"
+
+
+def autoattack(found: list[dict[str, Any]]) -> Table:
+    """RobustBench's rows, one under the other."""
+    first, *others = (robustbench(one) for one in found)
+    return replace(first, rows=tuple(row for table in (first, *others) for row in table.rows))
+
+
 def caption(documents: dict[str, Document]) -> str:
     """Machine, rounds, and where the whole of it lies, a sentence for each machine."""
     places: dict[str, list[str]] = {}
@@ -123,7 +142,8 @@ def caption(documents: dict[str, Document]) -> str:
 
 def renewed(text: str, results: Path = ROOT / RESULTS) -> str:
     """The README with every table as its JSON has it."""
-    return BLOCK.sub(lambda found: found[1] + rendered(found[2].split(), results) + found[3], text)
+    text = BLOCK.sub(lambda found: found[1] + rendered(found[2].split(), results) + found[3], text)
+    return EVALUATED.sub(lambda found: found[1] + evaluated(found[2], found[3].split(), results) + found[4], text)
 
 
 def main() -> None:

@@ -71,6 +71,19 @@ def test_a_figure_that_changes_in_the_json_changes_in_the_readme(tables, tmp_pat
         (results / name).write_text(kept)
 
 
+def test_evaluations_too(tables, tmp_path):
+    results = shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
+    blocks = tables.EVALUATED.findall(README)
+    assert [kind for _, kind, _, _ in blocks] == ["table 1", "table 2", "autoattack"]
+    for name in {file for _, _, files, _ in blocks for file in files.split()}:
+        changed = json.loads((results / name).read_text())
+        changed["subject"]["name"] += "!"
+        (results / name).write_text(json.dumps(changed))
+    renewed = tables.renewed(README, results)
+    assert all(f"| {name}! " in renewed for name in ("natural", "AFD-WGAN", "AFD-DCGAN"))
+    assert renewed.replace("!", "") == README.replace("!", "")
+
+
 def test_every_benchmark_command_in_the_readme_is_understood(tables):
     from afd import cli
 

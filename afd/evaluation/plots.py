@@ -1,4 +1,4 @@
-"""Pictures of accuracies and of adversarial images. Matplotlib is imported here only, and draws without a screen."""
+"""Pictures of accuracies and of adversarial images. Matplotlib draws without a screen."""
 
 from __future__ import annotations
 
