@@ -80,7 +80,7 @@ def run(benchmark: Benchmark, console: Console) -> Document:
     cases = benchmark.measure(device, say)
     settings, packages = benchmark.settings, benchmark.packages
     document = Document.here(benchmark.name, device, benchmark.rounds, settings, cases, packages)
-    console.print(show.table(document, benchmark.columns))
+    show.whole(console, show.table(document, benchmark.columns))
     for line in benchmark.remarks(cases):
         say(line)
     out = benchmark.out or RESULTS / f"{slug(f'{benchmark.name} {benchmark.subject} {document.device}')}.json"
@@ -91,7 +91,7 @@ def run(benchmark: Benchmark, console: Console) -> Document:
         show.chart(written[-1], document)
     say(f"written: {', '.join(map(str, written))}")
     if old:
-        console.print(compare.table(old, document))
+        show.whole(console, compare.table(old, document))
     return document
 
 

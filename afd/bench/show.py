@@ -10,10 +10,14 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Drawing
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.segment import Segments
 from rich.table import Table
 
 from afd.bench.document import Case, Document, Figure
 
+WIDEST = 240  # of a table, in characters
 COLUMNS_OF_PANELS = 3
 UNDRAWN = {"reference"}  # exact, not fast: beside its bar the others could not be told apart
 OURS, FLOOR, OTHERS = "tab:blue", "0.45", "0.75"  # of bars
@@ -58,17 +62,27 @@ def table(document: Document, columns: Sequence[Column]) -> Table:
     """One row a candidate under its case's name: the times it took, and the figures that `columns` name."""
     shown = Table("", title=title(document), title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
     timed = any(one.seconds for case in document.cases.values() for one in case.candidates.values())
-    for heading in (*(("p50", "p20 to p80") if timed else ()), *(column.heading for column in columns)):
+    for heading in (
+        *(("p50", "p20 - p80") if timed else ()),
+        *(column.heading.replace(" ", "\n") for column in columns),
+    ):
         shown.add_column(heading, justify="right")
     for name, case in document.cases.items():
         shown.add_row(f"[bold]{name}")
         for candidate, found in case.candidates.items():
             taken = found.seconds
-            times = (duration(taken.p50), f"{duration(taken.p20)} to {duration(taken.p80)}") if taken else ()
+            times = (duration(taken.p50), f"{duration(taken.p20)} - {duration(taken.p80)}") if taken else ()
             shown.add_row(
                 f"  {candidate}", *times, *(column.cell(found.figures.get(column.figure)) for column in columns)
             )
     return shown
+
+
+def whole(console: Console, table: Table) -> None:
+    """Prints a table as wide as it is: figures that are cut to the width of a terminal, or of a log, cannot be read."""
+    options = console.options.update(max_width=WIDEST)
+    options = options.update(width=Measurement.get(console, options, table).maximum)
+    console.print(Segments(console.render(table, options)), crop=False)
 
 
 def chart(path: Path, document: Document) -> None:

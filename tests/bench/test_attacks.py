@@ -24,7 +24,7 @@ def options(tiny, tmp_path, **changes):
 def test_measures_prints_and_records(tiny, tmp_path, console):
     made = run(options(tiny, tmp_path, attack="pgd,apgd", norm="Linf,L1", against="eager,eager-tf32"), console)
     shown = console.export_text()
-    for words in ("model tiny_factory:make", "PGD-3 Linf, 6x3x4x4", "APGD-3 L1", "afd auto", "accuracy left"):
+    for words in ("model tiny_factory:make", "PGD-3 Linf, 6x3x4x4", "APGD-3 L1", "afd auto", "accuracy"):
         assert words in shown
     assert "APGD-3 L1, left out: a loop by hand offers no APGD in L1; eager-tf32 needs --device cuda" in shown
     assert read(tmp_path / "b.json", "attacks") == made
