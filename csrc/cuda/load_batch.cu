@@ -6,7 +6,6 @@
 #include "afd/load_batch.h"
 
 #include "cuda/launch.cuh"
-#include "cuda/pack.cuh"
 
 namespace afd::cuda {
 namespace {
@@ -17,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) load_batch_kernel(const LoadBatch a)
   for (int64_t p = first_item(); p < a.samples * per_sample; p += item_stride()) {
     const int64_t sample = p / per_sample;
     const Window window = window_of(a, sample);
-    PackOf<float, kWidth> loaded;
+    Pack<float, kWidth> loaded;
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
       const int64_t i = (p % per_sample) * kWidth + k;
@@ -27,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) load_batch_kernel(const LoadBatch a)
       loaded.v[k] =
           a.channels_last ? load_pixel(a, window, third, first, second) : load_pixel(a, window, first, second, third);
     }
-    reinterpret_cast<PackOf<float, kWidth>*>(a.out)[p] = loaded;
+    reinterpret_cast<Pack<float, kWidth>*>(a.out)[p] = loaded;
   }
 }
 
