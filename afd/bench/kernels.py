@@ -26,6 +26,7 @@ OPS: dict[str, Callable[[str, torch.device], Iterator[Work]]] = {
     "random_start": works.random_start,
     "apgd_step": works.apgd_step,
     "apgd_update": works.apgd_update,
+    "load_batch": works.load_batch,
     "spectral_norm": spectral_works.spectral_norm,
     "spectral_linear": spectral_works.spectral_linear,
     "projection_logits": spectral_works.projection_logits,

@@ -17,6 +17,7 @@ from afd import ops
 from afd.attacks.apgd_state import APGDState
 from afd.bench import eager
 from afd.ops import backend, reference
+from afd.ops.loading import reference as loading
 
 SIZES = {"cifar": (128, 3, 32, 32), "imagenet": (64, 3, 224, 224)}
 GRADIENTS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,6 +25,7 @@ RADII = {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}  # AutoAttack's for CIFAR-10
 STRIDES = {"Linf": 2 / 255, "L2": 0.1, "L1": 1.0}
 SPARSITY = 0.05
 BOX = (0.0, 1.0)
+SETS = 8  # batches in a data set
 MOVED = 0.5  # share of the rows that an update of Auto-PGD moves
 
 Call = Callable[[], object]
@@ -164,6 +166,20 @@ def apgd_update(size: str, device: torch.device) -> Iterator[Work]:
 
     floor = copying(int(2 * 2 * 4 * MOVED * x.numel()), device)
     yield Work(f"apgd_update {_shown(x)}", native, by_hand, *floor, written=(x_adv, grad, *state.values()))
+
+
+def load_batch(size: str, device: torch.device) -> Iterator[Work]:
+    """Into a new tensor, cropped and mirrored: reads a byte and writes a float an element."""
+    samples, *image = SIZES[size]
+    pixels = torch.randint(256, (SETS * samples, *image), dtype=torch.uint8, device=device)
+    index = torch.randperm(len(pixels), device=device)[:samples]
+    draws = torch.randint(2**62, (len(pixels),), device=device)
+    yield Work(
+        f"load_batch {'x'.join(map(str, SIZES[size]))}",
+        lambda: ops.load_batch(pixels, index, draws=draws, padding=4, flip=True),
+        lambda: loading.load_batch(pixels, index, draws, 255.0, 4, True, False),
+        *copying(5 * pixels[0].numel() * samples, device),
+    )
 
 
 def _images(size: str, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:

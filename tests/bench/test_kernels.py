@@ -50,6 +50,7 @@ def test_bytes_are_counted_as_the_formula_has_them():
     assert moved["project L2 6x3x5x5"] == 12 * elements
     assert moved["apgd_step Linf 6x3x5x5 fp32"] == 24 * elements
     assert moved["apgd_update 6x3x5x5"] == 3 * 75 * 16  # three of the rows: x_adv and grad, read and written
+    assert moved["load_batch 6x3x5x5"] == 5 * elements
     assert moved["spectral_linear 7 x 512"] is None
 
 
