@@ -48,7 +48,7 @@ BENCH := $(BIN)/python -m afd bench
 LIBRARIES := torchattacks,foolbox,art
 
 bench: $(PEERS)
-	$(BENCH) attacks --model lenet --batch 256 --steps 5 --rounds 5 --against $(LIBRARIES),art-defaults,eager,eager-bf16
+	$(BENCH) attacks --model lenet --batch 256 --eps 8/255 --steps 5 --rounds 5 --against $(LIBRARIES),art-defaults,eager,eager-bf16
 	$(BENCH) attacks --model resnet18 --steps 3 --rounds 3 --against $(LIBRARIES),eager-bf16
 	$(BENCH) kernels --sizes cifar --rounds 40
 	$(BENCH) discriminator --rounds 100

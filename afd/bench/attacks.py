@@ -11,7 +11,7 @@ the candidates named after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,8 @@ from afd.bench.peers import PEERS
 from afd.bench.program import Benchmark, Say, listed
 from afd.bench.request import ATTACKS, NORMS, requests
 from afd.bench.show import Column, mebibytes
-from afd.errors import at_least
+from afd.config import Number
+from afd.errors import InputError, at_least
 
 RADII = {  # by channels: the usual ones of MNIST and of CIFAR-10
     1: {"Linf": 0.3, "L2": 2.0, "L1": 10.0},
@@ -59,6 +60,8 @@ class AttackBench(Benchmark):
     """pgd, apgd; comma-separated."""
     norm: str = "Linf"
     """Linf, L2, L1; comma-separated."""
+    eps: Number | None = None
+    """Radius, where one norm is asked for. Default: the usual one of MNIST (1 channel) or CIFAR-10."""
     steps: int = 20
     """Of each attack."""
     against: str = ",".join(PEERS)
@@ -80,13 +83,29 @@ class AttackBench(Benchmark):
         asked = [PEERS[name] for name in listed("against", self.against, PEERS)]
         return sorted({peer.package for peer in asked if peer.installed} - {"torch"})
 
+    def radii(self, norms: Sequence[str], usual: Mapping[str, float]) -> Mapping[str, float]:
+        """By norm.
+
+        Raises:
+            InputError: a radius for several norms, which measure differently, or one below 0.
+        """
+        if self.eps is None:
+            return usual
+        if len(norms) > 1:
+            raise InputError(
+                f"eps is {self.eps:g} for {', '.join(norms)}; a radius is of one norm: ask for one at a time"
+            )
+        at_least("eps", self.eps, 0)
+        return {norms[0]: self.eps}
+
     def measure(self, device: torch.device, say: Say) -> Mapping[str, Case]:
         """A case for each attack in each norm."""
         attacks, norms = listed("attack", self.attack, ATTACKS), listed("norm", self.norm, NORMS)
         against = listed("against", self.against, PEERS)
         at_least("steps", self.steps, 1)
         target = subject(self.model, self.batch, self.shape, device)
-        wanted = requests(attacks, norms, self.steps, RADII[1 if target.x.shape[1] == 1 else 3])
+        radii = self.radii(norms, RADII[1 if target.x.shape[1] == 1 else 3])
+        wanted = requests(attacks, norms, self.steps, radii)
         cases = {}
         with tf32(False):
             for request in wanted:

@@ -47,6 +47,12 @@ def test_figures_follow_from_the_times(tiny, tmp_path, console):
     assert floor.figures["host_reads"] == 0
 
 
+def test_a_radius_of_ones_own(tiny, tmp_path, console):
+    made = run(options(tiny, tmp_path, norm="L2", attack="pgd", eps=0.125), console)
+    (case,) = made.cases.values()
+    assert (case.settings["norm"], case.settings["eps"]) == ("L2", 0.125)
+
+
 def test_the_second_run_is_compared_with_the_first(tiny, tmp_path, console):
     first = options(tiny, tmp_path, rounds=5)
     run(first, console)
@@ -148,6 +154,8 @@ def test_the_floor_takes_as_many_passes_as_the_attack(tiny):
         ({"norm": ","}, "norm names nothing; allowed are Linf, L2, L1"),
         ({"against": "cleverhans"}, "against is 'cleverhans'; allowed are torchattacks, foolbox, art"),
         ({"steps": 0}, "steps is 0; it must be"),
+        ({"eps": -0.1, "norm": "L2"}, "eps is -0.1; it must be"),
+        ({"eps": 0.1, "norm": "L2,L1"}, "eps is 0.1 for L2, L1; ask for one norm at a time"),
         ({"batch": 0}, "batch is 0; it must be"),
         ({"rounds": 0}, "rounds is 0; it must be"),
         ({"device": "tpu"}, "device is 'tpu'"),
