@@ -92,9 +92,7 @@ class AttackBench(Benchmark):
         if self.eps is None:
             return usual
         if len(norms) > 1:
-            raise InputError(
-                f"eps is {self.eps:g} for {', '.join(norms)}; a radius is of one norm: ask for one at a time"
-            )
+            raise InputError(f"eps is {self.eps:g} for {', '.join(norms)}; ask for one norm at a time")
         at_least("eps", self.eps, 0)
         return {norms[0]: self.eps}
 
