@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -12,6 +13,14 @@ from gpu_day import build
 from gpu_day.child import Command
 from gpu_day.setting import Machine, Setting, environment
 from gpu_day.steps import Stage, Step
+
+
+@pytest.fixture(autouse=True)
+def listening():
+    """SIGINT is heard here, as in the day's own process: where it is ignored (in the background), children ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
