@@ -17,7 +17,7 @@ from gpu_day.steps import Stage, Step
 
 @pytest.fixture(autouse=True)
 def listening():
-    """SIGINT is heard here, as in the day's own process; where it is ignored (in the background), children ignore it."""
+    """SIGINT is heard here, as in the day's own process; what is started in the background would ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
