@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from afd.bench.place import commit, device_name, versions
+from afd.bench.place import device_name, versions
 from afd.bench.timing import Timing
 from afd.errors import AfdError
+from afd.training.settings import commit
 
 FORMAT, VERSION = "afd-bench", 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
@@ -38,24 +37,3 @@ def versions(packages: Iterable[str] = ()) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "unknown"
     return found
-
-
-def commit() -> str | None:
-    """The commit this package is checked out from, or None for an installed one.
-
-    "-dirty" follows it where sources have local changes; results that were written meanwhile do not count.
-    """
-
-    def git(*arguments: str) -> str | None:
-        try:
-            ran = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git here
-            return None
-        return ran.stdout.strip() if ran.returncode == 0 else None
-
-    here = Path(__file__)
-    tracked = git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie in some other repository
-    if tracked is None:
-        return None
-    changed = git("status", "--porcelain", "--", str(here.parents[1]), str(here.parents[2] / "csrc"))
-    return f"{git('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"

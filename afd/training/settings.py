@@ -42,18 +42,24 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any], free: Collect
 
 
 def commit() -> str | None:
-    """The commit this package is checked out from, or None for an installed one."""
-    here = Path(__file__)
+    """The commit this package is checked out from, or None for an installed one.
 
-    def git(*words: str) -> str | None:
+    "-dirty" follows it where sources have local changes; results that were written meanwhile do not count.
+    """
+
+    def git(*arguments: str) -> str | None:
         try:
-            ran = subprocess.run(["git", *words], cwd=here.parent, capture_output=True, text=True, check=False)
+            ran = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=False)
         except FileNotFoundError:  # no git here
             return None
         return ran.stdout.strip() if ran.returncode == 0 else None
 
+    here = Path(__file__)
     tracked = git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie in some other repository
-    return git("describe", "--always", "--abbrev=40", "--exclude=*", "--dirty") if tracked else None
+    if tracked is None:
+        return None
+    changed = git("status", "--porcelain", "--", str(here.parents[1]), str(here.parents[2] / "csrc"))
+    return f"{git('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
