@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,3 +31,14 @@ def cuda() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
     return torch.device("cuda")
+
+
+@pytest.fixture(scope="session")
+def tape() -> ModuleType:
+    """The stand-in for CUDA graphs (tape.py), which takes any device's work."""
+    spec = importlib.util.spec_from_file_location("tape", Path(__file__).with_name("tape.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

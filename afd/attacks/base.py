@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
@@ -12,12 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from afd.attacks import engine, execution, inputs, watch
+from afd.attacks.capture import CaptureWarning, guard
 from afd.attacks.folding import NOTHING, folding
 from afd.attacks.losses import loss_named
 from afd.attacks.piece import Piece
 from afd.attacks.replay import Climb, Replays
 from afd.errors import InputError, at_least
 from afd.ops import checks
+
+TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # between the logits of a replay and of the model, as a share of the largest
+OUTDATED = (
+    "the last attack replayed a graph in which the model gave other logits than it does now, though no weight, hook, "
+    "mode or attribute of a module has changed: something outside of it has. Its points are those of the earlier "
+    "model. The graph is dropped"
+)
 
 
 class GradientAttack(ABC):
@@ -64,7 +73,6 @@ class GradientAttack(ABC):
         """The attack with everything settled but its model."""
         return functools.partial(cls, **settings)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor, *, seed: int | Tensor | None = None, first_sample: int = 0) -> Tensor:
         """Adversarial images.
 
@@ -79,26 +87,40 @@ class GradientAttack(ABC):
             [N, ...] like x, within eps of it and within bounds.
 
         Raises:
-            InputError, InputTypeError: x or y is not as described, or a label is not one of the model's classes.
+            InputError, InputTypeError: x or y is not as described, a label is not one of the model's classes, or a
+                weight of the model was made in `torch.inference_mode`.
             ModelError: the model returned NaN.
 
         Warns:
             ModelWarning: gradients that are zero everywhere, or outputs that are probabilities.
+            CaptureWarning: on CUDA, where steps cannot be replayed from a graph, or were and should not have been.
         """
         inputs.check_form(x, y)
-        x_adv, trace = torch.empty_like(x), watch.new_trace(len(x), x.device)
-        if x.numel() == 0:
-            return x_adv
-        largest_label = inputs.largest_label(x, y, self.bounds) if self.look else -1
+        inputs.check_weights(self.model)
         seed = self.seed if seed is None else seed
+        with guard(x.device), torch.inference_mode(False), torch.no_grad():
+            x, y = inputs.outside_inference(x), inputs.outside_inference(y)
+            return self._attacked(x, y, seed, first_sample) if x.numel() else torch.empty_like(x)
+
+    def _attacked(self, x: Tensor, y: Tensor, seed: int | Tensor, first_sample: int) -> Tensor:
+        """`__call__` outside of inference mode, on a batch that is not empty."""
+        if self._replays.outdated(wait=False):
+            warnings.warn(OUTDATED, CaptureWarning, stacklevel=3)
+        largest_label = inputs.largest_label(x, y, self.bounds) if self.look else -1
+        x_adv, self.report = torch.empty_like(x), None
         with engine.evaluating(self.model):
             self._folding = folding(self.model) if self.fold else NOTHING
-            with self._folding.folded():
-                for rows in execution.pieces(self.model, x, self.piece, self.precision):
-                    images, labels = execution.channels_last(x[rows]), y[rows]
-                    piece = Piece(images, labels, labels, rows, seed, first_sample + rows.start, largest_label, trace)
-                    x_adv[rows] = self._run(piece)
-        self.report = watch.settle(trace) if self.look else None
+            while True:
+                trace = watch.new_trace(len(x), x.device) if self.look else None
+                with self._folding.folded():
+                    for rows in execution.pieces(self.model, x, self.piece, self.precision):
+                        images, labels, first = execution.channels_last(x[rows]), y[rows], first_sample + rows.start
+                        piece = Piece(images, labels, labels, rows, seed, first, largest_label, trace)
+                        x_adv[rows] = self._run(piece)
+                if trace is None or not self._replays.outdated(wait=True):
+                    break  # else once more, now that the recording is gone
+        if trace is not None:
+            self.report = watch.settle(trace)
         return x_adv
 
     def perturb(self, x: Tensor, y: Tensor, *, seed: int | Tensor | None = None, first_sample: int = 0) -> Tensor:
@@ -126,6 +148,8 @@ class GradientAttack(ABC):
             grad, losses, logits = engine.loss_gradient(
                 self.model, self.loss.value, x_adv, piece.aim, piece.largest_label
             )
+        if not piece.first_logits:
+            piece.first_logits.append(logits)
         watch.note(piece, step, logits, grad)
         return grad, losses, logits
 
@@ -137,7 +161,13 @@ class GradientAttack(ABC):
 
     def _climbed(self, climb: Climb, piece: Piece, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:
         """climb(piece, x_adv), on CUDA by replaying a graph; `settings` are those of the climb, not of the attack."""
-        return self._replays((*settings, *self._settings(), self._folding), self.model, climb, piece, x_adv)
+        tolerance = TOLERANCE if self.precision == "fp32" else TOLERANCE_BF16
+        name = (*settings, *self._settings(), self._folding)
+        return self._replays(name, self.model, climb, piece, x_adv, self._first_logits, tolerance)
+
+    def _first_logits(self, x_adv: Tensor) -> Tensor:
+        with execution.autocast(self.precision, x_adv.device):
+            return engine.logits_alone(self.model, x_adv)
 
     def _settings(self) -> Iterator[Hashable]:
         """What a recorded graph holds of the attack."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +50,29 @@ def loss_gradient(
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = model(x)
-        if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
-            raise InputError(f"the model returned shape {list(logits.shape)}; an attack needs logits [{x.shape[0]}, K]")
+        logits = _logits(model, x)
         if largest_label >= logits.shape[1]:
             raise InputError(f"y holds the label {largest_label}; the model has classes 0 ... {logits.shape[1] - 1}")
         losses = loss(logits, aim)
         (grad,) = torch.autograd.grad(losses.sum(), x)
     return grad, losses.detach(), logits.detach()
+
+
+def logits_alone(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's logits [N, classes] at images x by the very code that `loss_gradient` runs, without the memory.
+
+    Autograd is on, which a model may ask about, but what it keeps for a backward is let go at once.
+    """
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_let_go, _let_go):
+        return _logits(model, x.detach().requires_grad_()).detach()
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    logits: Tensor = model(x)
+    if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
+        raise InputError(f"the model returned shape {list(logits.shape)}; an attack needs logits [{x.shape[0]}, K]")
+    return logits
+
+
+def _let_go(_kept: Any) -> Any:
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from afd.errors import InputError, InputTypeError
 
@@ -45,3 +45,18 @@ def check_batch(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
     """Both of the checks above; returns the largest label (-1 for an empty batch)."""
     check_form(x, y)
     return largest_label(x, y, bounds) if x.numel() else -1
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raises InputError if a parameter or buffer is one that autograd cannot work with."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise InputError(
+                f"the model's {name} was made in torch.inference_mode, and no gradient goes through it; make, load or "
+                "move the model outside of that mode"
+            )
+
+
+def outside_inference(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd can work with of one that was made in `torch.inference_mode`."""
+    return tensor.clone() if tensor.is_inference() else tensor

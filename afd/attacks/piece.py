@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class Piece:
         seed: of random starts; a tensor [] on the device where a recorded graph is to follow it.
         first_sample: index of the first row in the whole data set.
         largest_label: max(y) or more, known to the host; -1 if nobody looked.
-        trace: what `afd.attacks.watch` notes of the whole batch.
+        trace: what `afd.attacks.watch` notes of the whole batch; None if nobody looks.
+        first_logits: those of the first evaluation of the model, once there was one.
     """
 
     x: Tensor
@@ -30,7 +31,8 @@ class Piece:
     seed: int | Tensor
     first_sample: int
     largest_label: int
-    trace: Tensor
+    trace: Tensor | None
+    first_logits: list[Tensor] = field(default_factory=list)
 
     def of(self, setting: float | Tensor) -> float | Tensor:
         """A setting of the batch for these rows: one number, or theirs of one per sample."""

@@ -1,9 +1,14 @@
 """CUDA graphs: all steps of an attack recorded once and replayed, so that the host launches one thing, not thousands.
 
 A recording reads the model's weights where they lie, so they may change between replays; weights that move elsewhere
-(`model.to`, a new tensor in their place) make a new recording. A shape is recorded when it is met for the second time:
-its first run, made step by step, lets libraries choose their algorithms, and a last, shorter batch costs nothing. What
-the host checks in a step, a replay does not: a label larger than any before is met step by step, once more.
+(`model.to`, a new tensor in their place) make a new recording, and so does another flag of torch, another hook, mode or
+plain attribute of a module (`afd.attacks.python_state`). What cannot be seen there, a number in a closure, say, is
+found out: each replay is followed by one forward of the model as it is now, from the same start, and a recording that
+gave other logits is dropped. A model that draws at random is never recorded for long, for its logits always differ.
+
+A shape is recorded when it is met for the second time: its first run, made step by step, lets libraries choose their
+algorithms, and a last, shorter batch costs nothing. What the host checks in a step, a replay does not: a label larger
+than any before is met step by step, once more.
 """
 
 from __future__ import annotations
@@ -16,18 +21,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from afd.attacks.capture import CaptureWarning, capturing, under_way
+from afd.attacks.capture import CaptureWarning, Graph, Later, recordable
 from afd.attacks.piece import Piece
+from afd.attacks.python_state import State, changed, flags, places, state_of
 
 Climb = Callable[[Piece, Tensor], tuple[Tensor, ...]]
+Logits = Callable[[Tensor], Tensor]
 KEPT = 4  # recordings, each with memory of its own
+MOST_DROPS = 2  # in a row, after which no more recordings are made
 
 
 @dataclass(frozen=True)
 class Recording:
     """A captured graph with the tensors it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     piece: Piece
     x_adv: Tensor
     outputs: tuple[Tensor, ...]
@@ -35,19 +43,24 @@ class Recording:
     @classmethod
     def of(cls, climb: Climb, piece: Piece, x_adv: Tensor) -> Recording:
         """Captures `climb` on copies of its arguments."""
-        piece = replace(piece, x=piece.x.clone(), y=piece.y.clone(), aim=piece.aim.clone(), trace=piece.trace.clone())
-        x_adv, graph = x_adv.clone(), torch.cuda.CUDAGraph()
-        with capturing(graph):
+        trace = None if piece.trace is None else piece.trace.clone()
+        piece = replace(
+            piece, x=piece.x.clone(), y=piece.y.clone(), aim=piece.aim.clone(), trace=trace, first_logits=[]
+        )
+        x_adv, graph = x_adv.clone(), Graph(x_adv.device)
+        with graph.capture():
             outputs = climb(piece, x_adv)
         return cls(graph, piece, x_adv, outputs)
 
-    def play(self, piece: Piece, x_adv: Tensor) -> tuple[Tensor, ...]:
-        """Runs the graph on other arguments of the same shapes."""
-        for held, given in zip(_inputs(self.piece, self.x_adv), _inputs(piece, x_adv), strict=True):
-            held.copy_(given)
-        self.graph.replay()
-        piece.trace.copy_(self.piece.trace)
-        return tuple(output.clone() for output in self.outputs)
+    def play(self, piece: Piece, x_adv: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """Runs the graph on other arguments of the same shapes; returns its outputs, and the logits at x_adv if any."""
+        with self.graph.turn():
+            for held, given in zip(_inputs(self.piece, self.x_adv), _inputs(piece, x_adv), strict=True):
+                held.copy_(given)
+            self.graph.replay()
+            if piece.trace is not None and self.piece.trace is not None:
+                piece.trace.copy_(self.piece.trace)
+            return tuple(map(torch.clone, self.outputs)), list(map(torch.clone, self.piece.first_logits))
 
 
 @dataclass
@@ -64,9 +77,19 @@ class Replays:
     def __init__(self) -> None:
         self.refused = False
         self._known: OrderedDict[Hashable, Known] = OrderedDict()
+        self._moved_by_running: set[tuple[str, str]] = set()  # attributes: no reason for another recording
+        self._compared: list[tuple[Hashable, Later]] = []
+        self._drops_in_a_row = 0
 
     def __call__(
-        self, name: Hashable, model: nn.Module, climb: Climb, piece: Piece, x_adv: Tensor
+        self,
+        name: Hashable,
+        model: nn.Module,
+        climb: Climb,
+        piece: Piece,
+        x_adv: Tensor,
+        logits: Logits,
+        tolerance: float,
     ) -> tuple[Tensor, ...]:
         """climb(piece, x_adv), which may overwrite x_adv; on CUDA replayed once it has been recorded.
 
@@ -76,29 +99,60 @@ class Replays:
             climb: the steps, without host synchronisation.
             piece: what it attacks; rows that are indices, which differ from call to call, are not recorded.
             x_adv: where to start, like piece.x.
+            logits: of the model at a start, by the model's own code as it is now.
+            tolerance: by how much they may differ from a replay's, as a share of the largest, before it is dropped.
         """
-        if self.refused or not x_adv.is_cuda or under_way() or not isinstance(piece.rows, slice):
+        if self.refused or not recordable(x_adv) or not isinstance(piece.rows, slice):
             return climb(piece, x_adv)
-        forms = ((t.shape, t.stride(), t.dtype) for t in _inputs(piece, x_adv))
-        key = (name, _where(model), piece.rows.start, piece.rows.stop, *forms)
+        state = state_of(model)
+        forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in _inputs(piece, x_adv))
+        fixed = (name, flags(), places(model), piece.rows.start, piece.rows.stop, forms)
+        key = (fixed, self._lasting(state))
         known = self._known.get(key)
         if known is None or piece.largest_label > known.largest_label:
             outcome = climb(piece, x_adv)  # raises if the model has no such class
-            self._know(key, piece.largest_label)
+            self._moved_by_running |= changed(state, state_of(model))
+            self._know((fixed, self._lasting(state)), piece.largest_label)
             return outcome
         self._known.move_to_end(key)
         if known.recording is None:
             try:
                 known.recording = Recording.of(climb, piece, x_adv)
             except RuntimeError as error:  # raised inside the capture: the step-by-step run before it went well
-                self.refused = True
-                warnings.warn(
-                    f"the attack runs without a CUDA graph, because recording one failed: {error}",
-                    CaptureWarning,
-                    stacklevel=2,
-                )
+                self._refuse(f"recording one failed: {error}")
                 return climb(piece, x_adv)
-        return known.recording.play(piece, x_adv)
+        outcome, recorded = known.recording.play(piece, x_adv)
+        self._compared += [(key, Later(differ(one, logits(x_adv), tolerance))) for one in recorded]
+        return outcome
+
+    def outdated(self, *, wait: bool) -> bool:
+        """Whether a replay gave other logits than the model as it was then: its recording is dropped.
+
+        Args:
+            wait: for the device, where it has not compared them yet; else those are left for the next time.
+        """
+        read, self._compared = self._compared, []
+        wrong = set()
+        for key, differs in read:
+            if not wait and not differs.there:
+                self._compared.append((key, differs))
+            elif differs.read():
+                wrong.add(key)
+            else:
+                self._drops_in_a_row = 0
+        for key in wrong:
+            self._known.pop(key, None)
+        if wrong:
+            self._drops_in_a_row += 1
+        if self._drops_in_a_row >= MOST_DROPS and not self.refused:
+            self._refuse(
+                "the model's logits are not those of its recording, time and again: it draws at random, or depends on "
+                "something that changes outside of it"
+            )
+        return bool(wrong)
+
+    def _lasting(self, state: State) -> Hashable:
+        return frozenset((name, value) for name, value in state if name not in self._moved_by_running)
 
     def _know(self, key: Hashable, largest_label: int) -> None:
         self._known.setdefault(key, Known(largest_label)).largest_label = largest_label
@@ -106,11 +160,23 @@ class Replays:
         while len(self._known) > KEPT:
             self._known.popitem(last=False)
 
+    def _refuse(self, reason: str) -> None:
+        self.refused = True
+        self._known.clear()
+        warnings.warn(f"the attack runs without a CUDA graph, because {reason}", CaptureWarning, stacklevel=3)
+
+
+@torch.no_grad()
+def differ(logits: Tensor, other: Tensor, tolerance: float) -> Tensor:
+    """Whether logits [N, K] differ from others by more than a share of the largest of them: a bool [] on their device.
+
+    NaN is like NaN only.
+    """
+    if logits.shape != other.shape:
+        return torch.ones((), dtype=torch.bool, device=logits.device)
+    gap, largest = (logits.double() - other).abs(), logits.double().nan_to_num(0, 0, 0).abs().amax()
+    return ((gap > tolerance * largest) | (logits.isnan() != other.isnan())).any()
+
 
 def _inputs(piece: Piece, x_adv: Tensor) -> tuple[Tensor, ...]:
-    return piece.x, piece.y, piece.aim, piece.trace, x_adv
-
-
-def _where(model: nn.Module) -> int:
-    """Changes when a weight or buffer moves in memory."""
-    return hash(tuple(tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())))
+    return piece.x, piece.y, piece.aim, x_adv, *([] if piece.trace is None else [piece.trace])

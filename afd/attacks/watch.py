@@ -38,7 +38,9 @@ def new_trace(samples: int, device: torch.device) -> Tensor:
 
 
 def note(piece: Piece, step: int, logits: Tensor, grad: Tensor) -> None:
-    """Adds one evaluation of the model on a piece to its trace."""
+    """Adds one evaluation of the model on a piece to its trace, if it has one."""
+    if piece.trace is None:
+        return
     known = piece.trace[:, piece.rows]
     first = torch.where((known[FIRST_NAN] == 0) & logits.isnan().any(1), step + 1, known[FIRST_NAN])
     flat = torch.linalg.vector_norm(grad, float("inf"), dim=tuple(range(1, grad.dim()))) == 0

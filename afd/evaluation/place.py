@@ -76,11 +76,11 @@ def placed(device: str) -> Iterator[Place]:
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = device_named(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if processes == 1:
         yield Place(chosen)
         return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield Place(chosen, dist.get_rank(), dist.get_world_size())

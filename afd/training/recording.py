@@ -3,7 +3,13 @@
 A graph repeats what it recorded with the numbers it recorded, so whatever changes from round to round lies on the
 device, at a fixed place: the batch, the seed of the attack's starts, the learning rates (`make_recordable`). What
 changes rarely makes another recording: the shape of a last, shorter batch, the attack's radius while it grows, the
-rounds in which the features do not answer, and weights or optimizer state that have moved in memory.
+rounds in which the features do not answer, weights or optimizer state that have moved in memory, and other flags of
+torch, hooks, modes and plain attributes of the modules (`afd.attacks.python_state`). A module whose own code changes
+such an attribute, a counter, say, is not recorded.
+
+What is NOT seen, and stays as it was recorded: whatever else Python code reads, such as a number in a closure, a global
+or a class, a draw from Python's or NumPy's generator, the time; and what it writes or prints. (An attack that is
+recorded by itself compares its logits at every call; here nothing is compared.)
 
 A kind of round is recorded when it is met for the second time: its first one, played as ever, lets libraries choose
 their algorithms and optimizers make their state. Recording runs nothing, so where it fails nothing has happened, and
@@ -23,7 +29,8 @@ from torch import Tensor, nn
 
 from afd.attacks import Attack, CaptureWarning, folding
 from afd.attacks.base import GradientAttack
-from afd.attacks.capture import capturing
+from afd.attacks.capture import Graph
+from afd.attacks.python_state import State, changed, flags, named, places, state_of
 from afd.methods import Round
 from afd.methods.optimizers import RECORDABLE, being_recorded, make_recordable
 
@@ -75,7 +82,7 @@ def obstacle(device: torch.device, processes: int, attack: Attack | None, round_
 class Recording:
     """A recorded round with the tensors that it reads and writes."""
 
-    graph: torch.cuda.CUDAGraph
+    graph: Graph
     x: Tensor
     y: Tensor
     seed: Tensor
@@ -87,19 +94,21 @@ class Recording:
     def of(cls, play: Play, x: Tensor, y: Tensor, model: nn.Module) -> Recording:
         """Records `play`, which attacks and trains the model, on batches like x and y, and any seed."""
         x, y, seed = x.clone(), y.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
-        graph = torch.cuda.CUDAGraph()
-        with capturing(graph):
+        graph = Graph(x.device)
+        with graph.capture():
             losses = play(x, y, seed)
             table = torch.stack(list(losses.values()))
         return cls(graph, x, y, seed, tuple(losses), table, (play, folding.known(model)))
 
     def play(self, x: Tensor, y: Tensor, seed: int) -> Losses:
         """The round on another batch."""
-        self.x.copy_(x)
-        self.y.copy_(y)
-        self.seed.fill_(seed)
-        self.graph.replay()
-        return dict(zip(self.names, self.losses.clone().unbind(), strict=True))
+        with self.graph.turn():
+            self.x.copy_(x)
+            self.y.copy_(y)
+            self.seed.fill_(seed)
+            self.graph.replay()
+            losses = self.losses.clone()
+        return dict(zip(self.names, losses.unbind(), strict=True))
 
 
 class Recordings:
@@ -129,11 +138,13 @@ class Recordings:
         """
         if self.refused:
             return play(x, y, seed)
-        kind = (settings, self.round.course(), *((t.shape, t.stride(), t.dtype) for t in (x, y)))
-        key = (kind, self._places())
+        forms = tuple((t.shape, t.stride(), t.dtype) for t in (x, y))
+        kind = (settings, self.round.course(), forms, flags())
+        key = (kind, self._places(), self._state())
         if key not in self._known:
             losses = play(x, y, seed)
-            self._known[kind, self._places()] = None  # looked up again: a first step makes the optimizers' state
+            # looked up again: a first step makes the optimizers' state and puts the players into their modes
+            self._known[kind, self._places(), self._state()] = None
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
             return losses
@@ -146,27 +157,38 @@ class Recordings:
         return play(x, y, seed) if recording is None else recording.play(x, y, seed)
 
     def _record(self, play: Play, x: Tensor, y: Tensor) -> Recording | None:
-        played = self.round.rounds
-        optimizers = self.round.optimizers.values()
+        played, state = self.round.rounds, self._state()
         try:
-            with being_recorded(optimizers):
-                return Recording.of(play, x, y, self.model)
+            with being_recorded(self.round.optimizers.values()):
+                recording = Recording.of(play, x, y, self.model)
         except RuntimeError as error:  # raised inside the capture: rounds played as ever went well
-            self.round.rounds, self.refused = played, True
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            self._known.clear()
-            warn(f"recording one failed: {error}")
+            self._give_up(played, f"recording one failed: {error}")
             return None
+        if restless := changed(state, self._state()):
+            self._give_up(played, f"each changes {named(min(restless))}, which a graph leaves as it is")
+            return None
+        return recording
 
-    def _places(self) -> int:
-        """Changes when a weight, a buffer or a part of an optimizer's state moves in memory."""
-        return hash(tuple(tensor.data_ptr() for tensor in self._tensors()))
+    def _give_up(self, played: int, reason: str) -> None:
+        self.round.rounds, self.refused = played, True
+        for optimizer in self.round.optimizers.values():
+            optimizer.zero_grad()
+        self._known.clear()
+        warn(reason)
+
+    @property
+    def _modules(self) -> tuple[nn.Module, ...]:
+        return self.model, *self.round.players.values()
+
+    def _state(self) -> State:
+        """What the modules hold in Python."""
+        return state_of(*self._modules)
+
+    def _places(self) -> tuple[int, ...]:
+        """Where weights, buffers and the parts of the optimizers' state lie in memory."""
+        return *places(*self._modules), *(tensor.data_ptr() for tensor in self._tensors())
 
     def _tensors(self) -> Iterator[Tensor]:
-        for module in (self.model, *self.round.players.values()):
-            yield from module.parameters()
-            yield from module.buffers()
         for optimizer in self.round.optimizers.values():
             yield from (group["lr"] for group in optimizer.param_groups)
             for state in optimizer.state.values():

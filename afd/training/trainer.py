@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from afd.attacks import Attack, AttackFactory
+from afd.attacks.capture import guard
 from afd.errors import InputError, at_least
 from afd.methods import AFD, Execution, Method
 from afd.nn import split
@@ -101,6 +102,8 @@ class Trainer:
         self.network = self.execution.prepare(split(self.model, self.feature_layer, self.normalize))
         self.round = self.method.build(self.network, self.execution, self.group.wrap)
         self.average = None if self.ema is None else averaged(self.network, self.ema)
+        judge = self.validation_attack(self.evaluated) if self.validation_attack else None
+        self.judge = judge and unwatched(judge)  # one for all epochs: what it has recorded stays
         self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
         self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
         self._stopped = 0
@@ -139,7 +142,7 @@ class Trainer:
         if self.attack is not None and self.method.uses_attack:
             warmup = Warmup(unwatched(self.attack(self.network)), round(self.eps_warmup * rounds))
         self.plays = recording.plays(self, None if warmup is None else warmup.attack)
-        with on_signals(self.stop):
+        with guard(self.device), on_signals(self.stop):
             while self.position.epoch <= self.epochs and not self._stop_asked():
                 speed = self._train_epoch(rounds, warmup, resumed)
                 resumed = None
@@ -207,14 +210,13 @@ class Trainer:
     def _close_epoch(self, validation: Loader, speed: float) -> None:
         """Validation, report and checkpoint after a whole epoch."""
         self.group.share_buffers(self.evaluated)
-        judge = unwatched(self.validation_attack(self.evaluated)) if self.validation_attack else None
         measure = partial(shared_accuracy, self.evaluated, validation, group=self.group, device=self.device)
         report = EpochReport(
             self.position.epoch,
             self.position.round,
             self.meter.means(),
             natural=measure(attack=None),
-            robust=None if judge is None else measure(attack=judge),
+            robust=None if self.judge is None else measure(attack=self.judge),
             images_per_second=speed,
             learning_rates=self.rates.of_round(self.position.round),
         )

@@ -1,12 +1,16 @@
 """Pieces, layout and precision: how an attack runs, never what it computes."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from afd.attacks import PGD, execution
+from afd.attacks import APGD, FGSM, MIM, PGD, engine, execution
+from afd.attacks.losses import loss_named
 from afd.errors import InputError
 from afd.ops import backend
 
@@ -100,3 +104,72 @@ def test_a_compiled_model_is_attacked_like_any_other():
     x, y = torch.rand(6, 3, 8, 8), torch.randint(5, (6,))
     plain, compiled = (PGD(model, eps=0.1, steps=3)(x, y) for model in (net(), torch.compile(net())))
     assert (plain - compiled).abs().gt(1e-6).float().mean() < 0.01  # signs turn where gradients are all but zero
+
+
+EVERY_ATTACK = [
+    lambda model, **running: PGD(model, eps=0.1, alpha=0.03, steps=3, **running),
+    lambda model, **running: PGD(model, norm="L2", eps=torch.full((4,), 0.5), alpha=0.2, steps=3, **running),
+    lambda model, **running: FGSM(model, eps=0.1, **running),
+    lambda model, **running: MIM(model, eps=0.1, steps=3, **running),
+    lambda model, **running: APGD(model, eps=0.1, steps=5, n_restarts=2, **running),
+    lambda model, **running: APGD(model, norm="L1", eps=2.0, steps=5, loss="dlr", **running),
+    lambda model, **running: APGD(model, eps=0.1, steps=5, early_stop=True, **running),
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("attack", EVERY_ATTACK)
+def test_inference_mode_gives_the_same_points_and_leaves_nothing_behind(attack, precision):
+    """Made inside of it too: images, labels and the attack itself; what it remembers of the model serves later."""
+    model, joined = net(), nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+    model = nn.Sequential(joined, net(8)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        x, y = torch.rand(4, 3, 8, 8, generator=generator), torch.arange(4)
+        assert x.is_inference()
+        inside = attack(model, precision=precision)(x, y)
+    outside = attack(model, precision=precision)(x.clone(), y.clone())
+    assert torch.equal(inside, outside)
+    assert not inside.is_inference()
+    inside.mul_(2)
+    assert not torch.equal(inside, outside)
+
+
+def test_a_model_made_in_inference_mode_is_named():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    with pytest.raises(InputError, match=r"the model's 1\.weight was made in torch\.inference_mode, and no gradient"):
+        PGD(model)(torch.rand(2, 3, 2, 2), torch.tensor([0, 1]))
+
+
+class Counted(TorchDispatchMode):
+    """The ops that are run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def ops_of_a_step(look):
+    model, x, y = net(), torch.rand(4, 3, 8, 8), torch.arange(4)
+    names = []
+    for steps in (2, 3):
+        with Counted() as counted:
+            PGD(model, eps=0.1, steps=steps, look=look)(x, y)
+        names.append(counted.names)
+    return list((Counter(names[1]) - Counter(names[0])).elements())
+
+
+def test_a_step_that_nobody_looks_at_runs_the_model_and_the_step_and_nothing_else():
+    """On a GPU each op is a launch."""
+    quiet, looked = ops_of_a_step(look=False), ops_of_a_step(look=True)
+    model, x, y = net(), torch.rand(4, 3, 8, 8), torch.arange(4)
+    with engine.evaluating(model), Counted() as counted:
+        engine.loss_gradient(model, loss_named("ce").value, execution.channels_last(x), y)
+    assert set(Counter(quiet) - Counter(counted.names)) == {"afd::pgd_step_"}
+    assert "aten::isnan" in looked
+    assert len(looked) >= len(quiet) + 8

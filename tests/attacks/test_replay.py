@@ -1,141 +1,191 @@
-"""Attacks as CUDA graphs. What decides about recordings is tested anywhere; the graphs themselves need a GPU."""
+"""Attacks as CUDA graphs. On the CPU a tape stands for a graph: it repeats the ops it was recorded with."""
 
 from __future__ import annotations
 
+import gc
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from afd.attacks import APGD, MIM, PGD, CaptureWarning, replay
-from afd.attacks.piece import Piece
-from afd.attacks.watch import new_trace
 from afd.errors import InputError
 
 
-class OnDevice(torch.Tensor):
-    """Says that it lies on a GPU."""
+@pytest.fixture
+def tapes(tape, monkeypatch):
+    """Graphs of attacks are tapes, on any device; returns those that were recorded."""
+    made = []
 
-    is_cuda = True
+    def recorded(_device):
+        made.append(tape.Tape())
+        return made[-1]
+
+    monkeypatch.setattr(replay, "Graph", recorded)
+    monkeypatch.setattr(replay, "recordable", lambda _: not tape.Tape.recording)
+    return made
 
 
-def on_device(values):
-    return torch.Tensor._make_subclass(OnDevice, values)
+def net(device="cpu"):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+        nn.Linear(256, 5),
+    ).to(device)  # fmt: skip
 
 
-class FakeRecording:
-    """Counts instead of capturing."""
+class Scaled(nn.Module):
+    """A model whose logits hang on what is set of it."""
 
-    made, played = 0, 0
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+        self.scale, self.factors, self.temperature = 1.0, [1.0], None
+        self.config = SimpleNamespace(power=1, inner=SimpleNamespace(factor=1.0))
+        self.tensor = torch.ones(5)
 
-    @classmethod
-    def of(cls, _climb, _piece, _x_adv):
-        cls.made += 1
-        return cls()
+    def forward(self, x):
+        logits = self.inner(x) * self.scale * self.factors[0] / (self.temperature or 1)
+        return logits**self.config.power * self.config.inner.factor * self.tensor
 
-    def play(self, _piece, x_adv):
-        type(self).played += 1
-        return (x_adv + 100,)
+
+def radii(model):
+    return torch.linspace(0, 1, 8, device=model[5].weight.device)
+
+
+ATTACKS = {
+    "pgd": lambda model: PGD(model, eps=0.1, alpha=0.03, steps=4),
+    "pgd l2 per sample": lambda model: PGD(model, norm="L2", eps=radii(model), alpha=0.2, steps=4),
+    "pgd l1 bf16": lambda model: PGD(model, norm="L1", eps=5.0, alpha=1.0, steps=4, precision="bf16"),
+    "mim": lambda model: MIM(model, eps=0.1, steps=4),
+    "apgd": lambda model: APGD(model, eps=0.1, steps=8, n_restarts=2),
+    "apgd l1": lambda model: APGD(model, norm="L1", eps=5.0, steps=10),
+    "kl": lambda model: PGD(model, loss="kl", eps=0.1, steps=3),
+}
+
+
+def images(device="cpu", seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(8, 3, 8, 8, generator=generator)
+    return x.to(device), torch.randint(5, (8,), generator=generator).to(device)
+
+
+def step_by_step(attack):
+    attack._replays.refused = True
+    return attack
+
+
+def replays(tapes):
+    return [one.replays for one in tapes]
 
 
 @pytest.fixture
-def recordings(monkeypatch):
-    class Fresh(FakeRecording):
-        made, played = 0, 0
-
-    monkeypatch.setattr(replay, "Recording", Fresh)
-    return Fresh
-
-
-def piece_of(samples, rows=None, largest_label=0):
-    x, y = torch.zeros(samples, 3), torch.zeros(samples, dtype=torch.int64)
-    rows = slice(0, samples) if rows is None else rows
-    return Piece(x, y, y, rows, 0, 0, largest_label, new_trace(samples, torch.device("cpu")))
-
-
-def climb(_piece, x_adv):
-    return (x_adv + 1,)
-
-
-def run(replays, samples=4, name="pgd", model=None, **of_piece):
-    piece = piece_of(samples, **of_piece)
-    (out,) = replays(name, model or nn.Identity(), climb, piece, on_device(torch.zeros(samples, 3)))
-    return float(out[0, 0])
-
-
-def test_a_shape_is_recorded_the_second_time_and_then_replayed(recordings):
-    replays = replay.Replays()
-    assert [run(replays) for _ in range(4)] == [1, 100, 100, 100]
-    assert (recordings.made, recordings.played) == (1, 3)
-
-
-def test_partial_batches_and_other_settings_are_recorded_apart(recordings):
-    replays = replay.Replays()
-    results = [run(replays), run(replays, samples=3), run(replays), run(replays, name="other"), run(replays, samples=3)]
-    assert results == [1, 1, 100, 1, 100]
-    assert recordings.made == 2
-
-
-def test_pieces_are_recorded_apart_for_they_write_their_own_rows(recordings):
-    replays = replay.Replays()
-    first, second = slice(0, 4), slice(4, 8)
-    assert [run(replays, rows=rows) for rows in (first, second, first, second)] == [1, 1, 100, 100]
-    assert recordings.made == 2
-
-
-def test_rows_that_are_indices_are_not_recorded(recordings):
-    replays = replay.Replays()
-    assert [run(replays, rows=torch.arange(4)) for _ in range(3)] == [1, 1, 1]
-    assert not recordings.made
-
-
-def test_a_larger_label_is_met_step_by_step_where_the_model_is_asked_for_its_classes(recordings):
-    replays = replay.Replays()
-    assert [run(replays, largest_label=label) for label in (7, 7, 5, 9, 9, 8)] == [1, 100, 100, 1, 100, 100]
-    assert recordings.made == 1
-
-    def refuses(_piece, _x_adv):
-        raise ValueError("no such class")
-
-    x_adv = on_device(torch.zeros(4, 3))
-    for _ in range(2):  # nor is it known afterwards
-        with pytest.raises(ValueError, match="no such class"):
-            replays("pgd", nn.Identity(), refuses, piece_of(4, largest_label=10), x_adv)
-
-
-def test_weights_may_change_but_not_move(recordings):
-    replays, model = replay.Replays(), nn.Linear(3, 3)
-    run(replays, model=model), run(replays, model=model)
-    with torch.no_grad():
-        model.weight.mul_(2)
-    assert run(replays, model=model) == 100
-    model.weight = nn.Parameter(model.weight.clone())
-    assert run(replays, model=model) == 1
-    assert recordings.made == 1
-
-
-def test_old_recordings_make_room(recordings):
-    replays = replay.Replays()
-    for samples in range(1, 2 + replay.KEPT):
-        run(replays, samples=samples), run(replays, samples=samples)
-    assert recordings.made == replay.KEPT + 1
-    assert len(replays._known) == replay.KEPT
-    assert run(replays, samples=1) == 1
-
-
-def test_a_failed_capture_is_told_once_and_the_attack_goes_on(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(replay.Recording, "of", fail)
-    replays = replay.Replays()
-    assert run(replays) == 1
-    with pytest.warns(CaptureWarning, match="without a CUDA graph, because recording one failed: operation not perm"):
-        assert run(replays) == 1
+def quiet():
+    """No warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [run(replays), run(replays, samples=9)] == [1, 1]
+        yield
+
+
+# --- What is recorded, and when ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_replays_are_the_steps_one_by_one_bit_for_bit(name, tapes, quiet):
+    model = net()
+    recorded, plain = ATTACKS[name](model), step_by_step(ATTACKS[name](model))
+    for seed in range(4):
+        x, y = images(seed=seed)
+        assert torch.equal(recorded(x, y, seed=seed), plain(x, y, seed=seed))
+        assert torch.equal(recorded.report.evaluations, plain.report.evaluations)
+        assert torch.equal(recorded.report.zero_gradients, plain.report.zero_gradients)
+        with torch.no_grad():
+            model[0].weight.mul_(1.1)
+    assert tapes
+    assert all(replays(tapes))
+
+
+def test_a_shape_is_recorded_the_second_time_and_then_replayed(tapes):
+    attack, (x, y) = ATTACKS["pgd"](net()), images()
+    for rows in (8, 3, 8, 8, 3, 8):
+        attack(x[:rows], y[:rows])
+    assert replays(tapes) == [3, 1]
+
+
+def test_other_settings_are_recorded_apart(tapes):
+    attack, (x, y) = ATTACKS["pgd"](net()), images()
+    for eps in (0.1, 0.1, 0.2, 0.2, 0.1):
+        attack.eps = eps
+        attack(x, y)
+    assert replays(tapes) == [2, 1]
+
+
+def test_pieces_are_recorded_apart_for_they_write_their_own_rows(tapes):
+    model, (x, y), eps = net(), images(), torch.linspace(0, 0.2, 8)
+    recorded, plain = (PGD(model, eps=eps, steps=3, piece=3) for _ in range(2))
+    step_by_step(plain)
+    for _ in range(3):
+        assert torch.equal(recorded(x, y), plain(x, y))
+    assert replays(tapes) == [2, 2, 2]
+
+
+def test_rows_that_are_indices_are_not_recorded(tapes):
+    attack = APGD(net(), eps=0.1, steps=4, n_restarts=2, early_stop=True)
+    for _ in range(3):
+        attack(*images())
+    assert not tapes
+
+
+def test_a_larger_label_is_met_step_by_step_where_the_model_is_asked_for_its_classes(tapes):
+    attack, (x, y) = ATTACKS["pgd"](net()), images()
+    for largest in (3, 3, 2, 4, 4, 3):
+        attack(x, y.clamp(max=largest))
+    assert replays(tapes) == [4]
+    for _ in range(2):  # nor is it known afterwards
+        with pytest.raises(InputError, match="y holds the label 5"):
+            attack(x, y.clamp(min=5))
+
+
+def test_weights_may_change_but_not_move(tapes):
+    model, (x, y) = net(), images()
+    attack, plain = ATTACKS["pgd"](model), step_by_step(ATTACKS["pgd"](model))
+    for _ in range(2):
+        attack(x, y)
+    with torch.no_grad():
+        model[5].weight.mul_(2)
+    assert torch.equal(attack(x, y), plain(x, y))
+    model[5].weight = nn.Parameter(-model[5].weight)
+    assert torch.equal(attack(x, y), plain(x, y))
+    assert replays(tapes) == [2]
+
+
+def test_old_recordings_make_room(tapes):
+    attack, (x, y) = ATTACKS["pgd"](net()), images()
+    for rows in range(1, 2 + replay.KEPT):
+        attack(x[:rows], y[:rows]), attack(x[:rows], y[:rows])
+    assert replays(tapes) == [1] * (replay.KEPT + 1)
+    assert len(attack._replays._known) == replay.KEPT
+    attack(x[:1], y[:1])
+    assert replays(tapes) == [1] * (replay.KEPT + 1)
+
+
+def test_a_failed_capture_is_told_once_and_the_attack_goes_on(tapes, quiet):
+    class Waits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x):
+            return self.inner(x) * (1.0 if float(x.detach().sum()) > 0 else 2.0)
+
+    attack, (x, y) = PGD(Waits(), eps=0.1, steps=2), images()
+    first = attack(x, y)
+    with pytest.warns(CaptureWarning, match="without a CUDA graph, because recording one failed: operation not perm"):
+        assert torch.equal(attack(x, y), first)
+    assert torch.equal(attack(x, y), first)
+    attack(x[:3], y[:3])
 
 
 def test_every_setting_of_an_attack_is_part_of_its_name():
@@ -160,42 +210,179 @@ def test_every_setting_of_an_attack_is_part_of_its_name():
     assert tuple(attack._settings()) != before
 
 
-# --- On a GPU -------------------------------------------------------------------------------------------------------
+# --- What Python holds, and a graph does not see ----------------------------------------------------------------------
 
 
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-        nn.Linear(256, 5),
-    ).cuda()  # fmt: skip
+def hooked(model):
+    model.inner[2].register_forward_hook(lambda _layer, _given, out: out * torch.linspace(0, 1, 16)[:, None, None])
 
 
-ATTACKS = {
-    "pgd": lambda model: PGD(model, eps=0.1, alpha=0.03, steps=4),
-    "pgd l2 per sample": lambda model: PGD(model, norm="L2", eps=torch.linspace(0, 1, 8).cuda(), alpha=0.2, steps=4),
-    "pgd l1 bf16": lambda model: PGD(model, norm="L1", eps=5.0, alpha=1.0, steps=4, precision="bf16"),
-    "mim": lambda model: MIM(model, eps=0.1, steps=4),
-    "apgd": lambda model: APGD(model, eps=0.1, steps=8, n_restarts=2),
-    "apgd l1": lambda model: APGD(model, norm="L1", eps=5.0, steps=10),
-    "kl": lambda model: PGD(model, loss="kl", eps=0.1, steps=3),
+CHANGES = {
+    "a number": lambda model: setattr(model, "scale", -3.0),
+    "None": lambda model: setattr(model, "temperature", -2),
+    "a list": lambda model: model.factors.__setitem__(0, -5.0),
+    "an object": lambda model: setattr(model.config, "power", 3),
+    "an object in an object": lambda model: setattr(model.config.inner, "factor", -1.0),
+    "a layer's attribute": lambda model: setattr(model.inner[1], "eps", 10.0),
+    "a hook": hooked,
+    "a tensor": lambda model: setattr(model, "tensor", torch.tensor([3.0, -1, 2, 0, 1])),
+    "a layer": lambda model: model.inner.__setitem__(2, nn.Tanh()),
+    "a forward": lambda model: setattr(model.inner[2], "forward", torch.tanh),
+    "a function of the class": lambda _: setattr(Scaled, "forward", lambda self, x: -self.inner(x)),
 }
+
+
+@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_python_makes_between_calls_is_seen(change, fold, tapes, monkeypatch, quiet):
+    monkeypatch.setattr(Scaled, "forward", Scaled.forward)  # as it was, afterwards
+    model, (x, y) = Scaled(), images()
+    recorded, plain = (PGD(model, eps=0.1, steps=3, fold=fold) for _ in range(2))
+    step_by_step(plain)
+    before = [recorded(x, y) for _ in range(3)]
+    assert replays(tapes) == [2]
+    CHANGES[change](model)
+    expected = plain(x, y)
+    assert not torch.equal(expected, before[0])
+    for _ in range(3):
+        assert torch.equal(recorded(x, y), expected)
+    assert replays(tapes)[1:] == [2], "and is recorded anew"
+
+
+FLAGS = {
+    "tf32": lambda on: setattr(torch.backends.cuda.matmul, "allow_tf32", on),
+    "deterministic": lambda on: setattr(torch.backends.cudnn, "deterministic", on),
+    "autocast": lambda on: torch.set_autocast_enabled("cuda", on),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_flag_of_torch_makes_a_recording_of_its_own(flag, tapes):
+    attack, (x, y) = ATTACKS["pgd"](net()), images()
+    try:
+        for on in (False, False, True, True, False):
+            FLAGS[flag](on)
+            attack(x, y)
+    finally:
+        FLAGS[flag](False)
+    assert replays(tapes) == [2, 1]
+
+
+def outside(factor):
+    """A model whose logits hang on a number in a closure."""
+
+    class Closure(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x):
+            return self.inner(x) * factor[0]
+
+    return Closure()
+
+
+def test_what_changes_outside_of_a_model_is_found_by_its_logits(tapes, quiet):
+    factor, (x, y) = [1.0], images()
+    model = outside(factor)
+    recorded, plain = ATTACKS["apgd"](model), step_by_step(ATTACKS["apgd"](model))
+    for number in (1.0, 1.0, 1.0, -2.0, -2.0, -2.0, 3.0, 3.0, 3.0):
+        factor[0] = number
+        assert torch.equal(recorded(x, y), plain(x, y)), number
+        assert torch.equal(recorded.report.evaluations, plain.report.evaluations)
+    assert not recorded._replays.refused
+    assert len(tapes) == 3
+
+
+def test_without_a_look_it_is_told_at_the_next_call(tapes, quiet):
+    factor, (x, y) = [1.0], images()
+    model = outside(factor)
+    recorded = PGD(model, eps=0.1, steps=3, look=False)
+    plain = step_by_step(PGD(model, eps=0.1, steps=3, look=False))
+    for _ in range(3):
+        recorded(x, y)
+    factor[0] = -2.0
+    assert not torch.equal(recorded(x, y), plain(x, y))
+    with pytest.warns(CaptureWarning, match="the last attack replayed a graph in which the model gave other logits"):
+        assert torch.equal(recorded(x, y), plain(x, y))
+    for _ in range(2):
+        assert torch.equal(recorded(x, y), plain(x, y))
+
+
+def test_a_model_that_draws_at_random_is_attacked_step_by_step_and_it_is_said(tapes):
+    model, (x, y) = nn.Sequential(net(), nn.Dropout()), images()
+    model[1].forward = lambda logits: torch.nn.functional.dropout(logits, 0.3, training=True)
+    attack = PGD(model, eps=0.1, steps=3)
+    attack(x, y), attack(x, y)
+    with pytest.warns(CaptureWarning, match="not those of its recording, time and again: it draws at random, or dep"):
+        attack(x, y)
+    assert attack._replays.refused
+    assert len(tapes) == replay.MOST_DROPS
+    points = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        points.append(attack(x, y))
+    assert torch.equal(points[0], points[1])
+    assert not torch.equal(points[0], points[2])
+
+
+def test_counters_and_kept_activations_are_no_reason_for_another_recording(tapes, quiet):
+    class Counts(Scaled):
+        calls, nothing = 0, float("nan")
+
+        def forward(self, x):
+            self.calls += 1
+            self.nothing = float("nan")
+            self.seen = self.inner[0](x)
+            return super().forward(x)
+
+    attack, (x, y) = PGD(Counts(), eps=0.1, steps=3), images()
+    for _ in range(5):
+        attack(x, y)
+    assert replays(tapes) == [4]
+
+
+def test_each_call_costs_one_forward_of_the_model_and_keeps_nothing_of_it(tapes):
+    model, (x, y) = net(), images()
+    attack, seen = PGD(model, eps=0.1, steps=10), []
+    model.register_forward_pre_hook(lambda _, given: seen.append((torch.is_grad_enabled(), given[0].requires_grad)))
+    for _ in range(3):
+        attack(x, y)
+    seen.clear()
+    attack(x, y)
+    assert seen == [(True, True)], "as in a step"
+    gc.collect()
+    assert not attack._replays._compared
+
+
+def test_logits_differ_by_more_than_rounding():
+    logits = torch.tensor([[1.0, -2.0], [float("nan"), 0.5]])
+    near, far = logits * (1 + 1e-6), logits.clone()
+    far[1, 1] = 0.6
+    assert not replay.differ(near, logits, 1e-4)
+    assert replay.differ(far, logits, 1e-4)
+    assert not replay.differ(far, logits, 0.1)
+    assert replay.differ(logits.nan_to_num(), logits, 0.1)
+    assert replay.differ(logits[:, :1], logits, 0.1)
+    assert not replay.differ(torch.full((2, 2), float("inf")), torch.full((2, 2), float("inf")), 0.1)
+
+
+# --- On a GPU -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def batch(cuda, monkeypatch):
     """Images and labels; convolutions give equal bits every time, for a step goes by the sign of the gradient."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    torch.manual_seed(1)
-    return torch.rand(8, 3, 8, 8).to(cuda), torch.randint(5, (8,)).to(cuda)
+    return images(cuda)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ATTACKS)
-def test_replays_equal_the_steps_one_by_one(name, batch):
-    model = net()
+def test_replays_equal_the_steps_one_by_one(name, batch, cuda):
+    model = net(cuda)
     recorded, plain = ATTACKS[name](model), ATTACKS[name](model)
-    plain._replays.refused = True
+    step_by_step(plain)
     for seed in range(4):
         x, y = batch[0].roll(seed, 0), batch[1].roll(seed, 0)
         torch.testing.assert_close(recorded(x, y, seed=seed), plain(x, y, seed=seed), atol=1e-5, rtol=0)
@@ -207,18 +394,18 @@ def test_replays_equal_the_steps_one_by_one(name, batch):
 
 
 @pytest.mark.gpu
-def test_a_partial_batch_between_full_ones(batch):
-    model = net()
+def test_a_partial_batch_between_full_ones(batch, cuda):
+    model = net(cuda)
     recorded, plain = ATTACKS["pgd"](model), ATTACKS["pgd"](model)
-    plain._replays.refused = True
+    step_by_step(plain)
     for rows in (8, 8, 3, 8, 3, 3, 8):
         x, y = batch[0][:rows], batch[1][:rows]
         torch.testing.assert_close(recorded(x, y), plain(x, y), atol=1e-5, rtol=0)
 
 
 @pytest.mark.gpu
-def test_pieces_keep_to_their_own_radii_and_rows(batch):
-    model, eps = net(), torch.linspace(0, 0.2, 8).cuda()
+def test_pieces_keep_to_their_own_radii_and_rows(batch, cuda):
+    model, eps = net(cuda), torch.linspace(0, 0.2, 8).cuda()
     recorded = PGD(model, eps=eps, steps=3, piece=3)
     for _ in range(3):
         x_adv = recorded(*batch)
@@ -227,17 +414,17 @@ def test_pieces_keep_to_their_own_radii_and_rows(batch):
 
 
 @pytest.mark.gpu
-def test_restarts_on_the_samples_that_are_left_keep_to_their_own_radii(batch):
-    attack = APGD(net(), norm="L1", eps=torch.linspace(0, 2, 8).cuda(), steps=10, n_restarts=3, early_stop=True)
+def test_restarts_on_the_samples_that_are_left_keep_to_their_own_radii(batch, cuda):
+    attack = APGD(net(cuda), norm="L1", eps=torch.linspace(0, 2, 8).cuda(), steps=10, n_restarts=3, early_stop=True)
     for seed in range(3):
         x_adv = attack(*batch, seed=seed)
         assert ((x_adv - batch[0]).flatten(1).abs().sum(1) <= attack.eps * (1 + 1e-5) + 1e-6).all()
 
 
 @pytest.mark.gpu
-def test_a_label_that_the_model_lacks_is_named_though_the_attack_is_recorded(batch):
+def test_a_label_that_the_model_lacks_is_named_though_the_attack_is_recorded(batch, cuda):
     x, y = batch
-    attack = PGD(net(), eps=0.1, steps=2)
+    attack = PGD(net(cuda), eps=0.1, steps=2)
     for _ in range(3):
         attack(x, y)
     y[2] = 5
@@ -247,8 +434,8 @@ def test_a_label_that_the_model_lacks_is_named_though_the_attack_is_recorded(bat
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ATTACKS)
-def test_no_wait_for_the_device_between_first_and_last_step(name, batch):
-    model = net()
+def test_no_wait_for_the_device_between_first_and_last_step(name, batch, cuda):
+    model = net(cuda)
     attack = ATTACKS[name](model)
     attack.look = False
     attack(*batch)  # libraries load
@@ -262,11 +449,11 @@ def test_no_wait_for_the_device_between_first_and_last_step(name, batch):
 
 
 @pytest.mark.gpu
-def test_a_model_that_waits_cannot_be_recorded_and_is_attacked_all_the_same(batch):
+def test_a_model_that_waits_cannot_be_recorded_and_is_attacked_all_the_same(batch, cuda):
     class Waits(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = net()
+            self.inner = net(cuda)
 
         def forward(self, x):
             return self.inner(x) * (1.0 if float(x.sum()) > 0 else 2.0)
@@ -279,6 +466,6 @@ def test_a_model_that_waits_cannot_be_recorded_and_is_attacked_all_the_same(batc
     torch.testing.assert_close(attack(*batch), first, atol=1e-5, rtol=0)
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.cuda.empty_cache()
-    other = PGD(net(), eps=0.1, steps=2)
+    other = PGD(net(cuda), eps=0.1, steps=2)
     assert torch.equal(other(*batch), other(*batch))
     assert not other._replays.refused

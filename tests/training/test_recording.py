@@ -1,8 +1,7 @@
 """Recorded rounds. On the CPU a tape stands for the CUDA graph: it knows only the numbers it was recorded with."""
 
-import importlib.util
+import itertools
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +12,9 @@ from afd.data import Batches, Images
 from afd.data.augment import CropAndFlip
 from afd.methods import AFD, Execution, Natural
 from afd.methods.optimizers import make_recordable
-from afd.nn import FeatureClassifier
+from afd.nn import FeatureClassifier, split
 from afd.ops.spectral import checks
 from afd.training import Trainer, load_checkpoint, recording
-
-tape = importlib.util.module_from_spec(
-    spec := importlib.util.spec_from_file_location("tape", Path(__file__).with_name("tape.py"))
-)
-spec.loader.exec_module(tape)
 
 CPU = torch.device("cpu")
 BATCHES, EPOCHS = 4, 6  # of 8 images, the last of 6
@@ -72,16 +66,15 @@ def trainer(case, **settings):
 
 
 @pytest.fixture
-def tapes(monkeypatch):
-    """Graphs are tapes, and nothing stands against them; returns those that were recorded."""
+def tapes(tape, monkeypatch):
+    """Graphs of rounds are tapes, and nothing stands against them; returns those that were recorded."""
     made = []
 
-    def recorded():
+    def recorded(_device):
         made.append(tape.Tape())
         return made[-1]
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", recorded)
-    monkeypatch.setattr(recording, "capturing", lambda graph: graph.recording())
+    monkeypatch.setattr(recording, "Graph", recorded)
     monkeypatch.setattr(recording, "obstacle", lambda *_: None)
     monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
     return made
@@ -138,16 +131,16 @@ def test_what_would_be_recorded_for_good_is_noticed(case, tapes, monkeypatch, tm
     )
 
 
-def test_a_tape_knows_only_the_numbers_it_was_recorded_with():
+def test_a_tape_knows_only_the_numbers_it_was_recorded_with(tape):
     rate, on_device, weight = 2.0, torch.tensor(2.0), torch.ones(3)
     graph = tape.Tape()
-    with graph.recording():
+    with graph.capture():
         weight.mul_(rate).add_(on_device)
     assert weight.tolist() == [1, 1, 1]
     rate, _ = 5.0, on_device.fill_(7.0)
     graph.replay()
     assert weight.tolist() == [9, 9, 9]
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), graph.recording():
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"), graph.capture():
         float(weight.sum())
 
 
@@ -172,15 +165,13 @@ def test_failed_recordings_are_told_once_and_change_nothing(tapes, monkeypatch, 
         """Waits for the device in the backward of every second pass in training: that of x', of whose gradients two
         sets are then about."""
 
-        passes = 0
-
         def forward(self, x):
             x = x * 1.0
-            if self.training:
-                self.passes += 1
-                if self.passes % 2 == 0 and x.requires_grad:
-                    x.register_hook(lambda grad: grad if float(grad.sum()) < 1e9 else -grad)
+            if self.training and next(passes) % 2 and x.requires_grad:
+                x.register_hook(lambda grad: grad if float(grad.sum()) < 1e9 else -grad)
             return x
+
+    passes = itertools.count()  # no attribute, which would speak against recording
 
     def waiting():
         net = model()
@@ -261,6 +252,57 @@ def test_weights_that_move_make_a_new_recording(tapes):
     for rows in (1, 2, 3) * 3:
         played(play, None, x[:rows], y[:rows], 0)
     assert len(played._known) == recording.KEPT
+
+
+class Tempered(nn.Module):
+    """A model with a number that its user sets, and one that it may set itself."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.inner, self.temperature, self.counts, self.calls = model(), 1.0, counts, 0
+
+    def forward(self, x):
+        self.calls += self.counts
+        return self.inner(x) / self.temperature
+
+
+def tempered_rounds(net, change, rounds=6):
+    """Plays rounds of natural training, `change` made before the fourth; returns the losses."""
+    round_, x, y = Natural(lr=1e-3).build(split(net)), torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
+    played, losses = recording.Recordings(net, round_, CPU), []
+    for number in range(rounds):
+        if number == 3:
+            change(net)
+        losses.append(float(played(lambda x, y, _seed: round_.step(x, y, x), None, x, y, 0)["task"]))
+    assert round_.rounds == rounds
+    return losses
+
+
+CHANGES = {
+    "attribute": lambda net: setattr(net, "temperature", 100.0),
+    "mode": lambda net: net.inner.encoder[1].eval(),
+    "hook": lambda net: net.inner.encoder[0].register_forward_hook(lambda _layer, _given, out: out * 0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_python_holds_of_the_model_makes_a_new_recording(change, tapes):
+    torch.manual_seed(0)
+    replayed = tempered_rounds(Tempered(counts=0), CHANGES[change])
+    assert [one.replays for one in tapes] == [2, 2]
+    torch.manual_seed(0)
+    unchanged = tempered_rounds(Tempered(counts=0), lambda _: None)
+    assert replayed[:3] == unchanged[:3]
+    assert abs(replayed[3] - unchanged[3]) > 1e-3
+
+
+def test_a_model_that_changes_its_own_attributes_is_not_recorded_and_is_named(tapes):
+    net = Tempered(counts=1)
+    with pytest.warns(
+        CaptureWarning, match="because each changes the attribute 'calls' of the model, which a graph le"
+    ):
+        tempered_rounds(net, lambda _: None)
+    assert [one.replays for one in tapes] == [0]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])

@@ -230,3 +230,15 @@ def test_wrong_batches_are_named(method, spoil, message):
     spoil(loader)
     with pytest.raises((InputError, InputTypeError), match=message):
         Trainer(model(), method, attack=PGD.partial(steps=1)).fit(loader, Halves())
+
+
+def test_validation_attacks_with_one_attack_which_keeps_what_it_has_recorded():
+    made = []
+
+    def attack(network):
+        made.append(PGD(network, eps=0.1, alpha=0.05, steps=1))
+        return made[-1]
+
+    trainer = Trainer(model(), Natural(), validation_attack=attack, epochs=3, ema=0.9)
+    assert [report.robust is not None for report in trainer.fit(Halves(), Halves())] == [True] * 3
+    assert [one.model for one in made] == [trainer.evaluated]

@@ -7,7 +7,7 @@ recording leaves everything as it was: it runs the ops, and then undoes what the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,7 +22,9 @@ WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
 
 
 class Tape(TorchDispatchMode):
-    """In the place of `torch.cuda.CUDAGraph`."""
+    """In the place of `afd.attacks.capture.Graph`."""
+
+    recording = False  # whether any is
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,8 +36,8 @@ class Tape(TorchDispatchMode):
         self.replays = 0
 
     @contextmanager
-    def recording(self) -> Iterator[None]:
-        """In the place of `capturing`."""
+    def capture(self) -> Iterator[None]:
+        """See `Graph`."""
         generator, launch = torch.get_rng_state(), native.launch
 
         def noted(*arguments: Any) -> None:
@@ -45,14 +47,20 @@ class Tape(TorchDispatchMode):
             launch(*arguments)
 
         native.launch = spectral_native.launch = noted
+        Tape.recording = True
         try:
             with self:
                 yield
         finally:
+            Tape.recording = False
             native.launch = spectral_native.launch = launch
             for storage, content in self.before.values():
                 storage.copy_(content)
             torch.set_rng_state(generator)
+
+    def turn(self) -> AbstractContextManager[None]:
+        """See `Graph`; the CPU does one thing after the other anyway."""
+        return nullcontext()
 
     def replay(self) -> None:
         """Runs it all again."""
