@@ -20,7 +20,7 @@ from afd.bench.discriminator import DiscriminatorBench
 from afd.bench.kernels import KernelBench
 from afd.bench.program import run as run_benchmark
 from afd.bench.rounds import RoundBench
-from afd.config import TrainConfig
+from afd.config import NUMBER, TrainConfig
 from afd.errors import AfdError
 from afd.evaluate import EvaluateConfig
 from afd.evaluate import run as run_evaluation
@@ -83,6 +83,15 @@ def info() -> None:
     print("\n".join(information.lines()))
 
 
+NUMBERS = tyro.constructors.ConstructorRegistry()
+
+
+@NUMBERS.primitive_rule
+def number(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
+    """Every option that is a number may be written as a fraction."""
+    return NUMBER if kind.type is float else None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     try:
@@ -92,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             description="Adversarial Feature Desensitization: train, evaluate, measure speed, see what is built.",
             args=arguments,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            registry=NUMBERS,
         )
     except StoppedError as stopped:
         print(f"afd: {stopped}", file=sys.stderr)

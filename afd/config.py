@@ -31,16 +31,14 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float))
 
 
-Number = Annotated[
-    float,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="FLOAT|P/Q",
-        instance_from_str=lambda words: fraction(words[0]),
-        is_instance=_is_number,
-        str_from_instance=lambda value: [f"{value:g}"],
-    ),
-]
+NUMBER = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="FLOAT|P/Q",
+    instance_from_str=lambda words: fraction(words[0]),
+    is_instance=_is_number,
+    str_from_instance=lambda value: [f"{value:g}"],
+)
+Number = Annotated[float, NUMBER]
 
 
 @dataclass(frozen=True)
@@ -151,7 +149,8 @@ class TrainConfig:
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes (CUDA only)."""
     graph: bool = False
-    """Record the whole round, attack and optimizer steps included, in one CUDA graph and replay it."""
+    """Record the whole round, attack and optimizer steps included, in one CUDA graph and replay it. What a model's code
+    reads outside of its tensors and attributes (a closure, a global, Python's random numbers) stays as recorded."""
     seed: int = 0
     """Of initial weights, batch order, augmentation and attack starts."""
     device: str = "auto"

@@ -90,5 +90,5 @@ def test_every_benchmark_command_in_the_readme_is_understood(tables):
     commands = re.findall(r"^afd bench (.+?)(?:  +#.*)?$", README, re.MULTILINE)
     assert len(commands) >= 4
     for command in commands:
-        made = cli.tyro.cli(cli.Work, args=command.split())
+        made = cli.tyro.cli(cli.Work, args=command.split(), registry=cli.NUMBERS)
         assert made.name == command.split()[0]

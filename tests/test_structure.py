@@ -7,6 +7,8 @@ import importlib.util
 import re
 import shutil
 import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,6 +73,17 @@ def test_imports_go_down(path):
 
 def test_only_native_imports_the_compiled_module():
     assert [module_name(path) for path in SOURCES if "afd._C" in afd_imports(path)] == ["afd.ops.native"]
+
+
+def test_the_library_and_its_benchmarks_need_no_command_line_package():
+    """They run where only torch and what draws and prints is installed."""
+    code = """
+    import sys
+    sys.modules["tyro"] = None
+    import afd.info
+    from afd.bench import attacks, discriminator, kernels, program, rounds
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_core_includes_no_torch_header():

@@ -103,7 +103,7 @@ def _key(value: Any, depth: int = 0) -> Hashable:
     if isinstance(value, enum.Enum):
         return value
     if isinstance(value, Tensor):
-        return kind
+        return Tensor, len(value.shape)
     if isinstance(value, np.ndarray | np.generic):
         return kind, value.shape, value.dtype.str, value.tobytes()
     if isinstance(value, MethodType):  # made anew whenever it is asked for
@@ -119,7 +119,7 @@ def _plain_attributes(value: object) -> Iterator[tuple[str, Hashable]]:
         yield name, _key(held, 1)
 
 
-def _float32_precision() -> tuple[Hashable, ...]:
+def _float32_precision() -> tuple[object, ...]:
     """Whether TF32 serves; torch 2.9 and later, once told by the newer names, refuse to be asked by the older ones."""
     backends: Any = torch.backends
     if hasattr(backends.cudnn, "conv") and hasattr(backends.cuda.matmul, "fp32_precision"):

@@ -24,7 +24,6 @@ from afd.bench.peers import PEERS
 from afd.bench.program import Benchmark, Say, listed
 from afd.bench.request import ATTACKS, NORMS, requests
 from afd.bench.show import Column, mebibytes
-from afd.config import Number
 from afd.errors import InputError, at_least
 
 RADII = {  # by channels: the usual ones of MNIST and of CIFAR-10
@@ -60,7 +59,7 @@ class AttackBench(Benchmark):
     """pgd, apgd; comma-separated."""
     norm: str = "Linf"
     """Linf, L2, L1; comma-separated."""
-    eps: Number | None = None
+    eps: float | None = None
     """Radius, where one norm is asked for. Default: the usual one of MNIST (1 channel) or CIFAR-10."""
     steps: int = 20
     """Of each attack."""

@@ -28,7 +28,8 @@ class Execution:
         compile: run the model's passes through torch.compile.
         sync_batchnorm: BatchNorm's statistics over the batches of all processes (CUDA only).
         graph: on CUDA, have the trainer record the whole round, attack and optimizer steps included, in one graph and
-            replay it (`afd.training.recording`).
+            replay it. `afd.training.recording` says what makes another recording, and what of Python is not seen: what
+            a model's code reads in closures, globals and Python's own generators stays as it was recorded.
 
     Raises:
         InputError: unknown precision.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from afd.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from afd.training.experiment import Result, train
 from afd.training.logs import json_lines, tensorboard
 from afd.training.reports import Callback, EpochReport, IntervalReport, TrainingError
 from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
 from afd.training.weights import load_weights, save_weights
+
+if TYPE_CHECKING:
+    from afd.training.experiment import Result, train
 
 __all__ = [
     "Callback",
@@ -27,3 +31,12 @@ __all__ = [
     "tensorboard",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What a config describes, imported where it is asked for: it needs the packages of the command line."""
+    if name not in {"Result", "train"}:
+        raise AttributeError(f"module 'afd.training' has no attribute {name!r}")
+    from afd.training import experiment
+
+    return getattr(experiment, name)
