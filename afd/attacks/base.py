@@ -17,11 +17,13 @@ from afd.attacks.capture import CaptureWarning, guard
 from afd.attacks.folding import NOTHING, folding
 from afd.attacks.losses import loss_named
 from afd.attacks.piece import Piece
+from afd.attacks.python_state import key_of
 from afd.attacks.replay import Climb, Replays
 from afd.errors import InputError, at_least
 from afd.ops import checks
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # between the logits of a replay and of the model, as a share of the largest
+NO_SETTINGS = {"model", "report", "_replays", "_folding"}
 OUTDATED = (
     "the last attack replayed a graph in which the model gave other logits than it does now, though no weight, hook, "
     "mode or attribute of a module has changed: something outside of it has. Its points are those of the earlier "
@@ -162,20 +164,18 @@ class GradientAttack(ABC):
     def _climbed(self, climb: Climb, piece: Piece, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:
         """climb(piece, x_adv), on CUDA by replaying a graph; `settings` are those of the climb, not of the attack."""
         tolerance = TOLERANCE if self.precision == "fp32" else TOLERANCE_BF16
-        name = (*settings, *self._settings(), self._folding)
+        name = (*settings, *self.settings(), self._folding)
         return self._replays(name, self.model, climb, piece, x_adv, self._first_logits, tolerance)
 
     def _first_logits(self, x_adv: Tensor) -> Tensor:
         with execution.autocast(self.precision, x_adv.device):
             return engine.logits_alone(self.model, x_adv)
 
-    def _settings(self) -> Iterator[Hashable]:
-        """What a recorded graph holds of the attack."""
+    def settings(self) -> Iterator[Hashable]:
+        """What a recorded graph holds of the attack: numbers and names, and where per-sample settings lie in memory."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                yield name, value.data_ptr()
-            elif isinstance(value, int | float | str | tuple):
-                yield name, value
+            if name not in NO_SETTINGS:
+                yield name, value.data_ptr() if isinstance(value, Tensor) else key_of(value)
 
 
 def not_negative(name: str, setting: float | Tensor) -> None:

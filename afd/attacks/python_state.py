@@ -53,7 +53,7 @@ def flags() -> tuple[Hashable, ...]:
         (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
         (torch.get_default_dtype(), torch.get_default_device()),
         (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_autocast_cache_enabled()),
-        tuple(_key(hooks) for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_")),
+        tuple(key_of(hooks) for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_")),
     )
 
 
@@ -71,7 +71,11 @@ def state_of(*modules: nn.Module) -> State:
     for number, module in enumerate(modules):
         for name, layer in module.named_modules(prefix=f"player {number}" if number else ""):
             found.append(((name, ""), Same(layer)))
-            found += [((name, key), _key(value)) for key, value in vars(layer).items() if key not in ELSEWHERE]
+            found += [
+                ((name, attribute), key_of(value))
+                for attribute, value in vars(layer).items()
+                if attribute not in ELSEWHERE
+            ]
     return frozenset(found)
 
 
@@ -86,7 +90,8 @@ def named(attribute: tuple[str, str]) -> str:
     return f"the attribute {name!r} of {module or 'the model'}"
 
 
-def _key(value: Any, depth: int = 0) -> Hashable:
+def key_of(value: Any, depth: int = 0) -> Hashable:
+    """What equals that of another value only if no code could tell the two apart; objects are taken as themselves."""
     kind: Any = type(value)
     if kind in ATOMS:
         return kind, value
@@ -95,11 +100,11 @@ def _key(value: Any, depth: int = 0) -> Hashable:
     if kind is float:
         return kind, repr(value)  # NaN equals itself, 0 is not -0
     if isinstance(value, dict):
-        return kind, tuple((_key(name, depth + 1), _key(held, depth + 1)) for name, held in value.items())
+        return kind, tuple((key_of(name, depth + 1), key_of(held, depth + 1)) for name, held in value.items())
     if isinstance(value, list | tuple):
-        return kind, tuple(_key(held, depth + 1) for held in value)
+        return kind, tuple(key_of(held, depth + 1) for held in value)
     if isinstance(value, set | frozenset):
-        return kind, frozenset(_key(held, depth + 1) for held in value)
+        return kind, frozenset(key_of(held, depth + 1) for held in value)
     if isinstance(value, enum.Enum):
         return value
     if isinstance(value, Tensor):
@@ -116,7 +121,7 @@ def _key(value: Any, depth: int = 0) -> Hashable:
 def _plain_attributes(value: object) -> Iterator[tuple[str, Hashable]]:
     """Those of an object that a module holds; what those hold in turn is taken as it is."""
     for name, held in getattr(value, "__dict__", {}).items():
-        yield name, _key(held, 1)
+        yield name, key_of(held, 1)
 
 
 def _float32_precision() -> tuple[object, ...]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from afd.attacks import Attack, CaptureWarning, folding
 from afd.attacks.base import GradientAttack
 from afd.attacks.capture import Graph
-from afd.attacks.python_state import State, changed, flags, named, places, state_of
+from afd.attacks.python_state import State, changed, flags, key_of, named, places, state_of
 from afd.methods import Round
 from afd.methods.optimizers import RECORDABLE, being_recorded, make_recordable
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Losses = dict[str, Tensor]
 Play = Callable[[Tensor, Tensor, Any], Losses]  # (images, labels, seed): attack and step
-Plays = Callable[[Play, Hashable, Tensor, Tensor, int], Losses]  # `Recordings.__call__`
+Plays = Callable[[Play, Attack | None, Tensor, Tensor, int], Losses]  # `Recordings.__call__`
 KEPT = 4  # recordings, each with memory of its own
 
 
@@ -58,7 +58,7 @@ def plays(trainer: Trainer, attack: Attack | None) -> Plays:
     return as_ever
 
 
-def as_ever(play: Play, _settings: Hashable, x: Tensor, y: Tensor, seed: int) -> Losses:
+def as_ever(play: Play, _attack: Attack | None, x: Tensor, y: Tensor, seed: int) -> Losses:
     """play(x, y, seed)."""
     return play(x, y, seed)
 
@@ -126,12 +126,12 @@ class Recordings:
         for optimizer in round_.optimizers.values():
             make_recordable(optimizer, device)
 
-    def __call__(self, play: Play, settings: Hashable, x: Tensor, y: Tensor, seed: int) -> Losses:
+    def __call__(self, play: Play, attack: Attack | None, x: Tensor, y: Tensor, seed: int) -> Losses:
         """play(x, y, seed), by a replay where this kind of round has been met before.
 
         Args:
-            play: the round, which does not wait for the device; the same at every call but for `settings`.
-            settings: what `play` holds that is no tensor.
+            play: the round, which does not wait for the device; the same at every call but for the attack's settings.
+            attack: that it makes, if any.
             x: images.
             y: labels.
             seed: of the attack's starts.
@@ -139,7 +139,7 @@ class Recordings:
         if self.refused:
             return play(x, y, seed)
         forms = tuple((t.shape, t.stride(), t.dtype) for t in (x, y))
-        kind = (settings, self.round.course(), forms, flags())
+        kind = (self._settings(attack), self.round.course(), forms, flags())
         key = (kind, self._places(), self._state())
         if key not in self._known:
             losses = play(x, y, seed)
@@ -179,6 +179,12 @@ class Recordings:
     @property
     def _modules(self) -> tuple[nn.Module, ...]:
         return self.model, *self.round.players.values()
+
+    def _settings(self, attack: Attack | None) -> Hashable:
+        """Numbers that a graph bakes in: the attack's, and the optimizers' without the rates, which are on the device."""
+        groups = [group for optimizer in self.round.optimizers.values() for group in optimizer.param_groups]
+        others = [{name: value for name, value in group.items() if name not in {"lr", "params"}} for group in groups]
+        return tuple(attack.settings()) if isinstance(attack, GradientAttack) else None, key_of(others)
 
     def _state(self) -> State:
         """What the modules hold in Python."""

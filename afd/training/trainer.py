@@ -180,8 +180,8 @@ class Trainer:
         """One round, and the average."""
         played = self.position.round
         self.rates.set(played)
-        attack, share = (None, 1.0) if warmup is None else (warmup.at(played), warmup.share(played))
-        self.meter.add(self.plays(partial(self._attack_and_step, attack), share, x, y, self.seed + played))
+        attack = None if warmup is None else warmup.at(played)
+        self.meter.add(self.plays(partial(self._attack_and_step, attack), attack, x, y, self.seed + played))
         if self.average is not None:
             self.average.update_parameters(self.network)
 

@@ -201,13 +201,14 @@ def test_every_setting_of_an_attack_is_part_of_its_name():
         PGD(model, eps=0.1, norm="L2"),
         PGD(model, eps=0.1, precision="bf16"),
         PGD(model, eps=0.1, bounds=(0.0, 2.0)),
+        PGD(model, eps=0.1, loss="dlr"),
     ):
-        names.add(tuple(attack._settings()))
-    assert len(names) == 9
+        names.add(tuple(attack.settings()))
+    assert len(names) == 10
     attack = PGD(model, eps=0.1)
-    before = tuple(attack._settings())
+    before = tuple(attack.settings())
     attack.eps = 0.3
-    assert tuple(attack._settings()) != before
+    assert tuple(attack.settings()) != before
 
 
 # --- What Python holds, and a graph does not see ----------------------------------------------------------------------

@@ -272,16 +272,17 @@ def tempered_rounds(net, change, rounds=6):
     played, losses = recording.Recordings(net, round_, CPU), []
     for number in range(rounds):
         if number == 3:
-            change(net)
+            change(net, round_)
         losses.append(float(played(lambda x, y, _seed: round_.step(x, y, x), None, x, y, 0)["task"]))
     assert round_.rounds == rounds
     return losses
 
 
 CHANGES = {
-    "attribute": lambda net: setattr(net, "temperature", 100.0),
-    "mode": lambda net: net.inner.encoder[1].eval(),
-    "hook": lambda net: net.inner.encoder[0].register_forward_hook(lambda _layer, _given, out: out * 0),
+    "attribute": lambda net, _: setattr(net, "temperature", 100.0),
+    "mode": lambda net, _: net.inner.encoder[1].eval(),
+    "hook": lambda net, _: net.inner.encoder[0].register_forward_hook(lambda _layer, _given, out: out * 0),
+    "optimizer": lambda _, round_: round_.task.param_groups[0].update(momentum=0.0, weight_decay=300.0),
 }
 
 
@@ -291,9 +292,9 @@ def test_what_python_holds_of_the_model_makes_a_new_recording(change, tapes):
     replayed = tempered_rounds(Tempered(counts=0), CHANGES[change])
     assert [one.replays for one in tapes] == [2, 2]
     torch.manual_seed(0)
-    unchanged = tempered_rounds(Tempered(counts=0), lambda _: None)
+    unchanged = tempered_rounds(Tempered(counts=0), lambda *_: None)
     assert replayed[:3] == unchanged[:3]
-    assert abs(replayed[3] - unchanged[3]) > 1e-3
+    assert abs(replayed[5] - unchanged[5]) > 1e-3
 
 
 def test_a_model_that_changes_its_own_attributes_is_not_recorded_and_is_named(tapes):
@@ -301,8 +302,25 @@ def test_a_model_that_changes_its_own_attributes_is_not_recorded_and_is_named(ta
     with pytest.warns(
         CaptureWarning, match="because each changes the attribute 'calls' of the model, which a graph le"
     ):
-        tempered_rounds(net, lambda _: None)
+        tempered_rounds(net, lambda *_: None)
     assert [one.replays for one in tapes] == [0]
+
+
+def trained_with(steps_later):
+    """Weights after four epochs, the training attack's steps changed by a callback after two of them."""
+    torch.manual_seed(5)
+    attacks = []
+    trained = trainer("joint", epochs=4, attack=lambda network: attacks.append(PGD_2(network)) or attacks[-1])
+    trained.callbacks = [lambda report: setattr(attacks[0], "steps", steps_later) if report.epoch == 2 else None]
+    trained.fit(batches(), batches())
+    return trained.network.state_dict()
+
+
+def test_settings_of_the_attack_that_a_callback_changes_make_a_new_recording(tapes, monkeypatch):
+    replayed = trained_with(steps_later=6)
+    assert not torch.equal(replayed["classifier.weight"], trained_with(steps_later=2)["classifier.weight"])
+    step_by_step(monkeypatch)
+    assert_same(replayed, trained_with(steps_later=6))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
@@ -383,10 +401,10 @@ def test_a_replayed_round_never_waits_for_the_device(case, cuda):
     play = lambda x, y, seed: trained._attack_and_step(attack, x, y, seed)  # noqa: E731
     trained.network.train()
     for _ in range(4):
-        trained.plays(play, "again", x, y, 1)
+        trained.plays(play, attack, x, y, 1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            trained.plays(play, "again", x, y, 2)
+            trained.plays(play, attack, x, y, 2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
