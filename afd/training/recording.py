@@ -181,7 +181,7 @@ class Recordings:
         return self.model, *self.round.players.values()
 
     def _settings(self, attack: Attack | None) -> Hashable:
-        """Numbers that a graph bakes in: the attack's, and the optimizers' without the rates, which are on the device."""
+        """Numbers that a graph bakes in: all that attack and optimizers hold but the rates, which are on the device."""
         groups = [group for optimizer in self.round.optimizers.values() for group in optimizer.param_groups]
         others = [{name: value for name, value in group.items() if name not in {"lr", "params"}} for group in groups]
         return tuple(attack.settings()) if isinstance(attack, GradientAttack) else None, key_of(others)
