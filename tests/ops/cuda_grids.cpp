@@ -28,7 +28,7 @@ class Out {
  public:
   Out(int64_t count, int skew)
       : count_(count),
-        times_(count + 8),
+        times_(count),
         memory_(count / 4 + 5, Quad{{kBlank, kBlank, kBlank, kBlank}}),
         first_(memory_[1].v + skew) {}
   float* data() { return first_; }
@@ -57,6 +57,29 @@ class Out {
   std::vector<Quad> memory_;
   float* first_;
 };
+
+// --- Grids -----------------------------------------------------------------------------------------------------------
+
+// Whether threads meet every pack of every row once, with strides over what the grid leaves.
+void cover(int64_t packs, int64_t rows, int64_t rows_each) {
+  const Grid grid = grid_of(packs, rows, 1, rows_each);
+  const unsigned threads = grid.threads_x * grid.threads_y;
+  if (threads == 0 || threads > kThreads) fail("threads of a block", packs, threads, kThreads);
+  std::vector<int> met(packs * rows);
+  const int64_t across = int64_t{grid.x} * grid.threads_x, down = int64_t{grid.y} * grid.threads_y;
+  for (int64_t y = 0; y < down; ++y)
+    for (int64_t row = y; row < rows; row += down)
+      for (int64_t pack = 0; pack < across && pack < packs; ++pack) ++met[row * packs + pack];
+  for (size_t i = 0; i < met.size(); ++i)
+    if (met[i] != 1) fail("times met", static_cast<int64_t>(i), met[i], 1);
+}
+
+void covers() {
+  for (int64_t packs : {1, 7, 8, 9, 56, 128, 129, 255, 256, 257, 511, 513, 1025})
+    for (int64_t rows : {1, 2, 3, 31, 257, 1000})
+      for (int64_t rows_each : {1, 4}) cover(packs, rows, rows_each);
+  cover(1, 20000000, 1);  // more rows than 65535 blocks hold
+}
 
 // --- load_batch ------------------------------------------------------------------------------------------------------
 
@@ -105,8 +128,6 @@ void load(const Shape& shape, bool drawn, bool channels_last, int skew, bool one
                            channels_last};
   const LoadBatch a = in_long_rows(batch);
   Grid grid = load_batch_grid(a);
-  if (grid.threads_x * grid.threads_y > kThreads)
-    fail("threads of a block", 0, grid.threads_x * grid.threads_y, kThreads);
   if (one_block) grid.y = grid.z = 1;
   a.channels_last ? walk<true>(a, grid, out) : walk<false>(a, grid, out);
   out.compare("load_batch", [&](int64_t i) { return wanted_pixel(batch, i); });
@@ -133,8 +154,6 @@ void start(int64_t samples, int64_t elements, int x_skew, int skew, bool one_blo
   const RandomStart a = {x,    out.data(), samples,    elements,        {epsilons.data(), 0.0f},
                          0.0f, 1.0f,       Norm::linf, {nullptr, seed}, uint64_t{1} << 40};
   Grid grid = random_start_grid(a);
-  if (grid.threads_x * grid.threads_y > kThreads)
-    fail("threads of a block", 0, grid.threads_x * grid.threads_y, kThreads);
   if (one_block) grid.y = 1;
   const int64_t across = int64_t{grid.x} * grid.threads_x, down = int64_t{grid.y} * grid.threads_y;
   for (int64_t y = 0; y < down; ++y)
@@ -207,6 +226,7 @@ void giants() {
 }  // namespace
 
 int main() {
+  covers();
   load_batches();
   random_starts();
   giants();
