@@ -156,7 +156,7 @@ def _l2_direction(grad: Tensor) -> Tensor:
     finite = (grad if grad.dtype == torch.float64 else grad.float()).nan_to_num().double()
     if not grad.numel():
         return finite
-    largest = finite.abs().view(grad.shape[0], -1).amax(1).view(-1, *([1] * (grad.dim() - 1)))
+    largest = finite.abs().reshape(grad.shape[0], -1).amax(1).view(-1, *([1] * (grad.dim() - 1)))
     scaled = finite / torch.where(largest > 0, largest, 1.0)
     return scaled / _sum(scaled.square()).sqrt().clamp_min(1.0)
 

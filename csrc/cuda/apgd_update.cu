@@ -1,7 +1,7 @@
 // Auto-PGD's bookkeeping on the GPU, in two launches: one thread a sample decides and leaves its moves in memory; then
-// threads stride over all rows, four elements at a time where alignment allows, and copy where the moves say so. The
-// split keeps the decision in one place: a single launch would have blocks read state that another has begun to change.
-// Rows that do not move cost one byte, read through the cache, and no copy.
+// threads go over all rows, four elements at a time where alignment allows, and copy where the moves say so. The split
+// keeps the decision in one place: a single launch would have blocks read state that another has begun to change. Rows
+// that do not move cost one byte, read through the cache, and no copy.
 
 #include "afd/apgd_update.h"
 
@@ -24,9 +24,12 @@ __global__ void __launch_bounds__(kThreads) apgd_move_kernel(const ApgdUpdate a)
   auto* x_best_adv = reinterpret_cast<Floats*>(a.x_best_adv);
   auto* grad = static_cast<Grads*>(a.grad);
   auto* grad_best = static_cast<Grads*>(a.grad_best);
-  const int64_t per_sample = a.elements / kWidth, packs = a.samples * per_sample;
-  for (int64_t p = first_item(); p < packs; p += item_stride()) {
-    const uint8_t moves = a.moves[p / per_sample];
+  const int64_t pack = own_pack(), per_sample = a.elements / kWidth;
+  if (pack >= per_sample) return;
+#pragma unroll 1  // rarely more than one
+  for (int64_t sample = first_row(); sample < a.samples; sample += row_stride()) {
+    const int64_t p = sample * per_sample + pack;
+    const uint8_t moves = a.moves[sample];
     if (moves & (kApgdFooled | kApgdImproved)) {
       const Floats now = x_adv[p];
       if (moves & kApgdFooled) x_best_adv[p] = now;
@@ -42,15 +45,20 @@ __global__ void __launch_bounds__(kThreads) apgd_move_kernel(const ApgdUpdate a)
   }
 }
 
+template <class GradWord, int kWidth>
+void launch_width(const ApgdUpdate& a, cudaStream_t stream) {
+  const Grid grid = grid_of(a.elements / kWidth, a.samples);
+  apgd_move_kernel<GradWord, kWidth><<<blocks_of(grid), threads_of(grid), 0, stream>>>(a);
+}
+
 template <class GradWord>
 void launch_moves(const ApgdUpdate& a, cudaStream_t stream) {
   const bool wide = sizeof(GradWord) <= 4 && a.elements % 4 == 0 && aligned16(a.x_adv) && aligned16(a.x_best) &&
                     aligned16(a.x_best_adv) && aligned16(a.grad) && aligned16(a.grad_best);
-  const int64_t items = a.samples * a.elements / (wide ? 4 : 1);
   if (wide)
-    apgd_move_kernel<GradWord, sizeof(GradWord) <= 4 ? 4 : 1><<<blocks_for(items), kThreads, 0, stream>>>(a);
+    launch_width<GradWord, sizeof(GradWord) <= 4 ? 4 : 1>(a, stream);
   else
-    apgd_move_kernel<GradWord, 1><<<blocks_for(items), kThreads, 0, stream>>>(a);
+    launch_width<GradWord, 1>(a, stream);
 }
 
 }  // namespace

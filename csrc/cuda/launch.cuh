@@ -6,10 +6,9 @@
 #include <cstdint>
 
 #include "afd/common.h"
+#include "cuda/tiles.h"
 
 namespace afd::cuda {
-
-constexpr int kThreads = 256;
 
 // Python holds torch's device guard; this makes our own (static) runtime agree with it before the launch.
 inline cudaError_t enter(const Launch& launch) { return cudaSetDevice(launch.device); }
@@ -26,12 +25,12 @@ inline unsigned blocks_for(int64_t items) {
 __device__ __forceinline__ int64_t first_item() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
 __device__ __forceinline__ int64_t item_stride() { return int64_t{gridDim.x} * kThreads; }
 
-// kWidth neighbours, moved by one access where they are together at most 16 bytes.
-template <class T, int kWidth>
-struct alignas(sizeof(T) * kWidth) Pack {
-  T v[kWidth];
-};
+// The grids of tiles.h, as CUDA takes them: a thread's pack, its first row, and how far its next row is.
+inline dim3 blocks_of(const Grid& grid) { return {grid.x, grid.y, grid.z}; }
+inline dim3 threads_of(const Grid& grid) { return {grid.threads_x, grid.threads_y}; }
 
-inline bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+__device__ __forceinline__ int64_t own_pack() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int64_t first_row() { return int64_t{blockIdx.y} * blockDim.y + threadIdx.y; }
+__device__ __forceinline__ int64_t row_stride() { return int64_t{gridDim.y} * blockDim.y; }
 
 }  // namespace afd::cuda

@@ -1,45 +1,46 @@
-// Loading a batch on the GPU: it reads a byte and writes a float an element, 5 bytes in all. A thread writes four
-// neighbouring elements of one sample with one 16-byte access, or one element where a sample's length or the pointer
-// does not allow that. Neighbouring threads read neighbouring bytes, which the cache puts together: a window's rows
-// begin at any byte, so wide reads would not line up.
+// Loading a batch on the GPU: it reads a byte and writes a float an element, 5 bytes in all.
+//
+// A block takes rows of one plane (with channels_last: of one image, whose rows hold all channels). Its first thread
+// finds the window for all of them, and together they divide the 256 values of a byte by the scale, once. A thread
+// writes four neighbouring elements with one 16-byte access; at the ends of a row that does not begin or end on a
+// 16-byte boundary, those it has, one by one. It reads their bytes one by one: a window's rows begin at any byte, and
+// what neighbouring threads read the cache puts together. With channels_last it divides once for its four elements, to
+// find pixel and channel; else never. See cuda/load_batch.h.
 
-#include "afd/load_batch.h"
+#include "cuda/load_batch.h"
 
 #include "cuda/launch.cuh"
 
 namespace afd::cuda {
 namespace {
 
-template <int kWidth>
-__global__ void __launch_bounds__(kThreads) load_batch_kernel(const LoadBatch a) {
-  const int64_t elements = a.channels * a.height * a.width, per_sample = elements / kWidth;
-  for (int64_t p = first_item(); p < a.samples * per_sample; p += item_stride()) {
-    const int64_t sample = p / per_sample;
-    const Window window = window_of(a, sample);
-    Pack<float, kWidth> loaded;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const int64_t i = (p % per_sample) * kWidth + k;
-      const int64_t inner = a.channels_last ? a.channels : a.width;  // of [.., middle, inner], as the sample lies
-      const int64_t middle = a.channels_last ? a.width : a.height;
-      const int64_t first = i / inner / middle, second = i / inner % middle, third = i % inner;
-      loaded.v[k] =
-          a.channels_last ? load_pixel(a, window, third, first, second) : load_pixel(a, window, first, second, third);
-    }
-    reinterpret_cast<Pack<float, kWidth>*>(a.out)[p] = loaded;
+template <bool kChannelsLast>
+__global__ void __launch_bounds__(kThreads) load_batch_kernel(const LoadBatch a, int64_t layers) {
+  __shared__ Layer layer;
+  __shared__ Scaled scaled;
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  for (int value = thread; value < 256; value += threads)
+    scaled.of[value] = scaled_pixel(static_cast<uint8_t>(value), a.scale);
+  for (int64_t l = blockIdx.z; l < layers; l += gridDim.z) {
+    __syncthreads();  // the readers of the layer before are done
+    if (thread == 0) layer = layer_of(a, l);
+    __syncthreads();
+    float* out = a.out + l * a.height * row_length(a);
+    for (int64_t row = first_row(); row < a.height; row += row_stride())
+      put(load_pack<kChannelsLast>(a, layer, scaled, row, out + row * row_length(a), own_pack()));
   }
 }
 
 }  // namespace
 
-int load_batch(const LoadBatch& a, Launch launch) {
-  const int64_t elements = a.channels * a.height * a.width;
-  if (a.samples == 0 || elements == 0) return cudaSuccess;
+int load_batch(const LoadBatch& batch, Launch launch) {
+  const LoadBatch a = in_long_rows(batch);
+  const int64_t layers = layers_of(a);
+  if (layers * a.height * row_length(a) == 0) return cudaSuccess;
   if (const cudaError_t error = enter(launch)) return error;
-  if (elements % 4 == 0 && aligned16(a.out))
-    load_batch_kernel<4><<<blocks_for(a.samples * elements / 4), kThreads, 0, stream_of(launch)>>>(a);
-  else
-    load_batch_kernel<1><<<blocks_for(a.samples * elements), kThreads, 0, stream_of(launch)>>>(a);
+  const Grid grid = load_batch_grid(a);
+  const auto kernel = a.channels_last ? load_batch_kernel<true> : load_batch_kernel<false>;
+  kernel<<<blocks_of(grid), threads_of(grid), 0, stream_of(launch)>>>(a, layers);
   return cudaGetLastError();
 }
 

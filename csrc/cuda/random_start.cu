@@ -1,8 +1,9 @@
-// Random start on the GPU: 8 bytes an element. A thread draws one Philox block and writes the four elements it serves.
-// In L2 and L1 one block takes a sample: its draws go to out while their sum is taken, and are scaled there by the
-// threads that drew them.
+// Random start on the GPU: 8 bytes an element. In Linf a thread draws one Philox block and moves the four elements it
+// serves with one 16-byte access each way, or one by one where the sample does not begin on a 16-byte boundary. In L2
+// and L1 one block takes a sample: its draws go to out while their sum is taken, and are scaled there by the threads
+// that drew them.
 
-#include "afd/random_start.h"
+#include "cuda/random_start.h"
 
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
@@ -11,21 +12,9 @@ namespace afd::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kThreads) linf_kernel(const RandomStart a) {
-  const int64_t per_sample = (a.elements + 3) / 4, blocks = a.samples * per_sample;
-  for (int64_t b = first_item(); b < blocks; b += item_stride()) {
-    const int64_t sample = b / per_sample, block = b % per_sample;
-    const Philox drawn = philox_at(a.seed, a.first_sample + static_cast<uint64_t>(sample), static_cast<uint32_t>(block),
-                                   kRandomStartStream);
-    const float eps = at(a.eps, sample);
-    const float* x = a.x + sample * a.elements;
-    float* out = a.out + sample * a.elements;
-    const uint32_t lanes[4] = {drawn.v0, drawn.v1, drawn.v2, drawn.v3};
-#pragma unroll
-    for (int lane = 0; lane < 4; ++lane) {
-      const int64_t i = 4 * block + lane;
-      if (i < a.elements) out[i] = random_start_element(x[i], symmetric_uniform(lanes[lane]), eps, a.low, a.high);
-    }
-  }
+  const uint64_t seed = a.seed;
+  for (int64_t sample = first_row(); sample < a.samples; sample += row_stride())
+    put(start_block(a, seed, sample, at(a.eps, sample), own_pack()));
 }
 
 template <class Ball>
@@ -60,6 +49,11 @@ __global__ void __launch_bounds__(1024) ball_kernel(const RandomStart a) {
   }
 }
 
+void launch_linf(const RandomStart& a, cudaStream_t stream) {
+  const Grid grid = random_start_grid(a);
+  linf_kernel<<<blocks_of(grid), threads_of(grid), 0, stream>>>(a);
+}
+
 template <class Ball>
 void launch_ball(const RandomStart& a, cudaStream_t stream) {
   ball_kernel<Ball><<<row_blocks(a.samples), row_threads(a.elements), 0, stream>>>(a);
@@ -75,7 +69,7 @@ int random_start(const RandomStart& a, Launch launch) {
   else if (a.norm == Norm::l1)
     launch_ball<BallL1>(a, stream_of(launch));
   else
-    linf_kernel<<<blocks_for(a.samples * ((a.elements + 3) / 4)), kThreads, 0, stream_of(launch)>>>(a);
+    launch_linf(a, stream_of(launch));
   return cudaGetLastError();
 }
 

@@ -194,7 +194,9 @@ def test_tensors_on_two_devices_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(7, 3, 32, 32), (7, 1, 28, 28), (5, 3, 7, 9), (3, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(7, 3, 32, 32), (7, 1, 28, 28), (5, 3, 7, 9), (3, 3, 33, 31), (3, 7, 2, 2049), (3, 1, 1, 1)], ids=str
+)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_gpu_and_cpu_agree_bit_for_bit(cuda, shape, channels_last):
     pixels, index, drawn = bytes_like(*shape), torch.tensor([2, 0, 1, 2]), draws(shape[0])

@@ -192,14 +192,15 @@ LAYOUTS = {
 }
 
 
+@both
 @pytest.mark.parametrize("norm", ["L2", "L1"])
 @pytest.mark.parametrize("grad_layout", LAYOUTS)
 @pytest.mark.parametrize("x_adv_layout", LAYOUTS)
-def test_layouts_and_in_place(device, x_adv_layout, grad_layout, norm):
+def test_layouts_and_in_place(device, which, x_adv_layout, grad_layout, norm):
     x_adv, x, grad = drawn([2, 3, 9, 11], 7, torch.bfloat16, device)
     want = step("reference", x_adv, x, grad, alpha=0.5, eps=1.0, norm=norm)
     laid = LAYOUTS[x_adv_layout](x_adv), x, LAYOUTS[grad_layout](grad)
-    with backend.use("native"):
+    with backend.use(which):
         assert ops.pgd_step_(*laid, alpha=0.5, eps=1.0, norm=norm) is laid[0]
     torch.testing.assert_close(laid[0], want, rtol=0, atol=2e-7)
 
