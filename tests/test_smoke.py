@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import smoke
 import torch
-from gpu_day import smoke
-from gpu_day.smoke_cases import Batch, Case, cases
+from smoke_cases import Batch, Case, cases
 
 from afd.ops import native
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 OPS = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} - {"runtime"}
 
 

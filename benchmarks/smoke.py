@@ -1,4 +1,4 @@
-"""Every kernel once against the CPU, in seconds: ``python -m gpu_day.smoke --device cuda --out FILE.json``.
+"""Every kernel once against the CPU, in seconds: ``python benchmarks/smoke.py --device cuda --out FILE.json``.
 
 On CUDA a case is held to the CPU kernel, on the CPU to the PyTorch reference, so that this script runs anywhere. Small
 enough for compute-sanitizer. The JSON is written after each case, and valid at any moment.
@@ -17,17 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from smoke_cases import EXACT, Case, cases
 from torch import Tensor
 
 from afd.ops import backend
-from gpu_day.smoke_cases import EXACT, Case, cases
 
 WORST = sys.float_info.max  # the error of what cannot be compared: JSON has no infinity
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs all cases; 1 if any failed."""
-    parser = argparse.ArgumentParser(prog="python -m gpu_day.smoke", description="Every kernel once against the CPU.")
+    parser = argparse.ArgumentParser(prog="smoke.py", description="Every kernel once against the CPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     given, began = parser.parse_args(arguments), time.monotonic()
