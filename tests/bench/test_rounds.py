@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from afd.bench import rounds
+from afd.bench import round_candidates as rounds
 from afd.bench.released import ReleasedRound
 from afd.methods import AFD
 from afd.nn import FeatureClassifier
