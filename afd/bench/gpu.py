@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from afd.attacks.capture import capturing
+from afd.attacks.capture import Graph
 from afd.bench.timing import Call, Reading, between_events
 
 LEAST_COPIED = 256 * 2**20  # bytes of the copy that bandwidth is measured by
@@ -54,8 +54,8 @@ class Gpu:
         Raises:
             RuntimeError: it does something that cannot be captured, such as waiting for the device.
         """
-        graph = torch.cuda.CUDAGraph()
-        with capturing(graph):
+        graph = Graph(self.device)
+        with graph.capture():
             work()
         return graph.replay
 

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from rich.console import Console
 
+from afd.attacks.capture import guard
 from afd.bench import compare, show
 from afd.bench.document import Case, Document, Figure
 from afd.bench.place import slug
@@ -80,14 +81,13 @@ def run(benchmark: Benchmark, console: Console) -> Document:
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # events and graphs are the current device's
     cases: dict[str, Case] = {}
     begun = Document.here(benchmark.name, device, benchmark.rounds, benchmark.settings, cases, benchmark.packages)
     out = benchmark.out or RESULTS / f"{slug(f'{benchmark.name} {benchmark.subject} {begun.device}')}.json"
-    for name, case in benchmark.measure(device, say):
-        cases[name] = case
-        begun.holding(cases, finished=False).write(out)
+    with guard(device):
+        for name, case in benchmark.measure(device, say):
+            cases[name] = case
+            begun.holding(cases, finished=False).write(out)
     document = begun.holding(cases, finished=True)
     document.write(out)
     show.whole(console, show.table(document, benchmark.columns))

@@ -1,8 +1,5 @@
 """The released flow spends what it is said to spend, and afd's round less; one graph is recorded before it is timed."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -17,10 +14,6 @@ from afd.methods import AFD
 from afd.nn import FeatureClassifier
 from afd.ops.spectral import checks
 from afd.training import recording
-
-TAPE = Path(__file__).parents[1] / "training" / "tape.py"
-tape = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("tape", TAPE))
-spec.loader.exec_module(tape)
 
 CPU = torch.device("cpu")
 
@@ -80,7 +73,7 @@ def test_all_images_of_a_case_are_attacked(name):
 
 
 @pytest.fixture
-def log(monkeypatch):
+def log(tape, monkeypatch):
     """What happens to graphs, for which tapes stand, and when a call is timed."""
     happened = []
 
@@ -95,8 +88,7 @@ def log(monkeypatch):
 
     clock = timing._on_cpu
     monkeypatch.setattr(timing, "_on_cpu", lambda call: happened.append("timed") or clock(call))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Logged)
-    monkeypatch.setattr(recording, "capturing", lambda graph: graph.recording())
+    monkeypatch.setattr(recording, "Graph", lambda _device: Logged())
     monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
     return happened
 
