@@ -19,7 +19,8 @@ from afd.bench.document import Candidate, Case, Figure
 from afd.bench.program import Benchmark, Say, listed, reached
 from afd.bench.show import Column
 from afd.bench.timing import Call
-from afd.bench.works import SIZES, Work
+from afd.bench.work import Work
+from afd.bench.works import SIZES
 from afd.ops import backend
 
 Op = Callable[[str, torch.device], Iterator[Work]]

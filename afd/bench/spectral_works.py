@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd import ops
-from afd.bench.works import Work, copying, held
+from afd.bench.work import Work, copying, held
 
 GROUP = ((512, 512), (512, 512), (1, 512), (100, 512))  # the discriminator's matrices
 WIDTH, CLASSES, BATCHES = 512, 100, {"cifar": 128, "imagenet": 1024}

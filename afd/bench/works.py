@@ -1,14 +1,12 @@
-"""The work that each op is timed at, and the ways to do it; `afd bench kernels` and the files in benchmarks/ run it.
+"""The work that each op is timed at, and the ways to do it; `afd bench kernels` runs it.
 
-The floor of an op that is bound by memory is torch's own multi-threaded copy of as many bytes as the op moves: half of
-them read, half written. A spectral layer's is the same layer without its spectral norm. "eager" is the best formulation
-in PyTorch; in L2 and L1 the references are exact rather than fast, and are a way of their own.
+"eager" is the best formulation in PyTorch; in L2 and L1 the references are exact rather than fast, and are a way of
+their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +14,8 @@ from torch import Tensor
 from afd import ops
 from afd.attacks.apgd_state import APGDState
 from afd.bench import eager
+from afd.bench.timing import Call
+from afd.bench.work import Work, copying, held
 from afd.ops import backend, reference
 from afd.ops.loading import reference as loading
 
@@ -27,37 +27,6 @@ SPARSITY = 0.05
 BOX = (0.0, 1.0)
 SETS = 8  # batches in a data set
 MOVED = 0.5  # share of the rows that an update of Auto-PGD moves
-
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Work:
-    """One op at one size.
-
-    Attributes:
-        name: op, norm, size and dtype.
-        native: through `afd.ops`.
-        eager: the same in plain PyTorch, and what torch.compile is given.
-        floor: torch's own time for the least that must be done.
-        footprint: bytes that it finds in memory when it begins, whether to read or to write in place.
-        bytes_moved: read and written, where the floor is a copy; else None.
-        compiles: whether torch.compile takes seconds with it, not minutes.
-        reference: the exact formulation, where it is not the eager one.
-        written: the tensors it works on in place.
-        zeroed: those of them that must be zero before it does the same again.
-    """
-
-    name: str
-    native: Call
-    eager: Call
-    floor: Call
-    footprint: int
-    bytes_moved: int | None = None
-    compiles: bool = True
-    reference: Call | None = None
-    written: tuple[Tensor, ...] = ()
-    zeroed: tuple[Tensor, ...] = ()
 
 
 def pgd_step(size: str, device: torch.device) -> Iterator[Work]:
@@ -206,18 +175,6 @@ def _images(size: str, device: torch.device, dtype: torch.dtype = torch.float32)
 def _exact(native: Call, norm: str, x: Tensor) -> Call | None:
     """The reference through the same call, unless it is the eager formulation, or takes seconds on a large batch."""
     return None if norm == "Linf" or x.numel() > 1 << 20 else backend.use("reference")(native)
-
-
-def copying(bytes_moved: int, device: torch.device) -> Call:
-    """The floor of a work that is bound by memory."""
-    source = torch.rand(bytes_moved // 8, device=device)  # float32: half of the bytes
-    target = torch.zeros_like(source)
-    return lambda: target.copy_(source)
-
-
-def held(*tensors: Tensor) -> int:
-    """Bytes of tensors."""
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _shown(x: Tensor) -> str:

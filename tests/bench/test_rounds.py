@@ -169,11 +169,21 @@ def test_both_parts_are_written_and_graphs_have_bars(tmp_path, console, monkeypa
 
 
 @pytest.mark.gpu
-def test_whole_rounds_are_replayed_on_the_device(cuda):
+@pytest.mark.parametrize("precision", rounds.PRECISIONS)
+@pytest.mark.parametrize("schedule", rounds.SCHEDULES)
+def test_whole_rounds_are_recorded_on_the_device(schedule, precision, cuda, monkeypatch):
+    """A refusal would raise; and timed calls do nothing that waits for the device."""
     case = round_candidates.case("small", 8, 2, cuda)
-    played = {
-        "eager": round_candidates.ours(case, "fp32", "simultaneous"),
-        "graph": round_candidates.recorded(case, "fp32", "simultaneous"),
-    }
-    for _, taken in rounds.measure(played, rounds=5, warmup=3, device=cuda):
-        assert taken["graph"].p50 < taken["eager"].p50
+    played = {"graph": round_candidates.recorded(case, precision, schedule)}
+    clock = timing.between_events
+
+    def strict(call):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return clock(call)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(timing, "between_events", strict)
+    found = dict(rounds.measure(played, rounds=3, warmup=rounds.WARMUP["cuda"], device=cuda))
+    assert all(taken["graph"].p50 > 0 for taken in found.values())
