@@ -103,3 +103,21 @@ def test_a_killed_run_leaves_its_finished_cases(tmp_path):
     for case in left.cases.values():
         assert list(case.candidates) == ["native", "eager", "floor"]
         assert all(candidate.median > 0 for candidate in case.candidates.values())
+
+
+def test_benchmarks_run_without_the_library_of_the_command_line(tmp_path):
+    """Where only torch and what draws the tables is installed, they are called from Python."""
+    script = f"""
+import sys
+sys.modules["tyro"] = None
+from pathlib import Path
+from rich.console import Console
+import afd.bench.attacks, afd.bench.discriminator, afd.bench.rounds
+from afd.bench.kernels import KernelBench
+from afd.bench.program import run
+run(KernelBench(ops="spectral_norm", sizes="cifar", against="eager", rounds=1, out=Path({str(tmp_path / "k.json")!r})),
+    Console(quiet=True))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert read(tmp_path / "k.json", "kernels").finished
