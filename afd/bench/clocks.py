@@ -150,7 +150,7 @@ class GpuClock:
         try:
             return self.gpu.record(calls.all_passes), "graph"
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).split("\n", 1)[0]
             self.say(f"{name}: timed by events around eager calls, because a CUDA graph cannot record them: {reason}")
             return calls.all_passes, "events"
 

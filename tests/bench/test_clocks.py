@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +142,20 @@ def test_shares_of_the_copys_rate(gpu):
 @pytest.mark.parametrize(("l2", "size"), [(50 * 2**20, 256 * 2**20), (60 * 2**20, 256 * 2**20), (2**27, 2**29)])
 def test_the_copy_is_larger_than_any_cache(l2, size):
     assert copied_bytes(l2) == size
+
+
+def test_recordings_are_graphs_of_the_device(tape, monkeypatch):
+    """On the CPU with a tape: what is returned runs the work again, and a wait for the device is a RuntimeError."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 * 2**20))
+    monkeypatch.setattr(device_clock, "Graph", lambda _: tape.Tape())
+    made, count = Gpu(torch.device("cpu")), torch.zeros(())
+    assert GpuClock.sets(SimpleNamespace(gpu=made), [3 * 2**20]) == 34
+    replay = made.record(Calls([lambda: count.add_(1)] * 2).all_passes)
+    assert count == 0
+    replay()
+    assert count == 8
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        made.record(lambda: count.item())
 
 
 # --- On a GPU -------------------------------------------------------------------------------------------------------
