@@ -125,13 +125,13 @@ def recorded(case: Case, precision: str, schedule: str) -> Played:
     def outside(x: Tensor, y: Tensor, _seed: Any) -> Losses:
         return round_.step(x, y, case.x_adv)
 
-    def played(play: Play, part: str) -> None:
-        recordings(play, part, case.x, case.y, SEED)
+    def played(part: str, play: Play, made: APGD | None) -> None:
+        recordings(play, made, case.x, case.y, SEED)
         if recordings.refused:
             name = f"the {schedule} round in {precision} ({part})"
             raise RecordingError(f"{name} cannot be recorded as one CUDA graph; the warning above says why")
 
-    return partial(played, whole, WHOLE), partial(played, outside, OUTSIDE)
+    return partial(played, WHOLE, whole, attack), partial(played, OUTSIDE, outside, None)
 
 
 def built(case: Case, precision: str, schedule: str) -> tuple[FeatureClassifier, Round]:
