@@ -8,13 +8,15 @@ benchmarks/results and are of one benchmark. Evaluations stand between ``<!-- ta
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afd.bench.document import Document, Figure, read
+from afd.bench.document import Candidate, Document, DocumentError, Figure, read
 from afd.bench.show import Column, duration, mebibytes
+from afd.errors import AfdError
 from afd.evaluation.results import read as read_evaluation
 from afd.evaluation.tables import Table, robustbench, table_1, table_2
 
@@ -45,15 +47,17 @@ def attacks(documents: list[Document]) -> Rows:
 
 
 def kernels(documents: list[Document]) -> Rows:
-    """The kernels alone: their time, and how many times as fast they are."""
-    yield "op", "time", "of the floor's rate", "over eager PyTorch", "over torch.compile"
+    """The kernels alone: their time, on a GPU the device's and the host's, and how many times as fast they are."""
+    on_gpu = documents[0].device_type == "cuda"
+    beside = ("host time", "of the copy's rate") if on_gpu else ("of the floor's rate",)
+    yield "op", "device time" if on_gpu else "time", *beside, "over eager PyTorch", "over torch.compile"
     for document in documents:
         for name, case in document.cases.items():
             op, rest = name.split(" ", 1)
             native, others = case.candidates["native"], case.candidates
-            faster = (others[key].figures["over_native"] if key in others else None for key in ("eager", "compiled"))
-            share = shown(native.figures["share_of_floor"], "{:.0%}")
-            yield f"`{op}` {sign(rest)}", duration(native.median), share, *(shown(one, "{:.2g}x") for one in faster)
+            share = figure(others, "native", "share_of_copy" if on_gpu else "share_of_floor", "{:.0%}")
+            faster = (figure(others, key, "over_native", "{:.2g}x") for key in ("eager", "compiled"))
+            yield f"`{op}` {sign(rest)}", *times(native), share, *faster
 
 
 def rounds(documents: list[Document]) -> Rows:
@@ -69,13 +73,16 @@ def rounds(documents: list[Document]) -> Rows:
 
 
 def discriminator(documents: list[Document]) -> Rows:
-    """Ours beside torch's layers with and without spectral norm."""
-    yield "width 512, forward and backward", "time", "of plain layers' time", "faster than torch's parametrisation"
+    """Ours beside torch's layers with and without spectral norm; on a GPU with the step of SGD."""
+    on_gpu = documents[0].device_type == "cuda"
+    work = f"width 512, {'forward, backward and SGD' if on_gpu else 'forward and backward'}"
+    time = ("device time", "host time") if on_gpu else ("time",)
+    yield work, *time, "of plain layers' time", "faster than torch's parametrisation", "than torch.compile's"
     for document in documents:
         for name, case in document.cases.items():
             others = case.candidates
-            ours, slower = others["afd"], others["parametrized"].figures["over_afd"]
-            yield name, duration(ours.median), shown(ours.figures["over_plain"], "{:.2f}"), shown(slower, "{:.2f}x")
+            slower = (figure(others, key, "over_afd", "{:.2f}x") for key in ("parametrized", "compiled"))
+            yield name, *times(others["afd"]), figure(others, "afd", "over_plain", "{:.2f}"), *slower
 
 
 def agreement(documents: list[Document]) -> Rows:
@@ -93,6 +100,27 @@ TABLES = {"attacks": attacks, "kernels": kernels, "round": rounds, "discriminato
 TABLES["agreement"] = agreement
 
 
+def times(candidate: Candidate) -> tuple[str, ...]:
+    """The middle call's time; on a GPU the device's, and the host's after it."""
+    host = candidate.figures.get("host_us")
+    if not isinstance(host, float):
+        return (duration(candidate.median),)
+    return duration(candidate.median) + by_events(candidate), duration(host * 1e-6)
+
+
+def figure(candidates: Mapping[str, Candidate], name: str, key: str, form: str) -> str:
+    """A figure of a candidate, or a dash where there is none, or no such candidate."""
+    found = candidates.get(name)
+    if found is None or found.figures.get(key) is None:
+        return "–"
+    return shown(found.figures[key], form) + by_events(found)
+
+
+def by_events(candidate: Candidate) -> str:
+    """Says so where a GPU's time is that of eager calls, which may have waited for the host."""
+    return " (no graph)" if candidate.figures.get("timed") == "events" else ""
+
+
 def sign(name: str) -> str:
     """Norms as README writes them."""
     return name.replace("Linf", "L∞")
@@ -104,9 +132,21 @@ def shown(value: Figure, form: str | Callable[[float], str]) -> str:
 
 
 def rendered(files: list[str], results: Path) -> str:
-    """Table, without columns that say nothing, and caption of the documents in these files."""
+    """Table, without columns that say nothing, and caption of the documents in these files.
+
+    Raises:
+        DocumentError: a run was cut off, or they are of several benchmarks, or of CPUs and GPUs alike.
+    """
     documents = [read(results / name) for name in files]
-    (kind,) = {document.benchmark for document in documents}
+    for name, document in zip(files, documents, strict=True):
+        if not document.finished:
+            held = f"it holds {len(document.cases)} cases of a run that was cut off"
+            raise DocumentError(f"{results / name} is not finished: {held}, and README's tables are of whole runs")
+    kinds = {(document.benchmark, document.device_type) for document in documents}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(f"{benchmark} on {device}" for benchmark, device in kinds))
+        raise DocumentError(f"{' '.join(files)} are of {found}; a table is of one benchmark on one kind of device")
+    ((kind, _),) = kinds
     columns = [column for column in zip(*TABLES[kind](documents), strict=True) if set(column[1:]) != {"–"}]
     headings, *rows = zip(*columns, strict=True)
     lines = [headings, ("---",) * len(headings), *rows]
@@ -149,7 +189,10 @@ def renewed(text: str, results: Path = ROOT / RESULTS) -> str:
 def main() -> None:
     """Rewrites README.md."""
     readme = ROOT / "README.md"
-    readme.write_text(renewed(readme.read_text()))
+    try:
+        readme.write_text(renewed(readme.read_text()))
+    except AfdError as error:
+        sys.exit(f"readme.py: error: {error}")
 
 
 if __name__ == "__main__":

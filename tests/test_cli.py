@@ -73,6 +73,8 @@ def test_no_command_shows_the_commands(capsys):
         (["attacks", "--model", "alexnet"], "afd: error: model is 'alexnet'; allowed are lenet"),
         (["attacks", "--model", "no_such_package:make"], "afd: error: model no_such_package:make cannot be imported"),
         (["kernels", "--ops", "softmax"], "afd: error: ops is 'softmax'; allowed are pgd_step"),
+        (["kernels", "--against", "numpy"], "afd: error: against is 'numpy'; allowed are eager, compiled, reference"),
+        (["discriminator", "--against", "x"], "afd: error: against is 'x'; allowed are plain, parametrized"),
         (["round", "--schedules", "never"], "afd: error: schedules is 'never'; allowed are simultaneous, alternating"),
         (["agreement", "--data", ".", "--peer", "nobody"], "afd: error: peer is 'nobody'; allowed are"),
         (["discriminator", "--compare", "pyproject.toml"], "afd: error: pyproject.toml is not JSON"),

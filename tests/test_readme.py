@@ -6,9 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from afd.bench.document import Candidate, Case, Document, DocumentError
+from afd.bench.timing import Timing
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -82,6 +86,90 @@ def test_evaluations_too(tables, tmp_path):
     renewed = tables.renewed(README, results)
     assert all(f"| {name}! " in renewed for name in ("natural", "AFD-WGAN", "AFD-DCGAN"))
     assert renewed.replace("!", "") == README.replace("!", "")
+
+
+def on_gpu(benchmark, cases, **changes):
+    """A document of a GPU that nobody has: case -> candidate -> seconds and figures."""
+    made = {
+        name: Case({}, {who: Candidate(Timing(s, s, s), figures) for who, (s, figures) in one.items()})
+        for name, one in cases.items()
+    }
+    where = ("Imaginary H200", "cuda", 16, {"torch": "2.11"}, None, "2026-01-01T00:00:00+00:00", 20)
+    return replace(Document(benchmark, *where, {}, made), **changes)
+
+
+def device(seconds, host_us, timed="graph", **figures):
+    return seconds, {"device_us": seconds * 1e6, "host_us": host_us, "timed": timed, **figures}
+
+
+def rows(tables, tmp_path, document):
+    document.write(tmp_path / "gpu.json")
+    table, caption = tables.rendered(["gpu.json"], tmp_path).strip().split("\n\n")
+    assert caption.startswith("Imaginary H200, torch 2.11; medians of 20 rounds")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [lines[0], *lines[2:]]
+
+
+def test_kernels_of_a_gpu_show_device_and_host_time_and_the_copys_rate(tables, tmp_path):
+    cases = {
+        "pgd_step Linf 128x3x32x32 fp32": {
+            "native": device(2.5e-6, 21.0, share_of_floor=0.9, share_of_copy=0.83),
+            "eager": device(12.5e-6, 60.0, over_native=5.0),
+        },
+        "load_batch 128x3x32x32": {
+            "native": device(1.5e-6, 20.0, share_of_floor=0.9, share_of_copy=0.5),
+            "eager": device(3e-4, 300.0, "events", over_native=200.0),
+        },
+        "spectral_linear 128 x 512": {"native": device(4e-5, 200.0, share_of_floor=0.9, share_of_copy=None)},
+    }
+    assert rows(tables, tmp_path, on_gpu("kernels", cases)) == [
+        ["op", "device time", "host time", "of the copy's rate", "over eager PyTorch"],
+        ["`pgd_step` L∞ 128x3x32x32 fp32", "2.5 µs", "21 µs", "83%", "5x"],
+        ["`load_batch` 128x3x32x32", "1.5 µs", "20 µs", "50%", "2e+02x (no graph)"],
+        ["`spectral_linear` 128 x 512", "40 µs", "200 µs", "–", "–"],
+    ]
+
+
+def test_the_discriminator_of_a_gpu(tables, tmp_path):
+    cases = {
+        "batch 128, 10 classes": {
+            "afd": device(1e-4, 400.0, over_plain=1.25, over_afd=1.0),
+            "parametrized": device(3e-4, 900.0, over_plain=3.75, over_afd=3.0),
+        },
+        "power iteration in a CUDA graph": {"afd": device(1.1e-5, 30.0)},
+    }
+    assert rows(tables, tmp_path, on_gpu("discriminator", cases)) == [
+        ["width 512, forward, backward and SGD", "device time", "host time", "of plain layers' time",
+         "faster than torch's parametrisation"],
+        ["batch 128, 10 classes", "100 µs", "400 µs", "1.25", "3.00x"],
+        ["power iteration in a CUDA graph", "11 µs", "30 µs", "–", "–"],
+    ]  # fmt: skip
+
+
+def test_rounds_of_a_gpu_have_graphs(tables, tmp_path):
+    names = ["released", "afd simultaneous auto", "afd simultaneous auto graph"]
+    whole = {name: (0.1 / (i + 1), {"speedup": i + 1.0, "share": 0.25}) for i, name in enumerate(names)}
+    outside = {name: (0.025, {"speedup": 2.0, "share": None}) for name in names}
+    made = on_gpu("round", {"whole": whole, "outside the attack": outside})
+    made = replace(made, settings={"case": "resnet18", "batch": 128, "steps": 10})
+    found = rows(tables, tmp_path, made)
+    assert [row[1] for row in found] == ["round", *names]
+    assert found[-1] == ["", "afd simultaneous auto graph", "3.00x", "2.00x", "25%"]
+
+
+def test_a_run_that_was_cut_off_is_refused(tables, tmp_path):
+    made = on_gpu("kernels", {"pgd_step Linf x": {"native": device(1e-6, 1.0)}}, finished=False)
+    made.write(tmp_path / "cut.json")
+    with pytest.raises(DocumentError, match=r"cut\.json is not finished: it holds 1 cases of a run that was cut off"):
+        tables.rendered(["cut.json"], tmp_path)
+
+
+def test_a_table_is_of_one_kind_of_device(tables, tmp_path):
+    made = on_gpu("kernels", {})
+    made.write(tmp_path / "gpu.json")
+    replace(made, device_type="cpu").write(tmp_path / "cpu.json")
+    with pytest.raises(DocumentError, match="are of kernels on cpu, kernels on cuda; a table is of one benchmark"):
+        tables.rendered(["gpu.json", "cpu.json"], tmp_path)
 
 
 def test_every_benchmark_command_in_the_readme_is_understood(tables):

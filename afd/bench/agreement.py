@@ -7,7 +7,7 @@ leaves, and how many each breaks that the other does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,17 +60,18 @@ class AgreementBench(Benchmark):
     @property
     def packages(self) -> Iterable[str]:
         """The peer."""
+        one_of("peer", self.peer, PEERS)
         return [PEERS[self.peer].package]
 
-    def measure(self, device: torch.device, say: Say) -> Mapping[str, Case]:
+    def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each norm."""
         del say
-        one_of("peer", self.peer, PEERS)
         at_least("images", self.images, 1)
         sets = load("mnist", self.data)
         model = trained(sets.train.images().to(device), sets.train.labels.to(device))
         x, y = (part[: self.images].to(device) for part in (sets.test.images(), sets.test.labels))
-        return {norm: self.agreement(norm, model, x, y) for norm in RADII}
+        for norm in RADII:
+            yield norm, self.agreement(norm, model, x, y)
 
     def agreement(self, norm: str, model: nn.Module, x: Tensor, y: Tensor) -> Case:
         """Both libraries on the same images."""

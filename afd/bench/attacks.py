@@ -11,7 +11,7 @@ the candidates named after it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +95,7 @@ class AttackBench(Benchmark):
         at_least("eps", self.eps, 0)
         return {norms[0]: self.eps}
 
-    def measure(self, device: torch.device, say: Say) -> Mapping[str, Case]:
+    def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each attack in each norm."""
         attacks, norms = listed("attack", self.attack, ATTACKS), listed("norm", self.norm, NORMS)
         against = listed("against", self.against, PEERS)
@@ -103,9 +103,7 @@ class AttackBench(Benchmark):
         target = subject(self.model, self.batch, self.shape, device)
         radii = self.radii(norms, RADII[1 if target.x.shape[1] == 1 else 3])
         wanted = requests(attacks, norms, self.steps, radii)
-        cases = {}
-        with tf32(False):
-            for request in wanted:
+        for request in wanted:
+            with tf32(False):
                 target, found = fitting(target, request, against, self.rounds, say)
-                cases[f"{request.name}, {target.size}"] = found
-        return cases
+            yield f"{request.name}, {target.size}", found

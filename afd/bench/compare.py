@@ -36,7 +36,8 @@ def earlier(path: Path, benchmark: str, device: torch.device) -> Document:
 
 def table(old: Document, new: Document) -> Table:
     """A row for each candidate that either run timed: its medians, their ratio, and whether it counts."""
-    shown = Table("", title=f"since {old.time}", title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
+    title = f"since {old.time}{'' if old.finished else ', a run that was cut off: what it had measured by then'}"
+    shown = Table("", title=title, title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
     for heading in ("was", "is", "ratio", ""):
         shown.add_column(heading, justify="right")
     rounds = min(old.rounds, new.rounds)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,11 @@ class Document:
         threads: of torch.
         versions: of afd, Python, torch and every library beside them.
         commit: of afd's own checkout ("-dirty" with local changes), or None.
-        time: when it ended, ISO 8601.
+        time: when its last case was measured, ISO 8601.
         rounds: timed calls of each candidate.
         settings: shared by all cases.
         cases: by name.
+        finished: whether these are all cases of the run, which otherwise was cut off, or goes on.
     """
 
     benchmark: str
@@ -91,6 +93,7 @@ class Document:
     rounds: int
     settings: Mapping[str, Figure]
     cases: Mapping[str, Case]
+    finished: bool = True
 
     @classmethod
     def here(
@@ -103,10 +106,13 @@ class Document:
         packages: Iterable[str] = (),
     ) -> Document:
         """What was just measured on this machine; `packages` are the other libraries that took part."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         found, threads = versions(packages), torch.get_num_threads()
-        where = (device_name(device), device.type, threads, found, commit(), now)
+        where = (device_name(device), device.type, threads, found, commit(), now())
         return cls(benchmark, *where, rounds, settings, cases)
+
+    def holding(self, cases: Mapping[str, Case], *, finished: bool) -> Document:
+        """The same run with the cases that were measured by now."""
+        return replace(self, cases=dict(cases), time=now(), finished=finished)
 
     @property
     def machine(self) -> str:
@@ -114,9 +120,16 @@ class Document:
         return machine(self.device, self.device_type, self.threads)
 
     def write(self, path: Path) -> None:
-        """Writes JSON; folders are made."""
+        """Writes JSON, whole or not at all; folders are made."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n")
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        beside.write_text(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n")
+        beside.replace(path)
+
+
+def now() -> str:
+    """ISO 8601, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def machine(device: str, device_type: str, threads: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from rich.console import Console
 
+from afd.attacks.capture import guard
 from afd.bench import compare, show
 from afd.bench.document import Case, Document, Figure
 from afd.bench.place import slug
@@ -39,8 +40,11 @@ class Benchmark(ABC):
     """JSON of an earlier run on this device: says what changed beyond noise."""
 
     @abstractmethod
-    def measure(self, device: torch.device, say: Say) -> Mapping[str, Case]:
-        """The cases with all candidates timed; `say` tells the user what was left out or changed."""
+    def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
+        """The cases by name, each as soon as all its candidates are timed; one that comes again has more figures.
+
+        `say` tells the user what was left out or changed.
+        """
 
     @property
     def subject(self) -> str:
@@ -64,7 +68,7 @@ class Benchmark(ABC):
 
 
 def run(benchmark: Benchmark, console: Console) -> Document:
-    """Measures, prints, records and compares.
+    """Measures, records, prints and compares; the file holds each case from when it was measured.
 
     Raises:
         InputError: an option has a value that is not allowed, or the device is not there.
@@ -77,14 +81,18 @@ def run(benchmark: Benchmark, console: Console) -> Document:
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
-    cases = benchmark.measure(device, say)
-    settings, packages = benchmark.settings, benchmark.packages
-    document = Document.here(benchmark.name, device, benchmark.rounds, settings, cases, packages)
+    cases: dict[str, Case] = {}
+    begun = Document.here(benchmark.name, device, benchmark.rounds, benchmark.settings, cases, benchmark.packages)
+    out = benchmark.out or RESULTS / f"{slug(f'{benchmark.name} {benchmark.subject} {begun.device}')}.json"
+    with guard(device):
+        for name, case in benchmark.measure(device, say):
+            cases[name] = case
+            begun.holding(cases, finished=False).write(out)
+    document = begun.holding(cases, finished=True)
+    document.write(out)
     show.whole(console, show.table(document, benchmark.columns))
     for line in benchmark.remarks(cases):
         say(line)
-    out = benchmark.out or RESULTS / f"{slug(f'{benchmark.name} {benchmark.subject} {document.device}')}.json"
-    document.write(out)
     written = [out]
     if any(candidate.seconds for case in cases.values() for candidate in case.candidates.values()):
         written.append(out.with_suffix(".png"))

@@ -59,9 +59,14 @@ def title(document: Document) -> str:
 
 
 def table(document: Document, columns: Sequence[Column]) -> Table:
-    """One row a candidate under its case's name: the times it took, and the figures that `columns` name."""
+    """One row a candidate under its case's name: the times it took, and the figures that `columns` name.
+
+    A column that says nothing of anybody is left out.
+    """
+    everybody = [one for case in document.cases.values() for one in case.candidates.values()]
+    columns = [column for column in columns if any(column.cell(one.figures.get(column.figure)) for one in everybody)]
     shown = Table("", title=title(document), title_justify="left", box=box.SIMPLE_HEAD, collapse_padding=True)
-    timed = any(one.seconds for case in document.cases.values() for one in case.candidates.values())
+    timed = any(one.seconds for one in everybody)
     for heading in (
         *(("p50", "p20 - p80") if timed else ()),
         *(column.heading.replace(" ", "\n") for column in columns),

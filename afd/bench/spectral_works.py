@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd import ops
-from afd.bench.works import Work, copying
+from afd.bench.work import Work, copying, held
 
 GROUP = ((512, 512), (512, 512), (1, 512), (100, 512))  # the discriminator's matrices
 WIDTH, CLASSES, BATCHES = 512, 100, {"cifar": 128, "imagenet": 1024}
@@ -34,7 +34,9 @@ def spectral_norm(size: str, device: torch.device) -> Iterator[Work]:
         "spectral_norm 512, 512, 1, 100 x 512",
         lambda: ops.spectral_norm(weights, us, vs),
         by_hand,
-        *copying(4 * sum(weight.numel() for weight in weights), device),
+        copying(held(*weights), device),
+        held(*weights),
+        held(*weights),
     )
 
 
@@ -54,6 +56,7 @@ def spectral_linear(size: str, device: torch.device) -> Iterator[Work]:
         lambda: torch.autograd.grad(ops.spectral_linear(x, weight, bias, spectrum, negative_slope=SLOPE), inputs, grad),
         lambda: layer(_normalised(weight, spectrum)),
         lambda: layer(weight),
+        held(*inputs, grad),
     )
 
 
@@ -74,6 +77,7 @@ def projection_logits(size: str, device: torch.device) -> Iterator[Work]:
         lambda: torch.autograd.grad(ops.projection_logits(h, w, bias, of_w, y, e, of_e), inputs, grad),
         lambda: head(_normalised(w, of_w), _normalised(e, of_e)),
         lambda: head(w, e),
+        held(*inputs, grad),
     )
 
 

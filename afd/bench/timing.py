@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-Candidates = Mapping[str, Callable[[], object]]
+Call = Callable[[], object]
+Candidates = Mapping[str, Call]
+Reading = Callable[[], float]  # seconds, once they are known
 CPU = torch.device("cpu")
 
 
@@ -21,46 +23,63 @@ class Timing:
     p50: float
     p80: float
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Timing:
+        """Of what was read in the rounds."""
+        ranks = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+        return cls(*torch.tensor(seconds, dtype=torch.float64).quantile(ranks).tolist())
+
 
 def interleaved(
     candidates: Candidates, rounds: int, warmup: int = 5, device: torch.device = CPU, seed: int = 0
 ) -> dict[str, Timing]:
-    """Times every candidate once a round, so that a slow spell of the machine meets them all alike.
+    """Times calls that are long beside a kernel's launch; `afd.bench.clocks` has those that are not.
 
-    Each round has its own order: what a call finds in the caches is left there by the call before it, and no candidate
-    should always follow the same one. On CUDA the times are those between events on the current stream.
+    On CUDA the times are those between events on the current stream.
     """
     for _ in range(warmup):
         for call in candidates.values():
             call()
+    taken = in_turn(candidates, rounds, between_events if device.type == "cuda" else _on_cpu, seed)
+    return {name: Timing.of(seconds) for name, seconds in taken.items()}
+
+
+def in_turn(
+    candidates: Candidates, rounds: int, clock: Callable[[Call], Reading], seed: int = 0
+) -> dict[str, list[float]]:
+    """Times every candidate once a round, so that a slow spell of the machine meets them all alike.
+
+    Each round has its own order: what a call finds in the caches is left there by the call before it, and no candidate
+    should always follow the same one.
+    """
     order, shuffler = list(candidates), random.Random(seed)
-    clock = _on_gpu if device.type == "cuda" else _on_cpu
-    readings: dict[str, list[Callable[[], float]]] = {name: [] for name in candidates}
+    readings: dict[str, list[Reading]] = {name: [] for name in candidates}
     for _ in range(rounds):
         shuffler.shuffle(order)
         for name in order:
             readings[name].append(clock(candidates[name]))
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return {name: _percentiles([read() for read in taken]) for name, taken in readings.items()}
+    return {name: [read() for read in taken] for name, taken in readings.items()}
 
 
-def _on_cpu(call: Callable[[], object]) -> Callable[[], float]:
+def _on_cpu(call: Call) -> Reading:
     begin = time.perf_counter()
     call()
     seconds = time.perf_counter() - begin
     return lambda: seconds
 
 
-def _on_gpu(call: Callable[[], object]) -> Callable[[], float]:
-    """The reading is taken later, when the stream has passed both events: reading now would wait for it."""
+def between_events(call: Call) -> Reading:
+    """Seconds that the current stream takes from before a call to after it.
+
+    The reading is taken later, when the stream has passed both events: reading now would wait for it.
+    """
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()
     end.record()
-    return lambda: begin.elapsed_time(end) * 1e-3
 
+    def read() -> float:
+        end.synchronize()
+        return float(begin.elapsed_time(end)) * 1e-3
 
-def _percentiles(seconds: list[float]) -> Timing:
-    ranks = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
-    return Timing(*torch.tensor(seconds, dtype=torch.float64).quantile(ranks).tolist())
+    return read

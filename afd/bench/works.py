@@ -1,14 +1,12 @@
-"""The work that each op is timed at, and the ways to do it; `afd bench kernels` and the files in benchmarks/ run it.
+"""The work that each op is timed at, and the ways to do it; `afd bench kernels` runs it.
 
-The floor of an op that is bound by memory is torch's own multi-threaded copy of as many bytes as the op moves: half of
-them read, half written. A spectral layer's is the same layer without its spectral norm. "eager" is the best formulation
-in PyTorch; in L2 and L1 the references are exact rather than fast, and are a way of their own.
+"eager" is the best formulation in PyTorch; in L2 and L1 the references are exact rather than fast, and are a way of
+their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,6 +14,8 @@ from torch import Tensor
 from afd import ops
 from afd.attacks.apgd_state import APGDState
 from afd.bench import eager
+from afd.bench.timing import Call
+from afd.bench.work import Work, copying, held
 from afd.ops import backend, reference
 from afd.ops.loading import reference as loading
 
@@ -28,39 +28,6 @@ BOX = (0.0, 1.0)
 SETS = 8  # batches in a data set
 MOVED = 0.5  # share of the rows that an update of Auto-PGD moves
 
-Call = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Work:
-    """One op at one size.
-
-    Attributes:
-        name: op, norm, size and dtype.
-        native: through `afd.ops`.
-        eager: the same in plain PyTorch, and what torch.compile is given.
-        floor: torch's own time for the least that must be done.
-        bytes_moved: read and written, where the floor is a copy; else None.
-        compiles: whether torch.compile takes seconds with it, not minutes.
-        reference: the exact formulation, where it is not the eager one.
-        written: the tensors it works on in place.
-    """
-
-    name: str
-    native: Call
-    eager: Call
-    floor: Call
-    bytes_moved: int | None = None
-    compiles: bool = True
-    reference: Call | None = None
-    written: tuple[Tensor, ...] = ()
-
-    @property
-    def candidates(self) -> dict[str, Call]:
-        """All ways to do it but the compiled one, by name."""
-        exact = {"reference": self.reference} if self.reference else {}
-        return {"native": self.native, "eager": self.eager, **exact, "floor": self.floor}
-
 
 def pgd_step(size: str, device: torch.device) -> Iterator[Work]:
     """In place: reads x_adv, x and grad and writes x_adv."""
@@ -71,7 +38,7 @@ def pgd_step(size: str, device: torch.device) -> Iterator[Work]:
 
 def _pgd_step(size: str, device: torch.device, norm: str, label: str, dtype: torch.dtype) -> Work:
     x, x_adv, grad = _images(size, device, dtype)
-    alpha, eps = STRIDES[norm], RADII[norm]
+    alpha, eps, moved = STRIDES[norm], RADII[norm], (3 * 4 + dtype.itemsize) * x.numel()
 
     def native() -> None:
         ops.pgd_step_(x_adv, x, grad, alpha=alpha, eps=eps, bounds=BOX, norm=norm, sparsity=SPARSITY)
@@ -83,7 +50,9 @@ def _pgd_step(size: str, device: torch.device, norm: str, label: str, dtype: tor
         f"pgd_step {norm} {_shown(x)} {label}",
         native,
         by_hand,
-        *copying((3 * 4 + dtype.itemsize) * x.numel(), device),
+        copying(moved, device),
+        held(x, x_adv, grad),
+        moved,
         compiles=norm != "L1",  # whose passes are unrolled
         reference=_exact(native, norm, x),
         written=(x_adv,),
@@ -98,6 +67,7 @@ def project(size: str, device: torch.device) -> Iterator[Work]:
 
 def _project(size: str, device: torch.device, norm: str) -> Work:
     x, x_adv, _ = _images(size, device)
+    moved = 3 * 4 * x.numel()
 
     def native() -> Tensor:
         return ops.project(x_adv, x, eps=RADII[norm], bounds=BOX, norm=norm)
@@ -106,7 +76,9 @@ def _project(size: str, device: torch.device, norm: str) -> Work:
         f"project {norm} {_shown(x)}",
         native,
         lambda: eager.project(x_adv, x, RADII[norm], *BOX, norm),
-        *copying(3 * 4 * x.numel(), device),
+        copying(moved, device),
+        held(x, x_adv),
+        moved,
         compiles=norm != "L1",
         reference=_exact(native, norm, x),
     )
@@ -115,12 +87,14 @@ def _project(size: str, device: torch.device, norm: str) -> Work:
 def random_start(size: str, device: torch.device) -> Iterator[Work]:
     """Into another tensor: reads x and writes x_adv. Bound by its random numbers, not by memory."""
     x, x_adv, _ = _images(size, device)
-    eps = RADII["Linf"]
+    eps, moved = RADII["Linf"], 2 * 4 * x.numel()
     yield Work(
         f"random_start Linf {_shown(x)}",
         lambda: ops.random_start_(x_adv, x, eps=eps, seed=1, bounds=BOX),
         lambda: x_adv.copy_(reference.random_start(x, eps, *BOX, 1)),
-        *copying(2 * 4 * x.numel(), device),
+        copying(moved, device),
+        held(x, x_adv),
+        moved,
         written=(x_adv,),
     )
 
@@ -134,6 +108,7 @@ def apgd_step(size: str, device: torch.device) -> Iterator[Work]:
 def _apgd_step(size: str, device: torch.device, label: str, dtype: torch.dtype) -> Work:
     x, x_adv, grad = _images(size, device, dtype)
     x_adv_old, step, eps = x_adv.clone(), torch.full(x.shape[:1], STRIDES["Linf"], device=device), RADII["Linf"]
+    moved = (5 * 4 + dtype.itemsize) * x.numel()
 
     def by_hand() -> None:
         stepped = reference.apgd_step(x_adv, x_adv_old, x, grad, 0.0, eps, 0.75, *BOX, step)
@@ -144,28 +119,35 @@ def _apgd_step(size: str, device: torch.device, label: str, dtype: torch.dtype) 
         f"apgd_step Linf {_shown(x)} {label}",
         lambda: ops.apgd_step_(x_adv, x_adv_old, x, grad, step=step, eps=eps, bounds=BOX),
         by_hand,
-        *copying((5 * 4 + dtype.itemsize) * x.numel(), device),
+        copying(moved, device),
+        held(x, x_adv, x_adv_old, grad),
+        moved,
         written=(x_adv, x_adv_old),
     )
 
 
 def apgd_update(size: str, device: torch.device) -> Iterator[Work]:
-    """In place, where half of the rows improve: reads their x_adv and grad and writes them elsewhere."""
+    """In place, where half of the rows improve: reads their x_adv and grad and writes them elsewhere.
+
+    They improve on a best loss of 0, which is to be restored, or only the first call would find work to do.
+    """
     x, x_adv, grad = _images(size, device)
     state = vars(APGDState.before_start(x_adv, torch.full(x.shape[:1], STRIDES["Linf"], device=device)))
     fooled = torch.zeros(len(x), dtype=torch.bool, device=device)
     loss = torch.where(torch.arange(len(x), device=device) < MOVED * len(x), 1.0, -1.0)
 
-    def native() -> None:
-        state["loss_best"].zero_()  # or only the first call would improve
-        ops.apgd_update_(x_adv, grad, loss, fooled, **state)
-
-    def by_hand() -> None:
-        state["loss_best"].zero_()
-        reference.apgd_update(x_adv, grad, loss, fooled, **state, interval=0, rho=0.75)
-
-    floor = copying(int(2 * 2 * 4 * MOVED * x.numel()), device)
-    yield Work(f"apgd_update {_shown(x)}", native, by_hand, *floor, written=(x_adv, grad, *state.values()))
+    best = state["loss_best"].zero_()
+    moved = int(2 * 2 * 4 * MOVED * x.numel())
+    yield Work(
+        f"apgd_update {_shown(x)}",
+        lambda: ops.apgd_update_(x_adv, grad, loss, fooled, **state),
+        lambda: reference.apgd_update(x_adv, grad, loss, fooled, **state, interval=0, rho=0.75),
+        copying(moved, device),
+        moved,
+        moved,
+        written=(x_adv, grad, *state.values()),
+        zeroed=(best,),
+    )
 
 
 def load_batch(size: str, device: torch.device) -> Iterator[Work]:
@@ -174,11 +156,14 @@ def load_batch(size: str, device: torch.device) -> Iterator[Work]:
     pixels = torch.randint(256, (SETS * samples, *image), dtype=torch.uint8, device=device)
     index = torch.randperm(len(pixels), device=device)[:samples]
     draws = torch.randint(2**62, (len(pixels),), device=device)
+    elements = samples * pixels[0].numel()
     yield Work(
         f"load_batch {'x'.join(map(str, SIZES[size]))}",
         lambda: ops.load_batch(pixels, index, draws=draws, padding=4, flip=True),
         lambda: loading.load_batch(pixels, index, draws, 255.0, 4, True, False),
-        *copying(5 * pixels[0].numel() * samples, device),
+        copying(5 * elements, device),
+        elements,  # bytes, too
+        5 * elements,
     )
 
 
@@ -190,13 +175,6 @@ def _images(size: str, device: torch.device, dtype: torch.dtype = torch.float32)
 def _exact(native: Call, norm: str, x: Tensor) -> Call | None:
     """The reference through the same call, unless it is the eager formulation, or takes seconds on a large batch."""
     return None if norm == "Linf" or x.numel() > 1 << 20 else backend.use("reference")(native)
-
-
-def copying(bytes_moved: int, device: torch.device) -> tuple[Call, int]:
-    """The floor of a work that is bound by memory, and its bytes."""
-    source = torch.rand(bytes_moved // 8, device=device)  # float32: half of the bytes
-    target = torch.zeros_like(source)
-    return lambda: target.copy_(source), bytes_moved
 
 
 def _shown(x: Tensor) -> str:
