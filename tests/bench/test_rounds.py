@@ -142,6 +142,22 @@ def test_a_round_that_cannot_be_recorded_is_not_timed(log, monkeypatch):
     assert "timed" not in log
 
 
+def test_the_others_are_timed_and_written_before_a_refusal_ends_the_run(tmp_path, console, monkeypatch):
+    def refuses():
+        raise round_candidates.RecordingError("the round cannot be recorded")
+
+    ways = dict.fromkeys(["released", "afd simultaneous fp32"], (lambda: None, lambda: None))
+    ways["afd simultaneous fp32 graph"] = (lambda: None, refuses)
+    monkeypatch.setattr(rounds, "candidates", lambda *_, **__: dict(ways))
+    bench = rounds.RoundBench(batch=2, steps=1, rounds=2, out=tmp_path / "r.json")
+    with pytest.raises(round_candidates.RecordingError, match="cannot be recorded"):
+        run(bench, console)
+    left = read(bench.out, "round")
+    assert not left.finished
+    assert [list(case.candidates) for case in left.cases.values()] == [["released", "afd simultaneous fp32"]] * 2
+    assert left.cases[WHOLE].candidates["released"].figures["share"] > 0
+
+
 @pytest.mark.parametrize("graphs", [False, True])
 def test_candidates_by_name(graphs, log, monkeypatch):
     monkeypatch.setattr(rounds, "released", lambda _case: (print, print))
