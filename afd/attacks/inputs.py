@@ -49,12 +49,14 @@ def check_batch(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
 
 def check_weights(model: nn.Module) -> None:
     """Raises InputError if a parameter or buffer is one that autograd cannot work with."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_inference():
-            raise InputError(
-                f"the model's {name} was made in torch.inference_mode, and no gradient goes through it; make, load or "
-                "move the model outside of that mode"
-            )
+    if not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        return
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    name = next(name for name, tensor in tensors.items() if tensor.is_inference())
+    raise InputError(
+        f"the model's {name} was made in torch.inference_mode, and no gradient goes through it; make, load or move the "
+        "model outside of that mode"
+    )
 
 
 def outside_inference(tensor: Tensor) -> Tensor:

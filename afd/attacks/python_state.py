@@ -24,7 +24,7 @@ ELSEWHERE = {  # tensors, which `places` has, and what no forward runs
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 }  # fmt: skip
 ATOMS = {bool, int, str, bytes, type(None), complex, torch.dtype, torch.device, torch.layout}
-DEEPEST = 8  # containers within containers
+DEEPEST, LARGEST = 8, 4096  # of containers within containers, and of items in one; else it is taken as itself
 
 
 class Same:
@@ -95,8 +95,10 @@ def key_of(value: Any, depth: int = 0) -> Hashable:
     kind: Any = type(value)
     if kind in ATOMS:
         return kind, value
-    if isinstance(value, dict | list | tuple | set | frozenset) and (not value or depth == DEEPEST):
-        return kind if not value else Same(value)
+    if isinstance(value, dict | list | tuple | set | frozenset) and not value:
+        return kind, ()
+    if isinstance(value, dict | list | tuple | set | frozenset) and (depth == DEEPEST or len(value) > LARGEST):
+        return Same(value), len(value)
     if kind is float:
         return kind, repr(value)  # NaN equals itself, 0 is not -0
     if isinstance(value, dict):
@@ -110,7 +112,7 @@ def key_of(value: Any, depth: int = 0) -> Hashable:
     if isinstance(value, Tensor):
         return Tensor, len(value.shape)
     if isinstance(value, np.ndarray | np.generic):
-        return kind, value.shape, value.dtype.str, value.tobytes()
+        return (kind, value.shape, value.dtype.str, value.tobytes()) if value.size <= LARGEST else Same(value)
     if isinstance(value, MethodType):  # made anew whenever it is asked for
         return Same(value.__self__), Same(value.__func__)
     if not depth and not isinstance(value, nn.Module | FunctionType | ModuleType | type):
