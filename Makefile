@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test test-slow test-gpu sanitize lint format bench gpu wheels clean
+.PHONY: demo test test-slow test-gpu sanitize lint format bench gpu gpu-pack clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -55,10 +55,10 @@ bench: $(PEERS)
 	$(BENCH) round --case small --rounds 9
 	$(BIN)/python benchmarks/readme.py
 
-# A day on a GPU, with nothing fetched: make gpu STAGES=1,2,3 BUDGET=580 DATA=folder WHEELS=build/wheels OUT=folder
+# A day on a GPU, with nothing fetched: make gpu STAGES=1,2,3 BUDGET=350 WHEELS=build/wheels DATA=folder OUT=folder
 OUT ?= build/gpu
-STAGES ?= 1,2,3,4,5,6
-BUDGET ?= 1740
+STAGES ?= 1,2,3
+BUDGET ?= 350
 COMMIT ?= $(shell git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null)
 GPU_DAY := PYTHONPATH="$(CURDIR)/benchmarks$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON) -m
 
@@ -66,8 +66,11 @@ gpu:
 	$(GPU_DAY) gpu_day --stages "$(STAGES)" --budget "$(BUDGET)" --out "$(OUT)" --commit "$(COMMIT)" \
 		$(if $(DATA),--data "$(DATA)") $(if $(WHEELS),--wheels "$(WHEELS)")
 
-wheels:
-	$(GPU_DAY) gpu_day.wheels build/wheels
+# What that machine lacks, in build/wheels: packages, the module for Python 3.12 and an H100, and DATA if it is named.
+GPU_PYTHON ?= $(or $(lastword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python)),python3.12)
+
+gpu-pack:
+	$(PYTHON) benchmarks/gpu_pack.py build/wheels "$(GPU_PYTHON)" "$(DATA)" "$(COMMIT)"
 
 clean:
 	rm -rf $(VENV) build afd/*.so *.egg-info demo

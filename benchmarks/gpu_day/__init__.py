@@ -1,14 +1,14 @@
-"""One command for a day on a GPU: ``make gpu``, with nothing fetched from a network.
+"""A day on a GPU, with nothing fetched: ``make gpu``, or ``PYTHONPATH=benchmarks python3 -m gpu_day``.
 
-Six stages, each in its own time box: build, check, time the kernels, time the attacks, time AFD rounds, train. A stage
-is data, a list of steps; a step is a few commands, each run as a child with its own log. Whatever a step tells is
-written when the step ends, so that a day that is cut off leaves all that it did.
-
-Only the standard library is imported here (`pace`, which runs as a child, imports afd): this has to run on a machine as
-it is found.
+Steps (`plan`) run one after the other, each a child in its time box (`run`), and what is known of them is in
+results.json at once (`results`). ``gpu_pack.py`` makes what such a machine lacks (`module`). No package is needed.
 """
 
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036  (the machine's own Python, and none that was installed for this)
     raise SystemExit(f"make gpu: Python is {sys.version.split()[0]}; it must be 3.11 or newer (name one with PYTHON=)")
+
+
+class DayError(Exception):
+    """The day cannot begin or go on; a line a reason."""

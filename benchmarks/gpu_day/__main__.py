@@ -1,97 +1,169 @@
-"""``python -m gpu_day``: what `make gpu` runs."""
-
-from __future__ import annotations
+"""``python -m gpu_day``: what `make gpu` runs, a step after the other, each written down as it goes."""
 
 import argparse
+import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
-from gpu_day import benches, build, checks, report, training, wheels
-from gpu_day.choice import ChoiceError, seconds_named, stages_named
-from gpu_day.day import Day
-from gpu_day.setting import MachineError, Setting, description, environment, machine
+from gpu_day import DayError, module, plan, results
+from gpu_day.module import ROOT
+from gpu_day.plan import Step
+from gpu_day.run import environment, has, run
 
-ROOT = Path(__file__).resolve().parents[2]
-STAGES = {stage.number: stage for stage in (build.stage(), checks.stage(), *benches.stages(), training.stage())}
+RESERVE, LEAST = 3.0, 1.0  # seconds in which nothing runs any more, and that a step must have
+PROBE = """import json, torch
+from torch import cuda
+name, capability = (cuda.get_device_name(), cuda.get_device_capability()) if cuda.is_available() else ("", ("", ""))
+print(json.dumps({"gpu": name, "architecture": "{}{}".format(*capability), "torch": torch.__version__}))"""
+
+
+@dataclass
+class Day:
+    """One call: folders, the environment of children, all that is known so far, when it ends, signals that came."""
+
+    out: Path
+    folders: Mapping[str, Path | None]  # that commands speak of
+    children: Mapping[str, str]
+    content: dict[str, Any]
+    end: float
+    stopped: list[int]
+
+    def run(self, steps: Sequence[Step]) -> int:
+        """Runs steps, each in its share of the time that is left; returns 1 where one failed."""
+        failed = False
+        for i, step in enumerate(steps):
+            shares = [one.share or one.cap for one in steps[i:] if one.commands or one is step]
+            record = self.step(step, min(step.cap, shares[0] / sum(shares) * (self.end - time.monotonic())))
+            failed, why = failed or record["status"] == results.FAILED, "; ".join(record["reasons"])
+            print(f"{step.stage} {step.name}: {record['status']}, {record['seconds']:.0f} s {why}", flush=True)
+            if self.stopped:
+                break
+            if step.name == "build" and record["status"] != results.OK:
+                raise DayError(f"without its module nothing can run: {why}")
+        return int(failed)
+
+    def step(self, step: Step, box: float) -> dict[str, Any]:
+        """Runs one step in so many seconds; all that is known of it is written down once a second."""
+        begin, work = time.monotonic(), Path(str(self.folders["work"]))
+        folder, log = work / step.name, work / "logs" / f"{step.name}.log"
+        epochs = plan.epochs(box, self.content["steps"].get(step.name.replace("-train", "-pace"), {}))
+        places = {name: shlex.quote(str(place)) for name, place in {**self.folders, "folder": folder}.items()}
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        log.write_text("")
+        record = self.content["steps"][step.name] = {
+            "stage": step.stage, "status": results.INTERRUPTED, "box": round(box, 1), "reasons": [],
+            "device": self.content["machine"].get("gpu"), "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+        }  # fmt: skip
+
+        def read() -> results.Reading:
+            try:
+                text = log.read_text(errors="replace")
+                reading = step.read(folder, text) if step.read else results.Reading({}, {}, [])
+            except (ValueError, KeyError, TypeError) as error:  # a file is not what it should be: the day goes on
+                reading = results.Reading({}, {}, [f"{type(error).__name__}: {error}"])
+            figures = reading.figures | ({"note": step.note} if step.note else {})
+            record.update(figures=figures, cases=reading.cases, seconds=round(time.monotonic() - begin, 1))
+            for kept in (path for path in folder.glob("*.json*") if path.name in (f"{step.name}.json", "log.jsonl")):
+                results.write(self.out / f"{step.name}{kept.suffix}", kept.read_text())
+            results.write(self.out / "results.json", self.content)
+            return reading
+
+        reading, status = read(), 0 if box >= LEAST else None
+        for command in step.commands if status == 0 else ():
+            words = shlex.split(command.format(epochs=epochs, **places))
+            status = run(words, log, self.children, ROOT, begin + box, read, self.stopped)
+            reading = read()
+            if status != 0:
+                break
+        said = log.read_text(errors="replace").strip().splitlines()
+        wrong = reading.wrong + ([f"status {status}: {said[-1]}"] if status else [])
+        wrong += [reading.lacking] if status == 0 and reading.lacking and not wrong else []
+        record["status"], record["reasons"] = (
+            (results.INTERRUPTED, []) if self.stopped
+            else (results.NO_GPU, []) if not step.commands
+            else (results.UNSUPPORTED, [reading.unsupported]) if reading.unsupported
+            else (results.FAILED, wrong[:20]) if wrong
+            else (results.OK if status == 0 else results.TIMED_OUT, [])
+        )  # fmt: skip
+        results.write(self.out / "results.json", self.content)
+        results.summary(self.out, self.content, log.parent)
+        return record
+
+
+def probe(steps: Sequence[Step], children: Mapping[str, str]) -> dict[str, str]:
+    """What torch sees here; a DayError that names every module that steps ask for and that is missing."""
+    asked = {name: step.stage for step in reversed(steps) for name in plan.MODULES[step.stage]}
+    missing = [f"the Python package {name} is missing, which stage {asked[name]} needs: "
+               "make gpu-pack where there is a network, and WHEELS=build/wheels here"
+               for name in sorted(asked) if not has(name, children)]  # fmt: skip
+    if missing:
+        raise DayError("\n".join(missing))
+    told = subprocess.run([sys.executable, "-c", PROBE], env=children, capture_output=True, text=True, check=False)
+    if told.returncode:
+        raise DayError(f"{sys.executable} cannot import torch: {told.stderr.strip().splitlines()[-1]}")
+    return dict(json.loads(told.stdout))
+
+
+def prepared(options: argparse.Namespace, begin: float, stopped: list[int]) -> tuple[Day, list[Step]]:
+    """The day that was asked for, and its steps."""
+    if not options.budget.replace(".", "", 1).isdecimal() or float(options.budget) < 30:
+        raise DayError(f"BUDGET is {options.budget!r}; it must be a number of seconds, at least 30")
+    for name, folder in (("WHEELS", options.wheels), ("DATA", options.data)):
+        if folder and not folder.is_dir():
+            raise DayError(f"{name} is {folder}, which is no folder")
+    out, work = options.out.resolve(), options.work.resolve()
+    wheels = (options.wheels or ROOT / "build" / "wheels").resolve()
+    data = options.data.resolve() if options.data else wheels / "data" if (wheels / "data").is_dir() else None
+    asked = plan.chosen(options.stages, plan.steps(data, ""))
+    content = results.opened(out, options.commit)
+    (work / "logs").mkdir(parents=True, exist_ok=True)
+    children = environment(ROOT, work, os.environ)
+    module.unpack(wheels, work / "site", children)
+    content["machine"] = probe(asked, children)
+    architecture = content["machine"]["architecture"]
+    if reason := module.misfit(wheels / "module", architecture):
+        print(f"the module in {wheels / 'module'} cannot be used, and one is compiled here: {reason}", flush=True)
+    end = begin + float(options.budget) - RESERVE
+    day = Day(out, {"work": work, "wheels": wheels, "data": data}, children, content, end, stopped)
+    return day, plan.chosen(options.stages, plan.steps(data, architecture))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a day; returns 0, 1 where a step failed, 2 where it could not begin, 130 or 143 where it was stopped."""
-    options = parser().parse_args(arguments)
-    begin, stopped, signals = time.monotonic(), threading.Event(), []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del frame
-        signals.append(number)
-        stopped.set()
-
+    """Runs a day; returns 0, 1 where a step failed, 2 where it cannot go on, 128 + the signal that ended it."""
+    begin, stopped = time.monotonic(), list[int]()
+    parser = argparse.ArgumentParser(prog="make gpu", description="Stages of a day on a GPU, each in its time box.")
+    parser.add_argument("--stages", default="1,2,3", help="numbers from 1 to 6; 4:128 for steps of that name")
+    parser.add_argument("--budget", default="350", help="seconds for all of them")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder for the results")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-work", help="folder for all else")
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10 or mnist/ (default: the pack's)")
+    parser.add_argument("--wheels", type=Path, help="folder that make gpu-pack filled (default: build/wheels)")
+    parser.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
+    options = parser.parse_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+        signal.signal(number, lambda number, _: stopped.append(number))
     try:
-        words, budget = stages_named(options.stages, STAGES), seconds_named(options.budget)
-        setting = prepared(options)
-        if 1 not in words and not build.up_to_date(setting):
-            print("stage 1 is added: the module in this checkout was not built here from these sources")
-            words = {1: "", **words}
-        left = budget - (time.monotonic() - begin)  # the first import of torch can take a minute
-        status = Day(setting, [STAGES[number] for number in words], words, left, said, stopped).run()
-    except (ChoiceError, MachineError, FileNotFoundError, NotADirectoryError) as error:
-        print(f"make gpu: {error}", file=sys.stderr)
+        day, steps = prepared(options, begin, stopped)
+        status = day.run(steps)
+    except DayError as error:
+        print(*(f"make gpu: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
-    except subprocess.CalledProcessError as error:
-        print(f"make gpu: {options.wheels} cannot be installed: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"make gpu: {error.filename or options.out} cannot be written: {error.strerror}", file=sys.stderr)
         return 2
-    print(
-        f"\n{report.markdown(setting, report.stages(setting))}\nwritten to {setting.out}; all logs in {setting.results}"
-    )
-    return 128 + signals[0] if signals else status
-
-
-def parser() -> argparse.ArgumentParser:
-    """The options, named as make's variables."""
-    found = argparse.ArgumentParser(prog="make gpu", description="Stages of a day on a GPU, each in its time box.")
-    found.add_argument(
-        "--stages", default=",".join(map(str, STAGES)), help="numbers; 4:resnet50 for steps of that name"
-    )
-    found.add_argument("--budget", default="1740", help="seconds for all of them")
-    found.add_argument("--work", type=Path, default=ROOT / "build" / "gpu", help="folder for the build, logs and runs")
-    found.add_argument(
-        "--out", type=Path, help="folder for summary.json, summary.md and results.tar.gz (default: --work)"
-    )
-    found.add_argument("--data", type=Path, help="folder with mnist/ and CIFAR-10; without it, digits are trained")
-    found.add_argument("--wheels", type=Path, help="folder of wheels for packages that are absent here")
-    found.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
-    return found
-
-
-def prepared(options: argparse.Namespace) -> Setting:
-    """Folders, packages, and what the machine is."""
-    work, data = options.work.resolve(), options.data and options.data.resolve()
-    if data and not data.is_dir():
-        raise NotADirectoryError(f"DATA is {options.data}, which is no folder")
-    work.mkdir(parents=True, exist_ok=True)
-    children = environment(ROOT, work, data, os.environ)
-    if options.wheels and (added := wheels.install(options.wheels.resolve(), work / "site", children)):
-        print(f"installed into {work / 'site'}: {', '.join(added)}")
-    setting = Setting(
-        ROOT, work, (options.out or work).resolve(), machine(children, ROOT), children, data, options.commit
-    )
-    print(description(setting.machine))
-    if setting.machine.driver and not setting.machine.gpu:
-        print(f"torch sees no GPU, although nvidia-smi lists {setting.machine.driver}; everything is done on the CPU")
-    return setting
-
-
-def said(line: str) -> None:
-    """At once, for the day may be cut off."""
-    print(line, flush=True)
+    print(f"\n{(day.out / 'summary.md').read_text()}\nwritten to {day.out}; all else is in {options.work}")
+    return 128 + stopped[0] if stopped else status
 
 
 if __name__ == "__main__":

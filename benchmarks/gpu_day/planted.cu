@@ -1,22 +1,14 @@
-// One error for each sanitizer, in a kernel named like ours: where these go unseen, the tool or its filter is not at
-// work.
-#include <cstdio>
-
-namespace afd::cuda {
-
-__global__ void planted(int* past_the_end, int* sum) {
+// An error for each tool of compute-sanitizer, in a kernel named like ours: a tool that does not see it is not at work.
+__global__ void afd_planted(int* memory, int* past_the_end) {
   __shared__ int shared[64];
-  shared[threadIdx.x] = static_cast<int>(threadIdx.x);
-  sum[threadIdx.x] = shared[63 - threadIdx.x];  // racecheck: another warp's, without a barrier
-  if (threadIdx.x == 0) past_the_end[0] = 1;    // memcheck: outside of the allocation
+  shared[threadIdx.x] = memory[64 + threadIdx.x];  // initcheck: nobody has written it
+  memory[threadIdx.x] = shared[63 - threadIdx.x];  // racecheck: another warp's, without a barrier
+  if (threadIdx.x < 16) __syncthreads();           // synccheck: half a warp
+  if (threadIdx.x == 0) past_the_end[0] = 1;       // memcheck: outside of the allocation
 }
-
-}  // namespace afd::cuda
-
 int main() {
   int* memory = nullptr;
-  if (cudaMalloc(&memory, 64 * sizeof(int)) != cudaSuccess) return 1;
-  afd::cuda::planted<<<1, 64>>>(memory + 64, memory);
-  std::printf("%s\n", cudaGetErrorString(cudaDeviceSynchronize()));
-  return 0;
+  if (cudaMalloc(&memory, 128 * sizeof(int)) != cudaSuccess) return 1;
+  afd_planted<<<1, 64>>>(memory, memory + 128);
+  cudaDeviceSynchronize();  // an error here is what was planted
 }
