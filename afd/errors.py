@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -20,6 +22,14 @@ class InputTypeError(AfdError, TypeError):
 
 class ModelError(AfdError, RuntimeError):
     """A model does what no attack or training can use."""
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warns where the user's code called afd, however deep inside of it the reason was found."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "afd":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def one_of(argument: str, value: object, allowed: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 """What a CUDA graph is, on the CPU: the ops of one run, to be run again with the numbers and on the memory they had.
 
 Whatever Python did between them is not done again. What is read back to the host cannot be recorded. As in a capture,
-recording leaves everything as it was: it runs the ops, and then undoes what they wrote.
+recording computes nothing: it runs the ops, then undoes what they wrote, and leaves NaN in what they made.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.runs: list[Any] = []
         self.kept: list[Any] = []  # alive, as the memory of a graph is
+        self.made: list[Tensor] = []
         self.before: dict[int, tuple[Any, Any]] = {}
         self.born: set[int] = set()
         self.inside = False
@@ -54,6 +55,10 @@ class Tape(TorchDispatchMode):
         finally:
             Tape.recording = False
             native.launch = spectral_native.launch = launch
+            for tensor in self.made:
+                if tensor.is_floating_point() and not tensor.is_inference():
+                    with torch.no_grad():
+                        tensor.detach().fill_(float("nan"))
             for storage, content in self.before.values():
                 storage.copy_(content)
             torch.set_rng_state(generator)
@@ -88,6 +93,7 @@ class Tape(TorchDispatchMode):
         fresh = [tensor.untyped_storage().data_ptr() not in known for tensor in results]
         self.born |= {t.untyped_storage().data_ptr() for t, new in zip(results, fresh, strict=True) if new}
         self.kept.append((args, kwargs, out))
+        self.made += [tensor for tensor, new in zip(results, fresh, strict=True) if new]
         if any(fresh) or function._schema.is_mutable:
             self.runs.append(lambda: self._again(function, args, kwargs, results, fresh))
         return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
@@ -13,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from afd.attacks import engine, execution, inputs, watch
-from afd.attacks.capture import CaptureWarning, guard
+from afd.attacks.capture import CaptureWarning, guard, recordable
 from afd.attacks.folding import NOTHING, folding
 from afd.attacks.losses import loss_named
 from afd.attacks.piece import Piece
 from afd.attacks.python_state import key_of
 from afd.attacks.replay import Climb, Replays
-from afd.errors import InputError, at_least
+from afd.errors import InputError, at_least, warn_caller
 from afd.ops import checks
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # between the logits of a replay and of the model, as a share of the largest
 NO_SETTINGS = {"model", "report", "_replays", "_folding"}
 OUTDATED = (
-    "the last attack replayed a graph in which the model gave other logits than it does now, though no weight, hook, "
-    "mode or attribute of a module has changed: something outside of it has. Its points are those of the earlier "
-    "model. The graph is dropped"
+    "an earlier call of this attack replayed a graph in which the model gave other logits than it did by then, though "
+    "no weight, hook, mode or attribute of a module had changed: something outside of it had. Its points are those of "
+    "the older model. The graph is dropped"
 )
 
 
@@ -36,6 +35,8 @@ class GradientAttack(ABC):
 
     Attributes:
         report: what the last call saw of the model (`afd.attacks.watch.Report`); None if it did not look.
+        own_graphs: whether, on CUDA, steps are recorded and replayed by the attack itself; False where somebody records
+            whole calls.
 
     Raises:
         InputError: a setting out of its range.
@@ -68,7 +69,7 @@ class GradientAttack(ABC):
         self.precision, self.piece, self.look, self.fold = precision, piece, look, fold
         self.loss = loss_named(loss, targeted=targeted)
         self.report: watch.Report | None = None
-        self._replays, self._folding = Replays(), NOTHING
+        self.own_graphs, self._replays, self._folding = True, Replays(), NOTHING
 
     @classmethod
     def partial(cls, **settings: Any) -> Callable[[nn.Module], Self]:
@@ -89,8 +90,8 @@ class GradientAttack(ABC):
             [N, ...] like x, within eps of it and within bounds.
 
         Raises:
-            InputError, InputTypeError: x or y is not as described, a label is not one of the model's classes, or a
-                weight of the model was made in `torch.inference_mode`.
+            InputError, InputTypeError: x or y is not as described, a label is not one of the model's classes, or what
+                the gradient must go through was made in `torch.inference_mode`.
             ModelError: the model returned NaN.
 
         Warns:
@@ -98,7 +99,6 @@ class GradientAttack(ABC):
             CaptureWarning: on CUDA, where steps cannot be replayed from a graph, or were and should not have been.
         """
         inputs.check_form(x, y)
-        inputs.check_weights(self.model)
         seed = self.seed if seed is None else seed
         with guard(x.device), torch.inference_mode(False), torch.no_grad():
             x, y = inputs.outside_inference(x), inputs.outside_inference(y)
@@ -106,24 +106,30 @@ class GradientAttack(ABC):
 
     def _attacked(self, x: Tensor, y: Tensor, seed: int | Tensor, first_sample: int) -> Tensor:
         """`__call__` outside of inference mode, on a batch that is not empty."""
-        if self._replays.outdated(wait=False):
-            warnings.warn(OUTDATED, CaptureWarning, stacklevel=3)
-        largest_label = inputs.largest_label(x, y, self.bounds) if self.look else -1
-        x_adv, self.report = torch.empty_like(x), None
+        if recordable(x) and self._replays.outdated(wait=False):
+            warn_caller(OUTDATED, CaptureWarning)
+        self.report, self._replays.paused = None, not self.own_graphs
+        x_adv = torch.empty_like(x)
         with engine.evaluating(self.model):
             self._folding = folding(self.model) if self.fold else NOTHING
-            while True:
-                trace = watch.new_trace(len(x), x.device) if self.look else None
-                with self._folding.folded():
-                    for rows in execution.pieces(self.model, x, self.piece, self.precision):
-                        images, labels, first = execution.channels_last(x[rows]), y[rows], first_sample + rows.start
-                        piece = Piece(images, labels, labels, rows, seed, first, largest_label, trace)
-                        x_adv[rows] = self._run(piece)
-                if trace is None or not self._replays.outdated(wait=True):
-                    break  # else once more, now that the recording is gone
+            trace = self._fill(x_adv, x, y, seed, first_sample)
+            if trace is not None and self._replays.outdated(wait=True):
+                self._replays.paused = True  # once more, step by step
+                trace = self._fill(x_adv, x, y, seed, first_sample)
         if trace is not None:
             self.report = watch.settle(trace)
         return x_adv
+
+    def _fill(self, x_adv: Tensor, x: Tensor, y: Tensor, seed: int | Tensor, first_sample: int) -> Tensor | None:
+        """Runs the algorithm piece by piece into x_adv; returns what was noted on the way, if anybody looks."""
+        largest_label = inputs.largest_label(x, y, self.bounds) if self.look else -1
+        trace = watch.new_trace(len(x), x.device) if self.look else None
+        with self._folding.folded():
+            for rows in execution.pieces(self.model, x, self.piece, self.precision):
+                images, labels, first = execution.channels_last(x[rows]), y[rows], first_sample + rows.start
+                piece = Piece(images, labels, labels, rows, seed, first, largest_label, trace)
+                x_adv[rows] = self._run(piece)
+        return trace
 
     def perturb(self, x: Tensor, y: Tensor, *, seed: int | Tensor | None = None, first_sample: int = 0) -> Tensor:
         """The same as calling the attack."""
@@ -163,6 +169,8 @@ class GradientAttack(ABC):
 
     def _climbed(self, climb: Climb, piece: Piece, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:
         """climb(piece, x_adv), on CUDA by replaying a graph; `settings` are those of the climb, not of the attack."""
+        if not self.steps:
+            return climb(piece, x_adv)
         tolerance = TOLERANCE if self.precision == "fp32" else TOLERANCE_BF16
         name = (*settings, *self.settings(), self._folding)
         return self._replays(name, self.model, climb, piece, x_adv, self._first_logits, tolerance)
@@ -175,7 +183,7 @@ class GradientAttack(ABC):
         """What a recorded graph holds of the attack: numbers and names, and where per-sample settings lie in memory."""
         for name, value in vars(self).items():
             if name not in NO_SETTINGS:
-                yield name, value.data_ptr() if isinstance(value, Tensor) else key_of(value)
+                yield name, key_of(value, tensors=True)
 
 
 def not_negative(name: str, setting: float | Tensor) -> None:

@@ -23,7 +23,7 @@ class Graph:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self._graph, self._done = device, torch.cuda.CUDAGraph(), torch.cuda.Event()
+        self.device, self._graph = device, torch.cuda.CUDAGraph()
 
     @contextmanager
     def capture(self) -> Iterator[None]:
@@ -53,11 +53,14 @@ class Graph:
     def turn(self) -> Iterator[None]:
         """Inside: inputs are copied in, `replay`, and outputs copied out, on the device after the turn before.
 
-        The tensors that a graph reads and writes are the same at every replay, and calls may come from two streams.
+        The tensors that a graph reads and writes are the same at every replay, and all graphs of a device share what
+        libraries keep for the stream that they were recorded on; but calls may come from two streams.
         """
-        torch.cuda.current_stream(self.device).wait_event(self._done)
+        here = torch.cuda.current_stream(self.device)
+        done = _last_turn.setdefault(here.device_index, torch.cuda.Event())
+        here.wait_event(done)
         yield
-        self._done.record(torch.cuda.current_stream(self.device))
+        done.record(here)
 
     def replay(self) -> None:
         """Runs what was recorded, on the current stream."""
@@ -71,7 +74,7 @@ class Later:
     def __init__(self, truth: Tensor) -> None:
         self._host, self._event = truth, None
         if truth.is_cuda:
-            self._host = torch.empty(truth.shape, dtype=truth.dtype, pin_memory=True)
+            self._host = torch.empty(truth.shape, dtype=truth.dtype, device="cpu", pin_memory=True)
             self._host.copy_(truth, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(truth.device))
@@ -99,6 +102,7 @@ def recordable(tensor: Tensor) -> bool:
 
 
 _streams: dict[int, torch.cuda.Stream] = {}
+_last_turn: dict[int, torch.cuda.Event] = {}
 
 
 def capture_stream(index: int) -> torch.cuda.Stream:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from afd.errors import InputError
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with frozen parameters; every flag is put back afterwards, also when the body raises."""
     modes = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [one for one in model.parameters() if one.requires_grad and not one.is_inference()]
     try:
         model.eval()
         for parameter in trainable:
@@ -59,20 +58,23 @@ def loss_gradient(
 
 
 def logits_alone(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's logits [N, classes] at images x by the very code that `loss_gradient` runs, without the memory.
-
-    Autograd is on, which a model may ask about, but what it keeps for a backward is let go at once.
-    """
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_let_go, _let_go):
+    """The model's logits [N, classes] at images x, by the very code that `loss_gradient` runs, autograd included."""
+    with torch.enable_grad():
         return _logits(model, x.detach().requires_grad_()).detach()
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    logits: Tensor = model(x)
+    try:
+        logits: Tensor = model(x)
+    except RuntimeError as error:
+        if "nference tensors cannot be saved for backward" in str(error):
+            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+            names = ", ".join(name for name, tensor in tensors.items() if tensor.is_inference())
+            raise InputError(
+                "no gradient goes through what was made in torch.inference_mode; make, load or move the model outside "
+                f"of that mode (here: {names or 'a tensor that it holds'})"
+            ) from error
+        raise
     if logits.dim() != 2 or logits.shape[0] != x.shape[0]:
         raise InputError(f"the model returned shape {list(logits.shape)}; an attack needs logits [{x.shape[0]}, K]")
     return logits
-
-
-def _let_go(_kept: Any) -> Any:
-    return None

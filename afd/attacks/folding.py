@@ -20,6 +20,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, fx, nn
 
+from afd.attacks.python_state import snapshot
+
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 CONVS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -121,6 +123,7 @@ def _pass_on(x: Tensor) -> Tensor:
 def _pairs(model: nn.Module) -> Iterator[tuple[Conv, Norm]]:
     if not any(isinstance(module, NORMS) for module in model.modules()):
         return
+    restore = snapshot(model)
     try:
         graph = fx.Tracer().trace(model)
     except Exception:  # whatever a model's own code raises on symbolic values
@@ -128,6 +131,8 @@ def _pairs(model: nn.Module) -> Iterator[tuple[Conv, Norm]]:
         if len(children) == 1:  # a wrapper, such as one that inspects what the model inside returns
             yield from _pairs(children[0])
         return
+    finally:
+        restore()  # what the model keeps of a forward would be symbols
     layers = dict(model.named_modules())
     calls = [node for node in graph.nodes if node.op == "call_module"]
     ran = [layers[str(node.target)] for node in calls]

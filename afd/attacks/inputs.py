@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from afd.errors import InputError, InputTypeError
 
@@ -45,18 +45,6 @@ def check_batch(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
     """Both of the checks above; returns the largest label (-1 for an empty batch)."""
     check_form(x, y)
     return largest_label(x, y, bounds) if x.numel() else -1
-
-
-def check_weights(model: nn.Module) -> None:
-    """Raises InputError if a parameter or buffer is one that autograd cannot work with."""
-    if not any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
-        return
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    name = next(name for name, tensor in tensors.items() if tensor.is_inference())
-    raise InputError(
-        f"the model's {name} was made in torch.inference_mode, and no gradient goes through it; make, load or move the "
-        "model outside of that mode"
-    )
 
 
 def outside_inference(tensor: Tensor) -> Tensor:

@@ -8,8 +8,12 @@ globals, closures and classes, is not seen here.
 
 from __future__ import annotations
 
+import copy
 import enum
-from collections.abc import Hashable, Iterator
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -24,7 +28,10 @@ ELSEWHERE = {  # tensors, which `places` has, and what no forward runs
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
 }  # fmt: skip
 ATOMS = {bool, int, str, bytes, type(None), complex, torch.dtype, torch.device, torch.layout}
-DEEPEST, LARGEST = 8, 4096  # of containers within containers, and of items in one; else it is taken as itself
+CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+PROXIES = (weakref.ProxyType, weakref.CallableProxyType)
+LARGEST = 4096  # values that one attribute may hold in all; what is more is taken as itself
+DEEPEST = 8  # containers within containers, likewise
 
 
 class Same:
@@ -62,17 +69,20 @@ def places(*modules: nn.Module) -> tuple[int, ...]:
     return tuple(tensor.data_ptr() for module in modules for tensor in (*module.parameters(), *module.buffers()))
 
 
-def state_of(*modules: nn.Module) -> State:
-    """Mode, hooks, submodules and plain attributes of modules and of all that is in them.
+def state_of(*modules: nn.Module, tensors: bool = False) -> State:
+    """Mode, class, hooks, submodules and plain attributes of modules and of all that is in them.
 
-    Tensors that are plain attributes are left out: many models keep an activation so.
+    Args:
+        modules: whose.
+        tensors: whether tensors that are plain attributes count, by their place in memory; many models keep an
+            activation so.
     """
     found: list[tuple[tuple[str, str], Hashable]] = []
     for number, module in enumerate(modules):
         for name, layer in module.named_modules(prefix=f"player {number}" if number else ""):
-            found.append(((name, ""), Same(layer)))
+            found.append(((name, ""), (Same(layer), type(layer))))
             found += [
-                ((name, attribute), key_of(value))
+                ((name, attribute), key_of(value, tensors=tensors))
                 for attribute, value in vars(layer).items()
                 if attribute not in ELSEWHERE
             ]
@@ -90,40 +100,114 @@ def named(attribute: tuple[str, str]) -> str:
     return f"the attribute {name!r} of {module or 'the model'}"
 
 
-def key_of(value: Any, depth: int = 0) -> Hashable:
-    """What equals that of another value only if no code could tell the two apart; objects are taken as themselves."""
-    kind: Any = type(value)
+def key_of(value: Any, *, tensors: bool = False) -> Hashable:
+    """What equals that of another value only if no code could tell the two apart; most objects are taken as themselves.
+
+    An object that is met on the way, such as a config, is followed one step, into its attributes.
+    """
+    kind = type(value)
     if kind in ATOMS:
         return kind, value
-    if isinstance(value, dict | list | tuple | set | frozenset) and not value:
+    if kind is OrderedDict and not value:  # most of what a module holds: hooks that nobody has registered
         return kind, ()
-    if isinstance(value, dict | list | tuple | set | frozenset) and (depth == DEEPEST or len(value) > LARGEST):
-        return Same(value), len(value)
-    if kind is float:
-        return kind, repr(value)  # NaN equals itself, 0 is not -0
-    if isinstance(value, dict):
-        return kind, tuple((key_of(name, depth + 1), key_of(held, depth + 1)) for name, held in value.items())
-    if isinstance(value, list | tuple):
-        return kind, tuple(key_of(held, depth + 1) for held in value)
-    if isinstance(value, set | frozenset):
-        return kind, frozenset(key_of(held, depth + 1) for held in value)
-    if isinstance(value, enum.Enum):
-        return value
-    if isinstance(value, Tensor):
-        return Tensor, len(value.shape)
-    if isinstance(value, np.ndarray | np.generic):
-        return (kind, value.shape, value.dtype.str, value.tobytes()) if value.size <= LARGEST else Same(value)
-    if isinstance(value, MethodType):  # made anew whenever it is asked for
-        return Same(value.__self__), Same(value.__func__)
-    if not depth and not isinstance(value, nn.Module | FunctionType | ModuleType | type):
-        return Same(value), tuple(_plain_attributes(value))
-    return Same(value)
+    return _Keys(tensors).of(value)
 
 
-def _plain_attributes(value: object) -> Iterator[tuple[str, Hashable]]:
-    """Those of an object that a module holds; what those hold in turn is taken as it is."""
-    for name, held in getattr(value, "__dict__", {}).items():
-        yield name, key_of(held, 1)
+class _Keys:
+    """The keys of all that one value holds.
+
+    Args:
+        tensors: whether tensors differ by their place in memory, or are all alike.
+    """
+
+    def __init__(self, tensors: bool) -> None:
+        self.tensors, self.left = tensors, LARGEST
+
+    def of(self, value: Any, depth: int = 0, follow: bool = True) -> Hashable:
+        """The key of a value that lies so deep; `follow`: into an object's attributes."""
+        kind: Any = type(value)
+        if kind in ATOMS:
+            return kind, value
+        if kind is float:
+            return kind, repr(value)  # NaN equals itself, 0 is not -0
+        if kind in PROXIES:  # of which nothing may be asked
+            return Same(value)
+        if isinstance(value, CONTAINERS):
+            return self._of_container(kind, value, depth, follow)
+        if isinstance(value, enum.Enum):
+            return Same(value)
+        if isinstance(value, int | float | str | bytes):  # of a class of its own
+            return kind, repr(value)
+        if isinstance(value, Tensor):
+            return place_of(value) if self.tensors else Tensor
+        if isinstance(value, np.ndarray | np.generic):
+            self.left -= value.size
+            return (kind, value.shape, value.dtype.str, value.tobytes()) if self.left > 0 else Same(value)
+        if isinstance(value, MethodType):  # made anew whenever it is asked for
+            return Same(value.__self__), Same(value.__func__)
+        if follow and not isinstance(value, nn.Module | FunctionType | ModuleType | type):
+            attributes = getattr(value, "__dict__", {})
+            return Same(value), self._of_container(dict, attributes, depth, follow=False)
+        return Same(value)
+
+    def _of_container(self, kind: Any, value: Any, depth: int, follow: bool) -> Hashable:
+        self.left -= len(value)
+        if self.left < 0 or depth == DEEPEST:
+            return Same(value), len(value)
+        if isinstance(value, dict):
+            value = [item for pair in value.items() for item in pair]
+        keys = [self.of(held, depth + 1, follow) for held in value]
+        return kind, frozenset(keys) if isinstance(value, set | frozenset) else tuple(keys)
+
+
+def place_of(tensor: Tensor) -> tuple[Hashable, ...]:
+    """Where a tensor lies in memory, and how."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def snapshot(*modules: nn.Module) -> Callable[[], None]:
+    """What puts back the attributes of modules and of all that is in them, buffers and parameters included.
+
+    They are put back as objects, and containers with what they held; the values of tensors stay as they are.
+    """
+    kept = []
+    for layer in (layer for module in modules for layer in module.modules()):
+        own = dict(vars(layer))
+        held = {name: copy.copy(value) for name, value in own.items() if type(value) in (dict, OrderedDict, list, set)}
+        kept.append((layer, own, held))
+
+    def restore() -> None:
+        for layer, own, held in kept:
+            vars(layer).clear()
+            vars(layer).update(own)
+            for name, content in held.items():
+                own[name].clear()
+                (own[name].extend if isinstance(content, list) else own[name].update)(content)
+
+    return restore
+
+
+@contextmanager
+def in_place(*modules: nn.Module) -> Iterator[None]:
+    """What the body puts in the place of tensors, attributes or buffers, is copied into those, if it is of their form.
+
+    A graph reads and writes memory: a running mean that a model keeps as ``self.mean = ...`` must stay where it is.
+    """
+    layers = [layer for module in modules for layer in module.modules()]
+    before = [
+        (holder, name, value)
+        for layer in layers
+        for holder in (vars(layer), layer._buffers)
+        for name, value in holder.items()
+        if isinstance(value, Tensor)
+    ]
+    yield
+    for holder, name, old in before:
+        new = holder.get(name)
+        if new is not old and isinstance(new, Tensor) and place_of(new)[1:] == place_of(old)[1:]:
+            with torch.no_grad():
+                old.copy_(new)
+            holder[name] = old
 
 
 def _float32_precision() -> tuple[object, ...]:

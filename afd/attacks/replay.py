@@ -3,8 +3,9 @@
 A recording reads the model's weights where they lie, so they may change between replays; weights that move elsewhere
 (`model.to`, a new tensor in their place) make a new recording, and so does another flag of torch, another hook, mode or
 plain attribute of a module (`afd.attacks.python_state`). What cannot be seen there, a number in a closure, say, is
-found out: each replay is followed by one forward of the model as it is now, from the same start, and a recording that
-gave other logits is dropped. A model that draws at random is never recorded for long, for its logits always differ.
+found by its effect: each replay is followed by one forward of the model as it is now, from the same start, and a
+recording that gave other logits is dropped. (So what changes nothing but the gradient is not found.) A model whose
+logits differ time and again, for it draws at random, is recorded no more.
 
 A shape is recorded when it is met for the second time: its first run, made step by step, lets libraries choose their
 algorithms, and a last, shorter batch costs nothing. What the host checks in a step, a replay does not: a label larger
@@ -13,21 +14,22 @@ than any before is met step by step, once more.
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afd.attacks.capture import CaptureWarning, Graph, Later, recordable
 from afd.attacks.piece import Piece
-from afd.attacks.python_state import State, changed, flags, places, state_of
+from afd.attacks.python_state import State, changed, flags, places, snapshot, state_of
+from afd.errors import warn_caller
 
 Climb = Callable[[Piece, Tensor], tuple[Tensor, ...]]
 Logits = Callable[[Tensor], Tensor]
-KEPT = 4  # recordings, each with memory of its own
+KEPT, REMEMBERED = 4, 64  # recordings, each with memory of its own; and kinds of climbs that were met
 MOST_DROPS = 2  # in a row, after which no more recordings are made
 
 
@@ -41,15 +43,18 @@ class Recording:
     outputs: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, climb: Climb, piece: Piece, x_adv: Tensor) -> Recording:
-        """Captures `climb` on copies of its arguments."""
+    def of(cls, climb: Climb, model: nn.Module, piece: Piece, x_adv: Tensor) -> Recording:
+        """Captures `climb`, which runs the model, on copies of its arguments."""
         trace = None if piece.trace is None else piece.trace.clone()
         piece = replace(
             piece, x=piece.x.clone(), y=piece.y.clone(), aim=piece.aim.clone(), trace=trace, first_logits=[]
         )
-        x_adv, graph = x_adv.clone(), Graph(x_adv.device)
-        with graph.capture():
-            outputs = climb(piece, x_adv)
+        x_adv, graph, restore = x_adv.clone(), Graph(x_adv.device), snapshot(model)
+        try:
+            with graph.capture():
+                outputs = climb(piece, x_adv)
+        finally:
+            restore()  # a capture computes nothing: what a model keeps of it would be memory that nobody has written
         return cls(graph, piece, x_adv, outputs)
 
     def play(self, piece: Piece, x_adv: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -72,10 +77,15 @@ class Known:
 
 
 class Replays:
-    """The recordings of one attack, most recent last."""
+    """The recordings of one attack, most recent last.
+
+    Attributes:
+        refused: whether no more recordings are made.
+        paused: whether recordings are neither made nor replayed, for now.
+    """
 
     def __init__(self) -> None:
-        self.refused = False
+        self.refused = self.paused = False
         self._known: OrderedDict[Hashable, Known] = OrderedDict()
         self._moved_by_running: set[tuple[str, str]] = set()  # attributes: no reason for another recording
         self._compared: list[tuple[Hashable, Later]] = []
@@ -100,9 +110,10 @@ class Replays:
             piece: what it attacks; rows that are indices, which differ from call to call, are not recorded.
             x_adv: where to start, like piece.x.
             logits: of the model at a start, by the model's own code as it is now.
-            tolerance: by how much they may differ from a replay's, as a share of the largest, before it is dropped.
+            tolerance: by how much they may differ from a replay's, as a share of a sample's largest, before it is
+                dropped.
         """
-        if self.refused or not recordable(x_adv) or not isinstance(piece.rows, slice):
+        if self.refused or self.paused or not recordable(x_adv) or not isinstance(piece.rows, slice):
             return climb(piece, x_adv)
         state = state_of(model)
         forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in _inputs(piece, x_adv))
@@ -117,10 +128,11 @@ class Replays:
         self._known.move_to_end(key)
         if known.recording is None:
             try:
-                known.recording = Recording.of(climb, piece, x_adv)
+                known.recording = Recording.of(climb, model, piece, x_adv)
             except RuntimeError as error:  # raised inside the capture: the step-by-step run before it went well
                 self._refuse(f"recording one failed: {error}")
                 return climb(piece, x_adv)
+            forget(self._known, lambda known: known.recording is not None)
         outcome, recorded = known.recording.play(piece, x_adv)
         self._compared += [(key, Later(differ(one, logits(x_adv), tolerance))) for one in recorded]
         return outcome
@@ -131,25 +143,26 @@ class Replays:
         Args:
             wait: for the device, where it has not compared them yet; else those are left for the next time.
         """
-        read, self._compared = self._compared, []
-        wrong = set()
-        for key, differs in read:
-            if not wait and not differs.there:
-                self._compared.append((key, differs))
-            elif differs.read():
-                wrong.add(key)
+        found: dict[Hashable, bool] = {}
+        waiting = []
+        for key, differs in self._compared:
+            if wait or differs.there:
+                found[key] = differs.read() or found.get(key, False)
             else:
-                self._drops_in_a_row = 0
-        for key in wrong:
+                waiting.append((key, differs))
+        self._compared = waiting
+        for key in [key for key, differs in found.items() if differs]:
             self._known.pop(key, None)
-        if wrong:
+        if any(found.values()):
             self._drops_in_a_row += 1
+        elif found:
+            self._drops_in_a_row = 0
         if self._drops_in_a_row >= MOST_DROPS and not self.refused:
             self._refuse(
                 "the model's logits are not those of its recording, time and again: it draws at random, or depends on "
                 "something that changes outside of it"
             )
-        return bool(wrong)
+        return any(found.values())
 
     def _lasting(self, state: State) -> Hashable:
         return frozenset((name, value) for name, value in state if name not in self._moved_by_running)
@@ -157,24 +170,32 @@ class Replays:
     def _know(self, key: Hashable, largest_label: int) -> None:
         self._known.setdefault(key, Known(largest_label)).largest_label = largest_label
         self._known.move_to_end(key)
-        while len(self._known) > KEPT:
-            self._known.popitem(last=False)
+        forget(self._known, lambda known: known.recording is not None)
 
     def _refuse(self, reason: str) -> None:
         self.refused = True
         self._known.clear()
-        warnings.warn(f"the attack runs without a CUDA graph, because {reason}", CaptureWarning, stacklevel=3)
+        warn_caller(f"the attack runs without a CUDA graph, because {reason}", CaptureWarning)
+
+
+def forget(known: OrderedDict[Hashable, Any], recorded: Callable[[Any], bool]) -> None:
+    """Lets go of what was used longest ago: of recordings, which have memory of their own, and of all that is known."""
+    held = [key for key, one in known.items() if recorded(one)]
+    for key in held[: max(0, len(held) - KEPT)]:
+        del known[key]
+    while len(known) > REMEMBERED:
+        known.popitem(last=False)
 
 
 @torch.no_grad()
 def differ(logits: Tensor, other: Tensor, tolerance: float) -> Tensor:
-    """Whether logits [N, K] differ from others by more than a share of the largest of them: a bool [] on their device.
+    """Whether logits [N, K] differ from others by more than a share of a sample's largest: a bool [] on their device.
 
     NaN is like NaN only.
     """
     if logits.shape != other.shape:
         return torch.ones((), dtype=torch.bool, device=logits.device)
-    gap, largest = (logits.double() - other).abs(), logits.double().nan_to_num(0, 0, 0).abs().amax()
+    gap, largest = (logits.double() - other).abs(), logits.double().nan_to_num(0, 0, 0).abs().amax(1, keepdim=True)
     return ((gap > tolerance * largest) | (logits.isnan() != other.isnan())).any()
 
 

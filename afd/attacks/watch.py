@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from afd.attacks.piece import Piece
-from afd.errors import ModelError
+from afd.errors import ModelError, warn_caller
 
 FIRST_NAN, FLAT, SEEN, PROBABILITIES = range(4)  # the rows of a trace
 NAMED = 8  # samples that an error lists by number
@@ -64,14 +63,16 @@ def settle(trace: Tensor) -> Report:
         )
     stuck = int(((flat == seen) & (seen > 0)).sum())
     if stuck:
-        _warn(
+        warn_caller(
             f"for {stuck} of {len(flat)} samples the gradient of the loss was exactly zero wherever the attack looked, "
-            "so it could not aim: that they withstand it shows no robustness (try loss='dlr', or float64)"
+            "so it could not aim: that they withstand it shows no robustness (try loss='dlr', or float64)",
+            ModelWarning,
         )
     if len(likely) and likely.all() and seen.any():
-        _warn(
+        warn_caller(
             "the model's outputs lie in [0, 1] and sum to 1 as probabilities do; attacks need logits, for softmax "
-            "flattens their gradients"
+            "flattens their gradients",
+            ModelWarning,
         )
     return Report(seen, flat)
 
@@ -80,7 +81,3 @@ def _like_probabilities(logits: Tensor) -> Tensor:
     lowest, highest = torch.aminmax(logits, dim=1)
     whole = (logits.sum(1, dtype=torch.float32) - 1).abs() < 1e-3
     return ((lowest >= 0) & (highest <= 1) & whole).int()
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, ModelWarning, stacklevel=5)  # the caller of the attack, past torch.no_grad

@@ -102,6 +102,8 @@ def device_named(name: str) -> torch.device:
         raise InputError(f"device is {name!r}; allowed are auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {name!r}, but torch sees no CUDA device; allowed here are auto and cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device is {name!r}; torch sees CUDA devices 0 to {torch.cuda.device_count() - 1}")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

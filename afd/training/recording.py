@@ -5,20 +5,20 @@ device, at a fixed place: the batch, the seed of the attack's starts, the learni
 changes rarely makes another recording: the shape of a last, shorter batch, the attack's radius while it grows, the
 rounds in which the features do not answer, weights or optimizer state that have moved in memory, and other flags of
 torch, hooks, modes and plain attributes of the modules (`afd.attacks.python_state`). A module whose own code changes
-such an attribute, a counter, say, is not recorded.
+such an attribute, a counter, say, is not recorded; a tensor that it replaces by one like it stays where it is.
 
 What is NOT seen, and stays as it was recorded: whatever else Python code reads, such as a number in a closure, a global
 or a class, a draw from Python's or NumPy's generator, the time; and what it writes or prints. (An attack that is
 recorded by itself compares its logits at every call; here nothing is compared.)
 
 A kind of round is recorded when it is met for the second time: its first one, played as ever, lets libraries choose
-their algorithms and optimizers make their state. Recording runs nothing, so where it fails nothing has happened, and
-the rounds are played as ever. Meter, schedule and average of the weights stay outside of the graph.
+their algorithms and optimizers make their state. Recording computes nothing, so where it fails, what it has left in the
+modules' attributes is put back, and the rounds are played as ever. Meter, schedule and average of the weights stay
+outside of the graph.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -30,7 +30,9 @@ from torch import Tensor, nn
 from afd.attacks import Attack, CaptureWarning, folding
 from afd.attacks.base import GradientAttack
 from afd.attacks.capture import Graph
-from afd.attacks.python_state import State, changed, flags, key_of, named, places, state_of
+from afd.attacks.python_state import State, changed, flags, in_place, key_of, named, places, snapshot, state_of
+from afd.attacks.replay import forget
+from afd.errors import warn_caller
 from afd.methods import Round
 from afd.methods.optimizers import RECORDABLE, being_recorded, make_recordable
 
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 Losses = dict[str, Tensor]
 Play = Callable[[Tensor, Tensor, Any], Losses]  # (images, labels, seed): attack and step
 Plays = Callable[[Play, Attack | None, Tensor, Tensor, int], Losses]  # `Recordings.__call__`
-KEPT = 4  # recordings, each with memory of its own
 
 
 def plays(trainer: Trainer, attack: Attack | None) -> Plays:
@@ -91,11 +92,11 @@ class Recording:
     kept: tuple[object, ...]  # whose memory the graph uses
 
     @classmethod
-    def of(cls, play: Play, x: Tensor, y: Tensor, model: nn.Module) -> Recording:
-        """Records `play`, which attacks and trains the model, on batches like x and y, and any seed."""
+    def of(cls, play: Play, x: Tensor, y: Tensor, model: nn.Module, *players: nn.Module) -> Recording:
+        """Records `play`, which attacks and trains the model and its players, on batches like x and y, and any seed."""
         x, y, seed = x.clone(), y.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
         graph = Graph(x.device)
-        with graph.capture():
+        with graph.capture(), in_place(model, *players):
             losses = play(x, y, seed)
             table = torch.stack(list(losses.values()))
         return cls(graph, x, y, seed, tuple(losses), table, (play, folding.known(model)))
@@ -136,38 +137,48 @@ class Recordings:
             y: labels.
             seed: of the attack's starts.
         """
+        if isinstance(attack, GradientAttack):
+            attack.own_graphs = self.refused  # where rounds are recorded, theirs would be in the way
         if self.refused:
             return play(x, y, seed)
         forms = tuple((t.shape, t.stride(), t.dtype) for t in (x, y))
         kind = (self._settings(attack), self.round.course(), forms, flags())
         key = (kind, self._places(), self._state())
         if key not in self._known:
-            losses = play(x, y, seed)
+            with in_place(*self._modules):
+                losses = play(x, y, seed)
             # looked up again: a first step makes the optimizers' state and puts the players into their modes
             self._known[kind, self._places(), self._state()] = None
-            while len(self._known) > KEPT:
-                self._known.popitem(last=False)
+            forget(self._known, lambda recording: recording is not None)
             return losses
         self._known.move_to_end(key)
         recording = self._known[key]
         if recording is not None:
             self.round.rounds += 1
             return recording.play(x, y, seed)
-        recording = self._known[key] = self._record(play, x, y)
+        recording = self._record(play, x, y)
+        if recording is not None:
+            self._known[key] = recording
+            forget(self._known, lambda recording: recording is not None)
         return play(x, y, seed) if recording is None else recording.play(x, y, seed)
 
     def _record(self, play: Play, x: Tensor, y: Tensor) -> Recording | None:
-        played, state = self.round.rounds, self._state()
+        played, before, restore = self.round.rounds, (self._state(), self._places()), snapshot(*self._modules)
         try:
             with being_recorded(self.round.optimizers.values()):
-                recording = Recording.of(play, x, y, self.model)
+                recording = Recording.of(play, x, y, *self._modules)
         except RuntimeError as error:  # raised inside the capture: rounds played as ever went well
+            restore()
             self._give_up(played, f"recording one failed: {error}")
             return None
-        if restless := changed(state, self._state()):
-            self._give_up(played, f"each changes {named(min(restless))}, which a graph leaves as it is")
-            return None
-        return recording
+        if (self._state(), self._places()) == before:
+            return recording
+        moved = [named(one) for one in sorted(changed(before[0], self._state()))] or [
+            "a buffer or an optimizer's state"
+        ]
+        restore()
+        self._give_up(played, f"each changes {moved[0]}, which a graph leaves as it is")
+        return None
 
     def _give_up(self, played: int, reason: str) -> None:
         self.round.rounds, self.refused = played, True
@@ -187,8 +198,8 @@ class Recordings:
         return tuple(attack.settings()) if isinstance(attack, GradientAttack) else None, key_of(others)
 
     def _state(self) -> State:
-        """What the modules hold in Python."""
-        return state_of(*self._modules)
+        """What the modules hold in Python, and where their tensors lie."""
+        return state_of(*self._modules, tensors=True)
 
     def _places(self) -> tuple[int, ...]:
         """Where weights, buffers and the parts of the optimizers' state lie in memory."""
@@ -203,4 +214,4 @@ class Recordings:
 
 def warn(reason: str) -> None:
     """Says, once a run, why its rounds are played without a graph."""
-    warnings.warn(f"rounds are played without a CUDA graph, because {reason}", CaptureWarning, stacklevel=4)
+    warn_caller(f"rounds are played without a CUDA graph, because {reason}", CaptureWarning)

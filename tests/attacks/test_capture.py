@@ -113,26 +113,31 @@ def test_after_a_failed_capture_random_numbers_can_be_drawn_again(driver, index)
 
 
 def test_turns_wait_for_the_turn_before_whatever_their_stream(monkeypatch):
-    told = []
+    told, events = [], []
 
     class Event:
         def record(self, stream):
+            events.append(self)
             told.append(("done", stream.name))
 
     class Named:
+        device_index = 0
+
         def __init__(self, name):
             self.name = name
 
-        def wait_event(self, _event):
+        def wait_event(self, event):
+            events.append(event)
             told.append(("wait", self.name))
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    graph = capture.Graph(torch.device("cuda", 0))
-    for name in ("first", "second"):
+    monkeypatch.setattr(capture, "_last_turn", {})
+    for name in ("first", "second"):  # also of two graphs, which share what libraries keep for their stream
         monkeypatch.setattr(torch.cuda, "current_stream", lambda *_, name=name: Named(name))
-        with graph.turn():
+        with capture.Graph(torch.device("cuda", 0)).turn():
             told.append(("replay", name))
+    assert len(set(events)) == 1
     assert told == [(what, name) for name in ("first", "second") for what in ("wait", "replay", "done")]
 
 

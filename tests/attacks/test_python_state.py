@@ -2,6 +2,8 @@
 
 import enum
 import functools
+import weakref
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +11,27 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks.python_state import LARGEST, changed, flags, key_of, named, places, state_of
+from afd.attacks.python_state import (
+    LARGEST,
+    _Keys,
+    changed,
+    flags,
+    in_place,
+    key_of,
+    named,
+    places,
+    snapshot,
+    state_of,
+)
 
 
 class Mode(enum.Enum):
     A = 1
     B = 2
+
+
+class Name(str):
+    __slots__ = ()
 
 
 class Bound:
@@ -54,6 +71,78 @@ def test_containers_that_hold_themselves_and_large_ones_end():
     module = nn.Identity()
     module.itself, module.large = module, np.zeros(10**6)
     assert state_of(module) == state_of(module)
+
+
+def test_objects_in_containers_are_followed_too_and_a_class_that_is_exchanged_is_seen():
+    module = nn.Sequential(nn.ReLU())
+    module.blocks = [SimpleNamespace(width=1)]
+    states = {state_of(module)}
+    module.blocks[0].width = 2
+    states.add(state_of(module))
+    module[0].__class__ = nn.Tanh
+    states.add(state_of(module))
+    assert len(states) == 3
+
+
+def test_what_cannot_be_asked_is_taken_as_itself():
+    class Held:
+        pass
+
+    @dataclass
+    class Size:
+        width: int
+
+    class Sizes(Size, enum.Enum):
+        SMALL = 1
+
+    proxy = weakref.proxy(Held())
+    for value in (proxy, Sizes.SMALL, Name("a")):
+        assert key_of(value) == key_of(value)
+    assert key_of(Name("a")) == key_of(Name("a"))
+
+
+def test_containers_in_containers_share_one_budget():
+    nested = [[list(range(100)) for _ in range(100)] for _ in range(100)]
+    keys = _Keys(tensors=False)
+    keys.of(nested)
+    assert keys.left < 0
+    asked = []
+
+    class Counting(list):
+        def __iter__(self):
+            asked.append(1)
+            return super().__iter__()
+
+    key_of([Counting(range(1000)) for _ in range(1000)])
+    assert len(asked) < 10
+
+
+def test_a_snapshot_puts_back_objects_and_what_containers_held():
+    module = nn.BatchNorm1d(2)
+    module.count, module.seen, module.kept = 1, [1], torch.ones(2)
+    before, kept, seen, buffer = state_of(module, tensors=True), module.kept, module.seen, module.running_mean
+    restore = snapshot(module)
+    module.count, module.kept, module.running_mean = 2, torch.zeros(2), torch.ones(2)
+    module.seen.append(2)
+    module.new = 1
+    restore()
+    assert state_of(module, tensors=True) == before
+    assert module.kept is kept
+    assert module.seen is seen
+    assert module.running_mean is buffer
+
+
+def test_tensors_that_are_replaced_stay_where_they_are():
+    module = nn.BatchNorm1d(2)
+    module.kept, module.other = torch.ones(2), torch.ones(2)
+    kept, buffer = module.kept, module.running_mean
+    with in_place(module):
+        module.kept, module.running_mean, module.other = module.kept * 3, torch.full((2,), 5.0), torch.ones(3)
+    assert module.kept is kept
+    assert kept.tolist() == [3, 3]
+    assert module.running_mean is buffer
+    assert buffer.tolist() == [5, 5]
+    assert module.other.shape == (3,), "it is of another form"
 
 
 def test_an_object_is_followed_one_step_into_its_attributes():

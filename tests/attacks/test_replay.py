@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import warnings
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks import APGD, MIM, PGD, CaptureWarning, replay
+from afd.attacks import APGD, MIM, PGD, CaptureWarning, base, replay
 from afd.errors import InputError
 
 
@@ -24,7 +25,8 @@ def tapes(tape, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(replay, "Graph", recorded)
-    monkeypatch.setattr(replay, "recordable", lambda _: not tape.Tape.recording)
+    for module in (base, replay):
+        monkeypatch.setattr(module, "recordable", lambda _: not tape.Tape.recording)
     return made
 
 
@@ -247,7 +249,7 @@ def test_a_change_that_python_makes_between_calls_is_seen(change, fold, tapes, m
     assert not torch.equal(expected, before[0])
     for _ in range(3):
         assert torch.equal(recorded(x, y), expected)
-    assert replays(tapes)[1:] == [2], "and is recorded anew"
+    assert replays(tapes)[1:] in ([1], [2]), "and is recorded anew"
 
 
 FLAGS = {
@@ -304,7 +306,7 @@ def test_without_a_look_it_is_told_at_the_next_call(tapes, quiet):
         recorded(x, y)
     factor[0] = -2.0
     assert not torch.equal(recorded(x, y), plain(x, y))
-    with pytest.warns(CaptureWarning, match="the last attack replayed a graph in which the model gave other logits"):
+    with pytest.warns(CaptureWarning, match="an earlier call of this attack replayed a graph in which the model gave"):
         assert torch.equal(recorded(x, y), plain(x, y))
     for _ in range(2):
         assert torch.equal(recorded(x, y), plain(x, y))
@@ -314,7 +316,8 @@ def test_a_model_that_draws_at_random_is_attacked_step_by_step_and_it_is_said(ta
     model, (x, y) = nn.Sequential(net(), nn.Dropout()), images()
     model[1].forward = lambda logits: torch.nn.functional.dropout(logits, 0.3, training=True)
     attack = PGD(model, eps=0.1, steps=3)
-    attack(x, y), attack(x, y)
+    for _ in range(3):
+        attack(x, y)
     with pytest.warns(CaptureWarning, match="not those of its recording, time and again: it draws at random, or dep"):
         attack(x, y)
     assert attack._replays.refused
@@ -325,6 +328,95 @@ def test_a_model_that_draws_at_random_is_attacked_step_by_step_and_it_is_said(ta
         points.append(attack(x, y))
     assert torch.equal(points[0], points[1])
     assert not torch.equal(points[0], points[2])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_model_that_sometimes_gives_the_same_logits_again_does_not_go_on_for_ever(seed, tapes):
+    """Restarts of one call share a recording, and some of its replays are right by chance: one repetition is enough."""
+    factors = itertools.cycle([[1.0, 1.3], [1.3, 1.0, 1.0], [1.0, 1.0, 1.3]][seed])
+
+    class Alternates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x):
+            return self.inner(x) * next(factors)
+
+    attack, (x, y) = APGD(Alternates(), eps=0.1, steps=3, n_restarts=8), images()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        for _ in range(3):
+            attack(x, y)
+    assert len(tapes) <= 2 * replay.MOST_DROPS
+
+
+def test_radii_of_samples_are_followed_where_they_lie(tapes, quiet):
+    x, y = images()
+    several = torch.linspace(0.01, 0.3, 16)
+    attack, plain = (PGD(net(), eps=0.1, alpha=0.05, steps=3) for _ in range(2))
+    step_by_step(plain)
+    for eps in (several[:8], several[::2], several[:1].expand(8), several[8:]):
+        for _ in range(3):
+            attack.eps = plain.eps = eps
+            assert torch.equal(attack(x, y), plain(x, y))
+    several.mul_(0.5)
+    assert torch.equal(attack(x, y), plain(x, y))
+    assert replays(tapes) == [2, 2, 2, 3]
+
+
+def test_many_pieces_are_all_recorded(tapes):
+    """Those that are known but not recorded yet cost nothing, and make none of them forgotten."""
+    attack, (x, y) = PGD(net(), eps=0.1, steps=2, piece=1), images()
+    for _ in range(2):
+        attack(x, y)
+    assert replays(tapes) == [1] * 8
+    assert sum(known.recording is not None for known in attack._replays._known.values()) == replay.KEPT
+
+
+def test_a_model_that_differentiates_in_its_forward_is_recorded(tapes, quiet):
+    class Purifies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x):
+            with torch.enable_grad():
+                y = x.detach().requires_grad_()
+                (step,) = torch.autograd.grad(self.inner(y).square().sum(), y)
+            return self.inner(x - 0.01 * step)
+
+    model, (x, y) = Purifies(), images()
+    attack, plain = PGD(model, eps=0.1, steps=2), step_by_step(PGD(model, eps=0.1, steps=2))
+    for _ in range(3):
+        assert torch.equal(attack(x, y), plain(x, y))
+    assert replays(tapes) == [2]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_a_model_keeps_of_a_forward_is_never_memory_that_nobody_has_written(waits, tapes):
+    """A capture computes nothing, whether it goes well or fails: here it leaves NaN in all that it makes."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.mean, self.seen, self.calls = net(), torch.zeros(3, 8, 8), [], 0
+
+        def forward(self, x):
+            self.mean, self.calls = 0.9 * self.mean + 0.1 * x.detach().mean(0), self.calls + 1
+            self.seen.append(self.mean)
+            logits = self.inner(x)
+            return logits * (1.0 if not waits or float(logits.detach().sum()) < 1e9 else 2.0)
+
+    model, (x, y) = Keeps(), images()
+    attack = PGD(model, eps=0.1, steps=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CaptureWarning)
+        for _ in range(3):
+            assert attack(x, y).isfinite().all()
+    assert model.mean.isfinite().all()
+    assert all(seen.isfinite().all() for seen in model.seen)
+    assert model.calls == len(model.seen) == (6 if waits else 4)
 
 
 def test_counters_and_kept_activations_are_no_reason_for_another_recording(tapes, quiet):
@@ -361,8 +453,8 @@ def test_logits_differ_by_more_than_rounding():
     near, far = logits * (1 + 1e-6), logits.clone()
     far[1, 1] = 0.6
     assert not replay.differ(near, logits, 1e-4)
-    assert replay.differ(far, logits, 1e-4)
-    assert not replay.differ(far, logits, 0.1)
+    assert replay.differ(far, logits, 0.1), "another sample's larger logits hide nothing"
+    assert not replay.differ(far, logits, 0.3)
     assert replay.differ(logits.nan_to_num(), logits, 0.1)
     assert replay.differ(logits[:, :1], logits, 0.1)
     assert not replay.differ(torch.full((2, 2), float("inf")), torch.full((2, 2), float("inf")), 0.1)
