@@ -124,6 +124,7 @@ class GradientAttack(ABC):
         """Runs the algorithm piece by piece into x_adv; returns what was noted on the way, if anybody looks."""
         largest_label = inputs.largest_label(x, y, self.bounds) if self.look else -1
         trace = watch.new_trace(len(x), x.device) if self.look else None
+        self._replays.begin()
         with self._folding.folded():
             for rows in execution.pieces(self.model, x, self.piece, self.precision):
                 images, labels, first = execution.channels_last(x[rows]), y[rows], first_sample + rows.start

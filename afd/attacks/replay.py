@@ -90,6 +90,12 @@ class Replays:
         self._moved_by_running: set[tuple[str, str]] = set()  # attributes: no reason for another recording
         self._compared: list[tuple[Hashable, Later]] = []
         self._drops_in_a_row = 0
+        self._state: State | None = None
+        self._used: set[Hashable] = set()
+
+    def begin(self) -> None:
+        """A call of the attack begins: the model is asked for its state once in it, however many climbs follow."""
+        self._state, self._used = None, set()
 
     def __call__(
         self,
@@ -115,24 +121,30 @@ class Replays:
         """
         if self.refused or self.paused or not recordable(x_adv) or not isinstance(piece.rows, slice):
             return climb(piece, x_adv)
-        state = state_of(model)
+        state = self._state = self._state or state_of(model)
         forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in _inputs(piece, x_adv))
         fixed = (name, flags(), places(model), piece.rows.start, piece.rows.stop, forms)
         key = (fixed, self._lasting(state))
         known = self._known.get(key)
         if known is None or piece.largest_label > known.largest_label:
             outcome = climb(piece, x_adv)  # raises if the model has no such class
-            self._moved_by_running |= changed(state, state_of(model))
+            self._state = state_of(model)
+            self._moved_by_running |= changed(state, self._state)
             self._know((fixed, self._lasting(state)), piece.largest_label)
             return outcome
         self._known.move_to_end(key)
         if known.recording is None:
+            if (
+                self._in_use() >= KEPT
+            ):  # one more would drive out what this very call has replayed, and so on in the next
+                return climb(piece, x_adv)
             try:
                 known.recording = Recording.of(climb, model, piece, x_adv)
             except RuntimeError as error:  # raised inside the capture: the step-by-step run before it went well
                 self._refuse(f"recording one failed: {error}")
                 return climb(piece, x_adv)
             forget(self._known, lambda known: known.recording is not None)
+        self._used.add(key)
         outcome, recorded = known.recording.play(piece, x_adv)
         self._compared += [(key, Later(differ(one, logits(x_adv), tolerance))) for one in recorded]
         return outcome
@@ -163,6 +175,10 @@ class Replays:
                 "something that changes outside of it"
             )
         return any(found.values())
+
+    def _in_use(self) -> int:
+        """How many recordings this call has replayed."""
+        return sum(known.recording is not None for key, known in self._known.items() if key in self._used)
 
     def _lasting(self, state: State) -> Hashable:
         return frozenset((name, value) for name, value in state if name not in self._moved_by_running)

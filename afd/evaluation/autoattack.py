@@ -9,6 +9,7 @@ from torch import Tensor
 
 from afd.attacks import Attack
 from afd.attacks.engine import evaluating
+from afd.attacks.inputs import outside_inference
 from afd.errors import InputError
 from afd.evaluation.extras import require
 from afd.evaluation.target import Target
@@ -81,8 +82,9 @@ def _pyautoattack(name: str, target: Target, build: Any) -> Attack:
     def attack(x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
         seed = (target.seed if seed is None else seed) + first_sample
         cuda = [x.device] if x.is_cuda else []
-        with evaluating(target.model), torch.random.fork_rng(cuda):
-            x_adv: Tensor = build(seed, x.device).perturb(x.contiguous(), y)
+        with torch.inference_mode(False), evaluating(target.model), torch.random.fork_rng(cuda):
+            x, y = outside_inference(x.contiguous()), outside_inference(y)
+            x_adv: Tensor = build(seed, x.device).perturb(x, y)
         return x_adv.detach()
 
     return attack

@@ -47,6 +47,14 @@ def build(name, model, eps, seed=0):
     return ATTACKS[name].build(Target(model, norm, eps, seed, 3), **settings), norm
 
 
+@pytest.mark.parametrize("name", EXTERNAL)
+def test_inference_mode_gives_the_same_points(name):
+    attack, _ = build(name, Linear(), 0.1)
+    with torch.inference_mode():
+        inside = attack(X.clone(), Y.clone(), seed=1)
+    assert torch.equal(inside, attack(X, Y, seed=1))
+
+
 @pytest.mark.parametrize("name", MINIMAL)
 def test_a_minimal_attack_finds_the_nearest_adversarial_image(name):
     attack, norm = build(name, Linear(), 1.0)
