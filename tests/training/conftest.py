@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from afd.ops.spectral import checks
+from afd.training import recording
+
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread():
@@ -13,3 +16,18 @@ def one_thread():
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tapes(tape, monkeypatch):
+    """Graphs of rounds are tapes, and nothing stands against them; returns those that were recorded."""
+    made = []
+
+    def recorded(_device):
+        made.append(tape.Tape())
+        return made[-1]
+
+    monkeypatch.setattr(recording, "Graph", recorded)
+    monkeypatch.setattr(recording, "obstacle", lambda *_: None)
+    monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
+    return made

@@ -13,8 +13,7 @@ from afd.data import Batches, Images
 from afd.data.augment import CropAndFlip
 from afd.methods import AFD, Execution, Natural
 from afd.methods.optimizers import make_recordable
-from afd.nn import FeatureClassifier, split
-from afd.ops.spectral import checks
+from afd.nn import FeatureClassifier
 from afd.training import Trainer, load_checkpoint, recording
 
 CPU = torch.device("cpu")
@@ -64,21 +63,6 @@ REPLAYS = {"joint": 22, "adam": 18, "alternating": 22, "natural": 22}
 def trainer(case, **settings):
     defaults = {"epochs": EPOCHS, "log_every": 3, "execution": Execution(graph=True)}
     return Trainer(model(), **{**defaults, **CASES[case], **settings})
-
-
-@pytest.fixture
-def tapes(tape, monkeypatch):
-    """Graphs of rounds are tapes, and nothing stands against them; returns those that were recorded."""
-    made = []
-
-    def recorded(_device):
-        made.append(tape.Tape())
-        return made[-1]
-
-    monkeypatch.setattr(recording, "Graph", recorded)
-    monkeypatch.setattr(recording, "obstacle", lambda *_: None)
-    monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
-    return made
 
 
 def run(case, folder, **settings):
@@ -255,94 +239,6 @@ def test_weights_that_move_make_a_new_recording(tapes):
     assert sum(one is not None for one in played._known.values()) <= KEPT
 
 
-class Tempered(nn.Module):
-    """A model with a number that its user sets, and one that it may set itself."""
-
-    def __init__(self, counts):
-        super().__init__()
-        self.inner, self.temperature, self.counts, self.calls = model(), 1.0, counts, 0
-
-    def forward(self, x):
-        self.calls += self.counts
-        return self.inner(x) / self.temperature
-
-
-def tempered_rounds(net, change, rounds=6):
-    """Plays rounds of natural training, `change` made before the fourth; returns the losses."""
-    round_, x, y = Natural(lr=1e-3).build(split(net)), torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
-    played, losses = recording.Recordings(net, round_, CPU), []
-    for number in range(rounds):
-        if number == 3:
-            change(net, round_)
-        losses.append(float(played(lambda x, y, _seed: round_.step(x, y, x), None, x, y, 0)["task"]))
-    assert round_.rounds == rounds
-    return losses
-
-
-CHANGES = {
-    "attribute": lambda net, _: setattr(net, "temperature", 100.0),
-    "mode": lambda net, _: net.inner.encoder[1].eval(),
-    "hook": lambda net, _: net.inner.encoder[0].register_forward_hook(lambda _layer, _given, out: out * 0),
-    "optimizer": lambda _, round_: round_.task.param_groups[0].update(momentum=0.0, weight_decay=300.0),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_python_holds_of_the_model_makes_a_new_recording(change, tapes):
-    torch.manual_seed(0)
-    replayed = tempered_rounds(Tempered(counts=0), CHANGES[change])
-    assert [one.replays for one in tapes] == [2, 2]
-    torch.manual_seed(0)
-    unchanged = tempered_rounds(Tempered(counts=0), lambda *_: None)
-    assert replayed[:3] == unchanged[:3]
-    assert abs(replayed[5] - unchanged[5]) > 1e-3
-
-
-class Centred(nn.Module):
-    """Keeps a running mean of its features: as a plain tensor, or as a buffer that is replaced; and may wait."""
-
-    def __init__(self, kind, waits):
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head = nn.Sequential(nn.Flatten(), nn.Linear(36, 8)), nn.Linear(8, 3)
-        self.waits, self.calls = waits, 0
-        if kind == "buffer":
-            self.register_buffer("centre", torch.zeros(8))
-        else:
-            self.centre = torch.zeros(8)
-
-    def forward(self, x):
-        z = self.body(x)
-        self.centre = 0.5 * self.centre + 0.5 * z.detach().mean(0)
-        if self.waits == "counts":
-            self.calls += 1
-        logits = self.head(z - self.centre)
-        return logits * (1.0 if self.waits != "waits" or float(logits.detach().sum()) < 1e9 else 2.0)
-
-
-@pytest.mark.parametrize("waits", ["", "waits", "counts"])
-@pytest.mark.parametrize("kind", ["plain", "buffer"])
-def test_tensors_that_a_model_replaces_are_followed_also_where_recording_fails(kind, waits, tapes, monkeypatch):
-    """A capture leaves NaN in what it makes; the last, shorter batch comes between the others."""
-    ends = []
-    for recorded in (True, False):
-        net = Centred(kind, waits)
-        round_ = Natural(lr=0.1).build(split(net))
-        played, losses = recording.Recordings(net, round_, CPU), []
-        with warnings.catch_warnings(), monkeypatch.context() as patch:
-            warnings.simplefilter("ignore", CaptureWarning)
-            if not recorded:
-                step_by_step(patch)
-            for number, rows in enumerate((6, 6, 6, 3, 6, 6, 3, 3, 6)):
-                x = torch.rand(rows, 1, 6, 6, generator=torch.Generator().manual_seed(number))
-                loss = played(lambda x, y, _seed, r=round_: r.step(x, y, x), None, x, torch.arange(rows) % 3, 0)
-                losses.append(loss["task"])
-        ends.append([torch.stack(losses), net.centre, net.head.weight.detach(), net.calls])
-    assert [one.replays for one in tapes] == ([0] if waits else [5, 2])
-    assert ends[0][0].isfinite().all()
-    assert_same(*ends)
-
-
 def test_attacks_do_not_record_where_rounds_are_recorded(tapes, tape, monkeypatch):
     """A graph of their own would be looked at, which is not permitted in a capture, and hold memory twice."""
     made = []
@@ -354,15 +250,6 @@ def test_attacks_do_not_record_where_rounds_are_recorded(tapes, tape, monkeypatc
     assert not trained.plays.refused
     assert sum(one.replays for one in tapes) == REPLAYS["adam"]
     assert not made
-
-
-def test_a_model_that_changes_its_own_attributes_is_not_recorded_and_is_named(tapes):
-    net = Tempered(counts=1)
-    with pytest.warns(
-        CaptureWarning, match="because each changes the attribute 'calls' of the model, which a graph le"
-    ):
-        tempered_rounds(net, lambda *_: None)
-    assert [one.replays for one in tapes] == [0]
 
 
 def trained_with(steps_later):

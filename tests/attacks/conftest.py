@@ -1,0 +1,32 @@
+"""The stand-in for CUDA graphs under attacks."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from afd.attacks import base, replay
+
+
+@pytest.fixture
+def tapes(tape, monkeypatch):
+    """Graphs of attacks are tapes, on any device; returns those that were recorded."""
+    made = []
+
+    def recorded(_device):
+        made.append(tape.Tape())
+        return made[-1]
+
+    monkeypatch.setattr(replay, "Graph", recorded)
+    for module in (base, replay):
+        monkeypatch.setattr(module, "recordable", lambda _: not tape.Tape.recording)
+    return made
+
+
+@pytest.fixture
+def quiet():
+    """No warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield

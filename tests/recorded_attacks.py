@@ -1,0 +1,63 @@
+"""What the tests of recorded attacks share: models, images, attacks, and the steps one by one to compare with."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from afd.attacks import APGD, MIM, PGD
+
+
+def net(device="cpu"):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
+        nn.Linear(256, 5),
+    ).to(device)  # fmt: skip
+
+
+class Scaled(nn.Module):
+    """A model whose logits hang on what is set of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+        self.scale, self.factors, self.temperature = 1.0, [1.0], None
+        self.config = SimpleNamespace(power=1, inner=SimpleNamespace(factor=1.0))
+        self.tensor = torch.ones(5)
+
+    def forward(self, x):
+        logits = self.inner(x) * self.scale * self.factors[0] / (self.temperature or 1)
+        return logits**self.config.power * self.config.inner.factor * self.tensor
+
+
+def radii(model):
+    return torch.linspace(0, 1, 8, device=model[5].weight.device)
+
+
+ATTACKS = {
+    "pgd": lambda model: PGD(model, eps=0.1, alpha=0.03, steps=4),
+    "pgd l2 per sample": lambda model: PGD(model, norm="L2", eps=radii(model), alpha=0.2, steps=4),
+    "pgd l1 bf16": lambda model: PGD(model, norm="L1", eps=5.0, alpha=1.0, steps=4, precision="bf16"),
+    "mim": lambda model: MIM(model, eps=0.1, steps=4),
+    "apgd": lambda model: APGD(model, eps=0.1, steps=8, n_restarts=2),
+    "apgd l1": lambda model: APGD(model, norm="L1", eps=5.0, steps=10),
+    "kl": lambda model: PGD(model, loss="kl", eps=0.1, steps=3),
+}
+
+
+def images(device="cpu", seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(8, 3, 8, 8, generator=generator)
+    return x.to(device), torch.randint(5, (8,), generator=generator).to(device)
+
+
+def step_by_step(attack):
+    attack._replays.refused = True
+    return attack
+
+
+def replays(tapes):
+    return [one.replays for one in tapes]
