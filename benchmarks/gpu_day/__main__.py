@@ -111,7 +111,7 @@ def probe(steps: Sequence[Step], children: Mapping[str, str]) -> dict[str, str]:
         raise DayError("\n".join(missing))
     told = subprocess.run(["timeout", "60", sys.executable, "-c", PROBE], env=children, capture_output=True, text=True)
     if told.returncode:
-        said = f"status {told.returncode} {told.stderr.strip()}".splitlines()[-1]
+        said = f"status {told.returncode}\n{told.stderr.strip()}".splitlines()[-1]
         raise DayError(f"{sys.executable} cannot import torch and look for a GPU: {said}")
     return dict(json.loads(told.stdout))
 

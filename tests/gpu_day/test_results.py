@@ -1,0 +1,94 @@
+"""OUT's rules, and what other programs' files say, whole or cut off."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from gpu_day import DayError, results
+
+LOG = """$ python -m pytest
+[gw0] [ 33%] PASSED tests/ops/test_x.py::test_a[cpu-Linf 3]
+[gw1] [ 66%] FAILED tests/ops/test_x.py::test_b
+[gw0] [100%] SKIPPED tests/ops/test_x.py::test_c
+"""
+FAILED = "FAILED tests/ops/test_x.py::test_b - assert 1 == 2\nERROR tests/test_y.py - ImportError: no\n"
+CLEAN, ERRORS = "========= ERROR SUMMARY: 0 errors\n", "========= ERROR SUMMARY: 2 errors\n"
+HAZARDS = "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)\n"
+UNSEEN = ["the planted error was not seen, so that silence means nothing"]
+
+
+def test_a_folder_that_is_new_or_of_the_same_commit_is_taken(tmp_path):
+    out = tmp_path / "a" / "out"
+    content = results.opened(out, "abc")
+    (out / ".results.json.half").write_text("{")
+    assert results.opened(out, "abc")["steps"] == {}, "nothing was finished"
+    results.write(out / "results.json", {**content, "steps": {"smoke": {}}})
+    assert results.opened(out, "abc")["steps"] == {"smoke": {}}
+    with pytest.raises(DayError, match=r"^OUT is .*, which holds a day of commit 'abc', not 'def'; name another"):
+        results.opened(out, "def")
+
+
+@pytest.mark.parametrize("text", [None, '{"format": "afd-bench", "version": 1}', "{", "[]"])
+def test_a_folder_of_something_else_is_not(tmp_path, text):
+    (tmp_path / "thesis.tex").touch()
+    if text:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(DayError, match=r"^OUT is .*, which holds other files, no day; name another folder"):
+        results.opened(tmp_path, "abc")
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_pytest_whole_and_cut_off(tmp_path):
+    found = results.tests(tmp_path, LOG + FAILED)
+    assert found.figures == {"passed": 1, "failed": 1, "skipped": 1}
+    assert found.cases["tests/ops/test_x.py::test_a[cpu-Linf 3]"] == "passed"
+    assert found.wrong == ["tests/ops/test_x.py::test_b - assert 1 == 2", "tests/test_y.py - ImportError: no"]
+    caught = "ERROR    afd.train:train.py:12 told\n"
+    assert results.tests(tmp_path, LOG + caught).wrong == ["tests/ops/test_x.py::test_b"]
+    assert results.tests(tmp_path, LOG[:90]).wrong == []
+    assert results.tests(tmp_path, "").lacking == "not one test passed"
+
+
+@pytest.mark.parametrize(
+    ("runs", "wrong", "lacking"),
+    [
+        ((ERRORS, CLEAN), [], ""),
+        ((HAZARDS, CLEAN), [], ""),
+        ((ERRORS, HAZARDS), ["2 errors"], ""),
+        ((CLEAN, CLEAN), UNSEEN, ""),
+        (("nothing", CLEAN), UNSEEN, ""),
+        ((ERRORS, "Segmentation fault"), [], "no verdict"),
+        ((ERRORS,), [], "no verdict"),
+        ((), [], "no verdict"),
+    ],
+)
+def test_silence_of_a_sanitizer_counts_where_it_saw_the_planted_error(tmp_path, runs, wrong, lacking):
+    log = "".join(["$ nvcc planted.cu\n", *(f"$ compute-sanitizer --tool memcheck\n{run}\n" for run in runs)])
+    found = results.sanitizer(tmp_path, log)
+    assert (found.wrong, found.lacking, found.unsupported) == (wrong, lacking, "")
+    refused = results.sanitizer(tmp_path, log + "========= Error: Device not supported\n")
+    assert refused.unsupported == "compute-sanitizer does not support this machine"
+
+
+def test_documents_case_by_case(tmp_path):
+    timed = {"floor": {"seconds": {"p50": 2e-6}}, "afd": {"seconds": {"p50": 3e-6}}, "memory": {"seconds": None}}
+    document = {"cases": {"pgd_step": {"candidates": timed}}, "finished": False}
+    results.write(tmp_path / "kernels.json", document)
+    found = results.documents(tmp_path, "")
+    assert found.figures == {"cases": 1, "pgd_step": "floor 2 us, afd 3 us"}
+    assert (found.cases, found.lacking) == (document["cases"], "its file is not whole")
+    cases = {"a": {"ok": True}, "b": {"ok": False, "words": "off by 2"}}
+    results.write(tmp_path / "kernels.json", {"cases": cases, "finished": True})
+    assert results.documents(tmp_path, "")[2:] == (["b: off by 2"], "", "")
+    (tmp_path / "kernels.json").write_text('{"cases": {')
+    assert results.documents(tmp_path, "").lacking == "its file is not whole"
+
+
+def test_epochs_of_a_run_that_was_cut_off(tmp_path):
+    epoch = {"kind": "epoch", "epoch": 1, "round": 9, "images_per_second": 3.5, "natural": 0.5, "robust": 0.1}
+    (tmp_path / "log.jsonl").write_text(f'{{"kind": "interval"}}\n{json.dumps(epoch)}\n{{"kind": {{}}')
+    found = results.training(tmp_path, "")
+    assert found.cases == {"epoch 1": epoch}
+    assert found.figures == {name: epoch[name] for name in epoch if name != "kind"}
+    assert results.training(tmp_path / "absent", "").lacking == "no epoch was finished"
