@@ -1,7 +1,5 @@
 """A day that needs neither torch nor a GPU, whose commands are a few lines of Python."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
@@ -27,21 +25,18 @@ def listening():
 
 @pytest.fixture
 def make_day(tmp_path):
-    """A Day in a temporary folder."""
-
     def make(seconds=60.0):
-        work = tmp_path / "work"
-        children, content = environment(tmp_path, work, os.environ), results.opened(tmp_path / "out", "abc")
-        content["machine"] = {"gpu": "H100"}
-        (work / "logs").mkdir(exist_ok=True)
-        return Day(tmp_path / "out", {"work": work}, children, content, time.monotonic() + seconds, [])
+        children = environment(tmp_path, tmp_path / "work", os.environ)
+        content = results.opened(tmp_path / "out", "abc") | {"machine": {"gpu": "H100"}}
+        (tmp_path / "work" / "logs").mkdir(exist_ok=True)
+        return Day(tmp_path / "out", {"work": tmp_path / "work"}, children, content, time.monotonic() + seconds, [])
 
     return make
 
 
 @pytest.fixture
 def make_step():
-    """A step whose commands are Python."""
+    """A step whose commands are Python, each given the step's folder."""
 
     def make(name, *codes, read=None, **settings):
         lines = [f"{sys.executable} -c {shlex.quote(code)}".replace("{", "{{").replace("}", "}}") for code in codes]
