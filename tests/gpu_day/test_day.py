@@ -17,7 +17,6 @@ from unittest.mock import Mock
 import pytest
 from gpu_day import __main__ as command
 from gpu_day import plan, results
-from gpu_day.plan import Step
 from gpu_day.run import environment, run
 
 ROOT = Path(__file__).parents[2]
@@ -27,12 +26,10 @@ DEAF = "import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"
 SAVES = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('saved')"
 CASES = """import json, sys, time
 for i in range(1, 4):
-    time.sleep(0.8)
     text = json.dumps({"cases": {f"case {j}": {"ok": True} for j in range(i)}, "finished": i == 3})
-    open(sys.argv[1] + "/cases.json", "w").write(text)
+    time.sleep(0.8), open(sys.argv[1] + "/cases.json", "w").write(text)
 """
-BEATS = """import pathlib, signal, sys, time
-signal.signal(2, signal.SIG_IGN)
+BEATS = """import pathlib, signal, sys, time; signal.signal(2, signal.SIG_IGN)
 while True: pathlib.Path(sys.argv[1]).write_text(str(time.time())), time.sleep(0.05)
 """
 DAY = """import sys, shlex
@@ -56,9 +53,8 @@ def listening():
 def play(folder, *steps, seconds=60.0):
     """A day of these steps: its status, and the steps as they lie on disk."""
     out, work = folder / "out", folder / "work"
-    children, content = environment(folder, work, os.environ), results.opened(out, "abc")
+    children, content = environment(folder, work, os.environ), results.opened(out, "abc") | {"machine": {"gpu": "H100"}}
     (work / "logs").mkdir(exist_ok=True)
-    content["machine"] = {"gpu": "H100"}
     day = command.Day(out, {"work": work}, children, content, time.monotonic() + seconds, [])
     return day.run(steps), written(out)
 
@@ -66,7 +62,7 @@ def play(folder, *steps, seconds=60.0):
 def step(name, *codes, read=None, **settings):
     """A step whose commands are Python, each given the step's folder."""
     lines = [f"{sys.executable} -c {shlex.quote(code)}".replace("{", "{{").replace("}", "}}") for code in codes]
-    return Step(2, name, [f"{line} {{folder}}" for line in lines], read, **settings)
+    return plan.Step(2, name, [f"{line} {{folder}}" for line in lines], read, **settings)
 
 
 def written(out):
@@ -165,21 +161,14 @@ def test_a_day_that_is_stopped_ends_its_child_and_writes(number, tmp_path):
 
 def test_kills_at_random_moments_leave_valid_json_of_all_that_was_finished(tmp_path):
     """SIGKILL, as where a time limit from outside ends the day: no handler runs."""
-    chance = random.Random(0)
     for i in range(10):
         day = begun(tmp_path / f"{i}", "true")
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(random.Random(i).uniform(0, 0.5))
         day.kill()
         said = 1 + len(re.findall("^2 step-.*: ok", day.communicate()[0], re.MULTILINE))
         steps = list(statuses(written(tmp_path / f"{i}" / "out")).values())
         assert said <= steps.count("ok") <= said + 1 < 301
         assert len(steps) - steps.count("ok") <= 1
-
-
-def refused(tmp_path, capsys, *words):
-    """The lines that a call ends with, and its status 2."""
-    assert command.main([f"--out={tmp_path / 'out'}", f"--work={tmp_path / 'work'}", *words]) == 2
-    return capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -195,15 +184,16 @@ def refused(tmp_path, capsys, *words):
 )
 def test_a_mistake_ends_in_one_line_and_status_2(tmp_path, capsys, option, texts, said):
     for text in texts:
-        (line,) = refused(tmp_path, capsys, f"--{option}={text}")
+        assert command.main([f"--out={tmp_path}/out", f"--work={tmp_path}/work", f"--{option}={text}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"make gpu: {said.format(text)}")
 
 
 def test_a_full_disk_ends_the_day_in_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "probe", lambda *_: {"architecture": ""})
     monkeypatch.setattr(Path, "write_text", Mock(side_effect=OSError(28, "No space left on device")))
-    (line,) = refused(tmp_path, capsys)
-    assert line.endswith("/out cannot be written: No space left on device")
+    assert command.main([f"--out={tmp_path}/out", f"--work={tmp_path}/work"]) == 2
+    assert capsys.readouterr().err == f"make gpu: {tmp_path}/out cannot be written: No space left on device\n"
 
 
 @pytest.mark.parametrize(("stages", "said"), [("3,6", MISSING), ("3", CRASHED)])
