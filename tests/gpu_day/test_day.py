@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -27,18 +26,15 @@ SAVES = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('save
 CASES = """import json, sys, time
 for i in range(1, 4):
     text = json.dumps({"cases": {f"case {j}": {"ok": True} for j in range(i)}, "finished": i == 3})
-    time.sleep(0.8), open(sys.argv[1] + "/cases.json", "w").write(text)
-"""
+    time.sleep(0.8), open(sys.argv[1] + "/cases.json", "w").write(text)"""
 BEATS = """import pathlib, signal, sys, time; signal.signal(2, signal.SIG_IGN)
-while True: pathlib.Path(sys.argv[1]).write_text(str(time.time())), time.sleep(0.05)
-"""
+while True: pathlib.Path(sys.argv[1]).write_text(str(time.time())), time.sleep(0.05)"""
 DAY = """import sys, shlex
 from gpu_day import __main__ as day, plan
 command = shlex.join(sys.argv.pop(1).split(" ", 2))
 steps = [plan.Step(1, "build", ["true"], None), *(plan.Step(2, f"step-{i}", [command], None) for i in range(300))]
 day.probe, plan.steps = lambda *_: {"gpu": "", "architecture": ""}, lambda *_: steps
-raise SystemExit(day.main(["--stages=1,2", "--budget=9999", *sys.argv[1:]]))
-"""
+raise SystemExit(day.main(["--stages=1,2", "--budget=9999", *sys.argv[1:]]))"""
 
 
 @pytest.fixture(autouse=True)
@@ -102,30 +98,36 @@ def test_time_boxes_hold_together(tmp_path):
     status, found = play(tmp_path, *steps, step("deaf", DEAF, share=40), step("none", "pass", share=0.1), seconds=6)
     assert (status, 4.5 < time.monotonic() - begin < 8) == (0, True)
     assert statuses(found) == {"quick": "ok"} | dict.fromkeys(("capped", "saves", "deaf", "none"), "timed out")
-    assert (found["capped"]["box"], 2.5 < found["saves"]["box"] < 3.5) == (1.5, True)
+    assert (found["capped"]["box"], 2 < found["saves"]["box"] < 3.5) == (1.5, True)
     assert (tmp_path / "work" / "logs" / "saves.log").read_text().endswith("saved\n")
 
 
 def test_cases_are_on_disk_while_a_step_runs_and_its_document_goes_out(tmp_path):
     """The step is called interrupted until it has ended."""
     seen = []
-    threading.Timer(2.2, lambda: seen.append(written(tmp_path / "out")["cases"])).start()
-    _, found = play(tmp_path, step("cases", CASES, read=results.documents))
-    assert (seen[0]["status"], seen[0]["device"], len(seen[0]["cases"]) in (1, 2)) == ("interrupted", "H100", True)
+
+    def look(*places):
+        seen.append(written(tmp_path / "out").get("cases", {"cases": {}}))
+        return results.documents(*places)
+
+    _, found = play(tmp_path, step("first", "pass"), step("cases", CASES, read=look))
+    one = next(one for one in seen if one["cases"])
+    assert (one["status"], one["device"], len(one["cases"]) in (1, 2)) == ("interrupted", "H100", True)
     assert (found["cases"]["status"], found["cases"]["figures"]) == ("ok", {"cases": 3})
     assert len(json.loads((tmp_path / "out" / "cases.json").read_text())["cases"]) == 3
 
 
 def test_a_child_leaves_its_status_and_its_output_and_no_children(tmp_path):
-    def child(*words, stopped=()):
-        return run(words, tmp_path / "log", os.environ, tmp_path, time.monotonic() + 30, lambda: None, stopped)
+    beat, stopped = tmp_path / "beat", []
+
+    def child(*words, heard=lambda: None):
+        return run(words, tmp_path / "log", os.environ, tmp_path, time.monotonic() + 30, heard, stopped)
 
     assert [child("echo", "said"), child("sh", "-c", "exit 3"), child("/no/such/program")] == [0, 3, 127]
     assert child("sh", "-c", "kill -9 $$") == -9, "not for want of time, but for want of memory, say"
     assert re.search("said\n\\$ .*cannot be started", (tmp_path / "log").read_text(), re.DOTALL), "one for a step"
-    beat, stopped = tmp_path / "beat", []
-    threading.Timer(1.5, lambda: stopped.append(15)).start()
-    assert child("sh", "-c", '"$@" & sleep 60', "sh", sys.executable, "-c", BEATS, str(beat), stopped=stopped) is None
+    words = ["sh", "-c", '"$@" & sleep 60', "sh", sys.executable, "-c", BEATS, str(beat)]
+    assert child(*words, heard=lambda: beat.exists() and stopped.append(15)) is None
     last = beat.read_text()
     time.sleep(0.3)
     assert beat.read_text() == last, "a deaf grandchild ends, too"
@@ -152,7 +154,7 @@ def begun(folder, line):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_day_that_is_stopped_ends_its_child_and_writes(number, tmp_path):
     day = begun(tmp_path, f"{sys.executable} -c {SAVES}")
-    time.sleep(1)
+    time.sleep(2)
     day.send_signal(number)
     assert (day.wait(15), "step-0: interrupted" in day.stdout.read()) == (128 + number, True)
     assert statuses(written(tmp_path / "out")) == {"build": "ok", "step-0": "interrupted"}
@@ -171,22 +173,19 @@ def test_kills_at_random_moments_leave_valid_json_of_all_that_was_finished(tmp_p
         assert len(steps) - steps.count("ok") <= 1
 
 
-@pytest.mark.parametrize(
-    ("option", "texts", "said"),
-    [
+def test_a_mistake_ends_in_one_line_and_status_2(tmp_path, capsys):
+    for option, texts, said in (
         ("stages", ["9", "", "1,,2", "1,1", "one", "1:", "1.5", "²"], "STAGES is '{}', where "),
         ("stages", ["5:vgg"], "STAGES asks for {}, but the steps of stage 5 are round-resnet18, round-small"),
         ("budget", ["soon", "", "nan", "inf", "-5", "29.9", "²"], "BUDGET is '{}'; it must be a number of seconds"),
         *((name, ["/nowhere"], f"{name.upper()} is {{}}, which is no folder") for name in ("data", "wheels")),
         ("out", [str(ROOT / "tests")], "OUT is {}, which holds other files"),
         ("out", ["/proc/day"], "{} cannot be written"),
-    ],
-)
-def test_a_mistake_ends_in_one_line_and_status_2(tmp_path, capsys, option, texts, said):
-    for text in texts:
-        assert command.main([f"--out={tmp_path}/out", f"--work={tmp_path}/work", f"--{option}={text}"]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"make gpu: {said.format(text)}")
+    ):
+        for text in texts:
+            assert command.main([f"--out={tmp_path}/out", f"--work={tmp_path}/work", f"--{option}={text}"]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith(f"make gpu: {said.format(text)}")
 
 
 def test_a_full_disk_ends_the_day_in_one_line(monkeypatch, tmp_path, capsys):

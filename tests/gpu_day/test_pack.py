@@ -93,13 +93,8 @@ def test_a_pack_holds_light_wheels_the_module_and_data_or_says_what_is_missing(c
     for file in (data / "images.tar.xz", data.parent / "thesis.tex", tmp_path / "nvcc"):
         file.touch(0o755)
     data.chmod(0o555)
-    fakes = {
-        "LARGEST": 2**20,
-        "ROOT": tmp_path,
-        "environment": lambda *_: {"PATH": str(tmp_path)},
-        "compiled": compiled,
-    }
-    fakes["fetch"] = lambda name, folder: wheel(name, folder, **{"a.pt": heavy, "a.py": heavy})
+    fakes = {"ROOT": tmp_path, "compiled": compiled, "environment": lambda *_: {"PATH": str(tmp_path)}}
+    fakes |= {"LARGEST": 2**20, "fetch": lambda *to: wheel(*to, **{"a.pt": heavy, "a.py": heavy})}
     for name, fake in fakes.items():
         monkeypatch.setattr(gpu_pack, name, fake)
     for python, of, said in (
@@ -115,10 +110,8 @@ def test_a_pack_holds_light_wheels_the_module_and_data_or_says_what_is_missing(c
     assert "STAGES=4:128,5:resnet18,6:cifar10 BUDGET=330 WHEELS=build/wheels COMMIT=abc" in capsys.readouterr().out
     assert [path.name for path in (wheels / "data").rglob("*")] == ["cifar10-jpeg", "images.tar.xz"]
     assert (wheels / "data" / "cifar10-jpeg").stat().st_mode & 0o200, "can be removed again"
-    names = zipfile.ZipFile(wheels / "tyro-1.0-py3-none-any.whl").namelist()
-    assert names == ["tyro/__init__.py", "tyro-1.0.dist-info/METADATA", "a.py"]
-    spills = {"stack": 8, "spill_stores": 16, "spill_loads": 24, "registers": 255}
-    assert read_json(wheels / "module" / "registers.json") == {"_Z4slowPf": spills}
+    assert zipfile.ZipFile(wheels / "tyro-1.0-py3-none-any.whl").namelist()[2:] == ["a.py"], "and no weights"
+    assert list(read_json(wheels / "module" / "registers.json")["_Z4slowPf"].values()) == [8, 16, 24, 255]
     (tmp_path / "nvcc").unlink()
     with pytest.raises(DayError, match="nvcc is missing"):
         gpu_pack.pack(wheels, "true", None, "abc")

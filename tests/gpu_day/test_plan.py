@@ -26,8 +26,7 @@ print(*{name.partition(".")[0] for name in sys.modules})
 from afd import cli
 print(*{name.partition(".")[0] for name in sys.modules})
 cli.run_training = cli.run_evaluation = lambda config: print(type(config).__name__)
-print(*{cli.main(line) for line in json.loads(sys.argv[1])})
-"""
+print(*{cli.main(line) for line in json.loads(sys.argv[1])})"""
 FIRST = {"": "digits-pace", "cifar10-jpeg": "cifar10-unpack", "cifar-10-batches-bin": "cifar10-pace"}  # by data
 
 
