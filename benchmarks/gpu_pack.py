@@ -20,7 +20,7 @@ PACKAGES = (
     "charset-normalizer", "tqdm", "six", "pyautoattack", "torchattacks", "setuptools", "pybind11",
 )  # fmt: skip
 LARGEST, BALLAST = 40 * 2**20, 2**18  # bytes: of a pack; of a packed file that, if no Python, is weights
-DATA = ("cifar10-jpeg", "unpack_cifar10.py", "mnist", "cifar-10-batches-bin")
+DATA = ("cifar10-jpeg", "unpack_cifar10.py", "cifar-10-batches-bin")
 HEADERS = "import sys, sysconfig, pathlib; include = pathlib.Path(sysconfig.get_path('include'), 'Python.h')\n"
 HEADERS += "sys.exit(not (include.is_file() and sys.version_info[:2] == (3, 12)))"
 PTXAS = re.compile(
@@ -45,20 +45,24 @@ def pack(folder: Path, python: str, data: Path | None, commit: str) -> None:
     if not shutil.which(python) or subprocess.run([python, "-c", HEADERS], check=False).returncode:
         needed = "a Python 3.12 with headers (default: python3.12, or pyenv's)"
         raise DayError(f"GPU_PYTHON is {python!r}; it must be {needed}")
-    if not shutil.which("nvcc"):
+    work = ROOT / "build" / "gpu-pack"
+    given = environment(ROOT, work, os.environ)
+    if not shutil.which("nvcc", path=given["PATH"]):
         raise DayError("nvcc is missing, which compiles the module")
     if data and not any((data / name).exists() for name in DATA):
         raise DayError(f"DATA is {data}, which holds none of {', '.join(DATA)}")
-    shutil.rmtree(folder, ignore_errors=True)
+    if data and data.resolve().is_relative_to(folder):
+        raise DayError(f"DATA is {data}, which lies in {folder}; that folder is emptied first")
+    if folder.is_dir():
+        shutil.rmtree(folder)
     folder.mkdir(parents=True)
     for name in PACKAGES:
         fetch(name, folder)
     for wheel in folder.glob("*.whl"):
         lighten(wheel)
-    work = ROOT / "build" / "gpu-pack"
     for name in ("pybind11", "setuptools"):
         zipfile.ZipFile(next(folder.glob(f"{name}-*.whl"))).extractall(work / "site")
-    said = compiled(folder / "module", python, "90", environment(ROOT, work, os.environ))
+    said = compiled(folder / "module", python, "90", given)
     write(folder / "module" / "registers.json", registers(said))
     if data:
         carry(data, folder / "data")
@@ -67,33 +71,23 @@ def pack(folder: Path, python: str, data: Path | None, commit: str) -> None:
         most = f"at most {LARGEST / 2**20:g} can be carried: leave data out"
         raise DayError(f"{folder} has {size / 2**20:.1f} MiB; {most}")
     print(f"{folder}: {size / 2**20:.1f} MiB. There, in 390 s and 360 s:")
-    print(COMMAND % ("1,2,3", 350, commit, "a"), COMMAND % ("4:128,5:resnet18,6:cifar10", 330, commit, "b"), sep="\n")
+    training = "6:cifar10" if data else "6"
+    print(COMMAND % ("1,2,3", 350, commit, "a"), COMMAND % (f"4:128,5:resnet18,{training}", 330, commit, "b"), sep="\n")
 
 
 def carry(data: Path, folder: Path) -> None:
-    """Copies the data sets of a folder, and none of its files' permissions."""
-    folder.mkdir()
-    for path in [data / name for name in DATA]:
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, copy_function=shutil.copyfile)
-        elif path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    """Copies the data sets of a folder, and no permissions: what is read-only could not be removed again."""
+    for path in [path for name in DATA for path in (data / name, *(data / name).rglob("*")) if path.is_file()]:
+        copy = folder / path.relative_to(data)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def fetch(name: str, folder: Path) -> None:
     """Downloads a wheel that fits every machine: of the version in constraints.txt, else the newest that does."""
-    words = [
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(folder),
-        "--python-version",
-        "3.11",
-    ]
-    words += ["--implementation", "py", "--abi", "none", "--platform", "any", name]
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", *words]
+    words = "-m pip --disable-pip-version-check download --quiet --no-deps --only-binary=:all: --python-version 3.11"
+    words += " --implementation py --abi none --platform any"
+    pip = [sys.executable, *words.split(), "--dest", str(folder), name]
     pinned = [*pip, "--constraint", str(ROOT / "constraints.txt")]
     if all(subprocess.run(command, check=False).returncode for command in (pinned, pip)):
         raise DayError(f"{name} cannot be fetched as a wheel that fits every machine")
@@ -119,5 +113,5 @@ if __name__ == "__main__":
     folder, python, data, commit = sys.argv[1:]
     try:
         pack(Path(folder).resolve(), python, Path(data) if data else None, commit)
-    except DayError as error:
+    except (DayError, OSError) as error:
         sys.exit(f"make gpu-pack: {error}")

@@ -47,7 +47,7 @@ def _value(key: str, text: str, kind: Any) -> Any:
 def main() -> int:
     """Runs what the arguments say; returns the exit status."""
     try:
-        run(built(*sys.argv[1:]), Console())
+        run(built(*(sys.argv[1:] or [""])), Console())
     except AfdError as error:
         print(f"afd.bench: error: {error}", file=sys.stderr)
         return 2

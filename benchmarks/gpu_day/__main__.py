@@ -70,7 +70,7 @@ class Day:
             try:
                 text = log.read_text(errors="replace")
                 reading = step.read(folder, text) if step.read else results.Reading({}, {}, [])
-            except (ValueError, KeyError, TypeError) as error:  # a file is not what it should be: the day goes on
+            except (ValueError, LookupError, TypeError, AttributeError) as error:  # a file is not what it should be
                 reading = results.Reading({}, {}, [f"{type(error).__name__}: {error}"])
             figures = reading.figures | ({"note": step.note} if step.note else {})
             record.update(figures=figures, cases=reading.cases, seconds=round(time.monotonic() - begin, 1))
@@ -109,9 +109,10 @@ def probe(steps: Sequence[Step], children: Mapping[str, str]) -> dict[str, str]:
                for name in sorted(asked) if not has(name, children)]  # fmt: skip
     if missing:
         raise DayError("\n".join(missing))
-    told = subprocess.run([sys.executable, "-c", PROBE], env=children, capture_output=True, text=True, check=False)
+    told = subprocess.run(["timeout", "60", sys.executable, "-c", PROBE], env=children, capture_output=True, text=True)
     if told.returncode:
-        raise DayError(f"{sys.executable} cannot import torch: {told.stderr.strip().splitlines()[-1]}")
+        said = f"status {told.returncode}\n{told.stderr.strip()}".splitlines()[-1]
+        raise DayError(f"{sys.executable} cannot import torch and look for a GPU: {said}")
     return dict(json.loads(told.stdout))
 
 
@@ -147,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", default="350", help="seconds for all of them")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder for the results")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "gpu-work", help="folder for all else")
-    parser.add_argument("--data", type=Path, help="folder with CIFAR-10 or mnist/ (default: the pack's)")
+    parser.add_argument("--data", type=Path, help="folder with CIFAR-10 (default: the pack's)")
     parser.add_argument("--wheels", type=Path, help="folder that make gpu-pack filled (default: build/wheels)")
     parser.add_argument("--commit", default="", help="of this checkout, where git cannot tell")
     options = parser.parse_args(arguments)

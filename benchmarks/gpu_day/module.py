@@ -33,7 +33,9 @@ def misfit(folder: Path, architecture: str) -> str:
     """Why the module in a folder does not serve, on a GPU of that architecture ("90") or on none; "" if it does."""
     held = read_json(folder / "stamp.json")
     wanted = stamp(folder / "afd" / MODULE, architecture or held.get("architecture", ""))
-    others = [f"its {name} is {held[name]}, not {value}" for name, value in wanted.items() if held.get(name) != value]
+    others = [
+        f"its {name} is {held.get(name)}, not {value}" for name, value in wanted.items() if held.get(name) != value
+    ]
     return ("; ".join(others) if held else "there is no stamp.json") if others else ""
 
 
@@ -54,8 +56,7 @@ def compiled(into: Path, python: str, architecture: str, given: Mapping[str, str
         print(ran.stdout, flush=True)
         raise DayError("the module cannot be compiled here; why stands above")
     shutil.rmtree(into / "objects")
-    (module,) = (into / "afd").glob("_C*")
-    write(into / "stamp.json", stamp(module, architecture))
+    write(into / "stamp.json", stamp(next((into / "afd").glob("_C*")), architecture))
     return ran.stdout
 
 
@@ -76,8 +77,11 @@ def install(work: str, pack: str, architecture: str, out: str) -> None:
 
 
 def unpack(pack: Path, site: Path, given: Mapping[str, str]) -> None:
-    """Adds those wheels whose modules cannot be imported here."""
+    """Adds those wheels whose modules cannot be imported here, to a folder that is emptied first."""
+    shutil.rmtree(site, ignore_errors=True)  # what an earlier call left may be half of it, or another pack's
     for path in sorted(pack.glob("*.whl")):
+        if not zipfile.is_zipfile(path):
+            raise DayError(f"{path} is no whole wheel: make gpu-pack makes it anew")
         with zipfile.ZipFile(path) as wheel:
             tops = {name.split("/")[0].removesuffix(".py") for name in wheel.namelist() if name.endswith(".py")}
             if not all(has(top, given) for top in tops if top.isidentifier()):

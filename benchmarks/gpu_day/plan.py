@@ -61,7 +61,7 @@ def steps(data: Path | None, architecture: str) -> list[Step]:
     return [
         Step(1, "build", [f"{install} {{work}} {{wheels}} '{architecture}' {{folder}}/module.json"], cap=240),
         Step(2, "smoke", [smoke], cap=40),
-        Step(2, "tests-gpu", [*([] if gpu else [small]), f"{pytest}gpu.xml -m gpu"], results.tests, 120),
+        Step(2, "tests-gpu", [*([] if gpu else [small]), f"{pytest}gpu.xml -m 'gpu and not slow'"], results.tests, 120),
         watched("memcheck"),
         watched("racecheck"),
         bench(3, "kernels-cifar", "kernels sizes=cifar rounds=30 against=eager",
@@ -76,7 +76,7 @@ def steps(data: Path | None, architecture: str) -> list[Step]:
         bench(5, "round-resnet18", "round case=resnet18 rounds=15", "round case=small batch=8 steps=2 rounds=1", 75),
         bench(5, "round-small", "round case=small steps=40 rounds=15", "round case=small batch=8 steps=2 rounds=1"),
         *training(data, python, device),
-        Step(2, "ncu", [f"sh -c '{profile} || echo no counters here'"] if gpu else [], None, 30, share=5),
+        Step(2, "ncu", [f"sh -c '\"$@\" || echo no counters here' sh {profile}"] if gpu else [], None, 30, share=5),
         watched("initcheck", share=5),
         watched("synccheck", share=5),
     ]  # fmt: skip
@@ -94,14 +94,13 @@ def training(folder: Path | None, python: str, device: str) -> list[Step]:
     network = TINY if device == "cpu" else CIFAR10 if name == "cifar10" else ""
     train = f"{python} -m afd train --data {name} {root} {network} --device {device} --graph"
     train += " --lr-schedule one-cycle --precision auto --out {folder} --epochs "
-    judge = (
-        f"{python} -m afd evaluate {{work}}/{name}-train/best.pt --protocol quick --device {device} --out {{folder}}"
-    )
+    judge = f"{python} -m afd evaluate {{work}}/{name}-train/best.pt --protocol quick --device {device}"
+    judge += f" --out {{folder}} --images {1000 if device == 'cuda' else 16}"
     return [
         *first,
         Step(6, f"{name}-pace", [f"{train}1"], results.training, 90, note=note),
         Step(6, f"{name}-train", [f"{train}{{epochs}}"], results.training, 3600, 300, note),
-        Step(6, f"{name}-evaluate", [f"{judge} --images {1000 if device == 'cuda' else 16}"], cap=90, note=note),
+        Step(6, f"{name}-evaluate", [judge], cap=90, note=note),
     ]
 
 

@@ -21,9 +21,7 @@ def opened(out: Path, commit: str) -> dict[str, Any]:
         return {**FORMAT, "commit": commit, "machine": {}, "steps": {}}
     found = read_json(out / "results.json")
     if not found.items() >= {**FORMAT, "commit": commit}.items():
-        held = (
-            f"a day of commit {found['commit']!r}, not {commit!r}" if "commit" in found else "other files, and no day"
-        )
+        held = f"a day of commit {found['commit']!r}, not {commit!r}" if "commit" in found else "other files, no day"
         raise DayError(f"OUT is {out}, which holds {held}; name another folder")
     return found
 
@@ -81,9 +79,7 @@ def documents(folder: Path, _log: str) -> Reading:
         timed = {who: one["seconds"]["p50"] for who, one in case.get("candidates", {}).items() if one["seconds"]}
         figures |= {name: ", ".join(f"{who} {p50 * 1e6:.4g} us" for who, p50 in timed.items())} if timed else {}
     wrong = [f"{name}: {case['words']}" for name, case in cases.items() if case.get("ok") is False]
-    return Reading(
-        figures, cases, wrong, "" if figures and found.get("finished", True) else "what it wrote is not whole"
-    )
+    return Reading(figures, cases, wrong, "" if figures and found.get("finished", True) else "its file is not whole")
 
 
 def training(folder: Path, _log: str) -> Reading:
@@ -101,7 +97,7 @@ def tests(_folder: Path, log: str) -> Reading:
     found = re.findall(r"^\[gw\d+\] \[ *\d+%\] (\w+) (\S.*?) *$", log, re.MULTILINE)
     cases = {name: state.lower() for state, name in found}
     failed = [name for name, state in cases.items() if state in ("failed", "error")]
-    wrong = re.findall(r"^(?:FAILED|ERROR) (.+::.+)$", log, re.MULTILINE) or failed
+    wrong = re.findall(r"^(?:FAILED|ERROR) (\S+\.py\b.*)$", log, re.MULTILINE) or failed
     counts = Counter(cases.values())
     return Reading(dict(counts), cases, wrong, "" if counts["passed"] else "not one test passed")
 

@@ -37,7 +37,7 @@ def run(
             return 127
     soon, interrupted = until - min(GRACE, (until - time.monotonic()) / 5), False
     try:
-        while process.poll() is None and (now := time.monotonic()) < until:
+        while (status := process.poll()) is None and (now := time.monotonic()) < until:
             if not interrupted and (stopped or now >= soon):
                 os.killpg(process.pid, signal.SIGINT)
                 interrupted, until = True, min(until, now + GRACE)
@@ -49,7 +49,7 @@ def run(
             os.killpg(process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it for a while
             process.wait(2)
-    return None if interrupted or process.returncode == -signal.SIGKILL else process.returncode
+    return None if interrupted else status
 
 
 def has(module: str, environment: Mapping[str, str]) -> bool:
