@@ -109,7 +109,7 @@ def probe(steps: Sequence[Step], children: Mapping[str, str]) -> dict[str, str]:
                for name in sorted(asked) if not has(name, children)]  # fmt: skip
     if missing:
         raise DayError("\n".join(missing))
-    told = subprocess.run(["timeout", "60", sys.executable, "-c", PROBE], env=children, capture_output=True, text=True)
+    told = subprocess.run(["timeout", "150", sys.executable, "-c", PROBE], env=children, capture_output=True, text=True)
     if told.returncode:
         said = f"status {told.returncode}\n{told.stderr.strip()}".splitlines()[-1]
         raise DayError(f"{sys.executable} cannot import torch and look for a GPU: {said}")
@@ -131,13 +131,13 @@ def prepared(options: argparse.Namespace, begin: float, stopped: list[int]) -> t
     (work / "logs").mkdir(parents=True, exist_ok=True)
     children = environment(ROOT, work, os.environ)
     module.unpack(wheels, work / "site", children)
-    content["machine"] = probe(asked, children)
-    architecture = content["machine"]["architecture"]
-    if reason := module.misfit(wheels / "module", architecture):
-        print(f"the module in {wheels / 'module'} cannot be used, and one is compiled here: {reason}", flush=True)
-    end = begin + float(options.budget) - RESERVE
-    day = Day(out, {"work": work, "wheels": wheels, "data": data}, children, content, end, stopped)
-    return day, plan.chosen(options.stages, plan.steps(data, architecture))
+    machine = content["machine"] = probe(asked, children)
+    reason = module.misfit(wheels / "module", machine["architecture"])
+    taken = f"cannot be used, and one is compiled here: {reason}" if reason else "is taken"
+    print(f"{machine['gpu'] or 'no GPU'}; the module in {wheels / 'module'} {taken}", flush=True)
+    folders, end = {"work": work, "wheels": wheels, "data": data}, begin + float(options.budget) - RESERVE
+    chosen = plan.chosen(options.stages, plan.steps(data, machine["architecture"]))
+    return Day(out, folders, children, content, end, stopped), chosen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

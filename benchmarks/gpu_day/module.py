@@ -62,12 +62,12 @@ def compiled(into: Path, python: str, architecture: str, given: Mapping[str, str
 
 def install(work: str, pack: str, architecture: str, out: str) -> None:
     """Sees to the module in the checkout, and writes down what it is; a DayError unless it serves what there is."""
-    folder, made = Path(pack, "module"), Path(work, "module")
-    if misfit(folder, architecture):
-        folder = made
-        if misfit(made, architecture):
-            compiled(made, sys.executable, architecture, os.environ)
-    shutil.copy(folder / "afd" / MODULE, ROOT / "afd")
+    known = [folder for folder in (Path(pack, "module"), Path(work, "module")) if not misfit(folder, architecture)]
+    folder = known[0] if known else Path(work, "module")
+    if not known:
+        compiled(folder, sys.executable, architecture, os.environ)
+    beside = shutil.copy(folder / "afd" / MODULE, ROOT / "afd" / f".{MODULE}")  # some process may have the old one open
+    Path(beside).replace(ROOT / "afd" / MODULE)
     from afd.info import facts
 
     served = {f"{kind} tensors": facts()[f"{kind} tensors"] for kind in (["CPU", "CUDA"] if architecture else ["CPU"])}

@@ -200,8 +200,8 @@ def test_what_is_missing_is_named_within_five_seconds_and_before_torch(tmp_path,
     for name in plan.MODULES[6] - {"tyro"}:
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
     given = {"PYTHONPATH": f"{tmp_path}:{ROOT / 'benchmarks'}", "PATH": os.environ["PATH"]}
-    words, begin = [f"--stages={stages}", f"--out={tmp_path / 'out'}", f"--work={tmp_path}"], time.monotonic()
-    words = [sys.executable, "-S", "-m", "gpu_day", *words]  # without this environment's own packages
+    options, begin = [f"--{name}={tmp_path}/{name}" for name in ("out", "work")], time.monotonic()
+    words = [sys.executable, "-S", "-m", "gpu_day", f"--wheels={tmp_path}", f"--stages={stages}", *options]
     ran = subprocess.run(words, env=given, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr.count("\n"), time.monotonic() - begin < 5) == (2, 1, True)
     assert ran.stderr.startswith(f"make gpu: {said}")
