@@ -189,7 +189,7 @@ def test_a_mistake_ends_in_one_line_and_status_2(tmp_path, capsys):
 
 
 def test_a_full_disk_ends_the_day_in_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(command, "probe", lambda *_: {"architecture": ""})
+    monkeypatch.setattr(command, "probe", lambda *_: {"gpu": "", "architecture": ""})
     monkeypatch.setattr(Path, "write_text", Mock(side_effect=OSError(28, "No space left on device")))
     assert command.main([f"--out={tmp_path}/out", f"--work={tmp_path}/work"]) == 2
     assert capsys.readouterr().err == f"make gpu: {tmp_path}/out cannot be written: No space left on device\n"
