@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from afd.attacks import engine
 
-SIZES = {"cpu": 2048, "cuda": 8192}
-TRIES = 10
+SMALLEST, SIZES = 256, {"cpu": 2048, "cuda": 8192}  # powers of two
+TRIES, LONGEST = 10, 0.5  # products of a size; and seconds that one may take
 COUNTED_IMAGES = 2  # FLOPs are counted on so many: they grow with the batch
 
 
@@ -34,11 +34,22 @@ def tf32(allowed: bool) -> Iterator[None]:
 def matmul_rate(kind: str, device: torch.device) -> float:
     """Floating-point operations a second of the fastest of a few large square matrix products.
 
+    They are as large as `SIZES` says, or as can be waited for: some builds of torch emulate bfloat16 on a CPU.
+
     Args:
         kind: fp32, tf32 or bf16.
         device: where.
     """
-    size = SIZES[device.type]
+    size = SMALLEST
+    while True:
+        seconds = _product_seconds(size, kind, device)
+        if size == SIZES[device.type] or 8 * seconds > LONGEST:
+            return 2 * size**3 / seconds
+        size *= 2
+
+
+def _product_seconds(size: int, kind: str, device: torch.device) -> float:
+    """Of the fastest of a few products of two matrices of that size."""
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -49,7 +60,7 @@ def matmul_rate(kind: str, device: torch.device) -> float:
             torch.mm(a, b)
             _wait(device)
             best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+    return best
 
 
 def _wait(device: torch.device) -> None:

@@ -98,9 +98,9 @@ def training(folder: Path | None, python: str, device: str) -> list[Step]:
     judge += f" --out {{folder}} --images {1000 if device == 'cuda' else 16}"
     return [
         *first,
-        Step(6, f"{name}-pace", [f"{train}1"], results.training, 90, note=note),
-        Step(6, f"{name}-train", [f"{train}{{epochs}}"], results.training, 3600, 300, note),
-        Step(6, f"{name}-evaluate", [judge], cap=90, note=note),
+        Step(6, f"{name}-pace", [f"{train}1"], results.training, 90, 150, note),
+        Step(6, f"{name}-train", [f"{train}{{epochs}}"], results.training, 3600, 200, note),
+        Step(6, f"{name}-evaluate", [judge], note=note),
     ]
 
 

@@ -22,8 +22,24 @@ def test_flops_of_a_pass_are_those_of_forward_and_input_gradient():
 def test_the_matrix_rate_follows_the_clock(monkeypatch):
     ticks = iter(range(100))
     monkeypatch.setattr(arithmetic.time, "perf_counter", lambda: next(ticks) * 0.5)
+    monkeypatch.setattr(arithmetic, "SMALLEST", 8)
     monkeypatch.setitem(arithmetic.SIZES, "cpu", 8)
     assert arithmetic.matmul_rate("fp32", CPU) == 2 * 8**3 / 0.5
+
+
+def test_the_products_are_as_large_as_can_be_waited_for(monkeypatch):
+    """A product takes eight times as long as one half as large."""
+    asked = []
+
+    def seconds(size, *_):
+        asked.append(size)
+        return size**3 / rate
+
+    monkeypatch.setattr(arithmetic, "_product_seconds", seconds)
+    for rate, largest in ((1e12, 2048), (1e10, 1024), (1e6, 256)):
+        asked.clear()
+        assert arithmetic.matmul_rate("bf16", CPU) == pytest.approx(2 * rate)
+        assert asked[-1] == largest
 
 
 def test_tf32_is_as_it_was_afterwards():
