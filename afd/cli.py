@@ -6,6 +6,7 @@ A mistake ends in one line and exit status 2.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ import tyro
 from rich.console import Console
 
 from afd import info as information
+from afd.attacks import CaptureWarning, ModelWarning
 from afd.bench.agreement import AgreementBench
 from afd.bench.attacks import AttackBench
 from afd.bench.discriminator import DiscriminatorBench
@@ -83,6 +85,16 @@ def info() -> None:
     print("\n".join(information.lines()))
 
 
+def in_a_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as text: afd's own in words alone, for here no line of the user's code is behind it."""
+    if category in {CaptureWarning, ModelWarning}:
+        return f"afd: warning: {message}\n"
+    return STANDARD_FORMAT(message, category, filename, lineno, line)
+
+
+STANDARD_FORMAT = warnings.formatwarning
 NUMBERS = tyro.constructors.ConstructorRegistry()
 
 
@@ -94,6 +106,7 @@ def number(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primi
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    before, warnings.formatwarning = warnings.formatwarning, in_a_line
     try:
         tyro.extras.subcommand_cli_from_dict(
             {"train": train, "evaluate": evaluate, "bench": bench, "curves": curves, "info": info},
@@ -112,4 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("afd: interrupted; what was finished (epochs, evaluated batches) is kept", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = before
     return 0

@@ -3,11 +3,14 @@
 import dataclasses
 import inspect
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
-from afd import demo
+from afd import cli, demo
+from afd.attacks import CaptureWarning
 from afd.bench.agreement import AgreementBench
 from afd.bench.attacks import AttackBench
 from afd.bench.discriminator import DiscriminatorBench
@@ -18,6 +21,25 @@ from afd.cli import main
 from afd.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, TrainConfig
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_a_warning_of_ours_is_a_line_and_others_are_as_ever(capsys, monkeypatch):
+    def warns():
+        warnings.warn("rounds are slow", CaptureWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return []
+
+    monkeypatch.setattr(cli.information, "lines", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4])))
+        before = warnings.formatwarning
+        assert main(["info"]) == 0
+    first, second, *_ = capsys.readouterr().err.splitlines()
+    assert first == "afd: warning: rounds are slow"
+    assert second.endswith("UserWarning: something else")
+    assert __file__ in second
+    assert warnings.formatwarning is before
 
 
 def test_info_says_what_serves_which_tensor(capsys):
