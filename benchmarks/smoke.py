@@ -31,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     given, began = parser.parse_args(arguments), time.monotonic()
+    if given.out.is_dir():
+        parser.error(f"--out is {given.out}; it must be the name of a file")
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda; torch sees no CUDA device")
     name = torch.cuda.get_device_name() if given.device == "cuda" else "cpu"

@@ -84,6 +84,8 @@ def run(benchmark: Benchmark, console: Console) -> Document:
     cases: dict[str, Case] = {}
     begun = Document.here(benchmark.name, device, benchmark.rounds, benchmark.settings, cases, benchmark.packages)
     out = benchmark.out or RESULTS / f"{slug(f'{benchmark.name} {benchmark.subject} {begun.device}')}.json"
+    if out.is_dir() or not out.name:
+        raise InputError(f"out is {str(out)!r}; it must be the name of a JSON file")
     with guard(device):
         for name, case in benchmark.measure(device, say):
             cases[name] = case

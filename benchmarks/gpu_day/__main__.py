@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*(f"make gpu: {line}" for line in str(error).splitlines()), sep="\n", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"make gpu: {error.filename or options.out} cannot be written: {error.strerror}", file=sys.stderr)
+        print(f"make gpu: {error.filename or f'{options.out} or {options.work}'}: {error.strerror}", file=sys.stderr)
         return 2
     print(f"\n{(day.out / 'summary.md').read_text()}\nwritten to {day.out}; all else is in {options.work}")
     return 128 + stopped[0] if stopped else status

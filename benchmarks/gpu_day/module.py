@@ -10,6 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def compiled(into: Path, python: str, architecture: str, given: Mapping[str, str
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     if ran.returncode:
         print(ran.stdout, flush=True)
-        raise DayError("the module cannot be compiled here; why stands above")
+        raise DayError(f"the module cannot be compiled here: {ran.stdout.strip().splitlines()[-1]} (more in build.log)")
     shutil.rmtree(into / "objects")
     write(into / "stamp.json", stamp(next((into / "afd").glob("_C*")), architecture))
     return ran.stdout
@@ -80,9 +81,10 @@ def unpack(pack: Path, site: Path, given: Mapping[str, str]) -> None:
     """Adds those wheels whose modules cannot be imported here, to a folder that is emptied first."""
     shutil.rmtree(site, ignore_errors=True)  # what an earlier call left may be half of it, or another pack's
     for path in sorted(pack.glob("*.whl")):
-        if not zipfile.is_zipfile(path):
-            raise DayError(f"{path} is no whole wheel: make gpu-pack makes it anew")
-        with zipfile.ZipFile(path) as wheel:
-            tops = {name.split("/")[0].removesuffix(".py") for name in wheel.namelist() if name.endswith(".py")}
-            if not all(has(top, given) for top in tops if top.isidentifier()):
-                wheel.extractall(site)
+        try:
+            with zipfile.ZipFile(path) as wheel:
+                tops = {name.split("/")[0].removesuffix(".py") for name in wheel.namelist() if name.endswith(".py")}
+                if not all(has(top, given) for top in tops if top.isidentifier()):
+                    wheel.extractall(site)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise DayError(f"{path} is no whole wheel: make gpu-pack makes it anew") from error

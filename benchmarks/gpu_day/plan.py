@@ -16,7 +16,6 @@ TESTS = {*COMMAND_LINE, "hypothesis", "sklearn", "pytest", "xdist", "pytest_benc
 MODULES = {1: AFD, 2: TESTS, 3: AFD, 4: AFD, 5: {*AFD, "pyautoattack"}, 6: {*COMMAND_LINE, "sklearn", "PIL"}}
 PEERS = "eager,eager-tf32,eager-bf16,torchattacks,foolbox,pyautoattack"
 ATTACKS = f"attacks attack=pgd,apgd norm=Linf steps=10 against={PEERS}"
-RESNET50 = "model=torchvision.models:resnet50 shape=3,224,224"
 FEW = f"{ATTACKS} model=lenet batch=8 steps=2 rounds=1"  # for a few slow cores
 CIFAR10 = "--model resnet18 --width 64 --eps 8/255 --attack-steps 10"
 ALLOWED = "numbers from 1 to 6, each once, as in 1,2,4:128 (steps of that name)"
@@ -71,10 +70,8 @@ def steps(data: Path | None, architecture: str) -> list[Step]:
         bench(3, "discriminator", "discriminator rounds=30 against=plain,parametrized",
               "discriminator rounds=2 against=plain,parametrized", cap=30),
         bench(4, "attacks-resnet18-128", f"{ATTACKS} model=resnet18 batch=128 rounds=15", FEW, 150),
-        bench(4, "attacks-resnet50-64", f"{ATTACKS} {RESNET50} batch=64 attack=pgd rounds=7", FEW, 150),
         bench(4, "attacks-resnet18-1024", f"{ATTACKS} model=resnet18 batch=1024 rounds=5", FEW, 150),
         bench(5, "round-resnet18", "round case=resnet18 rounds=15", "round case=small batch=8 steps=2 rounds=1", 75),
-        bench(5, "round-small", "round case=small steps=40 rounds=15", "round case=small batch=8 steps=2 rounds=1"),
         *training(data, python, device),
         Step(2, "ncu", [f"sh -c '\"$@\" || echo no counters here' sh {profile}"] if gpu else [], None, 30, share=5),
         watched("initcheck", share=5),
@@ -90,7 +87,7 @@ def training(folder: Path | None, python: str, device: str) -> list[Step]:
         name, root, note = "cifar10", "--data-root {data}", ""
     elif "cifar10-jpeg" in held:
         name, root, note = "cifar10", "--data-root {work}/cifar10-unpack", "CIFAR-10 (JPEG copy)"
-        first = [Step(6, "cifar10-unpack", [f"{python} {{data}}/unpack_cifar10.py {{folder}}"], None)]
+        first = [Step(6, "cifar10-unpack", [f"{python} {{data}}/unpack_cifar10.py {{folder}}"], None, share=120)]
     network = TINY if device == "cpu" else CIFAR10 if name == "cifar10" else ""
     train = f"{python} -m afd train --data {name} {root} {network} --device {device} --graph"
     train += " --lr-schedule one-cycle --precision auto --out {folder} --epochs "
@@ -113,7 +110,9 @@ def chosen(text: str, known: list[Step]) -> list[Step]:
         if not names or int(number) in asked or (colon and not word):
             raise DayError(f"STAGES is {text!r}, where {part!r} cannot be used; allowed are {ALLOWED}")
         if not any(word in name for name in names):
-            raise DayError(f"STAGES asks for {part}, but the steps of stage {number} are {', '.join(names)}")
+            raise DayError(
+                f"STAGES asks for {part}, but the steps of stage {number} are {', '.join(names)} with this DATA"
+            )
         asked[int(number)] = word
     return [step for step in known if step.name == "build" or (step.stage in asked and asked[step.stage] in step.name)]
 

@@ -23,8 +23,7 @@ def run(
 ) -> int | None:  # fmt: skip
     """Runs a command, its output added to `log`; returns its exit status, or None where it was ended.
 
-    Nothing of it is left at `until` (of `time.monotonic`), nor soon after `stopped` holds a signal; `beat` is called
-    once a second.
+    It ends by `until` (of `time.monotonic`), or soon after `stopped` holds a signal; `beat` is called once a second.
     """
     with log.open("ab") as stream:
         stream.write(f"$ {shlex.join(words)}\n".encode())
