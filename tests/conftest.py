@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -36,3 +37,20 @@ def cuda() -> torch.device:
 def tape() -> ModuleType:
     """The stand-in for CUDA graphs, which takes any device's work."""
     return importlib.import_module("tape")
+
+
+@pytest.fixture
+def graphs_are_tapes(tape: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType], list[object]]:
+    """What makes the graphs of a module tapes, and returns those that it records from then on."""
+
+    def exchange(module: ModuleType) -> list[object]:
+        made: list[object] = []
+
+        def recorded(_device: torch.device) -> object:
+            made.append(tape.Tape())
+            return made[-1]
+
+        monkeypatch.setattr(module, "Graph", recorded)
+        return made
+
+    return exchange

@@ -10,18 +10,11 @@ from afd.attacks import base, replay
 
 
 @pytest.fixture
-def tapes(tape, monkeypatch):
+def tapes(graphs_are_tapes, tape, monkeypatch):
     """Graphs of attacks are tapes, on any device; returns those that were recorded."""
-    made = []
-
-    def recorded(_device):
-        made.append(tape.Tape())
-        return made[-1]
-
-    monkeypatch.setattr(replay, "Graph", recorded)
     for module in (base, replay):
         monkeypatch.setattr(module, "recordable", lambda _: not tape.Tape.recording)
-    return made
+    return graphs_are_tapes(replay)
 
 
 @pytest.fixture

@@ -19,15 +19,8 @@ def one_thread():
 
 
 @pytest.fixture
-def tapes(tape, monkeypatch):
+def tapes(graphs_are_tapes, monkeypatch):
     """Graphs of rounds are tapes, and nothing stands against them; returns those that were recorded."""
-    made = []
-
-    def recorded(_device):
-        made.append(tape.Tape())
-        return made[-1]
-
-    monkeypatch.setattr(recording, "Graph", recorded)
     monkeypatch.setattr(recording, "obstacle", lambda *_: None)
     monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
-    return made
+    return graphs_are_tapes(recording)
