@@ -24,6 +24,10 @@ class ModelError(AfdError, RuntimeError):
     """A model does what no attack or training can use."""
 
 
+class ModelWarning(UserWarning):
+    """A figure was made, but what it says about the model may be worth nothing."""
+
+
 def warn_caller(message: str, category: type[Warning]) -> None:
     """Warns where the user's code called afd, however deep inside of it the reason was found."""
     frame, level = sys._getframe(1), 2

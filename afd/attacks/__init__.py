@@ -12,7 +12,8 @@ from afd.attacks.capture import CaptureWarning
 from afd.attacks.fgsm import FGSM
 from afd.attacks.mim import MIM
 from afd.attacks.pgd import PGD
-from afd.attacks.watch import ModelWarning, Report
+from afd.attacks.watch import Report
+from afd.errors import ModelWarning
 
 __all__ = ["APGD", "FGSM", "MIM", "PGD", "Attack", "AttackFactory", "CaptureWarning", "ModelWarning", "Report"]
 

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from afd.attacks.losses import Value
 from afd.errors import InputError
+from afd.nn.modes import evaluating
+from afd.nn.outputs import logits_of
 
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode with frozen parameters; every flag is put back afterwards, also when the body raises."""
-    modes = [(module, module.training) for module in model.modules()]
-    trainable = [one for one in model.parameters() if one.requires_grad and not one.is_inference()]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+__all__ = ["evaluating", "judged", "logits_alone", "loss_gradient"]
 
 
 def loss_gradient(
@@ -55,6 +39,21 @@ def loss_gradient(
         losses = loss(logits, aim)
         (grad,) = torch.autograd.grad(losses.sum(), x)
     return grad, losses.detach(), logits.detach()
+
+
+@torch.no_grad()
+def judged(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's logits [N, K] in full precision, whatever mode the caller is in: what figures are made from.
+
+    Args:
+        model: classifier; call inside `evaluating`.
+        x: images [N, ...]; the model is shown a copy, which it may overwrite.
+
+    Raises:
+        InputError, InputTypeError: what it returned holds no logits [N, K].
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return logits_of(model(x.clone()), x.shape[0])
 
 
 def logits_alone(model: nn.Module, x: Tensor) -> Tensor:

@@ -8,14 +8,10 @@ import torch
 from torch import Tensor
 
 from afd.attacks.piece import Piece
-from afd.errors import ModelError, warn_caller
+from afd.errors import ModelError, ModelWarning, warn_caller
 
 FIRST_NAN, FLAT, SEEN, PROBABILITIES = range(4)  # the rows of a trace
 NAMED = 8  # samples that an error lists by number
-
-
-class ModelWarning(UserWarning):
-    """The attack ran, but what it shows about the model may be worth nothing."""
 
 
 @dataclass(frozen=True)

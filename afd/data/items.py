@@ -1,0 +1,48 @@
+"""What a loader that somebody else wrote may yield, and the images and labels in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from afd.errors import InputTypeError
+
+IMAGES, LABELS = ("image", "images", "pixel_values"), ("label", "labels")  # in the order in which they are looked for
+
+
+def images_and_labels(item: Any) -> tuple[Tensor, Tensor]:
+    """Images and labels of one batch, as tensors whose values nobody has looked at.
+
+    Args:
+        item: a tuple or list that begins with images and labels (behind them, an index and the like), or a mapping or
+            an object that has them under one of the names in `IMAGES` and one of those in `LABELS`.
+
+    Raises:
+        InputTypeError: it is none of these.
+    """
+    x, y = _named(item, IMAGES), _named(item, LABELS)
+    if isinstance(item, tuple | list) and (x is None or y is None):
+        x, y = (*item, None, None)[:2]
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x, y
+    raise InputTypeError(
+        f"the loader yields {_described(item)}; a batch must be (images, labels, ...), or a dict or an object with "
+        f"{' / '.join(map(repr, IMAGES))} and {' / '.join(map(repr, LABELS))}, both of them tensors"
+    )
+
+
+def _named(item: Any, names: tuple[str, ...]) -> Any:
+    if isinstance(item, Mapping):
+        return next((item[name] for name in names if name in item), None)
+    return next((getattr(item, name) for name in names if hasattr(item, name)), None)
+
+
+def _described(item: Any) -> str:
+    kind = type(item).__name__
+    if isinstance(item, Mapping):
+        return f"a {kind} with the keys {', '.join(map(str, item)) or '(none)'}"
+    if isinstance(item, tuple | list):
+        return f"a {kind} of {', '.join(type(one).__name__ for one in item[:8]) or 'nothing'}"
+    return f"a {kind}"

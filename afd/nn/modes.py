@@ -1,0 +1,119 @@
+"""A model that belongs to somebody else, put into evaluation mode for a while: by one thread, and given back as it was."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from afd.errors import InputError, InputTypeError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with frozen parameters; the model is as it was found afterwards, also when the body raises.
+
+    Modes are set by the modules' own ``train()`` and ``eval()``, which may do more than set a flag (an adapter merges
+    its weights). Other threads that ask for a model with a module in common wait for the end of the body.
+
+    Args:
+        model: any module; one without any in training mode is not told anything.
+
+    Raises:
+        InputTypeError: it is no module.
+        InputError: it cannot be put into evaluation mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(
+            f"model is a {type(model).__name__}; it must be a torch.nn.Module, which can be put into evaluation mode"
+        )
+    modules = list(model.modules())
+    with _held(modules):
+        before = [(module, _training(module)) for module in modules]
+        try:
+            if any(mode for _, mode in before):
+                _evaluate(model)
+            trainable = [one for one in model.parameters() if _freezable(one)]
+            try:
+                for parameter in trainable:
+                    parameter.requires_grad_(False)
+                yield
+            finally:
+                for parameter in trainable:
+                    parameter.requires_grad_(True)
+        finally:
+            _restore(before)
+
+
+def local(model: nn.Module) -> nn.Module:
+    """The module itself inside of DistributedDataParallel, or of DataParallel on at most one device.
+
+    Both compute what it does; the former would also talk to other processes, and wait for gradients of parameters.
+    """
+    alone = isinstance(model, DataParallel) and len(model.device_ids) <= 1
+    if alone or isinstance(model, DistributedDataParallel):
+        inner: nn.Module = model.module
+        return local(inner)
+    return model
+
+
+def _training(module: nn.Module) -> bool:
+    return bool(getattr(module, "training", False))  # frozen TorchScript has no such flag
+
+
+def _freezable(parameter: nn.Parameter) -> bool:
+    return parameter.requires_grad and parameter.is_leaf and not parameter.is_inference()
+
+
+def _evaluate(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except NotImplementedError as error:  # of torch.export
+        raise InputError(
+            f"model is a {type(model).__name__} that says it is in training mode and cannot leave it ({error}); "
+            "pass the module that it was made from"
+        ) from error
+
+
+def _restore(before: list[tuple[nn.Module, bool]]) -> None:
+    """Each module's mode as it was: from the outermost on, which tells those inside, to those that differ from it."""
+    for module, mode in before:
+        if _training(module) != mode:
+            module.train(mode)
+    for module, mode in before:
+        if _training(module) != mode:  # its own train() has another opinion than whoever set the flag
+            module.training = mode
+
+
+# --- One thread at a time -------------------------------------------------------------------------------------------
+
+_changed = threading.Condition()
+_holders: dict[int, tuple[int, int]] = {}  # by a module's id: the thread that holds it, and how many times
+
+
+@contextmanager
+def _held(modules: list[nn.Module]) -> Iterator[None]:
+    """Keeps other threads from holding any of these modules; takes all of them at once, so that nobody waits in a ring.
+
+    Models that share a module (two wrappers around one network) exclude each other, and others do not. The same thread
+    may hold a module more than once.
+    """
+    me, names = threading.get_ident(), {id(module) for module in modules}
+    with _changed:
+        _changed.wait_for(lambda: all(_holders.get(name, (me, 0))[0] == me for name in names))
+        for name in names:
+            _holders[name] = (me, _holders.get(name, (me, 0))[1] + 1)
+    try:
+        yield
+    finally:
+        with _changed:
+            for name in names:
+                count = _holders[name][1] - 1
+                if count:
+                    _holders[name] = (me, count)
+                else:
+                    del _holders[name]
+            _changed.notify_all()
