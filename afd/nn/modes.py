@@ -1,4 +1,4 @@
-"""A model that belongs to somebody else, put into evaluation mode for a while: by one thread, and given back as it was."""
+"""Evaluation mode for a model that belongs to somebody else: one thread at a time, and given back as it was."""
 
 from __future__ import annotations
 
@@ -53,11 +53,12 @@ def local(model: nn.Module) -> nn.Module:
 
     Both compute what it does; the former would also talk to other processes, and wait for gradients of parameters.
     """
-    alone = isinstance(model, DataParallel) and len(model.device_ids) <= 1
-    if alone or isinstance(model, DistributedDataParallel):
-        inner: nn.Module = model.module
-        return local(inner)
-    return model
+    if isinstance(model, DataParallel) and len(model.device_ids) > 1:
+        return model
+    if not isinstance(model, DataParallel | DistributedDataParallel):
+        return model
+    inner: nn.Module = model.module
+    return local(inner)
 
 
 def _training(module: nn.Module) -> bool:
