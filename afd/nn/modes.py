@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -59,6 +60,17 @@ def local(model: nn.Module) -> nn.Module:
         return model
     inner: nn.Module = model.module
     return local(inner)
+
+
+def eager(model: nn.Module) -> bool:
+    """Whether all of a model is Python that runs here and now: no TorchScript, nothing compiled, no copies."""
+    elsewhere = (torch.jit.ScriptModule, DataParallel, DistributedDataParallel)
+    return not any(isinstance(module, elsewhere) or _compiled(module) for module in model.modules())
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has a module in hand (its class is not imported here: that takes seconds)."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _training(module: nn.Module) -> bool:
