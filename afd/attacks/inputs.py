@@ -44,9 +44,10 @@ def largest_label(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
     first, last = torch.aminmax(y)
     low, high, first_label, last_label = torch.stack([lowest.double(), highest.double(), first, last]).tolist()
     if not (bounds[0] <= low and high <= bounds[1]):
+        found = f"[{_told(low, bounds)}, {_told(high, bounds)}]"
         raise InputError(
-            f"x has values in [{_told(low, bounds)}, {_told(high, bounds)}]; images must be finite and in {list(bounds)} "
-            "(clamp what rounding has put outside; normalise inside the model)"
+            f"x has values in {found}; images must be finite and in {list(bounds)} (clamp what rounding has put "
+            "outside; normalise inside the model)"
         )
     if first_label < 0:
         raise InputError(f"y holds the label {int(first_label)}; labels must be >= 0")
