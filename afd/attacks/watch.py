@@ -96,8 +96,8 @@ def settle(trace: Tensor) -> Report:
         )
     if report.nonfinite.any():
         warn_caller(
-            f"for {_of(report.nonfinite)} values were not finite ({_share(report)}): that they withstand it may show no "
-            f"robustness; these are {_listed(report.nonfinite)}",
+            f"for {_of(report.nonfinite)} values were not finite ({_share(report)}): that they withstand it may show "
+            f"no robustness; these are {_listed(report.nonfinite)}",
             ModelWarning,
         )
     if len(likely) and likely.all() and report.evaluations.any():
