@@ -12,11 +12,13 @@ whatever a forward does this time, a branch, a draw, another BatchNorm than a mi
 A forward in which that cannot be told is run again as it is written: where a `Deferred` disappeared unused or outlived
 the forward (a model that keeps an activation), went where torch does not ask it (C++ extensions, `autograd.Function`),
 or was used under another grad mode or autocast than it was made under, or after its input or weights were written to.
-A convolution that was to no avail made to wait waits no more.
+A convolution that was to no avail made to wait waits no more. What the forward had drawn and written down until then is
+undone: a convolution waits for the first time in a forward before which all that was put aside (`_Trial`).
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -29,6 +31,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from afd.attacks.python_state import snapshot
+from afd.errors import ModelError
 from afd.nn.modes import eager
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -108,9 +112,8 @@ class Work:
 
     def _circumstances(self) -> tuple[object, ...]:
         device, tensors = self.x.device.type, (self.x, self.conv.weight, self.conv.bias)
-        written = (None if one is None or one.is_inference() else one._version for one in tensors)
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return *modes, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *written
+        return *modes, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *map(_version, tensors)
 
 
 # --- What can be joined ---------------------------------------------------------------------------------------------
@@ -198,6 +201,8 @@ class Joining:
         self.unused: dict[int, Conv] = {}
         self._numbers = itertools.count()
         self._made: list[weakref.ref[Deferred]] = []
+        self._trial: _Trial | None = None  # of the running forward
+        self._news = True  # whether a convolution may have something to try
         self._stand_ins: dict[int, _StandIn] = {}  # by the layer's id
         self._placed: list[_StandIn] = []
 
@@ -220,9 +225,12 @@ class Joining:
         """What a model returns for a copy of x, which it may overwrite; call inside `joined`."""
         if not self._placed:
             return model(x.clone())
+        self._trial = _Trial(model) if self._news else None
         try:
             return self._attempt(model, x)
         except EscapedError:
+            if self._trial is not None:
+                self._trial.undo()
             with self.suspended():
                 return model(x.clone())
 
@@ -255,6 +263,11 @@ class Joining:
             pair.refresh()
         return pair
 
+    def may_wait(self, stand_in: _Waiting) -> bool:
+        """Whether a convolution may wait now: once it has done so, always; for the first time in a trial."""
+        self._news = self._news or not stand_in.tried
+        return stand_in.tried or self._trial is not None
+
     def begin(self, conv: Conv) -> int:
         """A convolution is put off; returns the number of its work."""
         number = next(self._numbers)
@@ -273,6 +286,7 @@ class Joining:
     def _attempt(self, model: nn.Module, x: Tensor) -> Any:
         self.unused.clear()
         self._made.clear()
+        self._news = False
         try:
             output = computed(model(x.clone()))
         except EscapedError:
@@ -318,6 +332,47 @@ class Joining:
                 vars(stand_in.layer).pop(name, None)
 
 
+class _Trial:
+    """What a forward may change, put aside: draws, the modules' attributes, and buffers.
+
+    Args:
+        model: that is about to run.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        device = next(model.parameters(), _NOWHERE).device
+        self.cuda = device if device.type == "cuda" and not torch.cuda.is_current_stream_capturing() else None
+        self.draws = torch.get_rng_state(), None if self.cuda is None else torch.cuda.get_rng_state(self.cuda)
+        self.attributes = snapshot(model)
+        self.buffers = [(buffer, _version(buffer), buffer.clone()) for buffer in model.buffers()]
+        self.parameters = [(name, one, _version(one)) for name, one in model.named_parameters()]
+
+    def undo(self) -> None:
+        """Puts all of it back.
+
+        Raises:
+            ModelError: a parameter was written to.
+        """
+        for name, parameter, version in self.parameters:
+            if _version(parameter) != version:
+                raise ModelError(
+                    f"the model's forward writes to its parameter {name}, in a way that joined layers cannot follow; "
+                    "attack it with fold=False"
+                )
+        self.attributes()
+        for buffer, version, values in self.buffers:
+            if _version(buffer) != version:
+                buffer.copy_(values)
+        torch.set_rng_state(self.draws[0])
+        if self.cuda is not None and self.draws[1] is not None:
+            torch.cuda.set_rng_state(self.draws[1], self.cuda)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often a tensor has been written to, as far as torch counts it."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
 class _StandIn:
     """Methods that take the place of a layer's own; the same objects in every call, by which recordings know them."""
 
@@ -326,21 +381,28 @@ class _StandIn:
     def __init__(self, joining: Joining, layer: Any) -> None:
         self.joining, self.layer, self.waits = joining, layer, True
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _StandIn:
+        """For a copy of the layer, which lives on when the attack is over."""
+        other = type(self)(Joining(), copy.deepcopy(self.layer, memo))
+        other.waits = False
+        return other
+
 
 class _Waiting(_StandIn):
     """A convolution that puts off its work."""
 
     def __init__(self, joining: Joining, layer: Any) -> None:
         super().__init__(joining, layer)
-        self.methods = {"forward": self.forward}
+        self.methods, self.tried = {"forward": self.forward}, False
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution's output, computed once it is used."""
         if type(x) is Deferred:
             x = x.work.alone()
-        if not self.waits or type(x) is not Tensor:
+        if not (self.waits and type(x) is Tensor and self.joining.may_wait(self)):
             out: Tensor = self.layer._conv_forward(x, self.layer.weight, self.layer.bias)
             return out
+        self.tried = True
         return self.joining.made(Deferred.of(Work(self.joining, self.layer, x)))
 
 
