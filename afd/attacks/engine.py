@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from afd.attacks.joining import Joining
 from afd.attacks.losses import Value
-from afd.errors import InputError, ModelError
+from afd.errors import InputError, InputTypeError, ModelError
 from afd.nn.modes import evaluating
 from afd.nn.outputs import logits_of
 
@@ -84,22 +84,34 @@ def judged(model: nn.Module, x: Tensor) -> Tensor:
         x: images [N, ...]; not modified.
 
     Raises:
-        InputError, InputTypeError: what it returned holds no logits [N, K].
+        InputError, InputTypeError: what it returned holds no logits [N, K], or its weights have another dtype than x.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return logits_of(shown(model, x), x.shape[0])
+        return _logits(model, x, None)
 
 
 def _logits(model: nn.Module, x: Tensor, joining: Joining | None) -> Tensor:
     try:
         output = shown(model, x) if joining is None else joining.run(model, x)
     except RuntimeError as error:
-        if "nference tensors cannot be saved for backward" in str(error):
-            tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-            names = ", ".join(name for name, tensor in tensors.items() if tensor.is_inference())
-            raise InputError(
-                "no gradient goes through what was made in torch.inference_mode; make, load or move the model outside "
-                f"of that mode (here: {names or 'a tensor that it holds'})"
-            ) from error
+        _explain(error, model, x)
         raise
     return logits_of(output, x.shape[0])
+
+
+def _explain(error: RuntimeError, model: nn.Module, x: Tensor) -> None:
+    """Raises what torch's error means where that is known."""
+    reason = " ".join(str(error).split())
+    if "nference tensors cannot be saved for backward" in reason:
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        names = ", ".join(name for name, tensor in tensors.items() if tensor.is_inference())
+        raise InputError(
+            "no gradient goes through what was made in torch.inference_mode; make, load or move the model outside "
+            f"of that mode (here: {names or 'a tensor that it holds'})"
+        ) from error
+    kinds = {one.dtype for one in model.parameters() if one.is_floating_point()}
+    if kinds and x.dtype not in kinds:
+        raise InputTypeError(
+            f"the model's weights are {', '.join(map(str, kinds))}, and x is {x.dtype}, which it does not take "
+            f"({reason}); give both one dtype (precision='bf16' is for weights in float32)"
+        ) from error

@@ -95,6 +95,8 @@ def _activation_bytes(model: nn.Module, x: Tensor, precision: str) -> int:
         try:
             with torch.no_grad(), autocast(precision, x.device):
                 model(x[:1].clone())
+        except Exception:  # it may take no single image; what else is wrong, the attack's own forward will say
+            sizes = [ACTIVATION_BYTES]
         finally:
             for hook in hooks:
                 hook.remove()
