@@ -265,8 +265,10 @@ class Joining:
 
     def may_wait(self, stand_in: _Waiting) -> bool:
         """Whether a convolution may wait now: once it has done so, always; for the first time in a trial."""
-        self._news = self._news or not stand_in.tried
-        return stand_in.tried or self._trial is not None
+        if stand_in.tried or self._trial is not None:
+            return True
+        self._news = True
+        return False
 
     def begin(self, conv: Conv) -> int:
         """A convolution is put off; returns the number of its work."""
