@@ -37,6 +37,7 @@ from afd.nn.modes import eager
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MOST_PAIRS = 4  # of one convolution: what follows it may change now and then, but not be made anew in every forward
 WIDE = (torch.float32, torch.float64)  # folded in less, a weight could overflow
 
 
@@ -256,7 +257,8 @@ class Joining:
             channels, kind = conv.weight.shape[:1], (conv.weight.dtype, conv.weight.device)
             alike = all((t.dtype, t.device) == kind and type(t) in (Tensor, nn.Parameter) for t in given)
             vectors = all(tensor.shape == channels for tensor in given[1:])
-            if not (alike and vectors and kind[0] in WIDE and work.x.dim() == conv.weight.dim()):
+            few = sum(of == id(conv) for of, *_ in self.pairs) < MOST_PAIRS or key in self.pairs
+            if not (alike and vectors and few and kind[0] in WIDE and work.x.dim() == conv.weight.dim()):
                 return None
             pair = self.pairs[key] = Pair(tensors, eps)
         if not pair.is_fresh():

@@ -374,6 +374,24 @@ def test_statistics_that_are_removed_and_channels_that_are_pruned():
         gradient(model, x, joining)
 
 
+class Renews(Pair):
+    """Has other statistics in every forward."""
+
+    def forward(self, x):
+        norm = self.norm
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        return self.finish(F.batch_norm(self.conv(x), mean, var, norm.weight, norm.bias))
+
+
+def test_statistics_that_are_made_anew_do_not_pile_up():
+    model, joining = Renews(), Joining()
+    for _ in range(10):
+        torch.testing.assert_close(
+            gradient(model, images(), joining), gradient(model, images()), atol=1e-10, rtol=1e-10
+        )
+    assert 0 < len(joining.pairs) <= 4
+
+
 class Keeps(Pair):
     """Keeps what the convolution gave, as an attribute."""
 
