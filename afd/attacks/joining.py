@@ -13,7 +13,7 @@ A forward in which that cannot be told is run again as it is written: where a `D
 the forward (a model that keeps an activation), went where torch does not ask it (C++ extensions, `autograd.Function`),
 or was used under another grad mode or autocast than it was made under, or after its input or weights were written to.
 A convolution that was to no avail made to wait waits no more. What the forward had drawn and written down until then is
-undone: a convolution waits for the first time in a forward before which all that was put aside (`_Trial`).
+undone: a convolution waits for the first time in a forward before which all that was put aside (`Trial`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from afd.attacks.python_state import snapshot
-from afd.errors import ModelError
-from afd.nn.modes import eager
+from afd.attacks.trial import Trial
+from afd.nn.modes import eager, version_of
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -114,7 +113,7 @@ class Work:
     def _circumstances(self) -> tuple[object, ...]:
         device, tensors = self.x.device.type, (self.x, self.conv.weight, self.conv.bias)
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return *modes, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *map(_version, tensors)
+        return *modes, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *map(version_of, tensors)
 
 
 # --- What can be joined ---------------------------------------------------------------------------------------------
@@ -202,7 +201,7 @@ class Joining:
         self.unused: dict[int, Conv] = {}
         self._numbers = itertools.count()
         self._made: list[weakref.ref[Deferred]] = []
-        self._trial: _Trial | None = None  # of the running forward
+        self._trial: Trial | None = None  # of the running forward
         self._news = True  # whether a convolution may have something to try
         self._stand_ins: dict[int, _StandIn] = {}  # by the layer's id
         self._placed: list[_StandIn] = []
@@ -226,7 +225,7 @@ class Joining:
         """What a model returns for a copy of x, which it may overwrite; call inside `joined`."""
         if not self._placed:
             return model(x.clone())
-        self._trial = _Trial(model) if self._news else None
+        self._trial = Trial(model) if self._news else None
         try:
             return self._attempt(model, x)
         except EscapedError:
@@ -334,47 +333,6 @@ class Joining:
         for stand_in in self._placed:
             for name in stand_in.methods:
                 vars(stand_in.layer).pop(name, None)
-
-
-class _Trial:
-    """What a forward may change, put aside: draws, the modules' attributes, and buffers.
-
-    Args:
-        model: that is about to run.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        device = next(model.parameters(), _NOWHERE).device
-        self.cuda = device if device.type == "cuda" and not torch.cuda.is_current_stream_capturing() else None
-        self.draws = torch.get_rng_state(), None if self.cuda is None else torch.cuda.get_rng_state(self.cuda)
-        self.attributes = snapshot(model)
-        self.buffers = [(buffer, _version(buffer), buffer.clone()) for buffer in model.buffers()]
-        self.parameters = [(name, one, _version(one)) for name, one in model.named_parameters()]
-
-    def undo(self) -> None:
-        """Puts all of it back.
-
-        Raises:
-            ModelError: a parameter was written to.
-        """
-        for name, parameter, version in self.parameters:
-            if _version(parameter) != version:
-                raise ModelError(
-                    f"the model's forward writes to its parameter {name}, in a way that joined layers cannot follow; "
-                    "attack it with fold=False"
-                )
-        self.attributes()
-        for buffer, version, values in self.buffers:
-            if _version(buffer) != version:
-                buffer.copy_(values)
-        torch.set_rng_state(self.draws[0])
-        if self.cuda is not None and self.draws[1] is not None:
-            torch.cuda.set_rng_state(self.draws[1], self.cuda)
-
-
-def _version(tensor: Tensor | None) -> int | None:
-    """How often a tensor has been written to, as far as torch counts it."""
-    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 class _StandIn:

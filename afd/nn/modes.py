@@ -39,7 +39,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             if any(mode for _, mode in before):
                 _evaluate(model)
             trainable = [one for one in model.parameters() if _freezable(one)]
-            buffers = _Buffers(modules)
+            buffers = Buffers(modules)
             try:
                 for parameter in trainable:
                     parameter.requires_grad_(False)
@@ -104,27 +104,28 @@ def _restore(before: list[tuple[nn.Module, bool]]) -> None:
             module.training = mode
 
 
-class _Buffers:
+class Buffers:
     """The buffers of modules, as objects and by their values."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         places = [module._buffers for module in modules]
         held = [(place, name, one) for place in places for name, one in place.items() if one is not None]
-        self.held = [(place, name, buffer, _version(buffer)) for place, name, buffer in held]
+        self.held = [(place, name, buffer, version_of(buffer)) for place, name, buffer in held]
         self.values = _copies([buffer for _, _, buffer in held])
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Undoes what was written to them, and what was put in their place."""
         for (place, name, buffer, version), values in zip(self.held, self.values, strict=True):
-            if _version(buffer) != version:
+            if version_of(buffer) != version:
                 buffer.copy_(values)
             if isinstance(place, dict) and place.get(name) is not buffer:
                 place[name] = buffer
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def version_of(tensor: Tensor | None) -> int | None:
+    """How often a tensor has been written to, as far as torch counts it."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
