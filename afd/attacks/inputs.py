@@ -22,8 +22,8 @@ def check_form(x: Tensor, y: Tensor) -> None:
             raise InputTypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
             raise InputTypeError(f"{name} is a tensor of layout {tensor.layout} or quantised; it must be a plain one")
-    if not x.dim():
-        raise InputError("x has shape []; it must be images [N, ...]")
+    if x.dim() < 2:
+        raise InputError(f"x has shape {list(x.shape)}; it must be images [N, ...], of at least one dimension each")
     if x.dtype not in (torch.float32, torch.float64):
         raise InputTypeError(f"x is {x.dtype}; an attack needs torch.float32 (or float64) images")
     if y.dtype != torch.int64:

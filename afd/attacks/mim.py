@@ -77,11 +77,9 @@ class MIM(GradientAttack):
 
 def _of_mean_one(grad: Tensor) -> Tensor:
     """Each sample's gradient scaled to a mean magnitude of 1; zero stays zero, and NaN spoils nothing else."""
+    grad = grad.nan_to_num()
     images = tuple(range(1, grad.dim()))
     largest = grad.abs().amax(images, keepdim=True)
-    if grad.is_cuda or not largest.isfinite().all():  # on a CPU it is cheaper to look; elsewhere looking would wait
-        grad = grad.nan_to_num()
-        largest = grad.abs().amax(images, keepdim=True)
     scaled = grad / largest.where(largest > 0, torch.ones_like(largest))
     mean = scaled.abs().mean(images, keepdim=True)
     return scaled / mean.where(mean > 0, torch.ones_like(mean))

@@ -57,9 +57,8 @@ def note(piece: Piece, step: int, logits: Tensor, losses: Tensor, grad: Tensor) 
     if piece.trace is None:
         return
     known = piece.trace[:, piece.rows]
-    # NaN and infinity reach the largest size, so one pass finds both, and zero
-    largest = torch.linalg.vector_norm(grad, float("inf"), dim=tuple(range(1, grad.dim())))
-    logit = torch.linalg.vector_norm(logits, float("inf"), dim=1)
+    # NaN and infinity reach the largest size, which so tells of both, and of zero
+    largest, logit = grad.abs().amax(tuple(range(1, grad.dim()))), logits.abs().amax(1)
     first = torch.where((known[FIRST_NAN] == 0) & logit.isnan(), step + 1, known[FIRST_NAN])
     likely = known[PROBABILITIES] if step else _like_probabilities(logits)
     happened = torch.stack(

@@ -429,6 +429,7 @@ def test_other_radii_are_named(value, error, message):
         (lambda x, y: (x, y.tolist()), InputTypeError, r"y is a list; it must be a torch\.Tensor"),
         (lambda x, y: (x.to_sparse(), y), InputTypeError, "x is a tensor of layout torch.sparse_coo"),
         (lambda x, y: (x[0, 0, 0, 0], y[0]), InputError, r"x has shape \[\]; it must be images \[N, ...\]"),
+        (lambda x, y: (x[:, 0, 0, 0], y), InputError, r"x has shape \[4\]; it must be images \[N, ...\]"),
         (lambda x, y: (255 * x, y), InputError, r"x has values in \[\S+, 25\S+\]; images must be finite and in"),
         (lambda x, y: (x, y[:, None]), InputError, r"y has shape \[4, 1\]; it must be \[4\]"),
         (lambda x, y: (x, nn.functional.one_hot(y, 6)), InputError, r"y has shape \[4, 6\]"),
