@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from afd.errors import one_of
+from afd.errors import InputTypeError, one_of
+from afd.ops import checks
 
 NORMS = ("Linf", "L2", "L1")
 BOUNDS = (0.0, 1.0)
@@ -30,6 +32,23 @@ class Target:
     eps: float
     seed: int
     classes: int
+
+
+def check_returned(x_adv: Any, x: Tensor) -> None:
+    """Checks the form of what an attack made of images x [N, ...].
+
+    Raises:
+        InputTypeError: it is no tensor, or has another dtype than x.
+        InputError: it has another shape or device than x.
+    """
+    if not isinstance(x_adv, Tensor):
+        raise InputTypeError(f"the attack returned a {type(x_adv).__name__}; it must return images like x")
+    checks.iterate("what the attack returned", x_adv, x)
+
+
+def inside(x: Tensor, bounds: tuple[float, float] = BOUNDS) -> Tensor:
+    """Whether all values of an image lie within bounds, bool [N] from images [N, ...]; false for NaN."""
+    return ((x >= bounds[0]) & (x <= bounds[1])).flatten(1).all(1)
 
 
 def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
