@@ -1,4 +1,4 @@
-"""How attacks of other libraries are called: on plain logits, in ordinary modes, leaving random state and model alone."""
+"""How attacks of other libraries are called: on plain logits, in ordinary modes, with model and random state kept."""
 
 from __future__ import annotations
 
@@ -30,18 +30,16 @@ class PlainLogits(nn.Module):
 
 
 @contextmanager
-def ordinary_modes(device: torch.device) -> Iterator[None]:
+def ordinary_modes() -> Iterator[None]:
     """PyTorch as it starts: float32 by default, on the CPU, with gradients, without autocast; then as it was.
 
     The default dtype is one for the whole process.
-
-    Args:
-        device: on which autocast is switched off.
     """
     before = torch.get_default_dtype()
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # which allows gradients, too
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         if before != torch.float32:
@@ -54,5 +52,5 @@ def ordinary_modes(device: torch.device) -> Iterator[None]:
 def lent(model: nn.Module, x: Tensor) -> Iterator[PlainLogits]:
     """The model, for a library to attack on the device of x; draws from the global generators are taken back."""
     cuda = [x.device] if x.is_cuda else []
-    with ordinary_modes(x.device), evaluating(model), torch.random.fork_rng(cuda):
+    with ordinary_modes(), evaluating(model), torch.random.fork_rng(cuda):
         yield PlainLogits(local(model))

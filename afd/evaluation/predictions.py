@@ -27,6 +27,11 @@ class Predictions:
     finite: Tensor
     num_classes: int
 
+    @property
+    def undefined(self) -> Tensor:
+        """Which images the model has no class for, bool [N]."""
+        return self.classes == UNDEFINED
+
 
 def predict(model: nn.Module, x: Tensor) -> Predictions:
     """What a model, in evaluation mode and full precision, says of images [N, ...]; nothing waits for the device.

@@ -104,8 +104,8 @@ def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
     accuracies, counts = outcome.accuracies(stage), outcome.counts.get(stage.name, Counter())
     curve = [float(outcome.correct[: stage.first].double().mean()), *accuracies]
     points = [
-        {**epsilon.as_json(), "accuracy": accuracy}
-        for epsilon, accuracy in zip(stage.epsilons, accuracies, strict=True)
+        {**epsilon.as_json(), "accuracy": accuracy, "blind": blind}
+        for epsilon, accuracy, blind in zip(stage.epsilons, accuracies, outcome.blind(stage), strict=True)
     ]
     return {
         **stage.as_json(),
@@ -113,6 +113,7 @@ def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
         "area": normalised_area([0.0, *map(float, stage.epsilons)], curve),
         "attacked": counts.get("attacked", 0),
         "illegal": counts.get("illegal", 0),
+        "not_finite": counts.get("not finite", 0),
         "seconds": counts.get("milliseconds", 0) / 1000,
     }
 

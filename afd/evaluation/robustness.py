@@ -13,7 +13,7 @@ from afd.attacks.base import GradientAttack
 from afd.attacks.inputs import check_form, largest_label
 from afd.data.items import images_and_labels
 from afd.errors import InputError, ModelError, ModelWarning, at_least, warn_caller
-from afd.evaluation.predictions import UNDEFINED, predict
+from afd.evaluation.predictions import predict
 from afd.evaluation.target import BOUNDS, check_returned, inside, per_row
 
 
@@ -60,15 +60,15 @@ def accuracy(
                 legal = inside(shown, bounds)
                 shown = torch.where(per_row(legal, x), shown, x)
             said = predict(model, shown)
-            undefined = said.classes == UNDEFINED
-            found.append(torch.stack([said.classes == y, undefined, ~said.finite & ~undefined, ~legal]).sum(1))
+            infinite = ~said.finite & ~said.undefined
+            found.append(torch.stack([said.classes == y, said.undefined, infinite, ~legal]).sum(1))
         if largest >= said.num_classes:
             raise InputError(f"y holds the label {largest}; the model has classes 0 ... {said.num_classes - 1}")
         seen += len(y)
     if not seen:
         raise InputError("batches holds no images; accuracy needs at least one")
-    correct, undefined_, infinite, illegal = torch.stack(found).sum(0).tolist()
-    _judge_outputs(seen, undefined_, infinite, illegal)
+    correct, *others = torch.stack(found).sum(0).tolist()
+    _judge_outputs(seen, *others)
     return float(correct) / seen
 
 

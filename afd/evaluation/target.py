@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,16 @@ def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
     order = {"Linf": torch.inf, "L2": 2, "L1": 1}[norm]
     length: Tensor = torch.linalg.vector_norm(difference, order, dim=1)
     return length
+
+
+def diameter(norm: str, values: int) -> float:
+    """The largest distance between two images of so many values in [0, 1].
+
+    Raises:
+        InputError: unknown norm.
+    """
+    one_of("norm", norm, NORMS)
+    return float({"Linf": 1, "L2": math.sqrt(values), "L1": values}[norm])
 
 
 def within(lengths: Tensor, eps: float) -> Tensor:
