@@ -95,8 +95,10 @@ def describe(subject: Subject) -> dict[str, Any]:
 
 def architecture(subject: Subject) -> str:
     """What a table calls the network."""
-    model = subject.metadata.get("config", {}).get("model", {})
-    return f"{model['name']} (width {model['width']})" if model else type(subject.model).__name__
+    model = subject.config.get("model", {})
+    if isinstance(model, dict) and {"name", "width"} <= set(model):
+        return f"{model['name']} (width {model['width']})"
+    return type(subject.model).__name__
 
 
 def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:

@@ -43,6 +43,12 @@ class Subject:
     metadata: dict[str, Any] = field(default_factory=dict)
     training_modules: int = 0
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of `afd train` that its checkpoint holds; empty if it was trained otherwise."""
+        found = self.metadata.get("config")
+        return found if isinstance(found, dict) else {}
+
     def digest(self) -> str:
         """SHA-256 over the names and values of its parameters and buffers, so that a result names its weights."""
         found = hashlib.sha256()
