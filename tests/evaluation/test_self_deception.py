@@ -97,6 +97,7 @@ class LabelLeak(Defence):
 
 CHEATS = [
     (Saturated, "zero gradients at start"),
+    (Saturated, "robust to a blind attack"),
     (Noisy, "random outputs"),
     (Noisy, "re-verification"),
     (Quantised, "zero gradients at start"),
