@@ -16,11 +16,11 @@ from afd.data import Images
 from afd.errors import AfdError, InputError, InputTypeError
 from afd.evaluation import results as files
 from afd.evaluation.examples import examples
-from afd.evaluation.features import DomainWatch, divergences, feature_summary
+from afd.evaluation.features import DomainWatch, divergences, feature_summary, has_features
 from afd.evaluation.foreign import ordinary_modes
 from afd.evaluation.html import report
 from afd.evaluation.model_checks import model_checks
-from afd.evaluation.outcome_checks import finite_check, outcome_checks, verification_check
+from afd.evaluation.outcome_checks import NEEDED, finite_check, outcome_checks, verification_check
 from afd.evaluation.place import Place
 from afd.evaluation.plots import plot_divergence, plot_examples, plot_sweeps
 from afd.evaluation.progress import Bar
@@ -96,6 +96,7 @@ def evaluate(
     place = place or Place(images.device)
     console = console if console is not None and place.leads else Console(quiet=True)
     images = images.to(place.device)
+    _check_stages(protocol)
     protocol.check_extras()
     protocol.check_radii(math.prod(images.shape))
     sizes = (1, batch_size, len(images) % batch_size or 1, other_batch_size(batch_size), PROBED)
@@ -114,6 +115,7 @@ def evaluate(
     store = Store(out / STATE, fingerprint(subject, surrogate, images, protocol, settings))
     probed = torch.arange(min(PROBED, len(images)), device="cpu")
     found = model_checks(subject, images.images(probed), images.labels[probed.to(place.device)])
+    featured = has_features(subject.model, images.images(probed[:2]))
     with Bar(console) as bar:
         runner = Runner(
             model=local(subject.model), surrogate=None if surrogate is None else local(surrogate.model), images=images,
@@ -126,7 +128,7 @@ def evaluate(
         content = files.summary(
             outcome, subject=subject, surrogate=surrogate, images=images, split=split,
             checks=[finite_check(outcome), *found, *outcome_checks(outcome, classes), verification_check(second_look)],
-            features=feature_summary(subject.model, images, batch_size),
+            features=feature_summary(subject.model, images, batch_size) if featured else None,
             divergence=divergences(outcome),
             settings={**settings, "processes": place.processes, "kept_images": keep_images},
         )  # fmt: skip
@@ -141,6 +143,18 @@ def evaluate(
     if place.leads and not keep_images:
         shutil.rmtree(out / STATE)
     return content if place.leads else None
+
+
+def _check_stages(protocol: Protocol) -> None:
+    """Raises InputError unless there is a stage to report, and the probes that the checks compare."""
+    if not any(stage.role == "score" for stage in protocol.stages):
+        raise InputError(f"protocol {protocol.name} has no stage that counts; it needs one with the role 'score'")
+    missing = {*NEEDED} - {stage.name for stage in protocol.stages}
+    if missing:
+        raise InputError(
+            f"protocol {protocol.name} lacks the stages {', '.join(sorted(missing))}; add those of "
+            "afd.evaluation.protocols.probes"
+        )
 
 
 def _whole(name: str, value: int, least: int) -> None:
@@ -166,7 +180,10 @@ def prepare(out: Path, *, overwrite: bool) -> None:
         raise FolderError(f"out is {out}, which holds a finished evaluation; name another folder, or pass --overwrite")
     elif out.exists() and any(out.iterdir()) and not (out / STATE).is_dir():
         raise FolderError(f"out is {out}, which exists and holds no evaluation; name another folder, or --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"out is {out}, which cannot be made: {error}") from error
 
 
 def fingerprint(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from afd.attacks.engine import evaluating
 from afd.data import Batches, Images
-from afd.errors import InputError
+from afd.errors import InputError, ModelWarning, warn_caller
 from afd.evaluation.outcome import Outcome
 from afd.nn.modes import local
 
@@ -40,6 +40,20 @@ def feature_summary(model: nn.Module, images: Images, batch_size: int) -> dict[s
         "never_zero": int((features != 0).all(0).sum()),
         "always_zero": int((features == 0).all(0).sum()),
     }
+
+
+def has_features(model: nn.Module, x: Tensor) -> bool:
+    """Whether a model has features to speak of, which images x show.
+
+    Warns:
+        ModelWarning: it has a method ``features`` that images cannot be given to.
+    """
+    try:
+        return features_of(model, x) is not None
+    except Exception as error:  # a method of that name that was meant for something else
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warn_caller(f"nothing is said of features, as the model's method of that name raises {reason}", ModelWarning)
+        return False
 
 
 def features_of(model: nn.Module, x: Tensor) -> Tensor | None:

@@ -13,6 +13,8 @@ from afd.evaluation.protocol import Stage
 from afd.evaluation.protocols import PROBED
 from afd.evaluation.verification import Verification
 
+NEEDED = ("probe-noise", "probe-fgsm", "probe-pgd-20", "probe-pgd-40", "probe-far")  # stages of every protocol
+
 
 def outcome_checks(outcome: Outcome, classes: int) -> list[Check]:
     """All checks that the stages of an outcome allow, in points of accuracy (hundredths of the images)."""

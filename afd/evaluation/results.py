@@ -151,6 +151,6 @@ def read(path: Path) -> dict[str, Any]:
         raise ResultsError(f"{file} is not JSON: {error}") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise ResultsError(f"{file} is not the result of an afd evaluation")
-    if results["version"] != VERSION:
-        raise ResultsError(f"{file} has version {results['version']}; this afd reads {VERSION}")
+    if results.get("version") != VERSION:
+        raise ResultsError(f"{file} has version {results.get('version')}; this afd reads {VERSION}")
     return results

@@ -12,7 +12,7 @@ from afd.attacks import Attack
 from afd.attacks.base import GradientAttack
 from afd.attacks.inputs import check_form, largest_label
 from afd.data.items import images_and_labels
-from afd.errors import InputError, ModelError, ModelWarning, at_least, warn_caller
+from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, at_least, warn_caller
 from afd.evaluation.predictions import predict
 from afd.evaluation.target import BOUNDS, check_returned, inside, per_row
 
@@ -33,7 +33,7 @@ def accuracy(
         model: images -> logits [N, K], in any form of `afd.nn.outputs`; left as it was found.
         batches: yields (images [N, ...] float32 or float64, labels [N] int64 in [0, K), ...), or mappings or objects
             with them, as a loader does (`afd.data.items`); read once.
-        attack: applied to each batch first; its starts do not depend on the batch size.
+        attack: applied to a copy of each batch first; its starts do not depend on the batch size.
         bounds: lowest and highest value of an image; by default those of the attack, or [0, 1].
 
     Returns:
@@ -52,7 +52,7 @@ def accuracy(
     seen = 0
     found: list[Tensor] = []
     for x, y, largest in _checked(batches, bounds):
-        shown = x if attack is None else attack(x, y, first_sample=seen)
+        shown = x if attack is None else attack(x.clone(), y, first_sample=seen)
         with torch.no_grad():
             legal = torch.ones_like(y, dtype=torch.bool)
             if attack is not None:
@@ -97,6 +97,8 @@ def accuracy_curve(
 
 def _checked(batches: Iterable[Any], bounds: tuple[float, float]) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Images, labels and the largest label of each batch that has any, once their values are found to be allowed."""
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise InputTypeError(f"batches is a {type(batches).__name__}; it must be a loader or a list of batches")
     for item in batches:
         x, y = images_and_labels(item)
         check_form(x, y)

@@ -150,7 +150,7 @@ class Runner:
         x, y = batch.x[rows], batch.y[rows]
         largest = float(stage.epsilons[positions[-1]])
         attack = self.attack(stage, largest)
-        x_adv = attack(x, y, first_sample=batch.first) if len(rows) else x
+        x_adv = attack(x.clone(), y, first_sample=batch.first) if len(rows) else x
         check_returned(x_adv, x)
         legal = inside(x_adv)
         if not stage.minimal:

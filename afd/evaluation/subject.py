@@ -78,9 +78,13 @@ def from_factory(spec: str, device: torch.device) -> Subject:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: a factory may lie beside the user
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise SubjectError(f"model {spec} cannot be imported: {error}") from error
+    except Exception as error:  # the user's own code: whatever it raises is told, with its traceback as the cause
+        raise SubjectError(f"model {spec} cannot be imported: {type(error).__name__}: {error}") from error
+    try:
+        factory = getattr(module, attribute)
     except AttributeError as error:
         raise SubjectError(f"model {spec}: {module_name} has no {attribute!r}") from error
     if not callable(factory):
@@ -92,7 +96,13 @@ def from_factory(spec: str, device: torch.device) -> Subject:
     if not isinstance(model, nn.Module):
         raise SubjectError(f"model {spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
     training = sum(bool(getattr(module, "training", False)) for module in model.modules())
-    return Subject(attribute, spec, model.to(device).eval(), training_modules=training)
+    try:
+        model = model.to(device).eval()
+    except Exception as error:  # its own code again, or weights that are not there
+        raise SubjectError(
+            f"model {spec} cannot be put into evaluation mode on {device}: {type(error).__name__}: {error}"
+        ) from error
+    return Subject(attribute, spec, model, training_modules=training)
 
 
 def check_fit(subject: Subject, images: Images, sizes: Iterable[int] = (2,)) -> int:

@@ -57,6 +57,8 @@ def test_curve_falls_where_the_margins_end(size):
 def test_no_images_is_an_error():
     with pytest.raises(InputError, match="batches holds no images"):
         accuracy(Brightest(), [])
+    with pytest.raises(InputTypeError, match="batches is a NoneType; it must be a loader or a list of batches"):
+        accuracy(Brightest(), None)
 
 
 def test_plot_is_a_png_with_a_line_a_model(tmp_path):
@@ -261,3 +263,13 @@ def test_a_curve_refuses_what_can_be_read_once_before_the_first_pass():
             accuracy_curve(Brightest(), in_batches(2), [0.1, wrong], attack)
     assert not calls
     assert accuracy_curve(Brightest(), iter(in_batches(2)), [0], attack) == [0.75]
+
+
+def test_an_attack_may_write_to_its_input():
+    def breaking(x, y, **_):
+        return x.scatter_(1, y[:, None], 0.0)
+
+    batches = in_batches(4)
+    assert accuracy(Brightest(), batches, breaking) == 0
+    assert torch.equal(batches[0][0], X)
+    assert accuracy(Brightest(), batches) == 0.75

@@ -10,11 +10,11 @@ from ambient import MODES
 from torch import nn
 
 from afd.data import Images
-from afd.errors import InputError, InputTypeError
+from afd.errors import InputError, InputTypeError, ModelWarning
 from afd.evaluation import catalogue, extras
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.epsilon import Epsilon, ascending
-from afd.evaluation.evaluate import evaluate
+from afd.evaluation.evaluate import FolderError, evaluate
 from afd.evaluation.extras import ExtraMissingError
 from afd.evaluation.features import feature_summary
 from afd.evaluation.place import Place, device_named
@@ -367,3 +367,38 @@ def test_one_class_fewer_than_the_least_is_too_few(bright):
     attack = ATTACKS["apgd-t"].build(Target(Brightest(), "Linf", 0.1, 0, 3), steps=1, n_target_classes=9)
     with pytest.raises(InputError, match="needs at least 4 classes"):
         attack(bright.images()[:2], bright.labels[:2])
+
+
+# --- Later, or in another place -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["probe-far", "probe-fgsm"])
+def test_a_protocol_without_its_probes_is_refused(missing, bright, tmp_path):
+    whole = quick("Linf", RADII, RADII[0])
+    fewer = Protocol("quick", "Linf", RADII[0], tuple(stage for stage in whole.stages if stage.name != missing))
+    with pytest.raises(InputError, match=f"protocol quick lacks the stages {missing}; add those of"):
+        evaluate(Subject("model", "test", Brightest()), bright, fewer, tmp_path / "out")
+    only = Protocol("quick", "Linf", RADII[0], probes("Linf", RADII[0]))
+    with pytest.raises(InputError, match="protocol quick has no stage that counts"):
+        evaluate(Subject("model", "test", Brightest()), bright, only, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_called_features_that_is_meant_for_something_else_costs_no_report(bright, tmp_path):
+    def features(x, layer):
+        return x.flatten(1)
+
+    with pytest.warns(ModelWarning, match="nothing is said of features, .* raises TypeError: .*'layer'"):
+        results, _ = evaluated(Feature(features), bright.take(torch.arange(20)), tmp_path / "out")
+    assert results["features"] is None
+
+
+def test_a_radius_that_is_no_float_is_refused():
+    with pytest.raises(InputError, match="eps is 1e400; it must be at most"):
+        Epsilon.of("1e400")
+
+
+def test_a_folder_that_cannot_be_made_is_named(bright, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match="which cannot be made"):
+        evaluated(Brightest(), bright, tmp_path / "file" / "out")
