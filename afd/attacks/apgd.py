@@ -158,7 +158,7 @@ class APGD(GradientAttack):
 
         The others are struck out in place.
         """
-        if self.precision != "fp32" or self._folding.pairs:
+        if self.precision != "fp32" or self._joining.pairs:
             outcome.broken.logical_and_(self._fooled(self._as_written(outcome.x_best_adv), piece.y))
         return outcome
 

@@ -29,8 +29,11 @@ class APGDState:
 
     @classmethod
     def before_start(cls, x_adv: Tensor, step: Tensor) -> APGDState:
-        """State that the first update, at the start point, makes that of a run whose best point is the start."""
-        x_best, grad_best, x_best_adv = (torch.zeros_like(x_adv) for _ in range(3))
+        """State that the first update, at the start point, makes that of a run whose best point is the start.
+
+        A loss that is never more than NaN leaves the start as the best point.
+        """
+        x_best, grad_best, x_best_adv = x_adv.clone(), torch.zeros_like(x_adv), torch.zeros_like(x_adv)
         best, last = torch.full_like(step, -math.inf), torch.full_like(step, math.inf)
         reduced, broken = torch.ones_like(step, dtype=torch.bool), torch.zeros_like(step, dtype=torch.bool)
         increases, moves = (torch.zeros_like(step, dtype=kind) for kind in (torch.int32, torch.uint8))

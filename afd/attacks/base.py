@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Self
 
@@ -13,16 +14,17 @@ from torch import Tensor, nn
 
 from afd.attacks import engine, execution, inputs, watch
 from afd.attacks.capture import CaptureWarning, guard, recordable
-from afd.attacks.folding import NOTHING, folding
+from afd.attacks.joining import Joining
 from afd.attacks.losses import loss_named
 from afd.attacks.piece import Piece
 from afd.attacks.python_state import key_of
 from afd.attacks.replay import Climb, Replays
-from afd.errors import InputError, at_least, warn_caller
+from afd.errors import InputTypeError, at_least, warn_caller
+from afd.nn.modes import local
 from afd.ops import checks
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # between the logits of a replay and of the model, as a share of the largest
-NO_SETTINGS = {"model", "report", "_replays", "_folding"}
+NO_SETTINGS = {"model", "report", "_replays", "_joining"}
 OUTDATED = (
     "an earlier call of this attack replayed a graph in which the model gave other logits than it did by then, though "
     "no weight, hook, mode or attribute of a module had changed: something outside of it had. Its points are those of "
@@ -39,6 +41,7 @@ class GradientAttack(ABC):
             whole calls.
 
     Raises:
+        InputTypeError: the model is no module, or a setting of another type.
         InputError: a setting out of its range.
     """
 
@@ -62,14 +65,18 @@ class GradientAttack(ABC):
         checks.bounds(*bounds)
         checks.counter("seed", seed)
         at_least("steps", steps, 0)
-        not_negative("eps", eps)
         execution.check_execution(precision, piece)
-        self.model, self.norm, self.eps, self.steps = model, norm, eps, steps
+        if not isinstance(model, nn.Module):
+            raise InputTypeError(
+                f"model is a {type(model).__name__}; it must be a torch.nn.Module, whose mode an attack can set"
+            )
+        self.model, self.norm, self.steps = model, norm, steps
+        self.eps = inputs.size("eps", eps)
         self.targeted, self.bounds, self.seed = targeted, bounds, seed
         self.precision, self.piece, self.look, self.fold = precision, piece, look, fold
         self.loss = loss_named(loss, targeted=targeted)
         self.report: watch.Report | None = None
-        self.own_graphs, self._replays, self._folding = True, Replays(), NOTHING
+        self.own_graphs, self._replays, self._joining = True, Replays(), Joining()
 
     @classmethod
     def partial(cls, **settings: Any) -> Callable[[nn.Module], Self]:
@@ -90,15 +97,19 @@ class GradientAttack(ABC):
             [N, ...] like x, within eps of it and within bounds.
 
         Raises:
-            InputError, InputTypeError: x or y is not as described, a label is not one of the model's classes, or what
-                the gradient must go through was made in `torch.inference_mode`.
-            ModelError: the model returned NaN.
+            InputError, InputTypeError: x or y is not as described, a setting is not one value per sample of x, a label
+                is not one of the model's classes, the model does not return logits, or what the gradient must go
+                through was made in `torch.inference_mode`.
+            ModelError: the model returned NaN, or cannot be differentiated.
 
         Warns:
-            ModelWarning: gradients that are zero everywhere, or outputs that are probabilities.
+            ModelWarning: gradients that are zero or NaN wherever the attack looked, values that are not finite, or
+                outputs that are probabilities.
             CaptureWarning: on CUDA, where steps cannot be replayed from a graph, or were and should not have been.
         """
         inputs.check_form(x, y)
+        for name in ("eps", "alpha"):
+            inputs.check_length(name, getattr(self, name, None), x)
         seed = self.seed if seed is None else seed
         with guard(x.device), torch.inference_mode(False), torch.no_grad():
             x, y = inputs.outside_inference(x), inputs.outside_inference(y)
@@ -111,26 +122,33 @@ class GradientAttack(ABC):
         self.report, self._replays.paused = None, not self.own_graphs
         x_adv = torch.empty_like(x)
         with engine.evaluating(self.model):
-            self._folding = folding(self.model) if self.fold else NOTHING
-            trace = self._fill(x_adv, x, y, seed, first_sample)
+            rows = list(execution.pieces(self._module, x, self.piece, self.precision))
+            trace = self._fill(x_adv, x, y, rows, seed, first_sample)
             if trace is not None and self._replays.outdated(wait=True):
                 self._replays.paused = True  # once more, step by step
-                trace = self._fill(x_adv, x, y, seed, first_sample)
+                trace = self._fill(x_adv, x, y, rows, seed, first_sample)
         if trace is not None:
             self.report = watch.settle(trace)
         return x_adv
 
-    def _fill(self, x_adv: Tensor, x: Tensor, y: Tensor, seed: int | Tensor, first_sample: int) -> Tensor | None:
+    def _fill(
+        self, x_adv: Tensor, x: Tensor, y: Tensor, pieces: list[slice], seed: int | Tensor, first_sample: int
+    ) -> Tensor | None:
         """Runs the algorithm piece by piece into x_adv; returns what was noted on the way, if anybody looks."""
         largest_label = inputs.largest_label(x, y, self.bounds) if self.look else -1
         trace = watch.new_trace(len(x), x.device) if self.look else None
         self._replays.begin()
-        with self._folding.folded():
-            for rows in execution.pieces(self.model, x, self.piece, self.precision):
+        with self._joining.joined(self._module) if self.fold else nullcontext():
+            for rows in pieces:
                 images, labels, first = execution.channels_last(x[rows]), y[rows], first_sample + rows.start
                 piece = Piece(images, labels, labels, rows, seed, first, largest_label, trace)
                 x_adv[rows] = self._run(piece)
         return trace
+
+    @property
+    def _module(self) -> nn.Module:
+        """What computes the model here."""
+        return local(self.model)
 
     def perturb(self, x: Tensor, y: Tensor, *, seed: int | Tensor | None = None, first_sample: int = 0) -> Tensor:
         """The same as calling the attack."""
@@ -155,30 +173,29 @@ class GradientAttack(ABC):
         """Gradient, losses and logits at x_adv, with the model in the attack's precision."""
         with execution.autocast(self.precision, x_adv.device):
             grad, losses, logits = engine.loss_gradient(
-                self.model, self.loss.value, x_adv, piece.aim, piece.largest_label
+                self._module, self.loss.value, x_adv, piece.aim, piece.largest_label, self._joining
             )
         if not piece.first_logits:
             piece.first_logits.append(logits)
-        watch.note(piece, step, logits, grad)
+        watch.note(piece, step, logits, losses, grad)
         return grad, losses, logits
 
     def _as_written(self, x: Tensor) -> Tensor:
-        """Logits in full precision, without folding: what a success must hold up to."""
-        with self._folding.suspended():
-            logits: Tensor = self.model(x)
-        return logits
+        """Logits in full precision, of layers that are not joined: what a success must hold up to."""
+        with self._joining.suspended():
+            return engine.judged(self._module, x)
 
     def _climbed(self, climb: Climb, piece: Piece, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:
         """climb(piece, x_adv), on CUDA by replaying a graph; `settings` are those of the climb, not of the attack."""
         if not self.steps:
             return climb(piece, x_adv)
         tolerance = TOLERANCE if self.precision == "fp32" else TOLERANCE_BF16
-        name = (*settings, *self.settings(), self._folding)
-        return self._replays(name, self.model, climb, piece, x_adv, self._first_logits, tolerance)
+        name = (*settings, *self.settings())
+        return self._replays(name, self.model, climb, piece, x_adv, self._first_logits, tolerance, self.memory)
 
     def _first_logits(self, x_adv: Tensor) -> Tensor:
         with execution.autocast(self.precision, x_adv.device):
-            return engine.logits_alone(self.model, x_adv)
+            return engine.logits_alone(self._module, x_adv, self._joining)
 
     def settings(self) -> Iterator[Hashable]:
         """What a recorded graph holds of the attack: numbers and names, and where per-sample settings lie in memory."""
@@ -186,10 +203,6 @@ class GradientAttack(ABC):
             if name not in NO_SETTINGS:
                 yield name, key_of(value, tensors=True)
 
-
-def not_negative(name: str, setting: float | Tensor) -> None:
-    """Raises InputError unless a setting, or the least of one per sample, is a finite number >= 0."""
-    least = float(setting.min()) if isinstance(setting, Tensor) and setting.numel() else setting
-    if isinstance(least, Tensor):
-        raise InputError(f"{name} is an empty tensor; it must be a number or one value per sample")
-    at_least(name, least, 0.0)
+    def memory(self) -> tuple[object, ...]:
+        """What a recorded graph writes to that is neither the model's nor its own."""
+        return tuple(self._joining.pairs.values())

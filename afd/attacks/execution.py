@@ -10,19 +10,20 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, TypedDict
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from afd.errors import at_least, one_of
+from afd.nn.modes import eager
 from afd.ops import backend
 
 PRECISIONS = ("fp32", "bf16", "auto")
 ACTIVATION_BYTES = 24 << 20  # of one piece: a few MiB a core stay in its own cache, the rest in the shared one
 LEAST_PIECE = 64  # below it, the cost of calling each layer shows
 
-_bytes_per_sample: WeakKeyDictionary[nn.Module, dict[tuple[str, *tuple[int, ...]], int]] = WeakKeyDictionary()
+_bytes_per_sample = WeakIdKeyDictionary()  # by model, whatever it equals: by precision and shape of a sample
 
 
 class Running(TypedDict, total=False):
@@ -64,11 +65,12 @@ def pieces(model: nn.Module, x: Tensor, piece: int | None = None, precision: str
     Args:
         model: in evaluation mode.
         x: images [N, ...], N >= 1.
-        piece: rows at most; None lets the size of the model's activations decide (on CUDA: the whole batch).
+        piece: rows at most; None lets the size of the model's activations decide (on CUDA, and where they cannot be
+            seen, as in a compiled model: the whole batch).
         precision: that the model runs in: activations in bfloat16 are half as large.
     """
     samples = x.shape[0]
-    if piece is None and (x.is_cuda or samples <= LEAST_PIECE):
+    if piece is None and (x.is_cuda or samples <= LEAST_PIECE or not eager(model)):
         piece = samples
     elif piece is None:
         piece = max(LEAST_PIECE, ACTIVATION_BYTES // _activation_bytes(model, x, precision))
@@ -79,7 +81,7 @@ def pieces(model: nn.Module, x: Tensor, piece: int | None = None, precision: str
 
 def _activation_bytes(model: nn.Module, x: Tensor, precision: str) -> int:
     """Bytes that the model's layers put out for one sample, found by one forward and remembered."""
-    known = _bytes_per_sample.setdefault(model, {})
+    known: dict[tuple[str | int, ...], int] = _bytes_per_sample.setdefault(model, {})
     kind = (precision, *x.shape[1:])
     if kind not in known:
         sizes: list[int] = []
@@ -88,11 +90,13 @@ def _activation_bytes(model: nn.Module, x: Tensor, precision: str) -> int:
             if isinstance(output, Tensor):
                 sizes.append(output.numel() * output.element_size())
 
-        layers = [module for module in model.modules() if not any(module.children())]
+        layers = [module for module in model.modules() if next(module.children(), None) is None]
         hooks = [layer.register_forward_hook(count) for layer in layers]
         try:
             with torch.no_grad(), autocast(precision, x.device):
-                model(x[:1])
+                model(x[:1].clone())
+        except Exception:  # it may take no single image; what else is wrong, the attack's own forward will say
+            sizes = [ACTIVATION_BYTES]
         finally:
             for hook in hooks:
                 hook.remove()

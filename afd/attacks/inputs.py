@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from afd.errors import InputError, InputTypeError
+from afd.errors import InputError, InputTypeError, at_least
 
 
 def check_form(x: Tensor, y: Tensor) -> None:
@@ -15,6 +17,13 @@ def check_form(x: Tensor, y: Tensor) -> None:
         InputTypeError: x is not floating point, or y not int64.
         InputError: shapes or devices disagree.
     """
+    for name, tensor in (("x", x), ("y", y)):
+        if not isinstance(tensor, Tensor):
+            raise InputTypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
+        if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+            raise InputTypeError(f"{name} is a tensor of layout {tensor.layout} or quantised; it must be a plain one")
+    if not x.dim():
+        raise InputError("x has shape []; it must be images [N, ...]")
     if x.dtype not in (torch.float32, torch.float64):
         raise InputTypeError(f"x is {x.dtype}; an attack needs torch.float32 (or float64) images")
     if y.dtype != torch.int64:
@@ -35,10 +44,21 @@ def largest_label(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
     first, last = torch.aminmax(y)
     low, high, first_label, last_label = torch.stack([lowest.double(), highest.double(), first, last]).tolist()
     if not (bounds[0] <= low and high <= bounds[1]):
-        raise InputError(f"x has values in [{low:g}, {high:g}]; images must be finite and in {list(bounds)}")
+        found = f"[{_told(low, bounds)}, {_told(high, bounds)}]"
+        raise InputError(
+            f"x has values in {found}; images must be finite and in {list(bounds)} (clamp what rounding has put "
+            "outside; normalise inside the model)"
+        )
     if first_label < 0:
         raise InputError(f"y holds the label {int(first_label)}; labels must be >= 0")
     return int(last_label)
+
+
+def _told(value: float, bounds: tuple[float, float]) -> str:
+    """A number in few digits, but in so many that one outside of the bounds is seen to be outside."""
+    low, high = bounds
+    short = f"{value:g}"
+    return short if (low <= float(short) <= high) == (low <= value <= high) else f"{value:.9g}"
 
 
 def check_batch(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
@@ -50,3 +70,47 @@ def check_batch(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
 def outside_inference(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that autograd can work with of one that was made in `torch.inference_mode`."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+# --- Settings, for the whole batch or one per sample ----------------------------------------------------------------
+
+
+def size(name: str, value: Any) -> float | Tensor:
+    """A radius or step size: a number, or a tensor of one per sample; a tensor of shape [] is a number.
+
+    Raises:
+        InputTypeError: it is something else.
+        InputError: it is negative or not finite, or a tensor of another shape.
+    """
+    if isinstance(value, Tensor) and value.dim():
+        if not value.is_floating_point():
+            raise InputTypeError(f"{name} is a tensor of {value.dtype}; it must be floating-point, like the images")
+        if value.dim() != 1 or not len(value):
+            raise InputError(f"{name} has shape {list(value.shape)}; it must be a number, or one per sample, [N]")
+        least, most = (float(extreme) for extreme in value.detach().aminmax())
+        at_least(f"the least of {name}", least, 0.0)
+        at_least(f"the largest of {name}", most, 0.0)
+        return value.detach()
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise InputTypeError(
+            f"{name} is a {type(value).__name__}; it must be a number, or a tensor of one per sample"
+        ) from error
+    at_least(name, number, 0.0)
+    return number
+
+
+def check_length(name: str, setting: float | Tensor | None, x: Tensor) -> None:
+    """Raises InputError, or InputTypeError, unless a setting that is a tensor has one value for each image of x."""
+    if not isinstance(setting, Tensor):
+        return
+    if setting.shape != x.shape[:1]:
+        raise InputError(
+            f"{name} has shape {list(setting.shape)}, but x holds {x.shape[0]} images; it must have one value for each "
+            "image of the batch that is attacked"
+        )
+    if setting.dtype != x.dtype or setting.device != x.device:
+        raise InputTypeError(
+            f"{name} is {setting.dtype} on {setting.device}; it must be {x.dtype} on {x.device}, like the images"
+        )

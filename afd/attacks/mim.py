@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from afd import ops
-from afd.attacks.base import GradientAttack, not_negative
+from afd.attacks import inputs
+from afd.attacks.base import GradientAttack
 from afd.attacks.execution import Running
 from afd.attacks.piece import Piece
 from afd.errors import InputError, at_least
@@ -18,8 +19,8 @@ class MIM(GradientAttack):
     """Steps of steepest ascent along g ← decay * g + ∇ / mean|∇|, from x, inside the ball of radius eps.
 
     The paper divides by the sum of |∇| instead of its mean; the direction of g is the same. Each gradient is divided
-    by its largest magnitude first, so that tiny and huge ones count alike; one that is zero adds nothing. The model is
-    treated as `PGD` treats it.
+    by its largest magnitude first, so that tiny and huge ones count alike; one that is zero adds nothing. NaN counts as
+    0 and infinity as the largest number. The model is treated as `PGD` treats it.
 
     Args:
         model: classifier, images -> logits [N, classes].
@@ -55,11 +56,10 @@ class MIM(GradientAttack):
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=0,
             **running,
         )  # fmt: skip
-        not_negative("alpha", alpha)
         if loss == "kl":
             raise InputError("loss is 'kl', whose gradient at the image itself is 0; it needs a random start")
         at_least("decay", decay, 0.0)
-        self.alpha, self.decay = alpha, decay
+        self.alpha, self.decay = inputs.size("alpha", alpha), decay
 
     def _run(self, piece: Piece) -> Tensor:
         (x_adv,) = self._climbed(self._climb, self._aimed(piece), piece.x.clone())
@@ -76,9 +76,12 @@ class MIM(GradientAttack):
 
 
 def _of_mean_one(grad: Tensor) -> Tensor:
-    """Each sample's gradient scaled to a mean magnitude of 1; zero stays zero."""
+    """Each sample's gradient scaled to a mean magnitude of 1; zero stays zero, and NaN spoils nothing else."""
     images = tuple(range(1, grad.dim()))
     largest = grad.abs().amax(images, keepdim=True)
+    if grad.is_cuda or not largest.isfinite().all():  # on a CPU it is cheaper to look; elsewhere looking would wait
+        grad = grad.nan_to_num()
+        largest = grad.abs().amax(images, keepdim=True)
     scaled = grad / largest.where(largest > 0, torch.ones_like(largest))
     mean = scaled.abs().mean(images, keepdim=True)
     return scaled / mean.where(mean > 0, torch.ones_like(mean))

@@ -7,7 +7,8 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from afd import ops
-from afd.attacks.base import GradientAttack, not_negative
+from afd.attacks import inputs
+from afd.attacks.base import GradientAttack
 from afd.attacks.execution import Running
 from afd.attacks.piece import Piece
 from afd.errors import InputError
@@ -37,7 +38,7 @@ class PGD(GradientAttack):
         look: check the values of x, y and the model's outputs, which waits for the device before the first step and
             after the last; False is for loops that see to that themselves.
         fold: let convolutions do the work of the BatchNorm behind them, which changes rounding only
-            (`afd.attacks.folding`).
+            (`afd.attacks.joining`).
 
     On CUDA all steps are recorded in one graph and replayed (`afd.attacks.replay`). `torch.compile(model)` may be
     attacked like any other model.
@@ -65,10 +66,9 @@ class PGD(GradientAttack):
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
             **running,
         )  # fmt: skip
-        not_negative("alpha", alpha)
         if loss == "kl" and not random_start:
             raise InputError("loss is 'kl', whose gradient at the image itself is 0; it needs a random start")
-        self.alpha, self.random_start = alpha, random_start
+        self.alpha, self.random_start = inputs.size("alpha", alpha), random_start
 
     def _run(self, piece: Piece) -> Tensor:
         if self.random_start:

@@ -41,10 +41,11 @@ class Recording:
     piece: Piece
     x_adv: Tensor
     outputs: tuple[Tensor, ...]
+    kept: object
 
     @classmethod
-    def of(cls, climb: Climb, model: nn.Module, piece: Piece, x_adv: Tensor) -> Recording:
-        """Captures `climb`, which runs the model, on copies of its arguments."""
+    def of(cls, climb: Climb, model: nn.Module, piece: Piece, x_adv: Tensor, memory: Callable[[], object]) -> Recording:
+        """Captures `climb`, which runs the model, on copies of its arguments; `memory()` is kept as long."""
         trace = None if piece.trace is None else piece.trace.clone()
         piece = replace(
             piece, x=piece.x.clone(), y=piece.y.clone(), aim=piece.aim.clone(), trace=trace, first_logits=[]
@@ -55,7 +56,7 @@ class Recording:
                 outputs = climb(piece, x_adv)
         finally:
             restore()  # a capture computes nothing: what a model keeps of it would be memory that nobody has written
-        return cls(graph, piece, x_adv, outputs)
+        return cls(graph, piece, x_adv, outputs, memory())
 
     def play(self, piece: Piece, x_adv: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """Runs the graph on other arguments of the same shapes; returns its outputs, and the logits at x_adv if any."""
@@ -106,6 +107,7 @@ class Replays:
         x_adv: Tensor,
         logits: Logits,
         tolerance: float,
+        memory: Callable[[], object],
     ) -> tuple[Tensor, ...]:
         """climb(piece, x_adv), which may overwrite x_adv; on CUDA replayed once it has been recorded.
 
@@ -118,6 +120,7 @@ class Replays:
             logits: of the model at a start, by the model's own code as it is now.
             tolerance: by how much they may differ from a replay's, as a share of a sample's largest, before it is
                 dropped.
+            memory: what else the climb writes to.
         """
         if self.refused or self.paused or not recordable(x_adv) or not isinstance(piece.rows, slice):
             return climb(piece, x_adv)
@@ -139,7 +142,7 @@ class Replays:
             ):  # one more would drive out what this very call has replayed, and so on in the next
                 return climb(piece, x_adv)
             try:
-                known.recording = Recording.of(climb, model, piece, x_adv)
+                known.recording = Recording.of(climb, model, piece, x_adv, memory)
             except RuntimeError as error:  # raised inside the capture: the step-by-step run before it went well
                 self._refuse(f"recording one failed: {error}")
                 return climb(piece, x_adv)

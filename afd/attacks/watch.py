@@ -10,37 +10,66 @@ from torch import Tensor
 from afd.attacks.piece import Piece
 from afd.errors import ModelError, ModelWarning, warn_caller
 
-FIRST_NAN, FLAT, SEEN, PROBABILITIES = range(4)  # the rows of a trace
-NAMED = 8  # samples that an error lists by number
+# the rows of a trace
+ROWS = range(8)
+FIRST_NAN, SEEN, FLAT, NAN_GRADIENT, BAD_GRADIENT, BAD_LOSS, BAD_LOGITS, PROBABILITIES = ROWS
+NAMED = 8  # samples that a message lists by number
 
 
 @dataclass(frozen=True)
 class Report:
-    """What an attack saw of the model.
+    """What an attack saw of the model: counts for each sample, all [N] int32.
 
     Attributes:
-        evaluations: gradients that were computed, [N] int32.
-        zero_gradients: how many of them were exactly zero, [N] int32.
+        evaluations: gradients that were computed.
+        zero_gradients: how many of them were exactly zero.
+        nan_gradients: how many of them held NaN.
+        nonfinite_gradients: how many of them held NaN or infinity.
+        nonfinite_losses: at how many of them the loss was NaN or infinite.
+        nonfinite_logits: at how many of them a logit was (infinite: NaN is an error).
     """
 
     evaluations: Tensor
     zero_gradients: Tensor
+    nan_gradients: Tensor
+    nonfinite_gradients: Tensor
+    nonfinite_losses: Tensor
+    nonfinite_logits: Tensor
+
+    @property
+    def blind(self) -> Tensor:
+        """Samples for which each gradient was zero or held NaN, so that the attack could not aim, [N] bool."""
+        return (self.zero_gradients + self.nan_gradients == self.evaluations) & (self.evaluations > 0)
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Samples for which a logit, a loss or a gradient was not finite at least once, [N] bool."""
+        return (self.nonfinite_gradients + self.nonfinite_losses + self.nonfinite_logits) > 0
 
 
 def new_trace(samples: int, device: torch.device) -> Tensor:
-    """Nothing noted yet: [4, samples] int32."""
-    return torch.zeros(4, samples, dtype=torch.int32, device=device)
+    """Nothing noted yet: [8, samples] int32."""
+    return torch.zeros(len(ROWS), samples, dtype=torch.int32, device=device)
 
 
-def note(piece: Piece, step: int, logits: Tensor, grad: Tensor) -> None:
+def note(piece: Piece, step: int, logits: Tensor, losses: Tensor, grad: Tensor) -> None:
     """Adds one evaluation of the model on a piece to its trace, if it has one."""
     if piece.trace is None:
         return
     known = piece.trace[:, piece.rows]
-    first = torch.where((known[FIRST_NAN] == 0) & logits.isnan().any(1), step + 1, known[FIRST_NAN])
-    flat = torch.linalg.vector_norm(grad, float("inf"), dim=tuple(range(1, grad.dim()))) == 0
+    # NaN and infinity reach the largest size, so one pass finds both, and zero
+    largest = torch.linalg.vector_norm(grad, float("inf"), dim=tuple(range(1, grad.dim())))
+    logit = torch.linalg.vector_norm(logits, float("inf"), dim=1)
+    first = torch.where((known[FIRST_NAN] == 0) & logit.isnan(), step + 1, known[FIRST_NAN])
     likely = known[PROBABILITIES] if step else _like_probabilities(logits)
-    piece.trace[:, piece.rows] = torch.stack([first, known[FLAT] + flat, known[SEEN] + 1, likely])
+    happened = torch.stack(
+        [
+            torch.ones_like(largest, dtype=torch.bool), largest == 0, largest.isnan(), ~largest.isfinite(),
+            ~losses.isfinite(), ~logit.isfinite(),
+        ]
+    )  # fmt: skip
+    counts = known[SEEN:PROBABILITIES] + happened
+    piece.trace[:, piece.rows] = torch.cat([first[None], counts, likely[None]])
 
 
 def settle(trace: Tensor) -> Report:
@@ -49,28 +78,58 @@ def settle(trace: Tensor) -> Report:
     Raises:
         ModelError: NaN among the logits.
     """
-    first, flat, seen, likely = trace.cpu().unbind()
+    first, *counts, likely = trace.cpu().unbind()
     if first.any():
         bad = first.nonzero().squeeze(1)
-        listed = ", ".join(map(str, bad[:NAMED].tolist())) + (", ..." if len(bad) > NAMED else "")
         step = int(first[bad].min()) - 1
         raise ModelError(
-            f"the model returned NaN logits, first in step {step}, for {len(bad)} of {len(first)} samples: {listed}"
+            f"the model returned NaN logits, first in step {step}, for {len(bad)} of {len(first)} samples: "
+            f"{_listed(first > 0)}"
         )
-    stuck = int(((flat == seen) & (seen > 0)).sum())
-    if stuck:
+    report = Report(*counts)
+    if report.blind.any():
         warn_caller(
-            f"for {stuck} of {len(flat)} samples the gradient of the loss was exactly zero wherever the attack looked, "
-            "so it could not aim: that they withstand it shows no robustness (try loss='dlr', or float64)",
+            f"for {_of(report.blind)} the gradient of the loss was exactly zero{_or_nan(report)} wherever the attack "
+            "looked, so it could not aim: that they withstand it shows no robustness (try loss='dlr', or float64); "
+            f"these are {_listed(report.blind)}",
             ModelWarning,
         )
-    if len(likely) and likely.all() and seen.any():
+    if report.nonfinite.any():
+        warn_caller(
+            f"for {_of(report.nonfinite)} values were not finite ({_share(report)}): that they withstand it may show "
+            f"no robustness; these are {_listed(report.nonfinite)}",
+            ModelWarning,
+        )
+    if len(likely) and likely.all() and report.evaluations.any():
         warn_caller(
             "the model's outputs lie in [0, 1] and sum to 1 as probabilities do; attacks need logits, for softmax "
             "flattens their gradients",
             ModelWarning,
         )
-    return Report(seen, flat)
+    return report
+
+
+def _of(samples: Tensor) -> str:
+    return f"{int(samples.sum())} of {len(samples)} samples"
+
+
+def _listed(samples: Tensor) -> str:
+    numbers = samples.nonzero().squeeze(1)
+    return ", ".join(map(str, numbers[:NAMED].tolist())) + (", ..." if len(numbers) > NAMED else "")
+
+
+def _or_nan(report: Report) -> str:
+    return " or NaN" if (report.blind & (report.nan_gradients > 0)).any() else ""
+
+
+def _share(report: Report) -> str:
+    kinds = {
+        "gradients": report.nonfinite_gradients,
+        "losses": report.nonfinite_losses,
+        "logits": report.nonfinite_logits,
+    }
+    total = int(report.evaluations[report.nonfinite].sum())
+    return ", ".join(f"{int(count.sum())} of {total} {kind}" for kind, count in kinds.items() if count.any())
 
 
 def _like_probabilities(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd.attacks import engine, execution
-from afd.attacks.folding import folding
+from afd.attacks.joining import Joining
 from afd.bench.arithmetic import matmul_rate, pass_flops, tf32
 from afd.bench.document import Candidate, Case, Figure
 from afd.bench.host import HostReads
@@ -37,13 +37,16 @@ class Contestant:
 
 def floor(target: Subject, request: Request) -> Run:
     """The model's own cost: forward and input gradient, as often as the attack takes them."""
+    joining = Joining()
 
     def run(x: Tensor, y: Tensor) -> Tensor:
-        with engine.evaluating(target.model), folding(target.model).folded():
+        with engine.evaluating(target.model), joining.joined(target.model):
             for rows in execution.pieces(target.model, x):
                 images, labels = execution.channels_last(x[rows]).requires_grad_(), y[rows]
                 for _ in range(request.passes):
-                    torch.autograd.grad(F.cross_entropy(target.model(images), labels, reduction="sum"), images)
+                    torch.autograd.grad(
+                        F.cross_entropy(joining.run(target.model, images), labels, reduction="sum"), images
+                    )
         return x
 
     return run

@@ -6,7 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from afd.errors import InputError, InputTypeError
@@ -17,7 +18,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with frozen parameters; the model is as it was found afterwards, also when the body raises.
 
     Modes are set by the modules' own ``train()`` and ``eval()``, which may do more than set a flag (an adapter merges
-    its weights). Other threads that ask for a model with a module in common wait for the end of the body.
+    its weights). Buffers that a forward writes to even so (counts, ranges of a quantisation) are put back. Other
+    threads that ask for a model with a module in common wait for the end of the body.
 
     Args:
         model: any module; one without any in training mode is not told anything.
@@ -37,6 +39,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             if any(mode for _, mode in before):
                 _evaluate(model)
             trainable = [one for one in model.parameters() if _freezable(one)]
+            buffers = _Buffers(modules)
             try:
                 for parameter in trainable:
                     parameter.requires_grad_(False)
@@ -44,6 +47,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             finally:
                 for parameter in trainable:
                     parameter.requires_grad_(True)
+                buffers.put_back()
         finally:
             _restore(before)
 
@@ -59,6 +63,17 @@ def local(model: nn.Module) -> nn.Module:
         return model
     inner: nn.Module = model.module
     return local(inner)
+
+
+def eager(model: nn.Module) -> bool:
+    """Whether all of a model is Python that runs here and now: no TorchScript, nothing compiled, no copies."""
+    elsewhere = (torch.jit.ScriptModule, DataParallel, DistributedDataParallel)
+    return not any(isinstance(module, elsewhere) or _compiled(module) for module in model.modules())
+
+
+def _compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has a module in hand (its class is not imported here: that takes seconds)."""
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _training(module: nn.Module) -> bool:
@@ -87,6 +102,36 @@ def _restore(before: list[tuple[nn.Module, bool]]) -> None:
     for module, mode in before:
         if _training(module) != mode:  # its own train() has another opinion than whoever set the flag
             module.training = mode
+
+
+class _Buffers:
+    """The buffers of modules, as objects and by their values."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        places = [module._buffers for module in modules]
+        held = [(place, name, one) for place in places for name, one in place.items() if one is not None]
+        self.held = [(place, name, buffer, _version(buffer)) for place, name, buffer in held]
+        self.values = _copies([buffer for _, _, buffer in held])
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undoes what was written to them, and what was put in their place."""
+        for (place, name, buffer, version), values in zip(self.held, self.values, strict=True):
+            if _version(buffer) != version:
+                buffer.copy_(values)
+            if isinstance(place, dict) and place.get(name) is not buffer:
+                place[name] = buffer
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies of tensors, those that are numbers in few launches."""
+    numbers = [one.detach() for one in tensors if one.dtype in (torch.float32, torch.int64)]
+    copied = iter(torch._foreach_mul(numbers, 1) if numbers else ())
+    return [next(copied) if one.dtype in (torch.float32, torch.int64) else one.clone() for one in tensors]
 
 
 # --- One thread at a time -------------------------------------------------------------------------------------------

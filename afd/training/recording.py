@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import Attack, CaptureWarning, folding
+from afd.attacks import Attack, CaptureWarning
 from afd.attacks.base import GradientAttack
 from afd.attacks.capture import Graph
 from afd.attacks.python_state import State, changed, flags, in_place, key_of, named, places, snapshot, state_of
@@ -92,14 +92,15 @@ class Recording:
     kept: tuple[object, ...]  # whose memory the graph uses
 
     @classmethod
-    def of(cls, play: Play, x: Tensor, y: Tensor, model: nn.Module, *players: nn.Module) -> Recording:
-        """Records `play`, which attacks and trains the model and its players, on batches like x and y, and any seed."""
+    def of(cls, play: Play, attack: Attack | None, x: Tensor, y: Tensor, *modules: nn.Module) -> Recording:
+        """Records `play`, which trains the modules on what `attack` makes, on batches like x and y, and any seed."""
         x, y, seed = x.clone(), y.clone(), torch.zeros((), dtype=torch.int64, device=x.device)
         graph = Graph(x.device)
-        with graph.capture(), in_place(model, *players):
+        with graph.capture(), in_place(*modules):
             losses = play(x, y, seed)
             table = torch.stack(list(losses.values()))
-        return cls(graph, x, y, seed, tuple(losses), table, (play, folding.known(model)))
+        memory = attack.memory() if isinstance(attack, GradientAttack) else ()
+        return cls(graph, x, y, seed, tuple(losses), table, (play, memory))
 
     def play(self, x: Tensor, y: Tensor, seed: int) -> Losses:
         """The round on another batch."""
@@ -156,17 +157,17 @@ class Recordings:
         if recording is not None:
             self.round.rounds += 1
             return recording.play(x, y, seed)
-        recording = self._record(play, x, y)
+        recording = self._record(play, attack, x, y)
         if recording is not None:
             self._known[key] = recording
             forget(self._known, lambda recording: recording is not None)
         return play(x, y, seed) if recording is None else recording.play(x, y, seed)
 
-    def _record(self, play: Play, x: Tensor, y: Tensor) -> Recording | None:
+    def _record(self, play: Play, attack: Attack | None, x: Tensor, y: Tensor) -> Recording | None:
         played, before, restore = self.round.rounds, (self._state(), self._places()), snapshot(*self._modules)
         try:
             with being_recorded(self.round.optimizers.values()):
-                recording = Recording.of(play, x, y, *self._modules)
+                recording = Recording.of(play, attack, x, y, *self._modules)
         except RuntimeError as error:  # raised inside the capture: rounds played as ever went well
             restore()
             self._give_up(played, f"recording one failed: {error}")

@@ -224,5 +224,5 @@ def test_wrong_batches_are_named(model, x, y, error, message):
 
 
 def test_a_model_without_logits_is_named(batch):
-    with pytest.raises(InputError, match=r"the model returned shape \[7, 1, 6, 6\]; an attack needs logits"):
+    with pytest.raises(InputError, match=r"the model returned shape \[7, 1, 6, 6\]; it must be logits \[7, K\]"):
         PGD(nn.Identity(), steps=1)(*batch)

@@ -1,0 +1,624 @@
+"""BatchNorm joined to convolutions: the same function and gradient whatever a forward does, and a model left alone."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn.functional as F
+from joined_networks import FAMILIES, resnet, unsettled, vgg
+from torch import nn
+
+from afd.attacks import APGD, PGD
+from afd.attacks.engine import evaluating, logits_alone, loss_gradient
+from afd.attacks.joining import CONVS, Deferred, Joining
+from afd.attacks.losses import cross_entropy
+from afd.errors import ModelError
+from afd.nn import split
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def gradient(model, x, joining=None):
+    """Logits and gradient of an evaluating model, joined or as it is written."""
+    with evaluating(model), nullcontext() if joining is None else joining.joined(model):
+        grad, _, logits = loss_gradient(model, cross_entropy, x, torch.arange(len(x)) % 3, joining=joining)
+    return logits, grad
+
+
+def assert_computes_the_same(model, x, pairs, joining=None):
+    """Joined and not, up to the rounding of float64; returns the joining."""
+    joining = joining or Joining()
+    written = gradient(model, x)
+    for _ in range(2):
+        torch.testing.assert_close(gradient(model, x, joining), written, atol=1e-10, rtol=1e-10)
+    assert len(joining.pairs) == pairs
+    return joining
+
+
+# --- What is joined -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_of_networks_join_all_that_a_trace_of_them_shows(family):
+    build, pairs = FAMILIES[family]
+    model, x = build().double(), torch.rand(4, 3, 16, 16, dtype=torch.float64)
+    joining = assert_computes_the_same(model, x, pairs)
+    assert not torch.equal(gradient(model, x, joining)[1], gradient(model, x)[1])  # rounding shows that it is in use
+
+
+def test_a_wrapper_is_looked_through():
+    """Training wraps a user's classifier in one that inspects the output, and hooks into its last layer."""
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5))
+    assert_computes_the_same(split(unsettled(inner).double()), torch.rand(2, 3, 5, 5, dtype=torch.float64), 1)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize(("bias", "affine"), [(True, True), (False, False)])
+def test_every_kind_of_convolution(dimensions, bias, affine):
+    conv, norm = CONVS[dimensions - 1], NORMS[dimensions - 1]
+    model = nn.Sequential(
+        conv(2, 4, 3, stride=2, padding=1, groups=2, padding_mode="circular", bias=bias),
+        norm(4, affine=affine), nn.Flatten(), nn.LazyLinear(10),
+    )  # fmt: skip
+    x = torch.rand(5, 2, *[6] * dimensions, dtype=torch.float64)
+    model.double()(x)  # gathers statistics
+    assert_computes_the_same(model.eval(), x, 1)
+
+
+def test_new_weights_are_folded_anew():
+    model, x = resnet().double(), torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    joining = assert_computes_the_same(model, x, 20)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())):
+            tensor.data.mul_(1.3)  # which no version counter sees
+    assert_computes_the_same(model, x, 20, joining)
+
+
+def test_joined_attacks_agree_with_those_on_the_model_as_written():
+    model, x, y = resnet(), torch.rand(6, 3, 16, 16), torch.arange(6) % 10
+    joined, written = (PGD(model, eps=0.03, steps=3, fold=fold)(x, y) for fold in (True, False))
+    assert (joined - written).abs().gt(1e-6).float().mean() < 0.01  # signs turn where gradients are all but zero
+
+
+# --- Forwards that differ from call to call -------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """A convolution and two BatchNorms."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.other = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.use_other = False
+        unsettled(self).double()
+
+    def forward(self, x):
+        return self.finish((self.other if self.use_other else self.norm)(self.conv(x)))
+
+    def finish(self, out):
+        return out.relu().mean((2, 3))
+
+
+def images():
+    return torch.rand(5, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_switch_on_the_model_is_followed():
+    model, joining = Pair(), Joining()
+    for use_other, pairs in ((False, 1), (True, 2), (False, 2)):
+        model.use_other = use_other
+        assert_computes_the_same(model, images(), pairs, joining)
+
+
+class Draws(Pair):
+    """Takes one of the norms at random."""
+
+    def forward(self, x):
+        return self.finish((self.norm if torch.rand(()) < 0.5 else self.other)(self.conv(x)))
+
+
+def test_random_draws_are_followed_and_are_the_same():
+    model, joining = Draws(), Joining()
+    torch.manual_seed(0)
+    written = [gradient(model, images()) for _ in range(8)]
+    torch.manual_seed(0)
+    for one in written:
+        torch.testing.assert_close(gradient(model, images(), joining), one, atol=1e-10, rtol=1e-10)
+    assert len(joining.pairs) == 2
+
+
+class Shared(Pair):
+    """Uses the convolution's output beside its BatchNorm, too."""
+
+    def forward(self, x):
+        out = self.conv(x)
+        return self.finish(out + self.norm(out))
+
+
+class SharedLater(Pair):
+    """The other way round: what is not BatchNorm comes first."""
+
+    def forward(self, x):
+        out = self.conv(x)
+        half = out * 0.5
+        return self.finish(half + self.norm(out))
+
+
+class Twice(Pair):
+    """Runs the pair twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1).double()
+
+    def forward(self, x):
+        return self.finish(self.norm(self.conv(self.norm(self.conv(x)))))
+
+
+class Reshaped(Pair):
+    """Something lies between the two."""
+
+    def forward(self, x):
+        return self.finish(self.norm(self.conv(x).relu()))
+
+
+class InPlace(Pair):
+    """What lies between writes to the output of the convolution, under its old name."""
+
+    def forward(self, x):
+        out = self.conv(x)
+        out.mul_(2.0)
+        out[:, 0] += 1.0
+        return self.finish(self.norm(out))
+
+
+class Chooses(Pair):
+    """Asks the values."""
+
+    def forward(self, x):
+        out = self.conv(x)
+        return self.finish(self.norm(out)) * (1 if float(out.detach().sum()) > 0 else 2)
+
+
+class Functional(Pair):
+    """Calls BatchNorm by its function, with settings of its own."""
+
+    def forward(self, x):
+        norm = self.norm
+        return self.finish(F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight, None, eps=0.3))
+
+
+class Conditional(Pair):
+    """Scales by what it computes from the images, so that the gradient goes through the scales."""
+
+    def forward(self, x):
+        norm, scale = self.norm, x.mean((0, 2, 3))
+        return self.finish(F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, scale, norm.bias))
+
+
+class BatchStatistics(Pair):
+    """BatchNorm that has no statistics of its own takes the batch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False).double()
+
+
+class Unbatched(Pair):
+    """Convolutions take single images; BatchNorm1d then takes their rows for a batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = unsettled(nn.BatchNorm1d(4)).double()
+
+    def forward(self, x):
+        return torch.stack([self.norm(self.conv(image)).mean((1, 2)) for image in x])
+
+
+class WithoutGradient(Pair):
+    """No gradient goes through the convolution, though one goes through what follows."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            out = self.conv(x)
+        return self.finish(self.norm(out) * x.mean())
+
+
+class InAutocast(Pair):
+    """The convolution alone is computed in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.float()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = self.conv(x.float())
+        return self.finish(self.norm(out.float()).double())
+
+
+class InputWrittenTo(Pair):
+    """The convolution's input has other values when BatchNorm comes."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            fixed = x * 1.0
+            out = self.conv(fixed)
+            fixed.mul_(3.0)
+            out = self.norm(out)
+        return self.finish(out) * x.mean()
+
+
+class WeightWrittenTo(Pair):
+    """So have its weights, in the end as they were."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            out = self.conv(x)
+            self.conv.weight.mul_(2.0)
+            out = self.norm(out)
+            self.conv.weight.mul_(0.5)
+        return self.finish(out) + x.mean((2, 3))
+
+
+class WeightsDrawn(Pair):
+    """New weights, in the memory of old ones or elsewhere, before each convolution."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.norm.running_mean.add_(0.25)
+            self.conv.weight.data = self.conv.weight.detach() * 1.5
+        return self.finish(self.norm(self.conv(x)))
+
+
+class Unused(Pair):
+    """Runs a convolution for nothing."""
+
+    def forward(self, x):
+        self.conv(x)
+        return super().forward(x)
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(_ctx, grad):
+        return grad * 2
+
+
+class OwnFunction(Pair):
+    """An autograd.Function takes the output, past all that could be asked."""
+
+    def forward(self, x):
+        return self.finish(self.norm(Doubled.apply(self.conv(x))))
+
+
+class ReturnsOutput(Pair):
+    """The convolution is the last layer, and what it gives is returned as it is."""
+
+    def forward(self, x):
+        return self.conv(F.adaptive_avg_pool2d(self.norm(self.conv(x)), 3))[..., 0, 0] if x.shape[-1] > 3 else None
+
+
+class Checkpointed(Pair):
+    """Computes the pair once more in the backward."""
+
+    def forward(self, x):
+        pair = lambda x: self.norm(self.conv(x))  # noqa: E731
+        return self.finish(torch.utils.checkpoint.checkpoint(pair, x, use_reentrant=False))
+
+
+class CheckpointedHalf(Pair):
+    """The BatchNorm alone is computed once more."""
+
+    def forward(self, x):
+        return self.finish(torch.utils.checkpoint.checkpoint(self.norm, self.conv(x), use_reentrant=False))
+
+
+class Vectorised(Pair):
+    """A function of one image, mapped over the batch."""
+
+    def forward(self, x):
+        return torch.func.vmap(lambda image: self.finish(self.norm(self.conv(image[None])))[0])(x)
+
+
+PAIRS = {
+    Shared: 1, SharedLater: 0, Twice: 1, Reshaped: 0, InPlace: 0, Chooses: 1, Functional: 1, Conditional: 0,
+    BatchStatistics: 0, Unbatched: 0, WithoutGradient: 0, InputWrittenTo: 0, Unused: 1,
+    OwnFunction: 0, ReturnsOutput: 1, Checkpointed: 1, CheckpointedHalf: 0, Vectorised: 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PAIRS, ids=lambda kind: kind.__name__)
+def test_whatever_a_forward_does_is_what_is_computed(kind):
+    assert_computes_the_same(kind(), images(), PAIRS[kind])
+
+
+def test_a_convolution_in_another_precision_than_its_norm_is_left_alone():
+    assert_computes_the_same(InAutocast(), images(), 0)
+
+
+def test_weights_that_each_forward_changes_are_followed():
+    written = gradient(WeightsDrawn(), images())
+    model, joining = WeightsDrawn(), Joining()
+    torch.testing.assert_close(gradient(model, images(), joining), written, atol=1e-10, rtol=1e-10)
+    again = WeightsDrawn()
+    gradient(again, images())
+    written, found = gradient(again, images()), gradient(model, images(), joining)
+    torch.testing.assert_close(found, written, atol=1e-10, rtol=1e-10)
+
+
+def test_statistics_that_are_removed_and_channels_that_are_pruned():
+    model, x, joining = Pair(), images(), Joining()
+    assert_computes_the_same(model, x, 1, joining)
+    model.norm.running_mean = model.norm.running_var = None
+    torch.testing.assert_close(gradient(model, x, joining), gradient(model, x), atol=1e-10, rtol=1e-10)
+    model = Pair()
+    assert_computes_the_same(model, x, 1, joining := Joining())
+    keep = torch.tensor([0, 2])
+    model.conv.weight, model.conv.bias = (nn.Parameter(t.detach()[keep]) for t in (model.conv.weight, model.conv.bias))
+    for name in ("weight", "bias"):
+        setattr(model.norm, name, nn.Parameter(getattr(model.norm, name).detach()[keep]))
+    model.norm.running_mean, model.norm.running_var = model.norm.running_mean[keep], model.norm.running_var[keep]
+    x = x[:2]  # two classes are left
+    torch.testing.assert_close(gradient(model, x, joining), gradient(model, x), atol=1e-10, rtol=1e-10)
+    model.norm = nn.BatchNorm2d(3).double().eval()  # and one that does not fit any more
+    with pytest.raises(RuntimeError, match="running_mean should contain 2 elements not 3"):
+        gradient(model, x, joining)
+
+
+class Renews(Pair):
+    """Has other statistics in every forward."""
+
+    def forward(self, x):
+        norm = self.norm
+        mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        return self.finish(F.batch_norm(self.conv(x), mean, var, norm.weight, norm.bias))
+
+
+def test_statistics_that_are_made_anew_do_not_pile_up():
+    model, joining = Renews(), Joining()
+    for _ in range(10):
+        torch.testing.assert_close(
+            gradient(model, images(), joining), gradient(model, images()), atol=1e-10, rtol=1e-10
+        )
+    assert 0 < len(joining.pairs) <= 4
+
+
+class Keeps(Pair):
+    """Keeps what the convolution gave, as an attribute."""
+
+    def forward(self, x):
+        self.kept = self.conv(x)
+        return self.finish(self.norm(self.kept))
+
+
+def test_what_a_model_keeps_is_a_tensor_with_its_values():
+    model = Keeps()
+    assert_computes_the_same(model, images(), 1)
+    assert type(model.kept) is torch.Tensor
+    torch.testing.assert_close(model.kept, model.conv(images()))
+
+
+class Remembers(Pair):
+    """Counts, draws and notes in each forward, in all the places where a module can."""
+
+    def __init__(self, escapes=False, fails=False):
+        super().__init__()
+        self.escapes, self.fails = escapes, fails
+        self.forwards, self.inputs = 0, []
+        self.register_buffer("sum", torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x):
+        self.forwards += 1
+        self.inputs.append(x.shape)
+        self.sum += x.detach().sum()
+        out = self.conv(x)
+        if self.fails:
+            raise ValueError("no")
+        drawn = out[:, :, :1] if self.escapes and self.forwards == 1 else torch.rand(())
+        with torch.no_grad():
+            self.kept = out if self.escapes else drawn
+        return self.finish(self.norm(out)) * torch.rand(())
+
+
+@pytest.mark.parametrize("escapes", [False, True])
+def test_a_forward_that_runs_again_leaves_no_trace_of_the_first(escapes):
+    found = []
+    for joining in (None, Joining()):
+        model = Remembers(escapes)
+        torch.manual_seed(0)
+        logits = [gradient(model, images(), joining)[0] for _ in range(3)]
+        found.append((logits, model.forwards, model.inputs, model.sum, torch.rand(())))
+    torch.testing.assert_close(found[1], found[0], atol=1e-10, rtol=1e-10)
+    assert found[0][1] == 3
+
+
+def test_what_a_model_raises_is_raised():
+    model = Remembers(fails=True)
+    with pytest.raises(ValueError, match="no"):
+        gradient(model, images(), Joining())
+    assert "forward" not in vars(model.conv)
+
+
+class Takes(Pair):
+    """Takes a convolution into use that no forward has seen before."""
+
+    def __init__(self):
+        super().__init__()
+        self.late, self.forwards = copy.deepcopy(self.conv), 0
+
+    def forward(self, x):
+        self.forwards += 1
+        out = (self.conv if self.forwards < 3 else self.late)(x)
+        self.kept = out if self.forwards >= 3 else None
+        return self.finish(self.norm(out))
+
+
+def test_a_convolution_waits_for_the_first_time_in_a_trial():
+    model, joining = Takes(), Joining()
+    for forwards in range(1, 7):
+        found = gradient(model, images(), joining)
+        assert model.forwards == forwards
+        torch.testing.assert_close(found, gradient(Pair(), images()), atol=1e-10, rtol=1e-10)
+
+
+def test_a_forward_that_writes_to_its_weights_is_followed_or_refused():
+    """Here the weights change between the convolution and its norm, in the end to what they were."""
+    with pytest.raises(ModelError, match=r"writes to its parameter conv\.weight.*fold=False"):
+        gradient(WeightWrittenTo(), images(), Joining())
+    x, y = images(), torch.arange(5) % 3
+    assert PGD(WeightWrittenTo(), steps=1, fold=False)(x, y).shape == x.shape
+
+
+# --- Others who look on ---------------------------------------------------------------------------------------------
+
+
+def small():
+    return unsettled(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5))).double()
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_hooks_see_what_they_would_see_without_us(layer):
+    model, x = small(), torch.rand(2, 3, 5, 5, dtype=torch.float64)
+    seen = []
+    model[layer].register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].detach()))
+    model[layer].register_forward_hook(
+        lambda _module, inputs, output: seen.extend([inputs[0].detach(), output.detach()])
+    )
+    gradient(model, x)
+    expected, seen[:] = list(seen), []
+    gradient(model, x, Joining())
+    assert [type(one) for one in seen] == [torch.Tensor] * 3
+    torch.testing.assert_close(seen, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_a_hooked_convolution_is_left_alone_and_joined_once_the_hook_is_gone():
+    model, x = small(), torch.rand(2, 3, 5, 5, dtype=torch.float64)
+    handle = model[0].register_forward_hook(lambda *_: None)
+    joining = assert_computes_the_same(model, x, 0)
+    handle.remove()
+    assert_computes_the_same(model, x, 1, joining)
+
+
+def test_backward_hooks_see_every_layers_gradient():
+    model, x = small(), torch.rand(2, 3, 5, 5, dtype=torch.float64)
+    seen = []
+    model[1].register_full_backward_hook(lambda _module, _inputs, outputs: seen.append(outputs[0]))
+    assert_computes_the_same(model, x, 0)
+    assert len(seen) == 3
+
+
+def test_a_parametrised_convolution_is_left_alone():
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))
+    model = unsettled(nn.Sequential(conv, nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 5))).double()
+    assert_computes_the_same(model, torch.rand(2, 3, 5, 5, dtype=torch.float64), 0)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_are_left_alone(low):
+    model, x = small().to(low), torch.rand(2, 3, 5, 5, dtype=low)
+    joining = Joining()
+    with evaluating(model), joining.joined(model):
+        found = logits_alone(model, x, joining)
+    assert torch.equal(found, model(x).detach())
+    assert not joining.pairs
+
+
+def test_a_deferred_output_is_a_tensor_to_all_who_ask():
+    model, x = Pair(), images()
+    expected, joining, seen = model.conv(x).detach(), Joining(), []
+
+    def look(out):
+        seen.append(
+            (
+                isinstance(out, torch.Tensor),
+                out.shape,
+                out.dtype,
+                str(out.device),
+                out.requires_grad,
+                len(out),
+                out.ndim,
+            )
+        )
+        return torch.stack([out, out]).mean(0) + torch.cat([out[:1], out[1:]]) * 0
+
+    model.forward = lambda x: model.finish(look(model.conv(x)))
+    with evaluating(model), joining.joined(model):
+        torch.testing.assert_close(logits_alone(model, x, joining), model.finish(expected))
+    assert seen == [(True, expected.shape, torch.float64, "cpu", True, 5, 4)]
+
+
+def test_a_deferred_output_has_no_values_of_its_own():
+    """Code that goes past torch's Python interface finds nothing that it could compute with."""
+    model, joining, seen = Pair(), Joining(), []
+
+    def forward(x):
+        deferred = model.conv(x)
+        with torch._C.DisableTorchFunctionSubclass():
+            seen.append((type(deferred), deferred.device.type, deferred.numel()))
+        return model.finish(model.norm(deferred))
+
+    model.forward = forward
+    gradient(model, images(), joining)
+    assert seen == [(Deferred, "meta", 0)]
+
+
+# --- The model is given back ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD])
+def test_the_model_is_given_back_even_when_it_raises(kind):
+    model = resnet()
+    handle = model.classifier.register_forward_pre_hook(lambda *_: None)
+    keys = [sorted(vars(module)) for module in model.modules()]
+    x, y = torch.rand(2, 3, 16, 16), torch.tensor([0, 1])
+    before = model(x)
+    kind(model, steps=1)(x, y)
+    assert [sorted(vars(module)) for module in model.modules()] == keys
+    handle.remove()
+    handle = model.classifier.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        kind(model, steps=1)(x, y)
+    handle.remove()
+    assert [sorted(vars(module)) for module in model.modules()] == keys
+    assert torch.equal(model(x), before)
+
+
+def test_a_copy_that_is_made_meanwhile_computes_what_the_model_does():
+    model, joining, copies = vgg().double(), Joining(), []
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    model.register_forward_pre_hook(
+        lambda module, _inputs: copies.append(copy.deepcopy(module[0])) if not copies else None
+    )
+    gradient(model, x, joining)
+    torch.testing.assert_close(copies[0](x), model[0](x))
+
+
+def test_successes_are_judged_by_the_model_as_it_is_written():
+    """The joined model calls everything class 0; the model as written is never fooled."""
+
+    class Edge(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            out = self.norm(self.conv(x))
+            joined = "forward" in vars(self.conv)
+            return out.mean((2, 3)) * 1e-3 + torch.tensor([1.0, 0.0, 0.0] if joined else [0.0, 1.0, 0.0])
+
+    model, x, y = unsettled(Edge()), torch.rand(4, 3, 5, 5), torch.ones(4, dtype=torch.int64)
+    for early in (False, True):
+        attack = APGD(model, eps=0.1, steps=4, early_stop=early)
+        x_adv = attack(x, y)
+        assert len(attack._joining.pairs) == 1
+        assert (model(x_adv).argmax(1) == 1).all()
+        assert not torch.equal(x_adv, x)  # points of the highest loss
