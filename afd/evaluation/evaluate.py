@@ -28,7 +28,7 @@ from afd.evaluation.protocol import Protocol
 from afd.evaluation.protocols import PROBED
 from afd.evaluation.runner import Runner
 from afd.evaluation.state import Store
-from afd.evaluation.subject import Subject, check_fit
+from afd.evaluation.subject import Subject, check_fit, check_metadata
 from afd.evaluation.tables import robustbench, table_1, table_2
 from afd.evaluation.verification import other_batch_size, verify
 from afd.nn.modes import local
@@ -100,9 +100,11 @@ def evaluate(
     protocol.check_extras()
     protocol.check_radii(math.prod(images.shape))
     sizes = (1, batch_size, len(images) % batch_size or 1, other_batch_size(batch_size), PROBED)
+    check_metadata(subject)
     classes = check_fit(subject, images, sizes)
     protocol.check_classes(classes)
     if surrogate is not None:
+        check_metadata(surrogate)
         check_fit(surrogate, images, sizes)
         if surrogate.digest() == subject.digest():
             raise InputError(

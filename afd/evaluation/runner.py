@@ -167,7 +167,7 @@ class Runner:
             counts |= self.watch_sweep(batch, stage, position, rows, torch.where(per_row(fooled, x), kept, shown))
         if (report := getattr(attack, "report", None)) is not None:
             counts |= aim(report, positions[0], fooled)
-            infinite |= nonfinite(report).to(infinite.device)
+            infinite |= report.nonfinite.to(infinite.device)
         counts["not finite"] = int(infinite.sum())
         return Unit(
             rows=rows[fooled].cpu(), images=kept[fooled].cpu(), lengths=distance(kept, x, stage.norm)[fooled].cpu(),
@@ -238,8 +238,3 @@ def aim(report: Report, position: int, fooled: Tensor) -> dict[str, int]:
         f"{position} blind": int(blind.sum()),
         f"{position} blind and standing": int((blind & ~fooled.to(blind.device)).sum()),
     }
-
-
-def nonfinite(report: Report) -> Tensor:
-    """Images at which the attack met a gradient, a loss or a logit that was not finite, bool [N]."""
-    return (report.nonfinite_gradients + report.nonfinite_losses + report.nonfinite_logits) > 0

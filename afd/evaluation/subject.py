@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
+import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -66,6 +67,14 @@ def _saved(value: Any) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
+
+
+def check_metadata(subject: Subject) -> None:
+    """Raises SubjectError unless results.json can hold what is known of the model."""
+    try:
+        json.dumps(subject.metadata)
+    except (TypeError, ValueError) as error:
+        raise SubjectError(f"metadata of model {subject.source} must be plain JSON: {error}") from error
 
 
 def from_factory(spec: str, device: torch.device) -> Subject:

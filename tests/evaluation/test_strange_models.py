@@ -9,6 +9,7 @@ import torch
 from ambient import MODES
 from torch import nn
 
+from afd.attacks import Report
 from afd.data import Images
 from afd.errors import InputError, InputTypeError, ModelWarning
 from afd.evaluation import catalogue, extras
@@ -202,9 +203,7 @@ class Seeing:
 
     def __call__(self, x, y, **_):
         none = torch.zeros(len(y), dtype=torch.int32)
-        self.report = SimpleNamespace(
-            blind=y == 0, nonfinite_gradients=none, nonfinite_losses=none, nonfinite_logits=(y == 1).int()
-        )
+        self.report = Report(none + 3, 3 * (y == 0).int(), none, none, none, (y == 1).int())
         return x
 
 
@@ -402,3 +401,16 @@ def test_a_folder_that_cannot_be_made_is_named(bright, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(FolderError, match="which cannot be made"):
         evaluated(Brightest(), bright, tmp_path / "file" / "out")
+
+
+def test_metadata_that_no_json_can_hold_is_refused_at_once(bright, tmp_path):
+    subject = Subject("model", "test", Brightest(), metadata={"weights": torch.zeros(2)})
+    with pytest.raises(SubjectError, match="metadata of model test must be plain JSON: .*Tensor"):
+        evaluate(subject, bright, quick("Linf", RADII, RADII[0]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_any_kind_are_written_into_the_report(bright, tmp_path):
+    stage = Stage("pgd", "pgd", "Linf", RADII, {"steps": 2, "alpha": None})
+    evaluated(Brightest(), bright.take(torch.arange(10)), tmp_path / "out", [stage])
+    assert "steps 2, alpha None" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
