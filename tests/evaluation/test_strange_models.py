@@ -405,7 +405,7 @@ def test_a_folder_that_cannot_be_made_is_named(bright, tmp_path):
 
 def test_metadata_that_no_json_can_hold_is_refused_at_once(bright, tmp_path):
     subject = Subject("model", "test", Brightest(), metadata={"weights": torch.zeros(2)})
-    with pytest.raises(SubjectError, match="metadata of model test must be plain JSON: .*Tensor"):
+    with pytest.raises(SubjectError, match=r"metadata of model test must be plain JSON: .*Tensor"):
         evaluate(subject, bright, quick("Linf", RADII, RADII[0]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
