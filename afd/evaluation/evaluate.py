@@ -99,6 +99,7 @@ def evaluate(
     _check_stages(protocol)
     protocol.check_extras()
     protocol.check_radii(math.prod(images.shape))
+    # alone, in a batch, in the last one, in the second look, among the probed: as the model will be asked later
     sizes = (1, batch_size, len(images) % batch_size or 1, other_batch_size(batch_size), PROBED)
     check_metadata(subject)
     classes = check_fit(subject, images, sizes)
