@@ -135,14 +135,22 @@ def from_checkpoint(path: Path, device: torch.device) -> Subject:
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is damaged.
-        SubjectError: its weights do not fit the network that it names.
+        SubjectError: its weights do not fit the network that it names, or it names none.
     """
     state, metadata = load_checkpoint(path, device)
-    config = metadata["config"]
-    shape, classes = SHAPES[config["data"]["name"]]
-    width = config["model"]["width"]
-    model = build_model(config["model"]["name"], shape, classes, width)
-    model.normalize = config["model"]["normalize"]
+    config: Any = metadata.get("config")
+    try:
+        shape, classes = SHAPES[config["data"]["name"]]
+        network, width, normalize = (config["model"][key] for key in ("name", "width", "normalize"))
+        method, loss = config["method"]["name"], config["method"]["loss"]
+    except (KeyError, TypeError) as error:
+        raise SubjectError(
+            f"checkpoint {path} does not say which network it holds, for `afd train` did not write it; name "
+            "package.module:function, a function that builds the network and loads the weights that "
+            "afd.training.load_checkpoint(path) returns"
+        ) from error
+    model = build_model(network, shape, classes, width)
+    model.normalize = normalize
     average = state.get("average")
     discriminator = None
     try:
@@ -152,11 +160,10 @@ def from_checkpoint(path: Path, device: torch.device) -> Subject:
             discriminator.load_state_dict(state["players"]["discriminator"])
             discriminator.to(device).eval()
     except RuntimeError as error:
-        network = f"{config['model']['name']} of width {width} for {config['data']['name']}"
+        network = f"{network} of width {width} for {config['data']['name']}"
         reason = " ".join(str(error).split())[:300]
         raise SubjectError(f"checkpoint {path} does not hold the weights of a {network}: {reason}") from error
-    method = config["method"]
-    name = "natural" if method["name"] == "natural" else f"AFD-{method['loss'].upper()}"
+    name = "natural" if method == "natural" else f"AFD-{loss.upper()}"
     return Subject(name, str(path), model.to(device).eval(), discriminator, metadata)
 
 
@@ -170,7 +177,7 @@ SHAPES = {
 
 def test_images(config: EvaluateConfig, subject: Subject, place: Place) -> Images:
     """The first test images of the data set that was named, or that the subject was trained on."""
-    trained_on: dict[str, Any] = subject.metadata.get("config", {}).get("data", {})
+    trained_on: dict[str, Any] = subject.config.get("data", {})
     name = config.data or trained_on.get("name")
     if name is None:
         raise InputError(f"data is missing; {subject.source} does not say what it classifies, so name it with --data")
@@ -181,12 +188,12 @@ def test_images(config: EvaluateConfig, subject: Subject, place: Place) -> Image
         count = min(QUICK_IMAGES, len(test)) if config.protocol == "quick" else len(test)
     if not 1 <= count <= len(test):
         raise InputError(f"images is {count}; the test set of {name} has images 1 ... {len(test)}")
-    return test.take(torch.arange(count))
+    return test.take(torch.arange(count, device="cpu"))
 
 
 def trained_at(subject: Subject, data_name: str) -> Epsilon:
     """The radius that a checkpoint was trained at, or its data set's usual one."""
-    eps = subject.metadata.get("config", {}).get("attack", {}).get("eps")
+    eps = subject.config.get("attack", {}).get("eps")
     return exactly(PRESETS[data_name].eps if eps is None else eps)
 
 

@@ -54,7 +54,8 @@ class Images:
             low, high = (int(value) for value in self.labels.aminmax())
             if low < 0 or high >= self.num_classes:
                 raise InputError(f"labels run from {low} to {high}; they must be in [0, {self.num_classes})")
-        object.__setattr__(self, "pixels", self.pixels.contiguous())
+        object.__setattr__(self, "pixels", _lasting(self.pixels.contiguous()))
+        object.__setattr__(self, "labels", _lasting(self.labels))
         # A byte cannot exceed 255, so the large datasets are spared the pass over their pixels.
         if self.scale < 255 and self.pixels.numel() and int(self.pixels.max()) > self.scale:
             raise InputError(f"pixels reach {int(self.pixels.max())}; scale allows {self.scale}")
@@ -115,3 +116,11 @@ class Images:
         if index.dtype not in (torch.int64, torch.int32):
             raise InputTypeError(f"index is {index.dtype}; allowed are torch.int64 and torch.int32")
         return index.to(self.device)
+
+
+def _lasting(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy that autograd can work with of one that was made in `torch.inference_mode`."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()

@@ -102,7 +102,7 @@ class Batches:
         """The epoch's batches from number `batch` on, counted from 0, without serving those before."""
         device = self.images.device
         order = self._order().to(device)
-        draws = self._draws().to(device) if self.augment else None
+        draws = None if self.augment is None else self._draws().to(device)
         for joint in torch.split(order, self.batch_size)[batch : len(self)]:
             rows = len(joint) // self.world_size
             index = joint[self.rank * rows : (self.rank + 1) * rows]
@@ -122,14 +122,17 @@ class Batches:
 
     def _order(self) -> Tensor:
         count = len(self.images)
-        return torch.randperm(count, generator=self._generator(ORDER)) if self.shuffle else torch.arange(count)
+        if not self.shuffle:
+            return torch.arange(count, device="cpu")
+        return torch.randperm(count, generator=self._generator(ORDER), device="cpu")
 
     def _draws(self) -> Tensor:
         """One draw an image for the whole epoch: which batch it falls in, and in which process, has no say."""
-        return torch.randint(2**62, (len(self.images),), generator=self._generator(AUGMENTATION))
+        generator = self._generator(AUGMENTATION)
+        return torch.randint(2**62, (len(self.images),), generator=generator, device="cpu")
 
     def _generator(self, purpose: int) -> torch.Generator:
         """A CPU generator for one purpose in one epoch: augmenting or not leaves the order as it is."""
         # SeedSequence hashes its inputs, so that neighbouring seeds and epochs share no stream, as seed + epoch would.
         state = np.random.SeedSequence(self.seed, spawn_key=(self.epoch, purpose)).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(state[0]))
+        return torch.Generator("cpu").manual_seed(int(state[0]))

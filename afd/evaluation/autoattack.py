@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from afd.attacks import Attack
-from afd.attacks.engine import evaluating
 from afd.attacks.inputs import outside_inference
-from afd.errors import InputError
 from afd.evaluation.extras import require
+from afd.evaluation.foreign import PlainLogits, lent
 from afd.evaluation.target import Target
 
 TARGET_CLASSES = 9  # of the standard version; fewer where the model has fewer others
@@ -20,11 +19,11 @@ TARGET_CLASSES = 9  # of the standard version; fewer where the model has fewer o
 def fab_targeted(target: Target, *, steps: int) -> Attack:
     """Targeted FAB (Croce & Hein 2020), one restart, nine target classes."""
 
-    def build(seed: int, device: torch.device) -> Any:
+    def build(model: PlainLogits, seed: int, device: torch.device) -> Any:
         from pyautoattack.fab_pt import FABAttack_PT
 
         return FABAttack_PT(
-            target.model, norm=target.norm, n_restarts=1, n_iter=steps, eps=target.eps, seed=seed, targeted=True,
+            model, norm=target.norm, n_restarts=1, n_iter=steps, eps=target.eps, seed=seed, targeted=True,
             device=device, n_target_classes=min(TARGET_CLASSES, target.classes - 1),
         )  # fmt: skip
 
@@ -34,11 +33,11 @@ def fab_targeted(target: Target, *, steps: int) -> Attack:
 def square(target: Target, *, queries: int) -> Attack:
     """Square (Andriushchenko et al. 2020): random search, no gradients."""
 
-    def build(seed: int, device: torch.device) -> Any:
+    def build(model: PlainLogits, seed: int, device: torch.device) -> Any:
         from pyautoattack.square import SquareAttack
 
         return SquareAttack(
-            target.model, norm=target.norm, n_queries=queries, eps=target.eps, p_init=0.8, n_restarts=1, seed=seed,
+            model, norm=target.norm, n_queries=queries, eps=target.eps, p_init=0.8, n_restarts=1, seed=seed,
             resc_schedule=False, device=device,
         )  # fmt: skip
 
@@ -46,16 +45,12 @@ def square(target: Target, *, queries: int) -> Attack:
 
 
 def whole(target: Target) -> Attack:
-    """AutoAttack's standard version, all of it pyautoattack's."""
+    """AutoAttack's standard version, all of it pyautoattack's; it needs ten classes."""
 
-    def build(seed: int, device: torch.device) -> Any:
+    def build(model: PlainLogits, seed: int, device: torch.device) -> Any:
         from pyautoattack import AutoAttack
 
-        if target.classes <= TARGET_CLASSES:
-            raise InputError(
-                f"the model has {target.classes} classes; AutoAttack's standard version needs {TARGET_CLASSES + 1}"
-            )
-        return _Whole(AutoAttack(target.model, norm=target.norm, eps=target.eps, seed=seed, device=device))
+        return _Whole(AutoAttack(model, norm=target.norm, eps=target.eps, seed=seed, device=device))
 
     return _pyautoattack("AutoAttack's reference", target, build)
 
@@ -81,10 +76,9 @@ def _pyautoattack(name: str, target: Target, build: Any) -> Attack:
 
     def attack(x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
         seed = (target.seed if seed is None else seed) + first_sample
-        cuda = [x.device] if x.is_cuda else []
-        with torch.inference_mode(False), evaluating(target.model), torch.random.fork_rng(cuda):
+        with lent(target.model, x) as plain:
             x, y = outside_inference(x.contiguous()), outside_inference(y)
-            x_adv: Tensor = build(seed, x.device).perturb(x, y)
+            x_adv: Tensor = build(plain, seed, x.device).perturb(x, y)
         return x_adv.detach()
 
     return attack

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from afd import ops
 from afd.attacks import APGD, FGSM, MIM, PGD, Attack
-from afd.attacks.engine import evaluating
 from afd.evaluation import autoattack, minimal
-from afd.evaluation.target import Target
+from afd.evaluation.predictions import predict
+from afd.evaluation.target import BOUNDS, Target, per_row
 
 Builder = Callable[..., Attack]
 
@@ -30,12 +30,14 @@ class Kind:
         passes: forwards and backwards that an image costs, roughly, from the settings; for the time left.
         library: where it comes from, "afd" for our own engine.
         minimal: looks for the nearest adversarial image instead of the worst one in a ball.
+        classes: the least number of classes that a model must have.
     """
 
     build: Builder
     passes: Callable[[dict[str, Any]], float]
     library: str = "afd"
     minimal: bool = False
+    classes: int = 2
 
 
 def step_size(eps: float, steps: int, alpha: float | None = None) -> float:
@@ -70,7 +72,7 @@ def apgd_ce(target: Target, *, steps: int, n_restarts: int = 1) -> Attack:
 
 
 def apgd_t(target: Target, *, steps: int, n_target_classes: int) -> Attack:
-    """Auto-PGD on the targeted DLR loss, at each of the likeliest other classes in turn."""
+    """Auto-PGD on the targeted DLR loss, at each of the likeliest other classes in turn; at all, if there are fewer."""
     return APGD(
         target.model, norm=target.norm, eps=target.eps, steps=steps, loss="dlr-targeted", early_stop=True,
         n_target_classes=min(n_target_classes, target.classes - 1), seed=target.seed,
@@ -83,13 +85,12 @@ def noise(target: Target, *, draws: int) -> Attack:
     def attack(x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
         seed = target.seed if seed is None else seed
         result, fooled = x.clone(), torch.zeros_like(y, dtype=torch.bool)
-        with evaluating(target.model), torch.no_grad():
-            for draw in range(draws):
-                drawn = ops.random_start(
-                    x, eps=target.eps, bounds=(0.0, 1.0), norm=target.norm, seed=seed + draw, first_sample=first_sample
-                )
-                result = torch.where(fooled.view(-1, *[1] * (x.dim() - 1)), result, drawn)
-                fooled |= target.model(result).argmax(1) != y
+        for draw in range(draws):
+            drawn = ops.random_start(
+                x, eps=target.eps, bounds=BOUNDS, norm=target.norm, seed=seed + draw, first_sample=first_sample
+            )
+            result = torch.where(per_row(fooled, x), result, drawn)
+            fooled |= predict(target.model, result).classes != y
         return result
 
     return attack
@@ -100,11 +101,11 @@ ATTACKS = {
     "fgsm": Kind(fgsm, lambda _: 2),
     "mim": Kind(mim, lambda settings: 2 * settings["steps"]),
     "apgd-ce": Kind(apgd_ce, lambda settings: 2 * settings["steps"] * settings.get("n_restarts", 1)),
-    "apgd-t": Kind(apgd_t, lambda settings: 2 * settings["steps"] * settings["n_target_classes"]),
+    "apgd-t": Kind(apgd_t, lambda settings: 2 * settings["steps"] * settings["n_target_classes"], classes=4),
     "noise": Kind(noise, lambda settings: settings["draws"]),
     "fab-t": Kind(autoattack.fab_targeted, lambda settings: 27 * settings["steps"], "pyautoattack"),
     "square": Kind(autoattack.square, lambda settings: settings["queries"], "pyautoattack"),
-    "autoattack": Kind(autoattack.whole, lambda _: 9700, "pyautoattack"),
+    "autoattack": Kind(autoattack.whole, lambda _: 9700, "pyautoattack", classes=autoattack.TARGET_CLASSES + 1),
     "ddn": Kind(minimal.ddn, lambda settings: 2 * settings["steps"], "foolbox", minimal=True),
     "deepfool": Kind(minimal.deepfool, lambda settings: 10 * settings["steps"], "foolbox", minimal=True),
     "cw": Kind(minimal.carlini_wagner, lambda settings: 18 * settings["steps"], "foolbox", minimal=True),

@@ -10,6 +10,8 @@ from typing import Self
 
 from afd.errors import InputError
 
+LARGEST = 1e9  # no image of floats is so far from another, and what is larger may be no float
+
 
 @dataclass(frozen=True, order=True)
 class Epsilon:
@@ -34,6 +36,8 @@ class Epsilon:
             raise InputError(f"eps is {value!r}; it must be a number such as 0.3 or a fraction such as 8/255") from None
         if exact < 0:
             raise InputError(f"eps is {value}; it must be at least 0")
+        if exact > LARGEST:
+            raise InputError(f"eps is {value}; it must be at most {LARGEST:g}, in units of the image")
         return cls(exact)
 
     def __float__(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from rich.console import Console
 
 from afd._version import __version__
 from afd.data import Images
-from afd.errors import AfdError, InputError, at_least
+from afd.errors import AfdError, InputError, InputTypeError
 from afd.evaluation import results as files
 from afd.evaluation.examples import examples
-from afd.evaluation.features import DomainWatch, divergences, feature_summary
+from afd.evaluation.features import DomainWatch, divergences, feature_summary, has_features
+from afd.evaluation.foreign import ordinary_modes
 from afd.evaluation.html import report
 from afd.evaluation.model_checks import model_checks
-from afd.evaluation.outcome_checks import outcome_checks, verification_check
+from afd.evaluation.outcome_checks import NEEDED, finite_check, outcome_checks, verification_check
 from afd.evaluation.place import Place
 from afd.evaluation.plots import plot_divergence, plot_examples, plot_sweeps
 from afd.evaluation.progress import Bar
@@ -26,9 +28,10 @@ from afd.evaluation.protocol import Protocol
 from afd.evaluation.protocols import PROBED
 from afd.evaluation.runner import Runner
 from afd.evaluation.state import Store
-from afd.evaluation.subject import Subject, check_fit
+from afd.evaluation.subject import Subject, check_fit, check_metadata
 from afd.evaluation.tables import robustbench, table_1, table_2
-from afd.evaluation.verification import verify
+from afd.evaluation.verification import other_batch_size, verify
+from afd.nn.modes import local
 
 STATE = "state"
 WRITTEN = (files.FILE, "curves.png", "divergence.png", "examples.png", "report.html")
@@ -38,6 +41,7 @@ class FolderError(AfdError):
     """The output folder cannot be used."""
 
 
+@ordinary_modes()
 def evaluate(
     subject: Subject,
     images: Images,
@@ -76,39 +80,48 @@ def evaluate(
         The content of results.json, on the leading process; None on the others.
 
     Raises:
-        InputError: a number out of range, no surrogate for a protocol that transfers, or the model itself as one.
+        InputError, InputTypeError: a number out of range, no surrogate for a protocol that transfers, or the model
+            itself as one; a radius larger than the images' range; a protocol whose attacks need more classes.
         SubjectError: a model does not fit the images.
         ExtraMissingError: an attack comes from a library that is not installed.
         FolderError, StateError: `out` holds something else.
         AttackFailedError: an attack raised; what was computed is kept.
     """
-    at_least("batch-size", batch_size, 1)
-    at_least("seed", seed, 0)
+    _whole("batch-size", batch_size, 1)
+    _whole("seed", seed, 0)
     if len(images) == 0:
         raise InputError("images is empty; an evaluation needs at least one image")
     if surrogate is None and any(stage.role == "transfer" for stage in protocol.stages):
         raise InputError("surrogate is None; this protocol transfers attacks and needs a second model")
-    if surrogate is not None and surrogate.digest() == subject.digest():
-        raise InputError(
-            f"transfer-from is {surrogate.source}, which holds the model's own weights; name another model"
-        )
     place = place or Place(images.device)
     console = console if console is not None and place.leads else Console(quiet=True)
     images = images.to(place.device)
+    _check_stages(protocol)
     protocol.check_extras()
-    classes = check_fit(subject, images)
+    protocol.check_radii(math.prod(images.shape))
+    # alone, in a batch, in the last one, in the second look, among the probed: as the model will be asked later
+    sizes = (1, batch_size, len(images) % batch_size or 1, other_batch_size(batch_size), PROBED)
+    check_metadata(subject)
+    classes = check_fit(subject, images, sizes)
+    protocol.check_classes(classes)
     if surrogate is not None:
-        check_fit(surrogate, images)
+        check_metadata(surrogate)
+        check_fit(surrogate, images, sizes)
+        if surrogate.digest() == subject.digest():
+            raise InputError(
+                f"transfer-from is {surrogate.source}, which holds the model's own weights; name another model"
+            )
     if place.leads:
         prepare(out, overwrite=overwrite)
     place.wait()
     settings = {"seed": seed, "batch_size": batch_size}
     store = Store(out / STATE, fingerprint(subject, surrogate, images, protocol, settings))
-    probed = torch.arange(min(PROBED, len(images)))
+    probed = torch.arange(min(PROBED, len(images)), device="cpu")
     found = model_checks(subject, images.images(probed), images.labels[probed.to(place.device)])
+    featured = has_features(subject.model, images.images(probed[:2]))
     with Bar(console) as bar:
         runner = Runner(
-            model=subject.model, surrogate=None if surrogate is None else surrogate.model, images=images,
+            model=local(subject.model), surrogate=None if surrogate is None else local(surrogate.model), images=images,
             classes=classes, protocol=protocol, store=store, place=place, seed=seed, batch_size=batch_size, meter=bar,
             watch=watcher(subject, protocol),
         )  # fmt: skip
@@ -117,8 +130,8 @@ def evaluate(
     if place.leads:
         content = files.summary(
             outcome, subject=subject, surrogate=surrogate, images=images, split=split,
-            checks=[*found, *outcome_checks(outcome, classes), verification_check(second_look)],
-            features=feature_summary(subject.model, images, batch_size),
+            checks=[finite_check(outcome), *found, *outcome_checks(outcome, classes), verification_check(second_look)],
+            features=feature_summary(subject.model, images, batch_size) if featured else None,
             divergence=divergences(outcome),
             settings={**settings, "processes": place.processes, "kept_images": keep_images},
         )  # fmt: skip
@@ -133,6 +146,25 @@ def evaluate(
     if place.leads and not keep_images:
         shutil.rmtree(out / STATE)
     return content if place.leads else None
+
+
+def _check_stages(protocol: Protocol) -> None:
+    """Raises InputError unless there is a stage to report, and the probes that the checks compare."""
+    if not any(stage.role == "score" for stage in protocol.stages):
+        raise InputError(f"protocol {protocol.name} has no stage that counts; it needs one with the role 'score'")
+    missing = {*NEEDED} - {stage.name for stage in protocol.stages}
+    if missing:
+        raise InputError(
+            f"protocol {protocol.name} lacks the stages {', '.join(sorted(missing))}; add those of "
+            "afd.evaluation.protocols.probes"
+        )
+
+
+def _whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputTypeError(f"{name} is {value!r}; it must be a whole number")
+    if not least <= value < 2**62:
+        raise InputError(f"{name} is {value}; it must be in [{least}, 2**62)")
 
 
 def prepare(out: Path, *, overwrite: bool) -> None:
@@ -151,7 +183,10 @@ def prepare(out: Path, *, overwrite: bool) -> None:
         raise FolderError(f"out is {out}, which holds a finished evaluation; name another folder, or pass --overwrite")
     elif out.exists() and any(out.iterdir()) and not (out / STATE).is_dir():
         raise FolderError(f"out is {out}, which exists and holds no evaluation; name another folder, or --overwrite")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FolderError(f"out is {out}, which cannot be made: {error}") from error
 
 
 def fingerprint(

@@ -33,7 +33,7 @@ def examples(runner: Runner) -> tuple[str, list[Example]]:
     rows, shown = unit.rows[:SHOWN], unit.images[:SHOWN].to(runner.images.device)
     index = rows + number * runner.batch_size
     clean, labels = runner.images.images(index), runner.images.labels[index.to(runner.images.device)]
-    said = runner.predict(shown)
+    said = runner.predict(shown).classes
     radius = "nearest" if stage.minimal else f"ε = {eps}"
     found = [
         Example(clean[i], shown[i], int(labels[i]), int(said[i]), float(unit.lengths[i])) for i in range(len(rows))

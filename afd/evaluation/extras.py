@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 
 from afd.errors import AfdError
@@ -27,3 +28,9 @@ def require(library: str, purpose: str) -> None:
         raise ExtraMissingError(
             f"{purpose} needs {library}, which is not installed; add it with: pip install 'afd[evaluate]'"
         )
+    try:
+        importlib.import_module(library)
+    except Exception as error:  # whatever a library raises where it does not fit what else is installed
+        raise ExtraMissingError(
+            f"{purpose} needs {library}, which is installed but fails with {type(error).__name__}: {error}"
+        ) from error

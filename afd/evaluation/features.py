@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from afd.attacks.engine import evaluating
 from afd.data import Batches, Images
+from afd.errors import InputError, ModelWarning, warn_caller
 from afd.evaluation.outcome import Outcome
+from afd.nn.modes import local
 
 EXPLAINED = 0.99
 
@@ -20,14 +22,17 @@ def feature_summary(model: nn.Module, images: Images, batch_size: int) -> dict[s
     """Principal components for 99% of the variance of F(x), and how many features are never or always zero.
 
     Args:
-        model: with a method ``features`` from images to [N, num_features]; for any other, the result is None.
+        model: with a method ``features`` from images to [N, num_features], finite; for any other, the result is None.
         images: clean ones.
         batch_size: of the passes.
     """
-    if not hasattr(model, "features"):
-        return None
-    with evaluating(model), torch.no_grad():
-        features = torch.cat([model.features(x) for x, _ in Batches(images, batch_size)]).double()  # type: ignore[operator]
+    found = []
+    for x, _ in Batches(images, batch_size):
+        of_batch = features_of(model, x)
+        if of_batch is None or not of_batch.isfinite().all():
+            return None
+        found.append(of_batch)
+    features = torch.cat(found).double()
     return {
         "count": features.shape[1],
         "components": principal_components(features, EXPLAINED),
@@ -35,6 +40,31 @@ def feature_summary(model: nn.Module, images: Images, batch_size: int) -> dict[s
         "never_zero": int((features != 0).all(0).sum()),
         "always_zero": int((features == 0).all(0).sum()),
     }
+
+
+def has_features(model: nn.Module, x: Tensor) -> bool:
+    """Whether a model has features to speak of, which images x show.
+
+    Warns:
+        ModelWarning: it has a method ``features`` that images cannot be given to.
+    """
+    try:
+        return features_of(model, x) is not None
+    except Exception as error:  # a method of that name that was meant for something else
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        warn_caller(f"nothing is said of features, as the model's method of that name raises {reason}", ModelWarning)
+        return False
+
+
+def features_of(model: nn.Module, x: Tensor) -> Tensor | None:
+    """F(x) [N, num_features], in evaluation mode; None for a model without, such as one whose features are maps."""
+    inner = local(model)
+    if not callable(getattr(inner, "features", None)):
+        return None
+    with evaluating(model), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        found = inner.features(x.clone())  # type: ignore[operator]
+    plain = isinstance(found, Tensor) and found.is_floating_point() and found.dim() == 2 and len(found) == len(x)
+    return found if plain else None
 
 
 def principal_components(features: Tensor, share: float) -> int:
@@ -58,11 +88,13 @@ class DomainWatch:
     def __init__(self, model: nn.Module, discriminator: nn.Module) -> None:
         self.model, self.discriminator = model, discriminator
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> dict[str, int]:
         """How many of these images there are, and how many are taken for natural and for attacked ones."""
-        with evaluating(self.model), evaluating(self.discriminator):
-            scores = self.discriminator(self.model.features(x), y)  # type: ignore[operator]
+        features = features_of(self.model, x)
+        if features is None:
+            raise InputError("the model returns no features [N, D] for its discriminator")
+        with evaluating(self.discriminator), torch.no_grad():
+            scores = self.discriminator(features, y)
         return {"judged": len(y), "natural": int((scores > 0).sum()), "attacked": int((scores < 0).sum())}
 
 

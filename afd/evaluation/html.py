@@ -133,7 +133,7 @@ def attacks(results: Results, roles: tuple[str, ...]) -> str:
     for attack in results["attacks"]:
         if attack["role"] not in roles:
             continue
-        settings = ", ".join(f"{name} {value:.6g}" for name, value in attack["settings"].items())
+        settings = ", ".join(f"{name} {plain(value)}" for name, value in attack["settings"].items())
         curve = " · ".join(f"{point['text']}: <b>{percent(point['accuracy'])}</b>" for point in attack["accuracies"])
         rows.append(
             f"<tr><td class='short'>{escape(attack['name'])}</td><td class='text'>{NORM_SIGNS[attack['norm']]}</td>"
@@ -149,6 +149,11 @@ def attacks(results: Results, roles: tuple[str, ...]) -> str:
         '<p class="soft">Each attack met only what those above it had left.</p>' if cascade and "score" in roles else ""
     )
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>{note}'
+
+
+def plain(setting: Any) -> str:
+    """A setting of an attack as text."""
+    return f"{setting:.6g}" if isinstance(setting, int | float) else str(setting)
 
 
 def worst_cases(results: Results) -> str:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from afd.attacks import Attack
-from afd.attacks.engine import evaluating
 from afd.attacks.inputs import outside_inference
 from afd.evaluation.extras import require
+from afd.evaluation.foreign import lent
 from afd.evaluation.target import BOUNDS, Target
 
 
@@ -49,15 +49,11 @@ def _foolbox(name: str, norm: str, target: Target, **settings: Any) -> Attack:
         import foolbox
 
         # Foolbox draws from the global generator (DDN, where a gradient is zero): the draws depend on the batch only.
-        with torch.inference_mode(False), evaluating(target.model), torch.random.fork_rng(_cuda(x)):
+        with lent(target.model, x) as plain:
             torch.manual_seed((target.seed if seed is None else seed) + first_sample)
-            model = foolbox.PyTorchModel(target.model, bounds=BOUNDS, device=x.device)
+            model = foolbox.PyTorchModel(plain, bounds=BOUNDS, device=x.device)
             x, y = outside_inference(x), outside_inference(y)
             found: Tensor = getattr(foolbox.attacks, name)(**settings).run(model, x, foolbox.Misclassification(y))
         return found.detach().clamp(*BOUNDS)
 
     return attack
-
-
-def _cuda(x: Tensor) -> list[torch.device]:
-    return [x.device] if x.is_cuda else []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afd.attacks.engine import evaluating, loss_gradient
+from afd.attacks.engine import evaluating, judged, loss_gradient
 from afd.attacks.losses import cross_entropy
-from afd.evaluation.checks import Check, judge
+from afd.evaluation.checks import Check, judge, skipped
 from afd.evaluation.subject import Subject
-from afd.evaluation.target import BOUNDS
+from afd.evaluation.target import inside
+from afd.nn.modes import local
 
 REPEATS = 3
 ALONE = 8  # images that are also shown to the model one at a time
@@ -23,46 +24,43 @@ def model_checks(subject: Subject, x: Tensor, y: Tensor) -> list[Check]:
         x: clean images [N, ...].
         y: their labels [N].
     """
-    model = subject.model
+    model = local(subject.model)
     with evaluating(model):
-        training = sum(module.training for module in model.modules())
-        with torch.no_grad():
-            outputs = torch.stack([model(x) for _ in range(REPEATS)])
-            alone = torch.cat([model(image[None]) for image in x[:ALONE]])
+        training = sum(bool(getattr(module, "training", False)) for module in model.modules())
+        outputs = torch.stack([judged(model, x) for _ in range(REPEATS)])
+        alone = torch.cat([judged(model, image[None]) for image in x[:ALONE]])
         gradient, _, _ = loss_gradient(model, cross_entropy, x, y)
     logits = outputs[0]
-    scale = float(logits.abs().amax().clamp(min=1e-12))
+    finite = outputs.isfinite().all(2).all(0)
+    scale = float(logits[finite].abs().amax().clamp(min=1e-12)) if finite.any() else 1e-12
     return [
-        _finite(logits),
-        _random(outputs, scale),
-        _batch_dependence(alone, logits[:ALONE], scale),
+        _random(outputs[:, finite], scale),
+        _batch_dependence(alone[finite[:ALONE]], logits[:ALONE][finite[:ALONE]], scale),
         _training(training, subject.training_modules),
         _probabilities(logits),
-        _zero_gradients(gradient, logits.argmax(1) == y),
+        _zero_gradients(gradient, (logits.argmax(1) == y) & ~logits.isnan().any(1)),
         _bounds(x),
     ]
 
 
-def _finite(logits: Tensor) -> Check:
-    bad = int((~logits.isfinite().all(1)).sum())
-    return judge(
-        "outputs not finite", bad, f"of {len(logits)} images", allowed=0, fails_above=0,
-        meaning="NaN or infinite logits leave attacks without a loss to climb",
-    )  # fmt: skip
-
-
 def _random(outputs: Tensor, scale: float) -> Check:
+    name = "random outputs"
+    if not outputs.numel():
+        return skipped(name, "the model's outputs are not finite")
     spread = float((outputs - outputs[0]).abs().amax()) / scale
     return judge(
-        "random outputs", spread, "of the largest logit", allowed=1e-5, fails_above=1e-3,
+        name, spread, "of the largest logit", allowed=1e-5, fails_above=1e-3,
         meaning="the model answers the same images differently each time; attacks need averaging (eot_iter)",
     )  # fmt: skip
 
 
 def _batch_dependence(alone: Tensor, together: Tensor, scale: float) -> Check:
+    name = "batch dependence"
+    if not alone.numel():
+        return skipped(name, "the model's outputs are not finite")
     difference = float((alone - together).abs().amax()) / scale
     return judge(
-        "batch dependence", difference, "of the largest logit", allowed=1e-3, fails_above=1e-2,
+        name, difference, "of the largest logit", allowed=1e-3, fails_above=1e-2,
         meaning="an image's output depends on its neighbours in the batch, as with BatchNorm on batch statistics",
     )  # fmt: skip
 
@@ -96,8 +94,7 @@ def _zero_gradients(gradient: Tensor, correct: Tensor) -> Check:
 
 
 def _bounds(x: Tensor) -> Check:
-    outside = ~((x >= BOUNDS[0]) & (x <= BOUNDS[1])).flatten(1).all(1)
     return judge(
-        "inputs outside [0, 1]", int(outside.sum()), "images", allowed=0, fails_above=0,
+        "inputs outside [0, 1]", int((~inside(x)).sum()), "images", allowed=0, fails_above=0,
         meaning="images leave the range that ε is stated in",
     )  # fmt: skip

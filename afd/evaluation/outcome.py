@@ -40,10 +40,10 @@ class Outcome:
     @classmethod
     def empty(cls, protocol: Protocol, images: int) -> Outcome:
         """Nothing known yet of so many images."""
-        found = {
-            stage.name: torch.zeros(len(stage.epsilons), images, dtype=torch.bool) for stage in protocol.stages
-        }  # fmt: skip
-        return cls(protocol, torch.zeros(images, dtype=torch.int64), torch.zeros(images, dtype=torch.bool), found)
+        seen = torch.zeros(images, dtype=torch.int64, device="cpu")
+        none = torch.zeros_like(seen, dtype=torch.bool)
+        found = {stage.name: none.repeat(len(stage.epsilons), 1) for stage in protocol.stages}
+        return cls(protocol, seen, none, found)
 
     def clean(self, first: int, correct: Tensor, counts: dict[str, int]) -> None:
         """Notes a batch that begins at image `first`."""
@@ -51,6 +51,13 @@ class Outcome:
         self.seen[rows] += 1
         self.correct[rows] = correct.cpu()
         self.count("clean", counts)
+
+    def undefined(self, first: int, images: Tensor) -> None:
+        """Notes the images, from `first` on, that the model has no class for; stages that attack all find them so."""
+        rows = slice(first, first + len(images))
+        for stage in self.protocol.stages:
+            if stage.scope == "all":
+                self.found[stage.name][:, rows] |= images.cpu()
 
     def broken(self, stage: Stage, position: int, images: Tensor, unit: Unit) -> None:
         """Notes the images that a unit broke at a radius; what it counted is noted with its first radius."""
@@ -100,6 +107,14 @@ class Outcome:
         looked_at = slice(stage.first)
         return [float(row[looked_at].double().mean()) for row in self.standing(stage)]
 
+    def blind(self, stage: Stage) -> list[int | None]:
+        """How many images stand against a stage, at each of its radii, whose attack could not aim at any time.
+
+        None where no attack said what it saw: those of other libraries do not.
+        """
+        counts = self.counts.get(stage.name, Counter())
+        return [counts.get(f"{position} blind and standing") for position in range(len(stage.epsilons))]
+
     def worst_case(self, norm: str) -> dict[str, float]:
         """Share of images that stand against every attack in a norm together, by radius (as printed).
 
@@ -129,5 +144,5 @@ def normalised_area(radii: list[float], accuracies: list[float]) -> float:
     """
     if len(radii) != len(accuracies) or len(radii) < 2 or radii[0] != 0 or sorted(set(radii)) != radii:
         raise InputError(f"radii are {radii} for {len(accuracies)} accuracies; they must ascend from 0, one for each")
-    area = torch.trapezoid(torch.tensor(accuracies, dtype=torch.float64), torch.tensor(radii, dtype=torch.float64))
-    return float(area) / radii[-1]
+    heights, places = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (accuracies, radii))
+    return float(torch.trapezoid(heights, places)) / radii[-1]

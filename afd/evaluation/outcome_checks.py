@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from afd.evaluation.outcome import Outcome
 from afd.evaluation.protocol import Stage
 from afd.evaluation.protocols import PROBED
 from afd.evaluation.verification import Verification
+
+NEEDED = ("probe-noise", "probe-fgsm", "probe-pgd-20", "probe-pgd-40", "probe-far")  # stages of every protocol
 
 
 def outcome_checks(outcome: Outcome, classes: int) -> list[Check]:
@@ -24,7 +28,18 @@ def outcome_checks(outcome: Outcome, classes: int) -> list[Check]:
         _square(seen),
         _transfer(seen),
         _illegal(outcome),
+        _blind(outcome),
+        _infinite_attacked(outcome),
     ]
+
+
+def finite_check(outcome: Outcome) -> Check:
+    """Whether the model's outputs are finite on all clean images."""
+    images = len(outcome.correct)
+    return judge(
+        "outputs not finite", outcome.counts["clean"]["not finite"], f"of {images} images", allowed=0, fails_above=0,
+        meaning="NaN or infinite logits leave attacks without a loss to climb; an image with NaN counts as wrong",
+    )  # fmt: skip
 
 
 def verification_check(found: Verification) -> Check:
@@ -162,4 +177,38 @@ def _illegal(outcome: Outcome) -> Check:
     return judge(
         "attacked images out of bounds", count, "images", allowed=0, fails_above=0,
         meaning="an attack returned images outside of its ball or of [0, 1]; they were not counted as broken",
+    )  # fmt: skip
+
+
+def _blind(outcome: Outcome) -> Check:
+    """Of the stages whose attack says what it saw, and of their radii, the one where most stand without being aimed at.
+
+    Whether another stage aims at these images has no say: the figure of this one is too high by as much.
+    """
+    images = len(outcome.correct)
+    shares = [
+        (100 * blind / images, f"{stage.name} at ε = {epsilon}")
+        for stage in outcome.protocol.stages
+        for epsilon, blind in zip(stage.epsilons, outcome.blind(stage), strict=True)
+        if stage.role == "score" and blind is not None
+    ]
+    name = "robust to a blind attack"
+    if not shares:
+        return skipped(name, "no attack that counts says what it saw of the model")
+    share, where = max(shares, key=lambda one: one[0])
+    return judge(
+        name, share, "% of images", allowed=0, fails_above=1, one=100 / images,
+        meaning=f"{where}: so many count as robust although no gradient there was finite and not zero, so that the "
+        "attack could not aim: masked gradients",
+    )  # fmt: skip
+
+
+def _infinite_attacked(outcome: Outcome) -> Check:
+    stages = [stage for stage in outcome.protocol.stages if stage.role == "score"]
+    counts = [outcome.counts.get(stage.name, Counter()) for stage in stages]
+    attacked, bad = (sum(count[name] for count in counts) for name in ("attacked", "not finite"))
+    return judge(
+        "not finite under attack", 100 * bad / max(attacked, 1), f"% of {attacked} attacked images", allowed=0,
+        fails_above=1, one=100 / max(attacked, 1),
+        meaning="a logit, loss or gradient on the way, or the output at the image that was judged, was NaN or infinite",
     )  # fmt: skip

@@ -100,6 +100,8 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"device is {name!r}; allowed are auto, cpu, cuda, cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name!r}; allowed are auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {name!r}, but torch sees no CUDA device; allowed here are auto and cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

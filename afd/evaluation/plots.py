@@ -116,7 +116,7 @@ class Example:
         clean: the image it was made of, [C, H, W] in [0, 1].
         attacked: the adversarial image, like it.
         label: the true class.
-        said: what the model says of the adversarial image.
+        said: what the model says of the adversarial image; -1 if its logits hold NaN.
         length: its distance from the clean one.
     """
 
@@ -147,7 +147,7 @@ def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> Non
     gain = 0.5 / max(largest, 1e-12)
     for column, one in enumerate(examples):
         pictures = (one.clean, one.attacked, 0.5 + gain * (one.attacked - one.clean))
-        words = (f"{one.label}", f"{one.label} → {one.said}", f"distance {one.length:.3g}")
+        words = (f"{one.label}", f"{one.label} → {'NaN' if one.said < 0 else one.said}", f"distance {one.length:.3g}")
         for row, (picture, text) in enumerate(zip(pictures, words, strict=True)):
             axes = panels[row][column]
             _show(axes, picture)

@@ -10,6 +10,7 @@ from afd.errors import InputError
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.epsilon import Epsilon, ascending
 from afd.evaluation.extras import require
+from afd.evaluation.target import diameter
 
 Scope = Literal["all", "correct", "survivors", "remaining"]
 Role = Literal["score", "transfer", "probe"]
@@ -108,6 +109,29 @@ class Protocol:
             library = ATTACKS[stage.attack].library
             if library != "afd":
                 require(library, f"the stage {stage.name} of the {self.name} protocol")
+
+    def check_classes(self, classes: int) -> None:
+        """Raises InputError, before anything is computed, if a stage needs a model with more classes."""
+        for stage in self.stages:
+            least = ATTACKS[stage.attack].classes
+            if classes < least:
+                raise InputError(
+                    f"the model has {classes} classes; the stage {stage.name} of the {self.name} protocol needs at "
+                    f"least {least}"
+                )
+
+    def check_radii(self, pixels: int) -> None:
+        """Raises InputError if a radius exceeds the distance of any two images of so many values in [0, 1].
+
+        The paper's sweeps, which are those of other data sets too, and the probes are left alone.
+        """
+        for stage in self.stages:
+            widest, largest = diameter(stage.norm, pixels), stage.epsilons[-1]
+            if self.name != "paper" and stage.role != "probe" and float(largest) > widest:
+                raise InputError(
+                    f"eps is {largest} in {stage.norm}; no two images in [0, 1] are further apart than {widest:g}, so "
+                    "name a smaller radius (such as 8/255)"
+                )
 
     def order(self) -> list[tuple[Stage, tuple[int, ...]]]:
         """(stage, radii by position) in the order in which one batch meets them.

@@ -51,7 +51,10 @@ def quick(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protoco
 
 
 def autoattack(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
-    """AutoAttack's standard version: APGD-CE and APGD-T on our engine, then FAB-T and Square, each on what is left."""
+    """AutoAttack's standard version: APGD-CE and APGD-T on our engine, then FAB-T and Square, each on what is left.
+
+    APGD-T needs a model with at least 4 classes.
+    """
     restarts, classes = (5, 5) if norm == "L1" else (1, 9)
     settings: dict[str, dict[str, int]] = {
         "apgd-ce": {"steps": 100, "n_restarts": restarts},
@@ -66,7 +69,7 @@ def autoattack(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Pr
 
 
 def autoattack_reference(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
-    """AutoAttack's standard version, all of it pyautoattack's."""
+    """AutoAttack's standard version, all of it pyautoattack's; it needs a model with at least 10 classes."""
     stages = (Stage("autoattack", "autoattack", norm, tuple(epsilons)),)
     return Protocol("reference", norm, reference, stages + probes(norm, reference))
 

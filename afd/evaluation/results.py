@@ -95,8 +95,10 @@ def describe(subject: Subject) -> dict[str, Any]:
 
 def architecture(subject: Subject) -> str:
     """What a table calls the network."""
-    model = subject.metadata.get("config", {}).get("model", {})
-    return f"{model['name']} (width {model['width']})" if model else type(subject.model).__name__
+    model = subject.config.get("model", {})
+    if isinstance(model, dict) and {"name", "width"} <= set(model):
+        return f"{model['name']} (width {model['width']})"
+    return type(subject.model).__name__
 
 
 def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
@@ -104,8 +106,8 @@ def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
     accuracies, counts = outcome.accuracies(stage), outcome.counts.get(stage.name, Counter())
     curve = [float(outcome.correct[: stage.first].double().mean()), *accuracies]
     points = [
-        {**epsilon.as_json(), "accuracy": accuracy}
-        for epsilon, accuracy in zip(stage.epsilons, accuracies, strict=True)
+        {**epsilon.as_json(), "accuracy": accuracy, "blind": blind}
+        for epsilon, accuracy, blind in zip(stage.epsilons, accuracies, outcome.blind(stage), strict=True)
     ]
     return {
         **stage.as_json(),
@@ -113,6 +115,7 @@ def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
         "area": normalised_area([0.0, *map(float, stage.epsilons)], curve),
         "attacked": counts.get("attacked", 0),
         "illegal": counts.get("illegal", 0),
+        "not_finite": counts.get("not finite", 0),
         "seconds": counts.get("milliseconds", 0) / 1000,
     }
 
@@ -148,6 +151,6 @@ def read(path: Path) -> dict[str, Any]:
         raise ResultsError(f"{file} is not JSON: {error}") from error
     if not isinstance(results, dict) or results.get("format") != FORMAT:
         raise ResultsError(f"{file} is not the result of an afd evaluation")
-    if results["version"] != VERSION:
-        raise ResultsError(f"{file} has version {results['version']}; this afd reads {VERSION}")
+    if results.get("version") != VERSION:
+        raise ResultsError(f"{file} has version {results.get('version')}; this afd reads {VERSION}")
     return results

@@ -1,48 +1,119 @@
-"""Accuracy on clean and on attacked images. Counts stay on the device until the end."""
+"""Accuracy on clean and on attacked images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from afd.attacks import Attack
-from afd.attacks.engine import evaluating
-from afd.errors import InputError
+from afd.attacks.base import GradientAttack
+from afd.attacks.inputs import check_form, largest_label
+from afd.data.items import images_and_labels
+from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, at_least, warn_caller
+from afd.evaluation.predictions import predict
+from afd.evaluation.target import BOUNDS, check_returned, inside, per_row
 
 
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], attack: Attack | None = None) -> float:
-    """Share of images that the model, in evaluation mode, classifies correctly.
+def accuracy(
+    model: nn.Module,
+    batches: Iterable[Any],
+    attack: Attack | None = None,
+    *,
+    bounds: tuple[float, float] | None = None,
+) -> float:
+    """Share of images that the model, in evaluation mode and full precision, classifies correctly.
+
+    Images that an attack returns outside of bounds, or not finite, are no adversarial images: the model is asked about
+    the clean one instead.
 
     Args:
-        model: images -> logits [N, classes]; left as it was found.
-        batches: (images [N, ...] in [0, 1], labels [N] int64).
-        attack: applied to each batch first; its starts do not depend on the batch size.
+        model: images -> logits [N, K], in any form of `afd.nn.outputs`; left as it was found.
+        batches: yields (images [N, ...] float32 or float64, labels [N] int64 in [0, K), ...), or mappings or objects
+            with them, as a loader does (`afd.data.items`); read once.
+        attack: applied to a copy of each batch first; its starts do not depend on the batch size.
+        bounds: lowest and highest value of an image; by default those of the attack, or [0, 1].
 
     Returns:
         A share in [0, 1].
 
     Raises:
-        InputError: there are no images.
+        InputError, InputTypeError: there are no images; images, labels or what the attack returned are not as
+            described; the model returns no logits.
+        ModelError: the model returned NaN logits.
+
+    Warns:
+        ModelWarning: infinite logits, or images that an attack returned out of bounds.
     """
+    if bounds is None:
+        bounds = attack.bounds if isinstance(attack, GradientAttack) else BOUNDS
     seen = 0
-    correct: list[Tensor] = []
-    for x, y in batches:
-        attacked = x if attack is None else attack(x, y, first_sample=seen)
-        with evaluating(model), torch.no_grad():
-            correct.append((model(attacked).argmax(1) == y).sum())
+    found: list[Tensor] = []
+    for x, y, largest in _checked(batches, bounds):
+        shown = x if attack is None else attack(x.clone(), y, first_sample=seen)
+        with torch.no_grad():
+            legal = torch.ones_like(y, dtype=torch.bool)
+            if attack is not None:
+                check_returned(shown, x)
+                legal = inside(shown, bounds)
+                shown = torch.where(per_row(legal, x), shown, x)
+            said = predict(model, shown)
+            infinite = ~said.finite & ~said.undefined
+            found.append(torch.stack([said.classes == y, said.undefined, infinite, ~legal]).sum(1))
+        if largest >= said.num_classes:
+            raise InputError(f"y holds the label {largest}; the model has classes 0 ... {said.num_classes - 1}")
         seen += len(y)
     if not seen:
         raise InputError("batches holds no images; accuracy needs at least one")
-    return float(torch.stack(correct).sum()) / seen
+    correct, *others = torch.stack(found).sum(0).tolist()
+    _judge_outputs(seen, *others)
+    return float(correct) / seen
 
 
 def accuracy_curve(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Any],
     epsilons: Sequence[float],
     attack: Callable[[float], Attack],
+    *,
+    bounds: tuple[float, float] | None = None,
 ) -> list[float]:
-    """Accuracy under attack(eps) for each eps; clean accuracy where eps is 0."""
-    return [accuracy(model, batches, attack(eps) if eps else None) for eps in epsilons]
+    """Accuracy under attack(eps) for each eps; clean accuracy where eps is 0. See `accuracy`.
+
+    Raises:
+        InputError: an eps is negative or not finite, or the batches can be read only once, but there are several eps.
+    """
+    for eps in epsilons:
+        at_least("eps", eps, 0)
+    if len(epsilons) > 1 and isinstance(batches, Iterator):
+        raise InputError(
+            f"batches is a {type(batches).__name__}, which can be read only once; a curve over {len(epsilons)} radii "
+            "reads it for each of them, so pass a list or a loader"
+        )
+    return [accuracy(model, batches, attack(eps) if eps else None, bounds=bounds) for eps in epsilons]
+
+
+def _checked(batches: Iterable[Any], bounds: tuple[float, float]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Images, labels and the largest label of each batch that has any, once their values are found to be allowed."""
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise InputTypeError(f"batches is a {type(batches).__name__}; it must be a loader or a list of batches")
+    for item in batches:
+        x, y = images_and_labels(item)
+        check_form(x, y)
+        if len(x):
+            yield x, y, largest_label(x, y, bounds)
+
+
+def _judge_outputs(images: int, undefined: int, infinite: int, illegal: int) -> None:
+    if undefined:
+        raise ModelError(f"the model returned NaN logits for {undefined} of {images} images; they have no class")
+    if infinite:
+        warn_caller(f"the model returned infinite logits for {infinite} of {images} images", ModelWarning)
+    if illegal:
+        warn_caller(
+            f"the attack returned {illegal} of {images} images out of bounds or not finite; the model was asked about "
+            "the clean ones instead",
+            ModelWarning,
+        )

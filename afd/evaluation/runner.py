@@ -11,16 +11,16 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import Attack, ModelWarning
-from afd.attacks.engine import evaluating
+from afd.attacks import Attack, ModelWarning, Report
 from afd.data import Images
 from afd.errors import AfdError
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.outcome import Outcome
 from afd.evaluation.place import Place
+from afd.evaluation.predictions import Predictions, predict
 from afd.evaluation.protocol import Protocol, Stage
 from afd.evaluation.state import Store, Unit
-from afd.evaluation.target import BOUNDS, Target, distance, per_row, shorten, within
+from afd.evaluation.target import Target, check_returned, distance, inside, per_row, shorten, within
 from afd.evaluation.units import Batch, Shortened, key_of, label, work
 
 Watch = Callable[[Tensor, Tensor], dict[str, int]]
@@ -85,7 +85,8 @@ class Runner:
         for number in batches:
             batch = self.batch(number)
             watched = self.watched(batch.x, batch)
-            outcome.clean(batch.first, batch.correct, watched)
+            outcome.clean(batch.first, batch.correct, {**watched, "not finite": int((~batch.said.finite).sum())})
+            outcome.undefined(batch.first, batch.said.undefined)
             done = {stage.name: torch.zeros_like(batch.correct) for stage in self.protocol.stages}
             for stage, positions in order:
                 unit = self.unit(batch, stage, positions, done[stage.name])
@@ -100,10 +101,11 @@ class Runner:
     def batch(self, number: int) -> Batch:
         """A batch, and where the model is right on it."""
         first = number * self.batch_size
-        index = torch.arange(first, min(first + self.batch_size, len(self.images)))
+        index = torch.arange(first, min(first + self.batch_size, len(self.images)), device="cpu")
         x, y = self.images.images(index), self.images.labels[index.to(self.images.device)]
-        correct = self.predict(x) == y
-        return Batch(number, first, x, y, correct, torch.zeros_like(correct))
+        said = self.predict(x)
+        correct = said.classes == y
+        return Batch(number, first, x, y, said, correct, torch.zeros_like(correct))
 
     def unit(self, batch: Batch, stage: Stage, positions: tuple[int, ...], broken: Tensor) -> Unit:
         """One unit, from the store or computed now; `broken` [N] is what its stage broke at smaller radii."""
@@ -130,7 +132,7 @@ class Runner:
     def rows(self, batch: Batch, stage: Stage, broken: Tensor) -> Tensor:
         """Which images of a batch a stage attacks, bool [N]."""
         wanted = {
-            "all": torch.ones_like(batch.correct),
+            "all": ~batch.said.undefined,
             "correct": batch.correct,
             "survivors": batch.correct & ~broken,
             "remaining": batch.correct & ~batch.taken,
@@ -147,19 +149,26 @@ class Runner:
         """
         x, y = batch.x[rows], batch.y[rows]
         largest = float(stage.epsilons[positions[-1]])
-        x_adv = self.attack(stage, largest)(x, y, first_sample=batch.first) if len(rows) else x
-        legal = ((x_adv >= BOUNDS[0]) & (x_adv <= BOUNDS[1])).flatten(1).all(1)  # false for NaN
+        attack = self.attack(stage, largest)
+        x_adv = attack(x.clone(), y, first_sample=batch.first) if len(rows) else x
+        check_returned(x_adv, x)
+        legal = inside(x_adv)
         if not stage.minimal:
             legal &= within(distance(x_adv, x, stage.norm), largest)
-        found = legal & (self.predict(x_adv) != y) if stage.minimal else legal
+        found = legal & (self.predict(x_adv).classes != y) if stage.minimal else legal
         x_adv = torch.where(per_row(found, x), x_adv, x)  # a minimal attack that failed returns anything (C&W: black)
-        kept, fooled = x_adv.clone(), torch.zeros_like(legal)
+        kept, fooled, infinite = x_adv.clone(), torch.zeros_like(legal), torch.zeros_like(legal)
         counts: dict[str, int] = {}
         for position in positions:
             shown = shorten(x_adv, x, stage.norm, float(stage.epsilons[position])) if stage.minimal else x_adv
-            new = legal & ~fooled & (self.predict(shown) != y)
+            said, left = self.predict(shown), legal & ~fooled
+            new, infinite = left & (said.classes != y), infinite | (left & ~said.finite)
             kept, fooled = torch.where(per_row(new, x), shown, kept), fooled | new
             counts |= self.watch_sweep(batch, stage, position, rows, torch.where(per_row(fooled, x), kept, shown))
+        if (report := getattr(attack, "report", None)) is not None:
+            counts |= aim(report, positions[0], fooled)
+            infinite |= report.nonfinite.to(infinite.device)
+        counts["not finite"] = int(infinite.sum())
         return Unit(
             rows=rows[fooled].cpu(), images=kept[fooled].cpu(), lengths=distance(kept, x, stage.norm)[fooled].cpu(),
             attacked=len(rows), illegal=int((~legal).sum()), counts=counts, seconds=time.perf_counter() - started,
@@ -193,12 +202,9 @@ class Runner:
                 if unit is not None:
                     yield number, stage, positions, unit
 
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:
-        """Classes [N] that the model says, in evaluation mode and float32."""
-        with evaluating(self.model):
-            classes: Tensor = self.model(x).argmax(1) if len(x) else self.images.labels[:0]
-        return classes
+    def predict(self, x: Tensor) -> Predictions:
+        """What the model says of images [N, ...], in evaluation mode and float32."""
+        return predict(self.model, x)
 
     def watched(self, x: Tensor, batch: Batch) -> dict[str, int]:
         """Counts on the images that the model gets right when clean."""
@@ -223,3 +229,12 @@ class Runner:
                 if unit is not None:
                     now[unit.rows.to(now.device)] = unit.images.to(now.device)
         return now
+
+
+def aim(report: Report, position: int, fooled: Tensor) -> dict[str, int]:
+    """Counts of a unit at a radius: images at which the attack could never aim, and those of them that stand."""
+    blind = report.blind
+    return {
+        f"{position} blind": int(blind.sum()),
+        f"{position} blind and standing": int((blind & ~fooled.to(blind.device)).sum()),
+    }

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
+import json
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from afd.attacks.engine import evaluating
 from afd.data import Images
 from afd.errors import AfdError
+from afd.evaluation.predictions import predict
 
 
 class SubjectError(AfdError):
@@ -28,7 +31,7 @@ class Subject:
     Attributes:
         name: what tables and plots call it.
         source: the checkpoint or factory it came from.
-        model: images [N, C, H, W] in [0, 1] -> logits [N, classes].
+        model: images [N, C, H, W] in [0, 1] -> logits [N, classes], in any form of `afd.nn.outputs`.
         discriminator: the D(z, y) it was trained against, if there was one.
         metadata: what its checkpoint says of its training, in plain types.
         training_modules: how many of its modules were in training mode when it was handed over.
@@ -41,13 +44,37 @@ class Subject:
     metadata: dict[str, Any] = field(default_factory=dict)
     training_modules: int = 0
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The settings of `afd train` that its checkpoint holds; empty if it was trained otherwise."""
+        found = self.metadata.get("config")
+        return found if isinstance(found, dict) else {}
+
     def digest(self) -> str:
         """SHA-256 over the names and values of its parameters and buffers, so that a result names its weights."""
         found = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
+            if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
+                found.update(name.encode() + _saved(value))  # get_extra_state() may be anything
+                continue
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
+
+
+def _saved(value: Any) -> bytes:
+    """A part of a state_dict that is no plain tensor, as the bytes that torch.save writes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def check_metadata(subject: Subject) -> None:
+    """Raises SubjectError unless results.json can hold what is known of the model."""
+    try:
+        json.dumps(subject.metadata)
+    except (TypeError, ValueError) as error:
+        raise SubjectError(f"metadata of model {subject.source} must be plain JSON: {error}") from error
 
 
 def from_factory(spec: str, device: torch.device) -> Subject:
@@ -60,9 +87,13 @@ def from_factory(spec: str, device: torch.device) -> Subject:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: a factory may lie beside the user
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        module = importlib.import_module(module_name)
     except ImportError as error:
         raise SubjectError(f"model {spec} cannot be imported: {error}") from error
+    except Exception as error:  # the user's own code: whatever it raises is told, with its traceback as the cause
+        raise SubjectError(f"model {spec} cannot be imported: {type(error).__name__}: {error}") from error
+    try:
+        factory = getattr(module, attribute)
     except AttributeError as error:
         raise SubjectError(f"model {spec}: {module_name} has no {attribute!r}") from error
     if not callable(factory):
@@ -73,29 +104,46 @@ def from_factory(spec: str, device: torch.device) -> Subject:
         raise SubjectError(f"model {spec} failed with {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise SubjectError(f"model {spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
-    training = sum(module.training for module in model.modules())
-    return Subject(attribute, spec, model.to(device).eval(), training_modules=training)
+    training = sum(bool(getattr(module, "training", False)) for module in model.modules())
+    try:
+        model = model.to(device).eval()
+    except Exception as error:  # its own code again, or weights that are not there
+        raise SubjectError(
+            f"model {spec} cannot be put into evaluation mode on {device}: {type(error).__name__}: {error}"
+        ) from error
+    return Subject(attribute, spec, model, training_modules=training)
 
 
-def check_fit(subject: Subject, images: Images) -> int:
+def check_fit(subject: Subject, images: Images, sizes: Iterable[int] = (2,)) -> int:
     """The number of classes of a model that takes these images.
 
+    Args:
+        subject: the model.
+        images: what it will be shown.
+        sizes: of the batches that it will be shown them in; each is tried.
+
     Raises:
-        SubjectError: it cannot take images of that shape, or has another number of classes than the data.
+        SubjectError: it cannot take images of that shape, or so many at a time, returns no logits, or has another
+            number of classes than the data.
     """
     shape = "x".join(map(str, images.shape))
-    probe = images.images(torch.arange(min(2, len(images))))
-    try:
-        with evaluating(subject.model), torch.no_grad():
-            logits = subject.model(probe)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SubjectError(f"model {subject.source} does not take {images.name}'s {shape} images: {reason}") from error
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2 or len(logits) != len(probe):
-        found = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise SubjectError(f"model {subject.source} returned {found} for {len(probe)} images; it must be logits [N, K]")
-    if logits.shape[1] != images.num_classes:
+    classes = 0
+    for size in sorted({min(size, len(images)) for size in sizes}):
+        probe = images.images(torch.arange(size, device="cpu"))
+        try:
+            classes = predict(subject.model, probe).num_classes
+        except Exception as error:  # the model's own code: whatever it raises is told, with its traceback as the cause
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            verb = "is of no use for" if isinstance(error, AfdError) else "does not take"
+            raise SubjectError(
+                f"model {subject.source} {verb} {images.name}'s {shape} images, {size} at a time: {reason}"
+            ) from error
+        _check_classes(subject, images, classes)
+    return classes
+
+
+def _check_classes(subject: Subject, images: Images, classes: int) -> None:
+    if classes != images.num_classes:
         raise SubjectError(
-            f"model {subject.source} has {logits.shape[1]} classes, but data set {images.name} has {images.num_classes}"
+            f"model {subject.source} has {classes} classes, but data set {images.name} has {images.num_classes}"
         )
-    return int(logits.shape[1])

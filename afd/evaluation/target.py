@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from afd.errors import one_of
+from afd.errors import InputTypeError, one_of
+from afd.ops import checks
 
 NORMS = ("Linf", "L2", "L1")
 BOUNDS = (0.0, 1.0)
@@ -32,6 +35,23 @@ class Target:
     classes: int
 
 
+def check_returned(x_adv: Any, x: Tensor) -> None:
+    """Checks the form of what an attack made of images x [N, ...].
+
+    Raises:
+        InputTypeError: it is no tensor, or has another dtype than x.
+        InputError: it has another shape or device than x.
+    """
+    if not isinstance(x_adv, Tensor):
+        raise InputTypeError(f"the attack returned a {type(x_adv).__name__}; it must return images like x")
+    checks.iterate("what the attack returned", x_adv, x)
+
+
+def inside(x: Tensor, bounds: tuple[float, float] = BOUNDS) -> Tensor:
+    """Whether all values of an image lie within bounds, bool [N] from images [N, ...]; false for NaN."""
+    return ((x >= bounds[0]) & (x <= bounds[1])).flatten(1).all(1)
+
+
 def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
     """‖x_adv - x‖ of each image, float64 [N], from images [N, ...].
 
@@ -43,6 +63,16 @@ def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:
     order = {"Linf": torch.inf, "L2": 2, "L1": 1}[norm]
     length: Tensor = torch.linalg.vector_norm(difference, order, dim=1)
     return length
+
+
+def diameter(norm: str, values: int) -> float:
+    """The largest distance between two images of so many values in [0, 1].
+
+    Raises:
+        InputError: unknown norm.
+    """
+    one_of("norm", norm, NORMS)
+    return float({"Linf": 1, "L2": math.sqrt(values), "L1": values}[norm])
 
 
 def within(lengths: Tensor, eps: float) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from afd.attacks import Attack
 from afd.evaluation.catalogue import ATTACKS
+from afd.evaluation.predictions import Predictions
 from afd.evaluation.protocol import Stage
 from afd.evaluation.target import shorten
 
@@ -21,7 +22,8 @@ class Batch:
         first: index of its first image.
         x: images [N, ...].
         y: labels [N].
-        correct: whether the model is right on the clean image [N].
+        said: what the model says of the clean images.
+        correct: whether that is right [N].
         taken: whether a cascade has broken it [N].
     """
 
@@ -29,6 +31,7 @@ class Batch:
     first: int
     x: Tensor
     y: Tensor
+    said: Predictions
     correct: Tensor
     taken: Tensor
 

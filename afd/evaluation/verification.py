@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from afd.evaluation.runner import Runner
-from afd.evaluation.target import BOUNDS, distance, within
+from afd.evaluation.target import distance, inside, within
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ def other_batch_size(batch_size: int) -> int:
 def verify(runner: Runner) -> Verification:
     """Looks again at what all processes saved, each at its own part."""
     size = other_batch_size(runner.batch_size)
-    totals = torch.zeros(3, dtype=torch.int64)
+    totals = torch.zeros(3, dtype=torch.int64, device="cpu")
     for x_adv, y, outside in _chunks(runner, size):
-        standing = runner.predict(x_adv) == y
-        totals += torch.tensor([len(y), int(standing.sum()), int(outside.sum())])
+        standing = runner.predict(x_adv).classes == y
+        totals += torch.tensor([len(y), int(standing.sum()), int(outside.sum())], device="cpu")
     images, standing, outside = runner.place.total(totals).tolist()
     return Verification(images, standing, outside, size)
 
@@ -74,7 +74,7 @@ def _saved(runner: Runner) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             continue
         index = (unit.rows + number * runner.batch_size).to(device)
         x_adv = unit.images.to(device)
-        legal = ((x_adv >= BOUNDS[0]) & (x_adv <= BOUNDS[1])).flatten(1).all(1)
+        legal = inside(x_adv)
         if not stage.minimal:
             eps = float(stage.epsilons[positions[-1]])
             legal &= within(distance(x_adv, runner.images.images(index), stage.norm), eps)

@@ -154,6 +154,9 @@ def test_a_function_that_returns_a_model(tmp_path, monkeypatch, capsys):
     assert "is a int" in failed(capsys, "mine:number", "--data", "digits", "--out", "b")
     assert "has no 'nothing'" in failed(capsys, "mine:nothing", "--data", "digits", "--out", "b")
     assert "cannot be imported" in failed(capsys, "not.there:model", "--data", "digits", "--out", "b")
+    (tmp_path / "failing.py").write_text("1 / 0")
+    told = failed(capsys, "failing:model", "--data", "digits", "--out", "b")
+    assert "failing:model cannot be imported: ZeroDivisionError" in told
 
 
 def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, robust):
@@ -174,7 +177,15 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, robust):
     assert "transfer-from is set" in failed(capsys, model, "--transfer-from", model, "--out", out)
     assert "batch-size is 0" in failed(capsys, model, "--batch-size", "0", "--out", out)
     assert "device is 'tpu9'" in failed(capsys, model, "--device", "tpu9", "--out", out)
+    assert "device is 'meta'" in failed(capsys, model, "--device", "meta", "--out", out)
+    assert "eps is 8 in Linf; no two images in [0, 1] are further apart than 1" in failed(
+        capsys, model, "--eps", "8", "--out", out
+    )
     assert not out.exists()
+    for config in (None, {"lr": 0.1}, {"data": {"name": "mine"}}):
+        save_checkpoint(tmp_path / "python.pt", {"model": robust.state_dict()}, {"config": config})
+        told = failed(capsys, tmp_path / "python.pt", "--data", "digits", "--out", out)
+        assert "python.pt does not say which network it holds" in told
     other = checkpoint(tmp_path / "other.pt", robust, width=4)
     assert "does not hold the weights of a convnet of width 4 for digits" in failed(capsys, other, "--out", out)
     root = tmp_path / "none"

@@ -195,7 +195,6 @@ def test_what_leaves_the_ball_or_the_image_does_not_count(data, tmp_path, monkey
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(data, tmp_path, monkeypatch):
     wanted = protocol(PGD, WEAK, dataclasses.replace(PGD, name="again", scope="remaining"))
-    whole = runner(data, wanted, tmp_path / "whole").run()
     calls = []
 
     def counting(target, **settings):
@@ -208,7 +207,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(data, tmp_path, monkeypatc
         return counted
 
     monkeypatch.setitem(catalogue.ATTACKS, "pgd", dataclasses.replace(catalogue.ATTACKS["pgd"], build=counting))
-    runner(data, wanted, tmp_path / "counted").run()
+    whole = runner(data, wanted, tmp_path / "whole").run()
     needed, done = len(calls), 0
     calls.clear()
     for units in (1, 5, 9, 17):
