@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from ambient import MODES
 from torch import nn
 
 from afd.attacks import APGD, FGSM, MIM, PGD, ModelWarning
@@ -200,28 +201,6 @@ def test_a_model_may_write_to_its_input(data, attack, count):
 
 
 # --- Modes of the caller --------------------------------------------------------------------------------------------
-
-MODES = {
-    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    "no_grad": torch.no_grad,
-    "inference_mode": torch.inference_mode,
-    "default dtype": lambda: Default(torch.set_default_dtype, torch.float64, torch.float32),
-    "default device": lambda: torch.device("meta"),
-    "deterministic": lambda: Default(torch.use_deterministic_algorithms, True, False),
-}
-
-
-class Default:
-    """One of torch's settings for a while."""
-
-    def __init__(self, setter, value, before):
-        self.setter, self.value, self.before = setter, value, before
-
-    def __enter__(self):
-        self.setter(self.value)
-
-    def __exit__(self, *_):
-        self.setter(self.before)
 
 
 @pytest.mark.parametrize("mode", MODES)
