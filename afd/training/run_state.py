@@ -80,6 +80,8 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     if trainer.average is not None:
         unwrapped(trainer.average.module).load_state_dict(state["average"]["weights"])
         trainer.average.n_averaged.copy_(state["average"]["rounds"])
+        for name, wide in state["average"].get("wide", {}).items():
+            trainer.average.wide[name].copy_(wide)
     for name, player in trainer.round.players.items():
         player.load_state_dict(state["players"][name])
     for name, optimizer in trainer.round.optimizers.items():
@@ -98,8 +100,9 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
 @torch.no_grad()
 def finite(model: nn.Module, players: Mapping[str, nn.Module]) -> bool:
     """Whether all weights are; waits for the device once."""
-    weights: list[Tensor] = [p for module in (model, *players.values()) for p in module.parameters()]
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(weights)).sum()))
+    weights = [p for module in (model, *players.values()) for p in module.parameters() if p.is_floating_point()]
+    norms: list[Tensor] = list(torch._foreach_norm(weights))
+    return bool(torch.isfinite(torch.stack([norm.double().to(norms[0].device) for norm in norms]).sum()))
 
 
 def _read(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -114,4 +117,4 @@ def _read(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]] | None:
 def _average_of(trainer: Trainer) -> dict[str, Any]:
     assert trainer.average is not None
     weights = unwrapped(trainer.average.module).state_dict()
-    return {"weights": weights, "rounds": trainer.average.n_averaged}
+    return {"weights": weights, "rounds": trainer.average.n_averaged, "wide": trainer.average.wide}
