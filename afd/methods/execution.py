@@ -91,9 +91,9 @@ class TrainingPass(nn.Module):
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
     """Gradients on, inference mode and autocast off: what a step computes does not hang on the mode of its caller."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        with nullcontext() if device.type == "cpu" else torch.autocast(device.type, enabled=False):
-            yield
+    elsewhere = nullcontext() if device.type == "cpu" else torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), elsewhere:
+        yield
 
 
 @contextmanager

@@ -63,8 +63,8 @@ class Game(ABC):
             optimizer.zero_grad()
         names = ("task", "discriminator", "features")
         with isolated(x.device):
-            batch = [outside_inference(tensor) for tensor in (x, y, x_adv)]
-            return dict(zip(names, self.play(list(parts(*batch, self.settings.micro_batches))), strict=True))
+            x, y, x_adv = (outside_inference(tensor) for tensor in (x, y, x_adv))
+            return dict(zip(names, self.play(list(parts(x, y, x_adv, self.settings.micro_batches))), strict=True))
 
     def course(self) -> bool:
         """Whether θ will move on L_F in the next round."""

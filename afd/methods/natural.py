@@ -91,8 +91,8 @@ class NaturalRound:
         self.task.zero_grad()
         losses = []
         with isolated(x.device):
-            batch = [outside_inference(tensor) for tensor in (x, y, x_adv)]
-            for part in parts(*batch, self.settings.micro_batches):
+            x, y, x_adv = (outside_inference(tensor) for tensor in (x, y, x_adv))
+            for part in parts(x, y, x_adv, self.settings.micro_batches):
                 with nullcontext() if part.last else unsynchronised(self.passes):
                     _, logits = self.passes(part.x)
                     loss = part.share * F.cross_entropy(logits, part.y, label_smoothing=self.settings.label_smoothing)

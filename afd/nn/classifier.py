@@ -200,8 +200,8 @@ class FeatureSplit(nn.Module):
             raise InputError(f"feature_layer is {self.feature_layer!r}, which the model's forward did not call")
         if len(seen) > 1:
             raise InputError(
-                f"feature_layer is {self.feature_layer!r}, which the model's forward called {len(seen)} times; features "
-                "are what enters a layer that is called once"
+                f"feature_layer is {self.feature_layer!r}, which the model's forward called {len(seen)} times; "
+                "features are what enters a layer that is called once"
             )
         z = seen[0]
         if z.dim() != 2 or len(z) != samples:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from afd.errors import InputError
 
@@ -20,7 +20,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
         InputError: there are none, or the model has parameters that are yet without values.
     """
     for name, tensor in model.named_parameters():
-        if isinstance(tensor, UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise InputError(f"the model's {name} has no shape yet; call the model once before it is trained")
     inside = [
         f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)
@@ -77,10 +77,10 @@ def check_choice(chosen: str, called: Mapping[str, Tensor], logits: Tensor) -> N
         raise InputError(f"the last linear layer is {chosen!r}, which the model's forward did not call; {advice}")
     alike = [name for name, output in called.items() if output.shape == logits.shape]
     if alike != [chosen]:
-        shape, found = list(called[chosen].shape), ", ".join(map(repr, alike)) or "none"
+        shape, wanted = list(called[chosen].shape), list(logits.shape)
         raise InputError(
-            f"the last linear layer is {chosen!r}, but what it puts out, {shape}, is not the logits {list(logits.shape)} "
-            f"(of that shape: {found}); {advice}"
+            f"the last linear layer is {chosen!r}, but what it puts out, {shape}, is not the logits, {wanted} "
+            f"(of that shape: {', '.join(map(repr, alike)) or 'none'}); {advice}"
         )
 
 

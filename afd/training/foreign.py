@@ -1,10 +1,10 @@
-"""A model that somebody else wrote, as a trainer takes it in: what is inside of wrappers, and what it does with images."""
+"""A model that somebody else wrote, as a trainer takes it in: what is in its wrappers, what it does with images."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DataParallel
 
 from afd.attacks.inputs import outside_inference
 from afd.errors import AfdError, InputError, warn_caller

@@ -132,7 +132,7 @@ def _look_at(name: str, loader: Loader, epochs: int, classes: Callable[[Tensor],
 
 
 def _read_once(loader: Any) -> bool:
-    """Whether two passes would share one iterator. (A DataLoader with lasting workers has one that it resets.)"""
+    """Whether two passes share an iterator, but for that of a DataLoader with lasting workers, which is reset."""
     if isinstance(loader, DataLoader):
         sources = (loader.dataset, loader.sampler, loader.batch_sampler)
         return any(_read_once(source) for source in sources if isinstance(source, Iterable))

@@ -22,11 +22,11 @@ from afd.training import distributed, loaders, recording, run_state
 from afd.training.average import averaged
 from afd.training.foreign import device_of, settle, taken_in
 from afd.training.keeper import Keeper
+from afd.training.loaders import Loader
 from afd.training.meter import Meter, NotFiniteError
 from afd.training.reports import Callback, EpochReport, IntervalReport, Report, TrainingError
 from afd.training.schedule import Rates, Schedule, schedule_named
 from afd.training.signals import StoppedError, on_signals
-from afd.training.loaders import Loader
 from afd.training.stream import Stream
 from afd.training.validation import shared_accuracy
 from afd.training.warmup import Warmup, unwatched
@@ -180,8 +180,8 @@ class Trainer:
             self._end_early()
         if isinstance(self.network, FeatureSplit) and self.network.normalize:
             self.warn(
-                f"the model now scales what enters {self.network.feature_layer!r} to length 1, as normalize=True asked; "
-                "its weights load with afd.training.load_weights"
+                f"the model now scales what enters {self.network.feature_layer!r} to length 1, as normalize=True "
+                "asked; its weights load with afd.training.load_weights"
             )
         return self.history
 
