@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,9 +90,16 @@ class TrainingPass(nn.Module):
 
 @contextmanager
 def isolated(device: torch.device) -> Iterator[None]:
-    """Gradients on, inference mode and autocast off: what a step computes does not hang on the mode of its caller."""
-    elsewhere = nullcontext() if device.type == "cpu" else torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False), elsewhere:
+    """Gradients on, inference mode and autocast off: what a step computes does not hang on the mode of its caller.
+
+    Autocast keeps what it has cast of the weights until its outermost context is left, be it one that switches it off:
+    passes inside, which switch it on, would go on with weights from before an optimizer's step. So nothing is kept.
+    """
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad()):
+            stack.enter_context(context)
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         yield
 
 

@@ -109,8 +109,6 @@ def _equal(output: Tensor, logits: Tensor) -> bool:
 
 
 def _hint(model: nn.Module) -> str:
-    kinds = {type(module).__name__ for module in model.modules()}
-    closed = sorted(kinds & {"RecursiveScriptModule", "TopLevelTracedModule", "InterpreterModule"})
-    if closed or (isinstance(model, torch.fx.GraphModule) and not list(model.children())):
+    if any(isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) for module in model.modules()):
         return "; pass the Python module that the TorchScript or exported program was made from"
     return ""

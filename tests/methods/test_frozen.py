@@ -9,6 +9,7 @@ from torch import nn
 from afd.attacks import PGD
 from afd.errors import InputError
 from afd.methods import AFD, Execution, Natural
+from afd.methods.execution import isolated
 from afd.nn import FeatureClassifier, split
 from afd.training import Trainer
 
@@ -193,6 +194,17 @@ def test_precision_is_the_executions_alone():
         with torch.autocast("cpu", torch.bfloat16):
             Natural(lr=0.01).build(split(model), execution).step(*batch())
     assert seen == [torch.float32, torch.bfloat16]
+
+
+def test_a_pass_sees_weights_that_a_step_has_changed():
+    passes = Execution("bf16").passes(split(network()))
+    x, _, _ = batch()
+    with torch.autocast("cpu", torch.bfloat16), isolated(x.device):
+        before = passes(x)[1].detach()
+        with torch.no_grad():
+            for parameter in passes.parameters():
+                parameter.mul_(2)
+        assert not torch.equal(passes(x)[1], before)
 
 
 def test_a_discriminator_is_drawn_alike_under_any_default():
