@@ -210,7 +210,9 @@ def test_a_last_layer_that_the_logits_do_not_come_from_is_named_before_training(
 def test_an_adapter_around_the_head_is_named_and_its_base_can_be():
     model = Body()
     model.head = Adapted(model.head)
-    with pytest.raises(InputError, match=r"'head.up', but what it puts out, .* \(of that shape: 'head.base', 'head.up'"):
+    with pytest.raises(
+        InputError, match=r"'head.up', but what it puts out, .* \(of that shape: 'head.base', 'head.up'"
+    ):
         fit(model)
     trainer = fit(model, feature_layer="head.base")
     assert (trainer.network.num_features, trainer.network.num_classes) == (8, 4)

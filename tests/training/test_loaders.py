@@ -138,8 +138,8 @@ def test_a_wrong_batch_of_validation_is_named_wherever_it_comes():
 @pytest.mark.parametrize(
     ("role", "loader", "message"),
     [
-        ("train", lambda: [], "train holds no images"),
-        ("validation", lambda: [], "validation holds no images"),
+        ("train", list, "train holds no images"),
+        ("validation", list, "validation holds no images"),
         ("validation", lambda: Lazy([]), "validation holds no images"),
         ("validation", lambda: DataLoader(TensorDataset(X, Y), 16, drop_last=True), "validation holds no images"),
         ("train", lambda: (batch for batch in GOOD), "train is a generator without a length"),
