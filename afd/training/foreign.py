@@ -41,14 +41,12 @@ def taken_in(model: nn.Module) -> nn.Module:
             "torchrun)",
             UserWarning,
         )
-    made_in_inference = [
-        name for name, tensor in inner.named_parameters() if not is_lazy(tensor) and tensor.is_inference()
-    ]
-    if made_in_inference:
-        raise InputError(
-            f"the model's {made_in_inference[0]} was made in torch.inference_mode, and no gradient reaches it; make or "
-            "load the model outside of that mode"
-        )
+    for name, tensor in inner.named_parameters():
+        if not is_lazy(tensor) and tensor.is_inference():
+            raise InputError(
+                f"the model's {name} was made in torch.inference_mode, and no gradient reaches it; make or load the "
+                "model outside of that mode"
+            )
     return inner
 
 
