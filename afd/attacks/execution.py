@@ -48,15 +48,42 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     return torch.autocast(device.type, torch.bfloat16, enabled=low)
 
 
-def channels_last(x: Tensor) -> Tensor:
-    """x in the layout that convolutions are fastest in, where it is a batch of images [N, C, H, W]."""
+def channels_last(x: Tensor, model: nn.Module | None = None) -> Tensor:
+    """x in the layout that convolutions are fastest in, where it is a batch of images [N, C, H, W].
+
+    Args:
+        x: any batch.
+        model: that is shown it; in the usual layout, if `unsafe_channels_last` says so on x's device.
+    """
     if x.dim() != 4:
         return x
+    if model is not None and unsafe_channels_last(model, x.device):
+        return x.contiguous()
     _, channels, height, width = x.shape
     if channels > 1:
         return x.contiguous(memory_format=torch.channels_last)
     # one channel: both layouts lie in memory alike, and only the strides can say which is meant
     return x.contiguous().as_strided(x.shape, (height * width, 1, width, 1))
+
+
+def unsafe_channels_last(model: nn.Module, device: torch.device) -> bool:
+    """Whether the model has a convolution whose backward may crash the process where images lie channels-last.
+
+    On CPUs, oneDNN's backward of a 1x1 convolution with a stride writes beyond its memory if the input has from 2
+    channels to fewer than a register has floats, and pixels beyond the last one that the stride meets (torch 2.13;
+    float32, several images, one group, no padding). Image sizes are not known here, so they are taken for such ones.
+    """
+    if device.type != "cpu":
+        return False
+    register = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+    return any(
+        isinstance(layer, nn.Conv2d)
+        and layer.kernel_size == (1, 1)
+        and max(layer.stride) > 1
+        and 1 < layer.in_channels < register
+        and layer.groups == 1
+        for layer in model.modules()
+    )
 
 
 def pieces(model: nn.Module, x: Tensor, piece: int | None = None, precision: str = "fp32") -> Iterator[slice]:

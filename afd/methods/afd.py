@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from afd.errors import at_least, one_of
 from afd.methods.alternating import AlternatingRound
 from afd.methods.base import unwrapped
-from afd.methods.execution import Execution, Wrap
+from afd.methods.execution import Execution, Wrap, as_torch_starts, feature_dtype
 from afd.methods.game import Game
 from afd.methods.losses import game_loss
 from afd.methods.optimizers import OPTIMIZERS, OptimizerFactory, check_factories, check_update, optimizer_for
@@ -93,10 +93,16 @@ class AFD:
         return cls(**{"optimizer": "adam", **rates, **settings})
 
     def build(self, model: Split, execution: Execution = Execution(), wrap: Wrap = unwrapped) -> Game:  # noqa: B008  (frozen)
-        """A round that trains `model` against a fresh discriminator."""
+        """A round that trains `model` against a fresh discriminator, which is on the model's device.
+
+        Raises:
+            InputError: no parameter of the model is trainable.
+        """
         passes = execution.passes(model)
-        device = next(passes.parameters()).device
-        discriminator = ProjectionDiscriminator(model.num_features, model.num_classes, self.hidden).to(device)
+        weight = next(passes.parameters())
+        with as_torch_starts():  # drawn alike on whatever device, and in float32 whatever the default is
+            discriminator = ProjectionDiscriminator(model.num_features, model.num_classes, self.hidden)
+        discriminator.to(weight.device, feature_dtype(model))
         kind: type[Game] = AlternatingRound
         if self.schedule == "simultaneous":
             one_rule = self.optimizer == "sgd" and not {"task", "features"} & self.optimizers.keys()

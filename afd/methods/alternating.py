@@ -30,7 +30,7 @@ class AlternatingRound(Game):
         """See `Game.play`."""
         task = torch.stack([self.gather_task(part) for part in batch]).sum(0)
         self.take_step("task")
-        kept = self.passes(batch[0].x_adv, False)[0] if len(batch) == 1 else None
+        kept = self.features(batch[0].x_adv) if len(batch) == 1 else None
         discriminator = torch.stack([self.gather_discriminator(part, kept) for part in batch]).sum(0)
         self.take_step("discriminator")
         features = torch.stack([self.gather_features(part, kept) for part in batch]).sum(0)
@@ -38,11 +38,16 @@ class AlternatingRound(Game):
             self.take_step("features")
         return torch.cat([task, discriminator, features])
 
+    def features(self, x: Tensor) -> Tensor:
+        """F(x), with a graph where it has a trainable parameter."""
+        z: Tensor = self.passes(x, False)[0] if self.features_learn else self.look(x)
+        return z
+
     def gather_task(self, part: Part) -> Tensor:
         """Adds the gradients of L_C; returns the part's share of it."""
         with self.gathering(self.passes, part):
-            _, logits = self.passes(part.x)
-            task = self.task_loss(logits, part)
+            z, logits = self.passes(part.x)
+            task, self.features_learn = self.task_loss(logits, part), z.requires_grad
             self.backward(task, part, self.theta_phi)
         return weighted(part, [task])
 
@@ -58,8 +63,8 @@ class AlternatingRound(Game):
     def gather_features(self, part: Part, kept: Tensor | None) -> Tensor:
         """Adds the gradients of L_F where the features answer in this round."""
         with self.gathering(self.passes, part):
-            z_adv = self.passes(part.x_adv, False)[0] if kept is None else kept
+            z_adv = self.features(part.x_adv) if kept is None else kept
             features = self.loss.features(self.score(z_adv, part))
-            if self.features_answer:
+            if self.features_answer and self.features_learn:
                 self.backward(features, part, self.theta_phi)
         return weighted(part, [features])

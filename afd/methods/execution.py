@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,16 +45,16 @@ class Execution:
         one_of("precision", self.precision, attack_execution.PRECISIONS)
 
     def prepare(self, model: Any) -> Any:
-        """`model` in the chosen layout, its BatchNorm layers exchanged if so chosen.
+        """`model` in the chosen layout (where that is safe), its BatchNorm layers exchanged if so chosen.
 
         Raises:
             InputError: sync_batchnorm on a device that cannot.
         """
-        if self.channels_last:
-            model.to(memory_format=torch.channels_last)
+        device = next(model.parameters()).device
+        if self.channels_last and not attack_execution.unsafe_channels_last(model, device):
+            model._apply(_channels_last)
         if not self.sync_batchnorm:
             return model
-        device = next(model.parameters()).device
         if device.type != "cuda":
             raise InputError(f"sync_batchnorm is True, but the model is on {device}; torch offers it on CUDA only")
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -71,6 +71,9 @@ class TrainingPass(nn.Module):
     def __init__(self, model: Split, execution: Execution) -> None:
         super().__init__()
         self.model, self.execution = model, execution
+        device = next(self.parameters()).device
+        # a walk through all modules, so not at every pass
+        self.safe = not attack_execution.unsafe_channels_last(self, device)
 
     def forward(self, x: Tensor, with_logits: bool = True) -> tuple[Tensor, ...]:
         """(features,) or (features, logits) of images x.
@@ -78,11 +81,46 @@ class TrainingPass(nn.Module):
         What is left out is seen as unused by DistributedDataParallel, which then waits for no gradient of it.
         """
         if self.execution.channels_last:
-            x = attack_execution.channels_last(x)
+            x = attack_execution.channels_last(x) if self.safe else x.contiguous()
         with attack_execution.autocast(self.execution.precision, x.device):
             outputs = self.model.features_and_logits(x)
         wide = tuple(_wide(output) for output in outputs)
         return wide if with_logits else wide[:1]
+
+
+@contextmanager
+def isolated(device: torch.device) -> Iterator[None]:
+    """Gradients on, inference mode and autocast off: what a step computes does not hang on the mode of its caller.
+
+    Autocast keeps what it has cast of the weights until its outermost context is left, be it one that switches it off:
+    passes inside, which switch it on, would go on with weights from before an optimizer's step. So nothing is kept.
+    """
+    with ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.enable_grad()):
+            stack.enter_context(context)
+        for kind in {"cpu", device.type}:
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        yield
+
+
+@contextmanager
+def as_torch_starts() -> Iterator[None]:
+    """New tensors are float32 on the CPU, as they are in a torch whose defaults nobody has set."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.inference_mode(False), torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def feature_dtype(model: Split) -> torch.dtype:
+    """What `TrainingPass` hands features out in: float64 where the layer that they enter is, else float32."""
+    layer = getattr(model, "classifier", None)
+    weights = layer.parameters() if isinstance(layer, nn.Module) else model.parameters()  # type: ignore[attr-defined]
+    wide = any(weight.dtype == torch.float64 for weight in weights)
+    return torch.float64 if wide else torch.float32
 
 
 def unsynchronised(module: nn.Module) -> AbstractContextManager[Any]:
@@ -94,6 +132,11 @@ def alone(module: nn.Module) -> nn.Module:
     """`module` as this process has it, for passes from which none of its parameters gets a gradient."""
     inner: nn.Module = module.module if isinstance(module, DistributedDataParallel) else module
     return inner
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    """The layout is one of four dimensions: a Conv3d's five have another, and a matrix has none."""
+    return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
 
 
 def _wide(output: Tensor) -> Tensor:

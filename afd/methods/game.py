@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from afd.attacks.inputs import outside_inference
 from afd.methods.base import Part, parts
-from afd.methods.execution import alone, unsynchronised
+from afd.methods.execution import alone, isolated, unsynchronised
 from afd.methods.losses import game_loss, gradient_penalty
-from afd.methods.optimizers import take_step, trainable
+from afd.methods.optimizers import reaching, take_step, trainable
 
 if TYPE_CHECKING:
     from afd.methods.afd import AFD
@@ -44,6 +45,7 @@ class Game(ABC):
             "discriminator": settings.optimizer_of("discriminator", self.psi),
         }
         self.rounds = 0
+        self.features_learn = True  # whether a parameter of F is trainable, as the pass of L_C has found
 
     def step(self, x: Tensor, y: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
         """One round.
@@ -60,7 +62,9 @@ class Game(ABC):
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         names = ("task", "discriminator", "features")
-        return dict(zip(names, self.play(list(parts(x, y, x_adv, self.settings.micro_batches))), strict=True))
+        with isolated(x.device):
+            x, y, x_adv = (outside_inference(tensor) for tensor in (x, y, x_adv))
+            return dict(zip(names, self.play(list(parts(x, y, x_adv, self.settings.micro_batches))), strict=True))
 
     def course(self) -> bool:
         """Whether θ will move on L_F in the next round."""
@@ -77,7 +81,7 @@ class Game(ABC):
 
     def task_loss(self, logits: Tensor, part: Part) -> Tensor:
         """L_C."""
-        return F.cross_entropy(logits, part.y, label_smoothing=self.settings.label_smoothing)
+        return reaching(F.cross_entropy(logits, part.y, label_smoothing=self.settings.label_smoothing))
 
     def judge(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Scores of natural and attacked features, in the pass of the discriminator that its update rests on.
@@ -108,6 +112,19 @@ class Game(ABC):
         """Features without a graph."""
         z: Tensor = alone(self.passes)(x, False)[0]
         return z
+
+    def backward_features(self, z_adv: Tensor, pull: Tensor, logits: Tensor | None = None) -> None:
+        """Adds the gradients of L_F, whose gradient at F(x') is `pull`: none where all of F is frozen.
+
+        Args:
+            z_adv: F(x').
+            pull: like z_adv.
+            logits: of the same pass, where processes wait for a backward of it to average what was gathered before.
+        """
+        if z_adv.requires_grad:
+            torch.autograd.backward(z_adv, pull, inputs=self.theta_phi)
+        elif logits is not None:
+            torch.autograd.backward(logits, torch.zeros_like(logits), inputs=self.theta_phi)
 
     def backward(self, loss: Tensor, part: Part, parameters: Sequence[Tensor]) -> None:
         """Adds the gradients of a part's loss to the `.grad` of `parameters`, and to nothing else."""

@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from afd.attacks.inputs import outside_inference
 from afd.errors import at_least, one_of
 from afd.methods.base import parts, unwrapped
-from afd.methods.execution import Execution, Wrap, unsynchronised
+from afd.methods.execution import Execution, Wrap, isolated, unsynchronised
 from afd.methods.optimizers import (
     OPTIMIZERS,
     OptimizerFactory,
     check_factories,
     check_update,
     optimizer_for,
+    reaching,
     take_step,
     trainable,
 )
@@ -87,12 +89,14 @@ class NaturalRound:
         """Updates the model from images x and labels y."""
         self.rounds += 1
         self.task.zero_grad()
-        total = torch.zeros((), device=x.device)
-        for part in parts(x, y, x_adv, self.settings.micro_batches):
-            with nullcontext() if part.last else unsynchronised(self.passes):
-                _, logits = self.passes(part.x)
-                loss = part.share * F.cross_entropy(logits, part.y, label_smoothing=self.settings.label_smoothing)
-                torch.autograd.backward(loss)
-            total = total + loss.detach()
-        take_step(self.task, self.settings.clip)
-        return {"task": total}
+        losses = []
+        with isolated(x.device):
+            x, y, x_adv = (outside_inference(tensor) for tensor in (x, y, x_adv))
+            for part in parts(x, y, x_adv, self.settings.micro_batches):
+                with nullcontext() if part.last else unsynchronised(self.passes):
+                    _, logits = self.passes(part.x)
+                    loss = part.share * F.cross_entropy(logits, part.y, label_smoothing=self.settings.label_smoothing)
+                    torch.autograd.backward(reaching(loss))
+                losses.append(loss.detach())
+            take_step(self.task, self.settings.clip)
+            return {"task": sum(losses[1:], losses[0])}

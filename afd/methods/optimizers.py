@@ -53,8 +53,26 @@ def check_update(label_smoothing: float, clip: float | None, micro_batches: int)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a module that are not frozen."""
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+    """The parameters of a module that are not frozen.
+
+    Raises:
+        InputError: all are.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not parameters:
+        raise InputError("no parameter of the model is trainable; set requires_grad of those that training may change")
+    return parameters
+
+
+def reaching(loss: Tensor) -> Tensor:
+    """The loss, found to hang on a trainable parameter.
+
+    Raises:
+        InputError: it does not.
+    """
+    if not loss.requires_grad:
+        raise InputError("no trainable parameter of the model has a part in the logits; the loss has nothing to train")
+    return loss
 
 
 def parameters_of(optimizer: Optimizer) -> list[Tensor]:

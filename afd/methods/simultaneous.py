@@ -46,12 +46,12 @@ class SimultaneousRound(Game):
     def gather(self, part: Part) -> Tensor:
         """Adds the gradients of a part; returns its share of the losses."""
         z, task = self.gather_task(part)
-        if self.features_answer:
+        if self.features_answer and self.features_learn:
             with self.gathering(self.passes, part):
                 (z_adv,) = self.passes(part.x_adv, False)
                 pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
                 self.gradients.swap()
-                torch.autograd.backward(z_adv, pull, inputs=self.theta_phi)
+                self.backward_features(z_adv, pull)
                 self.gradients.swap()
         else:
             _, *game = self.gather_discriminator(z, self.look(part.x_adv), part)
@@ -64,7 +64,7 @@ class SimultaneousRound(Game):
 
     def _task(self, part: Part) -> tuple[Tensor, Tensor]:
         z, logits = self.passes(part.x)
-        task = self.task_loss(logits, part)
+        task, self.features_learn = self.task_loss(logits, part), z.requires_grad
         self.backward(task, part, self.theta_phi)
         return z.detach(), task
 
@@ -104,8 +104,8 @@ class JointRound(SimultaneousRound):
             z, task = self._task(part)
         with self.gathering(self.passes, part):
             # the logits come along, so that the classifier, whose gradient was gathered above, does not count as unused
-            z_adv, _ = self.passes(part.x_adv)
+            z_adv, logits = self.passes(part.x_adv)
             pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
             share = self.settings.lr_features / self.settings.lr
-            torch.autograd.backward(z_adv, share * pull, inputs=self.theta_phi)
+            self.backward_features(z_adv, share * pull, logits)
         return weighted(part, [task, *game])

@@ -11,8 +11,14 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from afd.errors import InputError, InputTypeError
+from afd.nn import heads
+from afd.nn.outputs import logits_of
+
+# the entry of a state_dict by which a model that scales its features refuses to be taken for one that does not
+MARKER = "scales_features_to_length_1__load_with_afd_training_load_weights"
 
 
 class Split(Protocol):
@@ -65,15 +71,20 @@ class FeatureClassifier(nn.Module):
 
 
 class Entrance:
-    """Stands before the layer that features enter: scales them to length 1 if asked to, and notes them on request.
+    """Stands before the layer that features enter: notes them on request, and may scale them to length 1.
 
-    It is a forward pre-hook that stays on the layer, because the scaling is part of what the trained model computes.
+    It is a forward pre-hook that stays on the layer, because scaling is part of what the trained model computes.
+
+    Attributes:
+        normalize: whether features are scaled to length 1: True also for the layer, None for the discriminator alone.
+        recording: whether to note what enters.
+        seen: what has entered since, as it entered.
     """
 
-    def __init__(self, normalize: bool) -> None:
-        self.normalize = normalize
+    def __init__(self) -> None:
+        self.normalize: bool | None = None
         self.recording = False
-        self.seen: Tensor | None = None
+        self.seen: list[Tensor] = []
 
     def __call__(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """What the layer is given instead of `inputs`."""
@@ -81,120 +92,198 @@ class Entrance:
         if self.normalize:
             z = unit_length(z)
         if self.recording:
-            self.seen = z
+            self.seen.append(z)
         return (z, *inputs[1:])
 
 
 class FeatureSplit(nn.Module):
     """Any classifier as C(F(x)): its features are what enters one of its linear layers.
 
-    The wrapped module stays the user's own: same parameters, same state_dict, and with `normalize` it computes the
-    normalised function itself, called through this wrapper or not. Its output may be the logits or an object that has
-    them as ``.logits``.
+    The wrapped module stays the user's own, with the same parameters. Its output may be whatever
+    `afd.nn.outputs.logits_of` finds logits in.
 
     Args:
         model: images [N, ...] -> logits [N, num_classes].
         feature_layer: name of the linear layer (as in `model.named_modules()`) that the features enter; by default the
-            last one.
-        normalize: whether features are scaled to length 1, as in the paper.
+            last one that is registered, which `settle` compares with what the model does.
+        normalize: whether features are scaled to length 1. None: for the discriminator alone, so that the model stays
+            the function that it is. True: for the layer that they enter, too, as in the paper: the model itself then
+            computes another function, called through this wrapper or not, and its state_dict says so by an entry
+            named `MARKER` at that layer. False: nowhere.
+        num_classes: number of logits; by default as many as the layer, or the one that it leads to, puts out.
 
     Raises:
-        InputError: the model has no linear layer, or none of that name.
+        InputError: the model has no such linear layer, or has it inside of something compiled, or has parameters that
+            are yet without values.
     """
 
-    def __init__(self, model: nn.Module, feature_layer: str | None = None, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        feature_layer: str | None = None,
+        normalize: bool | None = None,
+        num_classes: int | None = None,
+    ) -> None:
         super().__init__()
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        if not linear:
-            raise InputError(f"model is a {type(model).__name__} without a linear layer, which features would enter")
+        linear = heads.linear_layers(model)
+        self.named = feature_layer is not None
         self.feature_layer = list(linear)[-1] if feature_layer is None else feature_layer
         if self.feature_layer not in linear:
             raise InputError(f"feature_layer is {feature_layer!r}; the model's linear layers are {', '.join(linear)}")
         self.model = model
-        self.num_features = linear[self.feature_layer].in_features
-        self.num_classes = list(linear.values())[-1].out_features
-        self.entrance = _entrance_of(linear[self.feature_layer], normalize)
+        heads.check_visible(model, self.feature_layer)
+        self.num_features = self.classifier.in_features
+        self.num_classes = num_classes or heads.classes(linear, self.feature_layer)
+        self.entrance = _entrance_of(self.classifier, normalize)
 
     @property
-    def normalize(self) -> bool:
-        """Whether features are scaled to length 1."""
+    def normalize(self) -> bool | None:
+        """Whether features are scaled to length 1; see above."""
         return self.entrance.normalize
 
+    @property
+    def classifier(self) -> nn.Linear:
+        """The layer that features enter."""
+        layer = self.model.get_submodule(self.feature_layer)
+        assert isinstance(layer, nn.Linear)
+        return layer
+
+    def settle(self, x: Tensor) -> None:
+        """Compares layer and number of classes with what the model does with images x [N, ...]; corrects the latter.
+
+        Call it inside of `afd.nn.modes.evaluating`. A layer that was named by the user need only be called.
+
+        Raises:
+            InputError: the layer was not called, or not with features [N, num_features]; or nobody named it, and the
+                logits are those of another layer, or may be. The message names the layers in question.
+            InputTypeError: the output holds no logits.
+        """
+        with torch.no_grad(), heads.outputs(self.model) as called:
+            entered, output = self._watched(x)
+        logits = logits_of(output, len(x))
+        if not self.named:
+            heads.check_choice(self.feature_layer, called, logits)
+        self._features(entered, len(x))
+        self.num_classes = logits.shape[1]
+
     def features(self, x: Tensor) -> Tensor:
-        """Features [N, num_features]."""
+        """Features [N, num_features], of length 1 unless `normalize` is False."""
         return self.features_and_logits(x)[0]
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features [N, num_features] and logits [N, num_classes] from one pass.
 
         Raises:
-            InputError: the layer was not called, or not with [N, num_features].
+            InputError: the layer was not called once, or not with [N, num_features].
         """
-        entrance = self.entrance
-        entrance.recording = True
-        try:
-            logits = self(x)
-            z = entrance.seen
-        finally:
-            entrance.recording, entrance.seen = False, None
-        if z is None:
-            raise InputError(f"feature_layer is {self.feature_layer!r}, which the model's forward did not call")
-        if z.dim() != 2:
-            raise InputError(
-                f"features of shape {list(z.shape)} enter {self.feature_layer!r}; they must be [N, {self.num_features}]"
-            )
-        return z, logits
+        entered, output = self._watched(x)
+        logits = self._logits(output, len(x))
+        z = self._features(entered, len(x))
+        return unit_length(z) if self.normalize is None else z, logits
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes]."""
-        output = self.model(x)
-        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-        if not isinstance(logits, Tensor):
-            raise InputTypeError(f"the model returned a {type(output).__name__}; it must be logits or have .logits")
-        if logits.dim() != 2 or logits.shape[1] != self.num_classes:
-            raise InputError(f"the model returned shape {list(logits.shape)}; it must be [N, {self.num_classes}]")
+        return self._logits(self.model(x), len(x))
+
+    def _watched(self, x: Tensor) -> tuple[list[Tensor], Any]:
+        """What entered the layer in one pass of the model, and what the model returned."""
+        entrance = self.entrance
+        entrance.recording, entrance.seen = True, []
+        try:
+            output = self.model(x)
+            return entrance.seen, output
+        finally:
+            entrance.recording, entrance.seen = False, []
+
+    def _features(self, seen: list[Tensor], samples: int) -> Tensor:
+        if not seen:
+            raise InputError(f"feature_layer is {self.feature_layer!r}, which the model's forward did not call")
+        if len(seen) > 1:
+            raise InputError(
+                f"feature_layer is {self.feature_layer!r}, which the model's forward called {len(seen)} times; "
+                "features are what enters a layer that is called once"
+            )
+        z = seen[0]
+        if z.dim() != 2 or len(z) != samples:
+            raise InputError(
+                f"features of shape {list(z.shape)} enter {self.feature_layer!r}; they must be [N, {self.num_features}]"
+                f", N = {samples} images"
+            )
+        return z
+
+    def _logits(self, output: Any, samples: int) -> Tensor:
+        logits = logits_of(output, samples)
+        if logits.shape[1] != self.num_classes:
+            raise InputError(
+                f"the model returned shape {list(logits.shape)}; it must be [N, {self.num_classes}] (if it is right as "
+                "it is, give its number of classes to afd.nn.split as num_classes)"
+            )
         return logits
 
 
-def split(model: nn.Module, feature_layer: str | None = None, normalize: bool | None = None) -> Any:
+def split(
+    model: nn.Module,
+    feature_layer: str | None = None,
+    normalize: bool | None = None,
+    num_classes: int | None = None,
+) -> Any:
     """`model` as a `Split`; one that is split already is returned as it is.
 
     Args:
         model: any classifier.
         feature_layer: as in `FeatureSplit`.
-        normalize: as in `FeatureSplit`; None for True, or what a model that is split already does.
+        normalize: as in `FeatureSplit`; for a model that is split already, None is what it does.
+        num_classes: as in `FeatureSplit`.
 
     Raises:
+        InputTypeError: the model is no module.
         InputError: as in `FeatureSplit`, or the model is split already in another way.
     """
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    model = without_wrappers(model)
     if not isinstance(model, (FeatureClassifier, FeatureSplit)):
-        return FeatureSplit(model, feature_layer, normalize is not False)
+        return FeatureSplit(model, feature_layer, normalize, num_classes)
     if normalize not in (None, model.normalize):
         raise InputError(f"normalize is {normalize}; the model was built with normalize={model.normalize}")
     if feature_layer not in (None, getattr(model, "feature_layer", "classifier")):
         raise InputError(f"feature_layer is {feature_layer!r}; the model is a {type(model).__name__}, already split")
+    if num_classes not in (None, model.num_classes):
+        raise InputError(f"num_classes is {num_classes}; the model was built with num_classes={model.num_classes}")
     return model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own module inside a `FeatureSplit`; any other module as it is."""
+    """The user's own module inside of a `FeatureSplit` and of wrappers that compute what it does."""
+    model = without_wrappers(model)
     return model.model if isinstance(model, FeatureSplit) else model
 
 
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The module inside of torch.compile, DataParallel and DistributedDataParallel; any other module as it is."""
+    if heads.compiled(model):
+        return without_wrappers(model.get_submodule("_orig_mod"))
+    return without_wrappers(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
+
+
 def unit_length(z: Tensor) -> Tensor:
-    """Rows of length 1, in float32 under autocast; a row of zeros stays zero."""
-    return F.normalize(z.float() if torch.is_autocast_enabled(z.device.type) else z, dim=-1)
+    """Rows of length 1, in float32 (or wider) under autocast; a row of zeros stays zero."""
+    narrow = torch.is_autocast_enabled(z.device.type) and z.dtype != torch.float64
+    return F.normalize(z.float() if narrow else z, dim=-1)
 
 
 torch.fx.wrap("unit_length")  # a symbolic trace of the model must not look into it: its branch asks for a real tensor
 
 
-def _entrance_of(layer: nn.Linear, normalize: bool) -> Entrance:
+def _entrance_of(layer: nn.Linear, normalize: bool | None) -> Entrance:
     """The layer's entrance: the one it has from an earlier split, with its setting renewed, or a new one."""
-    for hook in layer._forward_pre_hooks.values():
-        if isinstance(hook, Entrance):
-            hook.normalize = normalize
-            return hook
-    entrance = Entrance(normalize)
-    layer.register_forward_pre_hook(entrance)
+    entrances = [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, Entrance)]
+    entrance = entrances[0] if entrances else Entrance()
+    if not entrances:
+        layer.register_forward_pre_hook(entrance)
+    entrance.normalize = normalize
+    if normalize and MARKER not in layer._buffers:
+        layer.register_buffer(MARKER, torch.ones((), dtype=torch.bool, device=layer.weight.device))
+    elif not normalize:
+        layer._buffers.pop(MARKER, None)
     return entrance

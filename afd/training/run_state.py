@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from afd._version import __version__
-from afd.nn.classifier import unwrapped
+from afd.nn import FeatureSplit
+from afd.nn.classifier import MARKER, unwrapped
 from afd.training import rng, settings
 from afd.training.checkpoint import CheckpointError
 from afd.training.keeper import Keeper
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 FACTS = (
     "method", "attack", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
 )  # fmt: skip
+
+SCALED_FOR = "scaled for"  # what features of length 1 are given to, by `normalize`
+SCALED = {None: "discriminator", True: "discriminator and feature layer", False: "nothing"}
 
 # of a config: may change when resumed
 FREE = {"out", "device", "resume", "save_every", "log_every", "data.root", "graph", "execution.graph"}
@@ -53,6 +57,8 @@ def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
 def facts(trainer: Trainer) -> dict[str, Any]:
     """What must be the same in the run that goes on."""
     run = {name: getattr(trainer, name) for name in FACTS} if trainer.config is None else trainer.config
+    if isinstance(trainer.network, FeatureSplit):
+        run = {**run, SCALED_FOR: SCALED[trainer.network.normalize]}
     described: dict[str, Any] = settings.describe({"afd": __version__, "processes": trainer.group.size, **run})
     return described
 
@@ -73,6 +79,7 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     if content is None:
         return None
     state, metadata = content
+    _tell_what_was_scaled(trainer, state, metadata["run"])
     different = settings.differences(metadata["run"], facts(trainer), FREE)
     if different:
         raise CheckpointError(f"the checkpoint in {trainer.resume} is of another run: {'; '.join(different)}")
@@ -80,6 +87,8 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     if trainer.average is not None:
         unwrapped(trainer.average.module).load_state_dict(state["average"]["weights"])
         trainer.average.n_averaged.copy_(state["average"]["rounds"])
+        for name, wide in state["average"].get("wide", {}).items():
+            trainer.average.wide[name].copy_(wide)
     for name, player in trainer.round.players.items():
         player.load_state_dict(state["players"][name])
     for name, optimizer in trainer.round.optimizers.items():
@@ -95,11 +104,36 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     return now
 
 
+def _tell_what_was_scaled(trainer: Trainer, state: dict[str, Any], run: dict[str, Any]) -> None:
+    """Puts into a checkpoint of somebody's own model what those of earlier days do not say: which features were scaled.
+
+    Raises:
+        CheckpointError: they were scaled for their layer, too, which was the default, and are not here.
+    """
+    network = trainer.network
+    if not isinstance(network, FeatureSplit) or SCALED_FOR in run or trainer.config is not None:
+        return
+    if run["normalize"] is False:
+        run[SCALED_FOR] = SCALED[False]
+        return
+    if not network.normalize:
+        raise CheckpointError(
+            f"the checkpoint in {trainer.resume} is of a model that scaled its features to length 1 for its own layer "
+            "as well, as was the default; go on from it with normalize=True"
+        )
+    run |= {"normalize": True, SCALED_FOR: SCALED[True]}
+    name = f"{network.feature_layer}.{MARKER}".removeprefix(".")
+    for weights in (state["model"], *([state["average"]["weights"]] if state["average"] else [])):
+        weights[name] = torch.ones((), dtype=torch.bool)
+
+
 @torch.no_grad()
 def finite(model: nn.Module, players: Mapping[str, nn.Module]) -> bool:
     """Whether all weights are; waits for the device once."""
-    weights: list[Tensor] = [p for module in (model, *players.values()) for p in module.parameters()]
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(weights)).sum()))
+    everything = (p for module in (model, *players.values()) for p in module.parameters())
+    weights: list[Tensor] = [p for p in everything if p.is_floating_point()]
+    norms: list[Tensor] = list(torch._foreach_norm(weights))
+    return bool(torch.isfinite(torch.stack([norm.double().to(norms[0].device) for norm in norms]).sum()))
 
 
 def _read(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -114,4 +148,4 @@ def _read(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]] | None:
 def _average_of(trainer: Trainer) -> dict[str, Any]:
     assert trainer.average is not None
     weights = unwrapped(trainer.average.module).state_dict()
-    return {"weights": weights, "rounds": trainer.average.n_averaged}
+    return {"weights": weights, "rounds": trainer.average.n_averaged, "wide": trainer.average.wide}

@@ -2,45 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from afd.attacks.inputs import check_batch
+from afd.attacks.inputs import outside_inference
 from afd.data import Batches
-from afd.errors import InputError
+from afd.data.items import images_and_labels
 from afd.training import rng
+from afd.training.loaders import Loader, checked
 
 Batch = tuple[Tensor, Tensor]
-BOUNDS = (0.0, 1.0)  # of an image
-Loader = Iterable[Batch]
-"""Any re-iterable of (images [N, ...] in [0, 1], labels [N] int64): a DataLoader, `Batches`, a list.
-
-Where it has a ``set_epoch(epoch)``, or its ``sampler`` has, that is called before each pass.
-"""
 
 
 @runtime_checkable
 class _KnowsEpochs(Protocol):
     def set_epoch(self, epoch: int) -> None: ...
-
-
-def rounds_in(loader: Loader) -> int:
-    """Batches of one pass.
-
-    Raises:
-        InputError: the loader has none, or does not say.
-    """
-    try:
-        rounds = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        raise InputError(f"train is a {type(loader).__name__} without a length; give it a __len__ in batches") from None
-    if not rounds:
-        raise InputError("train holds no images")
-    return rounds
 
 
 class Stream:
@@ -78,19 +58,16 @@ class Stream:
         if not played:
             self.at_start = rng.capture()
             batches = _from(self.loader, 0)
-        for x, y in batches:
-            if epoch == 1:
-                self._check(x, y)
-            yield x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        for item in batches:
+            # the first epoch shows every batch once
+            x, y = checked("train", item, self.num_classes, self.loader) if epoch == 1 else images_and_labels(item)
+            yield self._here(x), self._here(y)
 
-    def _check(self, x: Tensor, y: Tensor) -> None:
-        """Looks at the values of a batch; the first epoch shows every batch once. `Batches` were looked at before."""
-        largest = self.loader.images.num_classes - 1 if isinstance(self.loader, Batches) else check_batch(x, y, BOUNDS)
-        if largest >= self.num_classes:
-            raise InputError(f"y holds the label {largest}; the model has classes 0 ... {self.num_classes - 1}")
+    def _here(self, tensor: Tensor) -> Tensor:
+        return outside_inference(tensor.to(self.device, non_blocking=True))
 
 
-def _from(loader: Loader, played: int) -> Iterator[Batch]:
+def _from(loader: Loader, played: int) -> Iterator[Any]:
     if isinstance(loader, Batches):
         return loader.starting_at(played)
     batches = iter(loader)

@@ -16,15 +16,18 @@ from afd.attacks import Attack, AttackFactory
 from afd.attacks.capture import guard
 from afd.errors import InputError, at_least
 from afd.methods import AFD, Execution, Method
-from afd.nn import split
-from afd.training import distributed, recording, run_state
+from afd.methods.execution import isolated
+from afd.nn import FeatureSplit, split
+from afd.training import distributed, loaders, recording, run_state
 from afd.training.average import averaged
+from afd.training.foreign import device_of, settle, taken_in
 from afd.training.keeper import Keeper
+from afd.training.loaders import Loader
 from afd.training.meter import Meter, NotFiniteError
 from afd.training.reports import Callback, EpochReport, IntervalReport, Report, TrainingError
 from afd.training.schedule import Rates, Schedule, schedule_named
 from afd.training.signals import StoppedError, on_signals
-from afd.training.stream import Loader, Stream, rounds_in
+from afd.training.stream import Stream
 from afd.training.validation import shared_accuracy
 from afd.training.warmup import Warmup, unwatched
 
@@ -58,7 +61,10 @@ class Trainer:
         ema: decay a round of an exponential average of the weights, which is then what is validated; None for none.
         execution: precision, memory layout and compilation of the training passes, and whether rounds are recorded.
         feature_layer: the linear layer that features enter; by default the last one.
-        normalize: whether features are scaled to length 1; None for yes, or as a split model says.
+        normalize: whether the features of somebody's own model are scaled to length 1: None for the discriminator
+            alone, so that the model stays the function that it is; True for the layer that they enter, too, which makes
+            it another function, whose weights load with `load_weights` only; False for nowhere. A model that is split
+            already, such as afd's own, says so itself.
         seed: of the attacks' random starts.
         callbacks: functions called with every report.
         log_every: rounds between interval reports; losses are read, and checked, only then.
@@ -98,15 +104,21 @@ class Trainer:
             raise InputError("resume is 'auto'; it needs a folder to look for checkpoints in")
         self.factor = schedule_named(self.schedule)
         self.group = distributed.join()
-        self.device = next(self.model.parameters()).device
-        self.network = self.execution.prepare(split(self.model, self.feature_layer, self.normalize))
-        self.round = self.method.build(self.network, self.execution, self.group.wrap)
-        self.average = None if self.ema is None else averaged(self.network, self.ema)
-        judge = self.validation_attack(self.evaluated) if self.validation_attack else None
-        self.judge = judge and unwatched(judge)  # one for all epochs: what it has recorded stays
+        network = split(taken_in(self.model), self.feature_layer, self.normalize)
+        self.device = device_of(network)
+        with isolated(self.device):
+            self.network = self.execution.prepare(network)
+            self._build_round()
+            self.average = None if self.ema is None else averaged(self.network, self.ema)
+        judge = None if self.validation_attack is None else self.validation_attack(self.evaluated)
+        self.judge = None if judge is None else unwatched(judge)  # one for all epochs: what it has recorded stays
         self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
         self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
         self._stopped = 0
+
+    def _build_round(self) -> None:
+        self.round = self.method.build(self.network, self.execution, self.group.wrap)
+        self._built_for = self.network.num_classes
 
     @property
     def evaluated(self) -> nn.Module:
@@ -128,13 +140,28 @@ class Trainer:
         Returns:
             One report an epoch, those before a resumed checkpoint included.
 
+        Precision, gradients and inference mode are those of `execution`, whatever mode the caller is in. Nothing is
+        trained before both loaders were looked at and, unless it is one of afd's own, the model was tried on images of
+        validation: it may be found to have another number of classes than its layers' widths made believe, and then
+        gets a new round.
+
         Raises:
-            InputError, InputTypeError: images are not finite floats in [0, 1], labels not int64 classes of the model.
+            InputError, InputTypeError: images are not finite floats in [0, 1], labels not int64 classes of the model; a
+                loader is empty or can be read only once; processes have different numbers of batches; the logits are
+                not those of the feature layer.
             CheckpointError: a checkpoint cannot be written, read or gone on from.
             TrainingError: a loss stopped being finite.
             StoppedError: SIGTERM or SIGINT came; the round was finished and a checkpoint saved.
         """
-        rounds = rounds_in(train)
+        with guard(self.device), isolated(self.device):
+            return self._fit(train, validation)
+
+    def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
+        rounds = loaders.look(train, validation, self.epochs, partial(settle, self.network), self.group)
+        if self.network.num_classes != self._built_for:
+            self._build_round()
+            if self.average is not None:
+                self.average.module.num_classes = self.network.num_classes
         self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
         self.stream = Stream(train, self.device, self.network.num_classes)
         resumed = run_state.resume(self)
@@ -142,7 +169,7 @@ class Trainer:
         if self.attack is not None and self.method.uses_attack:
             warmup = Warmup(unwatched(self.attack(self.network)), round(self.eps_warmup * rounds))
         self.plays = recording.plays(self, None if warmup is None else warmup.attack)
-        with guard(self.device), on_signals(self.stop):
+        with on_signals(self.stop):
             while self.position.epoch <= self.epochs and not self._stop_asked():
                 speed = self._train_epoch(rounds, warmup, resumed)
                 resumed = None
@@ -151,6 +178,11 @@ class Trainer:
                 self._close_epoch(validation, speed)
         if self._stop_asked():
             self._end_early()
+        if isinstance(self.network, FeatureSplit) and self.network.normalize:
+            self.warn(
+                f"the model now scales what enters {self.network.feature_layer!r} to length 1, as normalize=True "
+                "asked; its weights load with afd.training.load_weights"
+            )
         return self.history
 
     def _train_epoch(self, rounds: int, warmup: Warmup | None, generators: dict[str, Any] | None) -> float:
@@ -210,7 +242,10 @@ class Trainer:
     def _close_epoch(self, validation: Loader, speed: float) -> None:
         """Validation, report and checkpoint after a whole epoch."""
         self.group.share_buffers(self.evaluated)
-        measure = partial(shared_accuracy, self.evaluated, validation, group=self.group, device=self.device)
+        measure = partial(
+            shared_accuracy, self.evaluated, validation, group=self.group, device=self.device,
+            num_classes=self.network.num_classes,
+        )  # fmt: skip
         report = EpochReport(
             self.position.epoch,
             self.position.round,

@@ -11,21 +11,35 @@ from afd.attacks import Attack
 from afd.errors import InputError
 from afd.evaluation import accuracy
 from afd.training.distributed import Group
-from afd.training.stream import Loader
+from afd.training.loaders import Loader, checked
 
 
 def shared_accuracy(
-    model: nn.Module, batches: Loader, attack: Attack | None, group: Group, device: torch.device
+    model: nn.Module,
+    batches: Loader,
+    attack: Attack | None,
+    group: Group,
+    device: torch.device,
+    num_classes: int | None = None,
 ) -> float:
     """Share of images classified correctly, batches dealt out to the processes one by one.
 
     An attack starts at each image as it would in one process. All processes must ask.
 
+    Args:
+        model: images [N, ...] -> logits.
+        batches: as described in `Loader`, the same in all processes.
+        attack: on the model; None for clean images.
+        group: of the processes.
+        device: of the model.
+        num_classes: labels are below it; None if nobody knows.
+
     Raises:
-        InputError: there are no images.
+        InputError, InputTypeError: there are no images, or a batch is not as described in `Loader`.
     """
     correct, seen = 0.0, 0
-    for number, (x, y) in enumerate(batches):
+    for number, item in enumerate(batches):
+        x, y = checked("validation", item, num_classes, batches)
         if number % group.size == group.rank:
             started = None if attack is None else partial(_shifted, attack, seen)
             correct += accuracy(model, [(x.to(device), y.to(device))], started) * len(y)

@@ -1,7 +1,8 @@
 """The trained network as a plain state_dict of the user's own model, which loads without afd.
 
 What else belongs to the trained function, whether its features are scaled to length 1 and before which layer, is in the
-state_dict's metadata, where `load_state_dict` overlooks it and `load_weights` finds it.
+state_dict's metadata, where `load_state_dict` overlooks it and `load_weights` finds it. Where scaling changes what the
+model computes, an entry `afd.nn.classifier.MARKER` says so besides, which a model without it refuses to load.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from afd.nn import FeatureClassifier, FeatureSplit, split
-from afd.nn.classifier import unwrapped
+from afd.nn.classifier import MARKER, unwrapped, without_wrappers
 from afd.training.checkpoint import CheckpointError
 
 KEY = "afd"
@@ -23,9 +24,11 @@ KEY = "afd"
 def save_weights(path: Path, model: nn.Module) -> None:
     """Writes the state_dict of the user's own model inside `model`, on the CPU and contiguous.
 
-    Without afd: ``model.load_state_dict(torch.load(path))``; if features are normalised, what enters the feature layer
-    must be divided by its length.
+    Without afd: ``model.load_state_dict(torch.load(path))``. The weights of a model that was trained with
+    ``normalize=True`` have an entry more, by which that fails: what enters their feature layer must be divided by its
+    length, as it is by the model that `load_weights` returns.
     """
+    model = without_wrappers(model)
     inner = unwrapped(model)
     state = inner.state_dict()
     for name, tensor in state.items():
@@ -45,14 +48,23 @@ def load_weights(path: Path, model: nn.Module) -> Any:
     Raises:
         CheckpointError: the file cannot be read, or does not fit the model.
     """
+    model = without_wrappers(model)
+    inner = unwrapped(model)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        unwrapped(model).load_state_dict(state)
-    except (OSError, RuntimeError, EOFError, ValueError, TypeError, pickle.UnpicklingError) as error:
+        facts = dict(getattr(state, "_metadata", {}).get(KEY, {}))
+        marked = [name for name in state if name.rpartition(".")[2] == MARKER]
+        for name in marked:  # said again by `split` below
+            del state[name]
+        if not isinstance(model, FeatureClassifier):
+            split(inner, facts.get("feature_layer"), False)  # takes away the entry of an earlier split
+        inner.load_state_dict(state)
+    except (OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} does not load into a {type(unwrapped(model)).__name__}: {reason}") from error
-    facts = getattr(state, "_metadata", {}).get(KEY, {})
+        raise CheckpointError(f"{path} does not load into a {type(inner).__name__}: {reason}") from error
     if isinstance(model, FeatureClassifier):
         model.normalize = facts.get("normalize", model.normalize)
         return model
-    return split(unwrapped(model), facts.get("feature_layer"), facts.get("normalize"))
+    if marked:
+        facts = {"feature_layer": marked[0].rpartition(".")[0], "normalize": True}
+    return split(inner, facts.get("feature_layer"), facts.get("normalize"))

@@ -10,6 +10,7 @@ from torch import nn
 
 from afd.errors import InputError, InputTypeError
 from afd.nn import FeatureClassifier, FeatureSplit, split
+from afd.nn.classifier import MARKER, unit_length
 
 
 class Own(nn.Module):
@@ -41,15 +42,15 @@ def x():
 
 
 @pytest.mark.parametrize("kind", [Own, WithLogits])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("normalize", [None, True, False])
 def test_features_are_what_enters_the_last_linear_layer(kind, normalize, x):
     model = kind()
     raw = model.raw(x)
     whole = split(model, normalize=normalize)
-    expected = raw / raw.square().sum(1, keepdim=True).sqrt() if normalize else raw
+    unit = raw / raw.square().sum(1, keepdim=True).sqrt()
     z, logits = whole.features_and_logits(x)
-    torch.testing.assert_close(z, expected)
-    torch.testing.assert_close(logits, F.linear(expected, model.head.weight, model.head.bias))
+    torch.testing.assert_close(z, raw if normalize is False else unit)
+    torch.testing.assert_close(logits, F.linear(unit if normalize else raw, model.head.weight, model.head.bias))
     torch.testing.assert_close(whole(x), logits)
     torch.testing.assert_close(whole.features(x), z)
     assert (whole.num_features, whole.num_classes, whole.feature_layer) == (7, 4, "head")
@@ -70,6 +71,10 @@ def test_the_state_dict_is_the_users_own():
     split(model)
     assert list(model.state_dict()) == names
     assert list(split(model).model.state_dict()) == names
+    split(model, normalize=True)
+    assert set(model.state_dict()) - set(names) == {f"head.{MARKER}"}
+    split(model, normalize=False)
+    assert list(model.state_dict()) == names
 
 
 def test_gradients_reach_features_and_logits(x):
@@ -89,6 +94,13 @@ def test_splitting_again_renews_the_setting(x):
     torch.testing.assert_close(second.features(x), model.raw(x))
 
 
+def test_lengths_are_taken_in_float32_or_wider():
+    z = torch.rand(3, 4, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert unit_length(z).dtype == torch.float64
+        assert unit_length(z.bfloat16()).dtype == torch.float32
+
+
 def test_a_copy_has_its_own_entrance(x):
     whole = split(Own())
     twin = copy.deepcopy(whole)
@@ -101,9 +113,9 @@ def test_a_copy_has_its_own_entrance(x):
 def test_no_graph_is_kept(x):
     whole = split(Own())
     whole.features(x)
-    assert whole.entrance.seen is None
+    assert whole.entrance.seen == []
     whole(x)
-    assert whole.entrance.seen is None
+    assert whole.entrance.seen == []
 
 
 def test_a_split_model_is_left_as_it_is():
@@ -133,6 +145,27 @@ class Tuple(Own):
         return (super().forward(x),)
 
 
+class Mapped(Own):
+    def forward(self, x):
+        return {"logits": super().forward(x)}
+
+
+class Set(Own):
+    def forward(self, x):
+        return {super().forward(x)}
+
+
+class Twice(Own):
+    def forward(self, x):
+        return super().forward(x) + super().forward(1 - x)
+
+
+@pytest.mark.parametrize("kind", [Tuple, Mapped, WithLogits])
+def test_the_logits_may_be_returned_in_any_usual_form(kind, x):
+    model = kind()
+    torch.testing.assert_close(split(model)(x), model.head(model.raw(x)))
+
+
 class Tokens(Own):
     def forward(self, x):
         return self.head(self.raw(x)[:, None, :])[:, 0]
@@ -145,8 +178,13 @@ def test_what_does_not_fit_is_named(x):
         split(Own(), feature_layer="fc")
     with pytest.raises(InputError, match="feature_layer is 'head', which the model's forward did not call"):
         split(Skips()).features(x)
-    with pytest.raises(InputTypeError, match=r"the model returned a tuple; it must be logits or have \.logits"):
-        split(Tuple())(x)
+    with pytest.raises(InputTypeError, match=r"the model returned a set; it must return logits \[N, K\], or a tuple"):
+        split(Set())(x)
+    with pytest.raises(InputError, match="feature_layer is 'head', which the model's forward called 2 times"):
+        split(Twice()).features(x)
+    split(FeatureClassifier(nn.Flatten(), 36, 4), num_classes=4)
+    with pytest.raises(InputError, match="num_classes is 5; the model was built with num_classes=4"):
+        split(FeatureClassifier(nn.Flatten(), 36, 4), num_classes=5)
     with pytest.raises(InputError, match=r"features of shape \[5, 1, 7\] enter 'head'; they must be \[N, 7\]"):
         split(Tokens()).features(x)
     with pytest.raises(InputError, match=r"the model returned shape \[5, 7\]; it must be \[N, 4\]"):

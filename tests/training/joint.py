@@ -21,6 +21,9 @@ METHODS = {
     "alternating": AFD(hidden=8, schedule="alternating", loss="hinge"),
     "seldom": AFD(hidden=8, discriminator_rounds=3, micro_batches=2),
     "natural": Natural(micro_batches=2),
+    "frozen-joint": AFD(hidden=8),
+    "frozen-separate": AFD.adam(hidden=8, loss="dcgan", lr=1e-2),
+    "frozen-alternating": AFD(hidden=8, schedule="alternating"),
 }
 
 
@@ -30,7 +33,7 @@ def images() -> Images:
     return Images(pixels, torch.arange(58) % 3, scale=255.0, num_classes=3, name="noise")
 
 
-def model(unused: bool) -> nn.Module:
+def model(unused: bool, frozen: bool = False) -> nn.Module:
     """Without BatchNorm, whose statistics hang on how a batch is shared out."""
     torch.manual_seed(0)
     encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 5))
@@ -38,6 +41,7 @@ def model(unused: bool) -> nn.Module:
     if unused:  # as a pooler of some transformers: has parameters, is never called
         encoder.register_module("pooler", nn.Linear(3, 3))
         encoder.forward = lambda x: encoder[3](encoder[2](encoder[1](encoder[0](x))))
+    encoder.requires_grad_(not frozen)
     return network
 
 
@@ -46,7 +50,7 @@ def run(
 ) -> Trainer:
     group = join()
     trainer = Trainer(
-        model(unused=method == "alternating"),
+        model(unused=method == "alternating", frozen=method.startswith("frozen")),
         METHODS[method],
         attack=PGD.partial(eps=0.1, alpha=0.05, steps=2),
         validation_attack=PGD.partial(eps=0.05, steps=2),

@@ -1,0 +1,86 @@
+"""A model that somebody else wrote, as a trainer takes it in: what is in its wrappers, what it does with images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
+from torch.nn.parameter import is_lazy
+
+from afd.attacks.inputs import outside_inference
+from afd.errors import AfdError, InputError, warn_caller
+from afd.methods.execution import isolated
+from afd.nn import FeatureSplit, heads
+from afd.nn.classifier import without_wrappers
+from afd.nn.modes import evaluating
+
+TRIED = 8  # images that a model is tried on
+
+
+def taken_in(model: nn.Module) -> nn.Module:
+    """The module that is trained: the one inside of a wrapper that computes what it does.
+
+    Raises:
+        InputError: it was made in `torch.inference_mode`, so that no gradient can reach it.
+
+    Warns:
+        UserWarning: what a wrapper would do is done otherwise.
+    """
+    if not isinstance(model, nn.Module):
+        return model
+    inner = without_wrappers(model)
+    if heads.compiled(model):
+        warn_caller(
+            "model is compiled; the module inside of it is trained as it is (Execution(compile=True) compiles the "
+            "passes of training)",
+            UserWarning,
+        )
+    elif isinstance(model, DataParallel):
+        warn_caller(
+            "model is a DataParallel; the module inside of it is trained, on one device (several take part under "
+            "torchrun)",
+            UserWarning,
+        )
+    for name, tensor in inner.named_parameters():
+        if not is_lazy(tensor) and tensor.is_inference():
+            raise InputError(
+                f"the model's {name} was made in torch.inference_mode, and no gradient reaches it; make or load the "
+                "model outside of that mode"
+            )
+    return inner
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """The device of a model's parameters.
+
+    Raises:
+        InputError: it has none.
+    """
+    first = next(network.parameters(), None)
+    if first is None:
+        raise InputError(f"model is a {type(network).__name__} without parameters; there is nothing to train")
+    return first.device
+
+
+def settle(network: nn.Module, x: Tensor) -> int:
+    """The number of classes, after a look at what a model that is not afd's own does with images x.
+
+    Raises:
+        InputError, InputTypeError: it does not take such images, or its logits are not those of its feature layer.
+    """
+    device = device_of(network)
+    if not isinstance(network, FeatureSplit):
+        own = {tensor.dtype for tensor in network.parameters() if tensor.is_floating_point()}
+        if len(own) == 1 and torch.float64 in own ^ {x.dtype} and own != {x.dtype}:
+            raise InputError(f"x is {x.dtype} and the model {own.pop()}; convert one to the dtype of the other")
+        return int(network.num_classes)  # type: ignore[arg-type]
+    some = outside_inference(x[:TRIED]).to(device)
+    try:
+        with isolated(device), evaluating(network):
+            network.settle(some)
+    except AfdError:
+        raise
+    except RuntimeError as error:  # of the model's own operations, on images of another shape or dtype
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"the model does not take images {list(some.shape)} of {x.dtype}: {reason}") from error
+    return network.num_classes

@@ -1,0 +1,176 @@
+"""The loaders of a run, looked at before its first step: nothing that is found here should cost an epoch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from afd.attacks.inputs import check_batch
+from afd.data import Batches
+from afd.data.items import images_and_labels
+from afd.errors import AfdError, InputError
+from afd.training import rng
+from afd.training.distributed import Group
+
+BOUNDS = (0.0, 1.0)  # of an image
+Loader = Iterable[Any]
+"""Any re-iterable of batches: a DataLoader, `Batches`, a list.
+
+A batch is what `afd.data.items.images_and_labels` reads: (images [N, ...] in [0, 1], labels [N] int64, ...), a dict or
+an object. Where the loader has a ``set_epoch(epoch)``, or its ``sampler`` has, that is called before each pass.
+"""
+
+
+def rounds_in(loader: Loader) -> int:
+    """Batches of one pass over the training images.
+
+    Raises:
+        InputError: the loader has none, or does not say.
+    """
+    try:
+        rounds = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"train is a {type(loader).__name__} without a length; give it a __len__ in batches") from None
+    if not rounds:
+        raise InputError("train holds no images")
+    return rounds
+
+
+def look(train: Loader, validation: Loader, epochs: int, classes: Callable[[Tensor], int], group: Group) -> int:
+    """Looks at both loaders, which are as if nobody had; returns the rounds in an epoch.
+
+    Several processes raise together, so that none waits for one that has given up.
+
+    Args:
+        train: this process's training batches.
+        validation: the validation batches.
+        epochs: passes over each of them.
+        classes: the number of the model's classes, asked with the first images of each loader, validation's first.
+        group: of the processes.
+
+    Raises:
+        InputError, InputTypeError: a loader is empty or can be read only once, a batch is not as described in `Loader`,
+            or processes have different numbers of batches.
+    """
+    failure: AfdError | None = None
+    counts: list[int | None] = []
+    try:
+        counts.append(rounds_in(train))
+        _look_at("validation", validation, epochs, classes)
+        _look_at("train", train, epochs, classes)
+        counts.append(len(validation) if isinstance(validation, Sized) else None)
+    except AfdError as error:
+        failure = error
+    told = group.gather((None if failure is None else str(failure), counts))
+    if failure is not None:
+        raise failure
+    for rank, (reason, others) in enumerate(told):
+        if reason is not None:
+            raise InputError(f"process {rank} cannot train: {reason}")
+        if others != counts:
+            raise InputError(
+                f"processes have different numbers of batches: train and validation have {others} in process {rank} "
+                f"and {counts} in process {group.rank}; they must be the same, or some would wait for the others"
+            )
+    assert counts[0] is not None
+    return counts[0]
+
+
+def checked(name: str, item: Any, num_classes: int | None, loader: Loader) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch, their values found to be allowed; `Batches` were looked at when they were made.
+
+    Args:
+        name: of the loader, for messages.
+        item: what the loader yielded.
+        num_classes: labels are below it; None if nobody knows.
+        loader: that yielded it.
+
+    Raises:
+        InputTypeError, InputError: it is not as described in `Loader`.
+    """
+    try:
+        x, y = images_and_labels(item)
+        if isinstance(loader, Batches):
+            largest = loader.images.num_classes - 1
+        else:
+            if x.dim() < 2:
+                raise InputError(f"x has shape {list(x.shape)}; it must be a batch of images [N, ...]")
+            if not len(x):
+                raise InputError(f"x has shape {list(x.shape)}; a batch must hold at least one image")
+            largest = check_batch(x, y, BOUNDS)
+        if num_classes is not None and largest >= num_classes:
+            raise InputError(f"y holds the label {largest}; the model has classes 0 ... {num_classes - 1}")
+    except AfdError as error:
+        raise type(error)(f"{name}: {error}") from error
+    return x, y
+
+
+def _look_at(name: str, loader: Loader, epochs: int, classes: Callable[[Tensor], int]) -> None:
+    """Checks the first batch; of a list, all of them."""
+    with _untouched(loader):
+        if _read_once(loader):
+            raise InputError(
+                f"{name} is a {type(loader).__name__} that can be read only once; give a loader that begins anew at "
+                "each pass, such as a DataLoader or a list of batches"
+            )
+        items = list(loader if isinstance(loader, list | tuple) else islice(loader, 1))
+        if not items:
+            raise InputError(f"{name} holds no images")
+        num_classes = classes(checked(name, items[0], None, loader)[0])
+        for item in items:
+            checked(name, item, num_classes, loader)
+        if not isinstance(loader, Batches | DataLoader | list | tuple) and epochs > 1 and not list(islice(loader, 1)):
+            raise InputError(f"{name} is a {type(loader).__name__} that has no batches in a second pass")
+
+
+def _read_once(loader: Any) -> bool:
+    """Whether two passes share an iterator, but for that of a DataLoader with lasting workers, which is reset."""
+    if isinstance(loader, DataLoader):
+        sources = (loader.dataset, loader.sampler, loader.batch_sampler)
+        return any(_read_once(source) for source in sources if isinstance(source, Iterable))
+    return iter(loader) is iter(loader)
+
+
+@contextmanager
+def _untouched(loader: Any) -> Iterator[None]:
+    """Random generators, those of the loader's own included, and the loader's attributes are as before afterwards."""
+    parts = [loader, *(getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler"))]
+    parts.append(getattr(parts[-1], "sampler", None))
+    before = [(vars(part), dict(vars(part))) for part in parts if hasattr(part, "__dict__")]
+    states = [_state(value) for _, values in before for value in values.values()]
+    generators = rng.capture()
+    try:
+        yield
+    finally:
+        for here, values in before:
+            here.clear()
+            here.update(values)
+        for state in states:
+            if state is not None:
+                state()
+        rng.restore(generators)
+
+
+def _state(value: Any) -> Any:
+    """A function that puts a random generator where it is now; None for anything else."""
+    if isinstance(value, torch.Generator):
+        kept = value.get_state()
+        return lambda: value.set_state(kept)
+    if isinstance(value, random.Random):
+        state = value.getstate()
+        return lambda: value.setstate(state)
+    if isinstance(value, np.random.RandomState):
+        legacy = value.get_state(legacy=False)
+        return lambda: value.set_state(legacy)
+    if isinstance(value, np.random.Generator):
+        inner = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", inner)
+    return None

@@ -1,0 +1,109 @@
+"""The average of the weights: what is averaged, what is copied, and in which precision."""
+
+import pytest
+import torch
+from torch import nn
+
+from afd.methods import Natural
+from afd.training import EpochReport, Trainer, load_checkpoint
+from afd.training.average import averaged
+
+
+class Everything(nn.Module):
+    """Tensors of all kinds, one of them shared by two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.second.weight = self.first.weight
+        self.wide = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.narrow = nn.Parameter(torch.full((2,), 256.0, dtype=torch.float16))
+        self.brain = nn.Parameter(torch.full((2,), 256.0, dtype=torch.bfloat16))
+        self.register_buffer("index", torch.arange(300))
+        self.register_buffer("mask", torch.tensor([True, False]))
+        self.register_buffer("statistics", torch.zeros(2))
+        self.register_buffer("phases", torch.zeros(2, dtype=torch.complex64))
+
+
+def change(model):
+    """New values in every tensor."""
+    with torch.no_grad():
+        model.first.weight.add_(1)
+        model.wide.add_(1)
+        model.narrow.add_(1)
+        model.brain.add_(2)
+        model.statistics.add_(1)
+        model.phases.add_(1j)
+        model.index.add_(1)
+        model.mask.logical_not_()
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9, 0.996, 0.9999])
+def test_floating_point_tensors_are_averaged_and_others_copied(decay):
+    model = Everything()
+    start = model.first.weight.detach().double()
+    average = averaged(model, decay)
+    average.update_parameters(model)
+    change(model)
+    average.update_parameters(model)
+    own, moved = average.module, 1 - decay
+    assert torch.equal(own.index, torch.arange(1, 301))
+    assert own.mask.tolist() == [False, True]
+    assert own.second.weight is own.first.weight
+    torch.testing.assert_close(own.first.weight.double(), start + moved, rtol=0, atol=1e-6)
+    torch.testing.assert_close(own.wide, torch.full((2,), moved, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(own.statistics, torch.full((2,), moved))
+    torch.testing.assert_close(own.phases, torch.full((2,), moved * 1j))
+    dtypes = {name: tensor.dtype for name, tensor in own.state_dict().items()}
+    assert dtypes == {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["narrow", "brain"])
+def test_an_average_of_narrow_weights_goes_on_where_one_step_is_below_their_spacing(name):
+    model = Everything()
+    average = averaged(model, 0.99)
+    average.update_parameters(model)
+    change(model)
+    moved = getattr(model, name).detach().float() - 256
+    for _ in range(500):
+        average.update_parameters(model)
+    expected = 256 + moved * (1 - 0.99**500)
+    torch.testing.assert_close(average.wide[name], expected, rtol=1e-5, atol=0)
+    assert torch.equal(getattr(average.module, name), average.wide[name].to(getattr(model, name).dtype))
+    assert (getattr(average.module, name) > 256).all()
+
+
+def test_a_resumed_average_of_narrow_weights_is_the_uninterrupted_one(tmp_path):
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(x * self.scale.float())
+
+    def train(folder, epochs, **settings):
+        def stop(report):
+            if report.epoch == epochs and isinstance(report, EpochReport):
+                trainer.stop()
+
+        torch.manual_seed(0)
+        x, y = torch.rand(8, 4), torch.arange(8) % 2
+        trainer = Trainer(
+            Narrow(), Natural(), ema=0.9, epochs=4, schedule=lambda _: 1.0, folder=folder, callbacks=[stop], **settings
+        )
+        trainer.fit([(x, y)] * 3, [(x, y)])
+        return load_checkpoint(folder / "last.pt")[0]["average"]
+
+    whole = train(tmp_path / "whole", 4)
+    train(tmp_path / "part", 2)
+    resumed = train(tmp_path / "part", 4, resume="auto")
+    assert torch.equal(whole["wide"]["model.scale"], resumed["wide"]["model.scale"])
+    assert torch.equal(whole["weights"]["scale"], resumed["weights"]["scale"])
+
+
+def test_the_counter_stays_on_the_cpu_whatever_the_default_device_is():
+    model = Everything()
+    with torch.device("meta"):
+        assert averaged(model, 0.9).n_averaged.device.type == "cpu"
