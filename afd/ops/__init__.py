@@ -13,7 +13,8 @@ from torch import Tensor
 from afd.ops import backend, checks, schema
 from afd.ops.apgd import apgd_step, apgd_step_, apgd_update_, momentum_point
 from afd.ops.loading import load_batch
-from afd.ops.settings import Bounds, Setting, plain, split
+from afd.ops.library import call
+from afd.ops.settings import Bounds, Setting, box, detached, integer, split
 from afd.ops.spectral import Spectrum, projection_logits, spectral_linear, spectral_norm
 
 __all__ = ["backend", "pgd_step", "pgd_step_", "project", "project_", "random_start", "random_start_", "schema"]
@@ -57,7 +58,7 @@ def project(
         TypeError: a dtype that is not allowed.
         ValueError: shapes or devices that disagree, eps < 0, reversed bounds, unknown norm.
     """
-    out: Tensor = torch.ops.afd.project.default(plain(x_adv), plain(x), *_ball_settings(eps, bounds, norm))
+    out: Tensor = call(torch.ops.afd.project.default, detached(x_adv), detached(x), *_ball_settings(eps, bounds, norm))
     return out
 
 
@@ -70,7 +71,7 @@ def project_(
     norm: str = "Linf",
 ) -> Tensor:
     """`project` in place: overwrites x_adv and returns it. x_adv may not share memory with x."""
-    torch.ops.afd.project_.default(plain(x_adv), plain(x), *_ball_settings(eps, bounds, norm))
+    call(torch.ops.afd.project_.default, detached(x_adv), detached(x), *_ball_settings(eps, bounds, norm))
     return x_adv
 
 
@@ -113,7 +114,7 @@ def pgd_step(
         ValueError: shapes or devices that disagree, eps < 0, sparsity outside (0, 1], reversed bounds, unknown norm.
     """
     settings = _pgd_settings(alpha, eps, bounds, norm, sparsity)
-    out: Tensor = torch.ops.afd.pgd_step.default(plain(x_adv), plain(x), plain(grad), *settings)
+    out: Tensor = call(torch.ops.afd.pgd_step.default, detached(x_adv), detached(x), detached(grad), *settings)
     return out
 
 
@@ -130,7 +131,7 @@ def pgd_step_(
 ) -> Tensor:
     """`pgd_step` in place: overwrites x_adv and returns it. x_adv may not share memory with x or grad."""
     settings = _pgd_settings(alpha, eps, bounds, norm, sparsity)
-    torch.ops.afd.pgd_step_.default(plain(x_adv), plain(x), plain(grad), *settings)
+    call(torch.ops.afd.pgd_step_.default, detached(x_adv), detached(x), detached(grad), *settings)
     return x_adv
 
 
@@ -171,7 +172,7 @@ def random_start(
         ValueError: eps < 0, reversed bounds, unknown norm, seed or first_sample out of range.
     """
     settings = _start_settings(eps, bounds, seed, first_sample, norm)
-    out: Tensor = torch.ops.afd.random_start.default(plain(x), *settings)
+    out: Tensor = call(torch.ops.afd.random_start.default, detached(x), *settings)
     return out
 
 
@@ -187,27 +188,29 @@ def random_start_(
 ) -> Tensor:
     """`random_start` around x, written into x_adv (which may be x itself); returns x_adv."""
     settings = _start_settings(eps, bounds, seed, first_sample, norm)
-    torch.ops.afd.random_start_.default(plain(x_adv), plain(x), *settings)
+    call(torch.ops.afd.random_start_.default, detached(x_adv), detached(x), *settings)
     return x_adv
 
 
 def _ball_settings(eps: Setting, bounds: Bounds, norm: str) -> tuple[float, float, float, Tensor | None, str]:
-    radius, radii = split(eps)
-    return radius, *bounds, radii, norm
+    radius, radii = split("eps", eps)
+    return radius, *box(bounds), radii, norm
 
 
 def _pgd_settings(
     alpha: Setting, eps: Setting, bounds: Bounds, norm: str, sparsity: Setting
 ) -> tuple[float, float, float, float, Tensor | None, Tensor | None, str, float, Tensor | None]:
-    (step, steps), (radius, radii), (share, shares) = split(alpha), split(eps), split(sparsity)
-    return step, radius, *bounds, steps, radii, norm, share, shares
+    (step, steps), (radius, radii) = split("alpha", alpha), split("eps", eps)
+    share, shares = split("sparsity", sparsity)
+    return step, radius, *box(bounds), steps, radii, norm, share, shares
 
 
 def _start_settings(
     eps: Setting, bounds: Bounds, seed: int | Tensor, first_sample: int, norm: str
 ) -> tuple[float, float, float, int, int, Tensor | None, str, Tensor | None]:
-    number, key = (0, seed) if isinstance(seed, Tensor) else (seed, None)
+    number, key = (0, detached(seed)) if isinstance(seed, Tensor) else (integer("seed", seed), None)
+    first_sample = integer("first_sample", first_sample)
     checks.counter("seed", number)  # here, because torch's own overflow error would not name them
     checks.counter("first_sample", first_sample)
-    radius, radii = split(eps)
-    return radius, *bounds, number, first_sample, radii, norm, key
+    radius, radii = split("eps", eps)
+    return radius, *box(bounds), number, first_sample, radii, norm, key

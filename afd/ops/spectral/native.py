@@ -27,7 +27,8 @@ def spectral_norm(
 
 def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, slope: float) -> Tensor:
     """See `afd.ops.spectral_linear`: torch's product, then one pass for scale, bias and activation."""
-    out = torch.mm(x, weight.t())
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    torch.mm(x, weight.t(), out=out)  # into memory of a known dtype: its address goes to the kernel
     bias = None if bias is None else bias.contiguous()
     launch("spectral_linear", out, out.data_ptr(), _address(bias), sigma.data_ptr(), *out.shape, slope)
     return out
@@ -58,7 +59,7 @@ def spectral_linear_backward(
     )  # fmt: skip
     found = []
     if wanted[0]:
-        found.append(torch.mm(scaled, weight))
+        found.append(torch.mm(scaled, weight, out=x.new_empty(x.shape)))
     if wanted[1]:
         found.append(torch.outer(u_scaled, v).addmm_(scaled.t(), x))
     if wanted[2]:

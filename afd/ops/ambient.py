@@ -1,0 +1,98 @@
+"""What a call stands in (autocast, modes of torch, transforms), and how afd's results are kept out of it.
+
+A kernel is handed addresses, so what torch functions make on the way to it must be what they make everywhere. Every op
+is registered through `unaffected` (by `afd.ops.library`), as is whatever runs outside of an op: the passes of autograd
+and the fused network. The default dtype and device cannot be shut out; whoever makes a tensor names both.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
+
+Result = TypeVar("Result")
+
+
+def unaffected(function: Callable[..., Result]) -> Callable[..., Result]:
+    """The function, out of reach of autocast and of modes that intercept torch functions (a default device is one)."""
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Result:
+        if not (torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack()):
+            return function(*arguments)
+        with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
+            return function(*arguments)
+
+    return run
+
+
+@contextmanager
+def undispatched() -> Iterator[None]:
+    """No mode that intercepts the dispatcher (a profiler's, say) meets what runs here; an op is one step to them."""
+    with ExitStack() as shut:
+        if torch._C._len_torch_dispatch_stack():
+            shut.enter_context(_disable_current_modes())
+        yield
+
+
+def widened(x: Any, weight: Tensor) -> Any:
+    """Half-precision x in the weight's precision, if autocast made it; x itself otherwise.
+
+    Torch's own float32-only functions do the same under autocast, and nobody outside of it.
+    """
+    if not (torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        return x
+    wide = weight.dtype in (torch.float32, torch.float64) and x.dtype in (torch.float16, torch.bfloat16)
+    return x.to(weight.dtype) if wide and torch.is_autocast_enabled(x.device.type) else x
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work, which only formulas can follow."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# --- Tensors that hold memory ---------------------------------------------------------------------------------------
+
+
+def _keys(device: torch.device) -> set[int]:
+    """Dispatch keys of an ordinary tensor, and of one made in inference mode."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(torch._C._dispatch_keys(torch.empty(0, dtype=torch.float32, device=device)).raw_repr())
+    return found
+
+
+_ordinary = _keys(torch.device("cpu"))
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these are ordinary tensors and nobody looks on: their op need not be dispatched."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
+        return False
+    return ordinary(*tensors)
+
+
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether these are dense tensors with memory of their own on CPU or GPU.
+
+    Sparse, nested, quantised and meta tensors, those of transforms, and views with a lazy sign are not.
+    """
+    return all(
+        (type(x) is Tensor or type(x) is Parameter)
+        and (torch._C._dispatch_keys(x).raw_repr() in _ordinary or (x.is_cuda and _ordinary_on_gpu(x)))
+        for x in tensors
+    )
+
+
+def _ordinary_on_gpu(x: Tensor) -> bool:
+    _ordinary.update(_keys(x.device))
+    return torch._C._dispatch_keys(x).raw_repr() in _ordinary
