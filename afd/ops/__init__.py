@@ -12,8 +12,8 @@ from torch import Tensor
 
 from afd.ops import backend, checks, schema
 from afd.ops.apgd import apgd_step, apgd_step_, apgd_update_, momentum_point
-from afd.ops.loading import load_batch
 from afd.ops.library import call
+from afd.ops.loading import load_batch
 from afd.ops.settings import Bounds, Setting, box, detached, integer, split
 from afd.ops.spectral import Spectrum, projection_logits, spectral_linear, spectral_norm
 

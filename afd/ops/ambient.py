@@ -8,8 +8,7 @@ and the fused network. The default dtype and device cannot be shut out; whoever 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -34,13 +33,19 @@ def unaffected(function: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-@contextmanager
-def undispatched() -> Iterator[None]:
-    """No mode that intercepts the dispatcher (a profiler's, say) meets what runs here; an op is one step to them."""
-    with ExitStack() as shut:
-        if torch._C._len_torch_dispatch_stack():
-            shut.enter_context(_disable_current_modes())
-        yield
+def room(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a kernel to write, beside `like` and of its dtype if none is named, whatever mode looks on."""
+    if not torch._C._len_torch_dispatch_stack():
+        return like.new_empty(shape, dtype=dtype)
+    with _disable_current_modes():
+        return like.new_empty(shape, dtype=dtype)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a contiguous copy of it."""
+    if x.is_contiguous():
+        return x
+    return room(x, *x.shape).copy_(x)
 
 
 def widened(x: Any, weight: Tensor) -> Any:

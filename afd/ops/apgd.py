@@ -184,7 +184,7 @@ def _check_step(
     checks.gradient(grad, x)
     checks.setting("step", step, steps, x, signed=True)
     checks.setting("eps", eps, epsilons, x)
-    checks.bounds(low, high, x)
+    checks.box(low, high, x)
     _share("a", a)
 
 

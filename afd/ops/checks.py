@@ -99,10 +99,15 @@ def share(name: str, value: float, values: Tensor | None, x: Tensor) -> None:
         raise InputError(f"{name} is {value}; it must be in (0, 1]")
 
 
-def bounds(low: float, high: float, x: Tensor) -> None:
-    """The box that images live in; a side may be infinite."""
+def bounds(low: float, high: float) -> None:
+    """The box that images live in."""
     if not low < high:
         raise InputError(f"bounds are ({low}, {high}); low must be less than high")
+
+
+def box(low: float, high: float, x: Tensor) -> None:
+    """Bounds in the range of x's dtype; a side may be infinite."""
+    bounds(low, high)
     largest = LARGEST[x.dtype]
     if (low < -largest and low != -torch.inf) or (high > largest and high != torch.inf):
         raise InputError(f"bounds are ({low}, {high}); they must be numbers of {x.dtype}")

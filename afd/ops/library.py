@@ -100,6 +100,8 @@ def _blame(op: Any, given: tuple[Any, ...], error: Exception) -> None:
         allowed, words = _ALLOWED.get(kind, (list, "a list"))
         if not isinstance(value, allowed):
             raise InputTypeError(f"{name} is {described(value)}; it must be {words}") from error
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise InputError(f"{name} is {value}; it must be an integer of 64 bits") from error
     tensors = _tensors(op, given)
     for name, tensor in tensors:
         if odd := _oddity(tensor):

@@ -55,7 +55,7 @@ def _check_project(
     checks.images("x", x)
     checks.iterate("x_adv", x_adv, x)
     checks.setting("eps", eps, epsilons, x)
-    checks.bounds(low, high, x)
+    checks.box(low, high, x)
 
 
 def _project(x_adv: Tensor, *rest: Any) -> Tensor:
@@ -99,7 +99,7 @@ def _check_pgd_step(
     checks.setting("alpha", alpha, alphas, x, signed=True)
     checks.setting("eps", eps, epsilons, x)
     checks.share("sparsity", sparsity, sparsities, x)
-    checks.bounds(low, high, x)
+    checks.box(low, high, x)
 
 
 def _pgd_step(x_adv: Tensor, *rest: Any) -> Tensor:
@@ -142,7 +142,7 @@ def _check_random_start(
     checks.images("x", x)
     checks.iterate("x_adv", x_adv, x)
     checks.setting("eps", eps, epsilons, x)
-    checks.bounds(low, high, x)
+    checks.box(low, high, x)
     checks.key("seed", key, x)
     checks.counter("seed", seed)
     checks.counter("first_sample", first_sample)

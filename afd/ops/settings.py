@@ -45,7 +45,7 @@ def number(name: str, value: Any, allowed: str = "a number") -> float:
     try:
         return float(value)
     except OverflowError as error:
-        raise InputError(f"{name} is an integer of {int(value).bit_length()} bits; it must be a finite number") from error
+        raise InputError(f"{name} is an integer that no float holds; it must be a finite number") from error
 
 
 def integer(name: str, value: Any) -> int:

@@ -57,7 +57,7 @@ class Products(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        self.count += op in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        self.count += op in (torch.ops.aten.mm.out, torch.ops.aten.addmm_.default)
         return op(*args, **(kwargs or {}))
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from afd.ops import backend
-from afd.ops.loading import checks, native, reference
 from afd.ops.library import define
+from afd.ops.loading import checks, native, reference
 
 
 def _load_batch(

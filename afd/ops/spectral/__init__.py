@@ -122,8 +122,8 @@ def projection_logits(
     summed in the order of the samples: equal calls give equal bits.
 
     Args:
-        h: hidden features [N, width], N >= 1, float32 (float64 is served by the reference); under autocast, also float16
-            or bfloat16, which is widened to w's dtype.
+        h: hidden features [N, width], N >= 1, float32 (float64 is served by the reference); under autocast, also
+            float16 or bfloat16, which is widened to w's dtype.
         w: [1, width], like h.
         bias: [1], or None.
         w_spectrum: of w, from `spectral_norm`.

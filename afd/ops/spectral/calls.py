@@ -65,8 +65,8 @@ def _tensors(*given: Any) -> bool:
 def _norm_formula(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], *settings: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    fixed = [[tensor.detach() for tensor in tensors] for tensors in (weights, us, vs)]
-    sigma, new_us, new_vs = reference.spectral_norm(*fixed, *settings)
+    fixed, u, v = ([tensor.detach() for tensor in tensors] for tensors in (weights, us, vs))
+    sigma, new_us, new_vs = reference.spectral_norm(fixed, u, v, *settings)
     followed = map(reference.along, sigma.unbind(), weights, new_us, new_vs)
     return torch.stack(list(followed)), new_us, new_vs
 

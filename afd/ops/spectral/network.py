@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from afd.errors import InputError
 from afd.ops import backend
-from afd.ops.ambient import ordinary, plain, unaffected, undispatched, widened
+from afd.ops.ambient import ordinary, plain, unaffected, widened
 from afd.ops.library import call
 from afd.ops.spectral import checks, native, reference
 from afd.ops.spectral.calls import projection_logits, spectral_linear
@@ -145,8 +145,7 @@ class _Network(Function):
             )
         edge_of_z, *edges = ctx.next_functions[-1 - len(parameters) :]
         to_z, of_parameters = _asked_for(edge_of_z), any(map(_asked_for, edges))
-        with undispatched():
-            dz, found = _backward(ctx, grad, y, parameters, hidden, (to_z, of_parameters))
+        dz, found = _backward(ctx, grad, y, parameters, hidden, (to_z, of_parameters))
         if not of_parameters:
             found = [None] * len(parameters)
         return None, None, None, dz if to_z else None, *found
@@ -189,7 +188,9 @@ def _asked_for(edge: tuple[Any, int]) -> bool:
         return True
 
 
-def _again(ctx: Context, grad: Tensor, y: Tensor | None, z: Tensor, parameters: list[Tensor]) -> tuple[Tensor | None, ...]:
+def _again(
+    ctx: Context, grad: Tensor, y: Tensor | None, z: Tensor, parameters: list[Tensor]
+) -> tuple[Tensor | None, ...]:
     """The gradients with a graph of their own, from the reference formulas."""
 
     def formula(z: Tensor, *parameters: Tensor) -> Tensor:

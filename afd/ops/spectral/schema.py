@@ -13,7 +13,6 @@ from afd.ops.ambient import unaffected
 from afd.ops.library import define
 from afd.ops.spectral import autograd, checks, native, reference
 
-
 # --- spectral_norm --------------------------------------------------------------------------------------------------
 
 
