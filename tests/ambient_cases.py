@@ -79,7 +79,8 @@ def twice(formula: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
         return [out]
     weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
     loss = (out * weights).sum()
-    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    found = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+    first, leaves = zip(*((g, x) for g, x in zip(found, leaves, strict=True) if g is not None), strict=True)
     again = torch.autograd.grad(loss, leaves, create_graph=True)
     second = torch.autograd.grad(sum(g.square().sum() for g in again), leaves, allow_unused=True)
     return [out.detach(), *first, *(g.detach() for g in again), *(g for g in second if g is not None)]

@@ -60,8 +60,8 @@ class ProjectionDiscriminator(nn.Module):
         """Scores [N], high for natural features.
 
         Args:
-            z: features [N, num_features], N >= 1, of the weights' dtype. Under autocast, float16 and bfloat16 are widened
-                to it: the discriminator computes in its own precision, whatever mode of torch is on.
+            z: features [N, num_features], N >= 1, of the weights' dtype. Under autocast, float16 and bfloat16 are
+                widened to it: the discriminator computes in its own precision, whatever mode of torch is on.
             y: labels [N] int64 in [0, num_classes); None leaves the class term out.
 
         Raises:

@@ -164,7 +164,7 @@ def power_iterate(layers: Sequence[SpectralLayer], names: Sequence[str], n_iter:
 
 
 def _move(names: Sequence[str], state: list[Tensor], moved: list[Tensor]) -> None:
-    if transformed() and not torch.compiler.is_compiling():
+    if transformed():
         raise InputError(
             f"{names[0]} takes a power iteration, and a transform of torch.func lets no state move on; put its network "
             "into evaluation mode"
@@ -175,6 +175,6 @@ def _move(names: Sequence[str], state: list[Tensor], moved: list[Tensor]) -> Non
         if not any(tensor.is_inference() for tensor in state):
             raise
         raise InputError(
-            f"the state of {names[0]} was made in torch.inference_mode, and cannot move on outside of it; make the layer "
-            "elsewhere"
+            f"the state of {names[0]} was made in torch.inference_mode, and cannot move on outside of it; make the "
+            "layer elsewhere"
         ) from error

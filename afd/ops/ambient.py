@@ -61,6 +61,8 @@ def widened(x: Any, weight: Tensor) -> Any:
 
 def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work, which only formulas can follow."""
+    if torch.compiler.is_compiling():
+        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -106,16 +106,22 @@ def _blame(op: Any, given: tuple[Any, ...], error: Exception) -> None:
     for name, tensor in tensors:
         if odd := _oddity(tensor):
             raise InputTypeError(f"{name} is {odd}; it must be an ordinary, dense tensor") from error
-    if "nference" in str(error):
-        made = [name for name, tensor in tensors if tensor.is_inference()]
-        if made:
-            raise InputError(
-                f"{made[0]} was made in torch.inference_mode; outside of it nothing is written to such a tensor and no "
-                f"gradient goes through it: make it elsewhere, or pass a clone"
-            ) from error
+    blame_inference(error, tensors)
     lazy = [name for name, tensor in tensors if tensor.is_neg() or tensor.is_conj()]
     if lazy:
         raise InputError(f"{lazy[0]} is a view with a lazy sign; pass {lazy[0]}.resolve_neg()") from error
+
+
+def blame_inference(error: Exception, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
+    """Raises InputError if `error` is torch's about a tensor made in inference mode; the message names it."""
+    if "nference" not in str(error):
+        return
+    made = [name for name, tensor in tensors if tensor is not None and tensor.is_inference()]
+    if made:
+        raise InputError(
+            f"{made[0]} was made in torch.inference_mode; outside of it no gradient goes through such a tensor and "
+            "nothing is written to it: make it elsewhere, or pass a clone"
+        ) from error
 
 
 def _oddity(tensor: Tensor) -> str:

@@ -16,20 +16,28 @@ Found = tuple[Tensor | None, ...]
 
 
 def derive(formula: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor | None]) -> Found:
-    """Gradients of formula(*inputs) that can be differentiated; None where an input is None or needs none."""
+    """Gradients of formula(*inputs), differentiable where that is recorded; None where an input is None or needs none."""
 
     def gradients(grad: Tensor, *inputs: Tensor | None) -> Found:
-        return _gradients(lambda *given: (formula(*given),), (grad,), inputs)
+        return _gradients(lambda *given: (formula(*given),), (grad,), inputs, recorded)
 
+    recorded = torch.is_grad_enabled()
+    if not recorded:
+        return gradients(grad, *inputs)
     found: Found = _Differentiable.apply(gradients, grad, *inputs)  # type: ignore[no-untyped-call]
     return found
 
 
-def _gradients(formula: Callable[..., Found], grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Found:
+def _gradients(
+    formula: Callable[..., Found],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    recorded: bool = True,
+) -> Found:
     with torch.enable_grad():
         # Aliases: an input may depend on another, and each gradient is the partial one.
         fresh = [None if t is None else t.view_as(t) for t in inputs]
-        return _back_through(formula(*fresh), grads, fresh, create_graph=True)
+        return _back_through(formula(*fresh), grads, fresh, create_graph=recorded)
 
 
 def _back_through(

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from afd.errors import InputError
+from afd.errors import InputError, InputTypeError
 from afd.ops import backend
 from afd.ops.ambient import ordinary, plain, unaffected, widened
-from afd.ops.library import call
+from afd.ops.library import blame_inference
 from afd.ops.spectral import checks, native, reference
 from afd.ops.spectral.calls import projection_logits, spectral_linear
 from afd.ops.spectral.derivatives import derive
@@ -48,6 +48,8 @@ def projection_network(
         TypeError, ValueError: as those ops do.
     """
     z = widened(z, parameters[0])
+    if isinstance(z, Tensor) and z.dtype != parameters[0].dtype:
+        raise InputTypeError(f"z is {z.dtype}; it must have the weights' dtype, {parameters[0].dtype}")
     if not (plain(z, *(() if y is None else (y,)), *parameters) and backend.serves_natively(z)):
         return _composed(z, y, parameters, spectra, negative_slope)
     checks.slope(negative_slope)
@@ -58,7 +60,11 @@ def projection_network(
         _check(z, parameters, spectra)
     score: Tensor
     if torch.is_grad_enabled():
-        score = call(_Network.apply, y, spectra, negative_slope, z, *parameters)
+        try:
+            score = _Network.apply(y, spectra, negative_slope, z, *parameters)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            blame_inference(error, [("z", z), ("y", y), *((f"parameter {i}", p) for i, p in enumerate(parameters))])
+            raise
     else:
         score, _ = _forward(z, y, parameters, spectra, negative_slope)
     return score
