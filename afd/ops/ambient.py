@@ -19,13 +19,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 Result = TypeVar("Result")
 
+# Asked at every call, so found once.
+_autocast = torch._C._is_any_autocast_enabled
+_function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_transforms, _keys_of = torch._C._functorch.peek_interpreter_stack, torch._C._dispatch_keys
+
 
 def unaffected(function: Callable[..., Result]) -> Callable[..., Result]:
     """The function, out of reach of autocast and of modes that intercept torch functions (a default device is one)."""
 
     @functools.wraps(function)
     def run(*arguments: Any) -> Result:
-        if not (torch._C._is_any_autocast_enabled() or torch._C._len_torch_function_stack()):
+        if not (_autocast() or _function_modes()):
             return function(*arguments)
         with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
             return function(*arguments)
@@ -33,12 +38,12 @@ def unaffected(function: Callable[..., Result]) -> Callable[..., Result]:
     return run
 
 
-def room(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a kernel to write, beside `like` and of its dtype if none is named, whatever mode looks on."""
-    if not torch._C._len_torch_dispatch_stack():
-        return like.new_empty(shape, dtype=dtype)
+def room(like: Tensor, *shape: int) -> Tensor:
+    """Memory for a kernel to write, beside `like` and of its dtype, whatever mode looks on."""
+    if not _dispatch_modes():
+        return like.new_empty(shape)
     with _disable_current_modes():
-        return like.new_empty(shape, dtype=dtype)
+        return like.new_empty(shape)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ def widened(x: Any, weight: Tensor) -> Any:
 
     Torch's own float32-only functions do the same under autocast, and nobody outside of it.
     """
-    if not (torch._C._is_any_autocast_enabled() and isinstance(x, Tensor) and isinstance(weight, Tensor)):
+    if not (_autocast() and isinstance(x, Tensor) and isinstance(weight, Tensor)):
         return x
     wide = weight.dtype in (torch.float32, torch.float64) and x.dtype in (torch.float16, torch.bfloat16)
     return x.to(weight.dtype) if wide and torch.is_autocast_enabled(x.device.type) else x
@@ -63,7 +68,7 @@ def transformed() -> bool:
     """Whether a transform of torch.func or forward-mode differentiation is at work, which only formulas can follow."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return _transforms() is not None or forward_ad._current_level >= 0
 
 
 # --- Tensors that hold memory ---------------------------------------------------------------------------------------
@@ -74,7 +79,7 @@ def _keys(device: torch.device) -> set[int]:
     found = set()
     for inference in (False, True):
         with torch.inference_mode(inference):
-            found.add(torch._C._dispatch_keys(torch.empty(0, dtype=torch.float32, device=device)).raw_repr())
+            found.add(_keys_of(torch.empty(0, dtype=torch.float32, device=device)).raw_repr())
     return found
 
 
@@ -82,24 +87,29 @@ _ordinary = _keys(torch.device("cpu"))
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether these are ordinary tensors and nobody looks on: their op need not be dispatched."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
+    """Whether these hold memory and nobody looks on: their op need not be dispatched."""
+    if torch.compiler.is_compiling() or _dispatch_modes() or transformed():
         return False
-    return ordinary(*tensors)
+    for x in tensors:  # by their properties: a network has many, and asking for their keys takes thrice as long
+        kind = type(x)
+        if not (kind is Parameter or kind is Tensor) or x.layout is not torch.strided or x.is_neg():
+            return False
+        if not (x.is_cpu or x.is_cuda) or x.is_nested:
+            return False
+    return True
 
 
-def ordinary(*tensors: Tensor) -> bool:
-    """Whether these are dense tensors with memory of their own on CPU or GPU.
+def ordinary(x: Tensor) -> bool:
+    """Whether this is a dense tensor with memory of its own on CPU or GPU, in no disguise.
 
-    Sparse, nested, quantised and meta tensors, those of transforms, and views with a lazy sign are not.
+    Sparse, nested, quantised and meta tensors, those of transforms, views with a lazy sign and zeros without memory are
+    not.
     """
-    return all(
-        (type(x) is Tensor or type(x) is Parameter)
-        and (torch._C._dispatch_keys(x).raw_repr() in _ordinary or (x.is_cuda and _ordinary_on_gpu(x)))
-        for x in tensors
-    )
+    if type(x) is not Tensor and type(x) is not Parameter:
+        return False
+    return _keys_of(x).raw_repr() in _ordinary or (x.is_cuda and _ordinary_on_gpu(x))
 
 
 def _ordinary_on_gpu(x: Tensor) -> bool:
     _ordinary.update(_keys(x.device))
-    return torch._C._dispatch_keys(x).raw_repr() in _ordinary
+    return _keys_of(x).raw_repr() in _ordinary

@@ -11,7 +11,8 @@ from afd.errors import InputError, InputTypeError, one_of
 
 NORMS = ("Linf", "L2", "L1")
 ITERATE_DTYPES = (torch.float32, torch.float64)
-LARGEST = {torch.float32: torch.finfo(torch.float32).max, torch.float64: sys.float_info.max}
+FLOAT32 = torch.finfo(torch.float32).max
+LARGEST = {torch.float32: FLOAT32, torch.float64: sys.float_info.max}
 GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -59,12 +60,11 @@ def written(name: str, out: Tensor, **inputs: Tensor | None) -> None:
 
 def without_overlap(name: str, out: Tensor) -> None:
     """No two elements of `out` lie in one place, as those of an expanded tensor do."""
-    if out.is_contiguous() or not _overlaps(out):
-        return
-    raise InputError(
-        f"{name} has shape {list(out.shape)} and stride {out.stride()}, so that elements of it lie in one place; it is "
-        "written in place: pass a clone"
-    )
+    if not out.is_contiguous() and _overlaps(out):
+        raise InputError(
+            f"{name} has shape {list(out.shape)} and stride {out.stride()}, so that elements of it lie in one place; it "
+            "is written in place: pass a clone"
+        )
 
 
 def apart(written: str, out: Tensor, **inputs: Tensor | None) -> None:
@@ -81,7 +81,7 @@ def apart(written: str, out: Tensor, **inputs: Tensor | None) -> None:
 def setting(name: str, value: float, values: Tensor | None, x: Tensor, *, signed: bool = False) -> None:
     """A step or radius: one finite number, or a tensor [N] of them in x's dtype and on its device."""
     if values is None:
-        if not -LARGEST[x.dtype] <= value <= LARGEST[x.dtype] or (value < 0 and not signed):
+        if (not -FLOAT32 <= value <= FLOAT32 and not abs(value) <= LARGEST[x.dtype]) or (value < 0 and not signed):
             raise InputError(f"{name} is {value}; it must be a finite number{'' if signed else ' >= 0'} of {x.dtype}")
         return
     if values.shape != (x.shape[0],):
@@ -108,6 +108,8 @@ def bounds(low: float, high: float) -> None:
 def box(low: float, high: float, x: Tensor) -> None:
     """Bounds in the range of x's dtype; a side may be infinite."""
     bounds(low, high)
+    if low >= -FLOAT32 and high <= FLOAT32:
+        return
     largest = LARGEST[x.dtype]
     if (low < -largest and low != -torch.inf) or (high > largest and high != torch.inf):
         raise InputError(f"bounds are ({low}, {high}); they must be numbers of {x.dtype}")

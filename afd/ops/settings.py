@@ -26,6 +26,8 @@ def split(name: str, setting: Setting) -> tuple[float, Tensor | None]:
     Raises:
         InputTypeError: it is neither a number nor a tensor.
     """
+    if type(setting) is float:
+        return setting, None
     if isinstance(setting, Tensor):
         return 0.0, detached(setting)
     return number(name, setting, "a number, or a tensor with one for each sample"), None
@@ -71,6 +73,8 @@ def box(bounds: Bounds) -> tuple[float, float]:
     Raises:
         InputTypeError, InputError: `bounds` is not a pair of numbers.
     """
+    if type(bounds) is tuple and len(bounds) == 2 and type(bounds[0]) is float and type(bounds[1]) is float:
+        return bounds
     if not isinstance(bounds, tuple | list):
         raise InputTypeError(f"bounds are {described(bounds)}; they must be a pair of numbers (low, high)")
     if len(bounds) != 2:

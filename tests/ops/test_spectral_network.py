@@ -150,7 +150,7 @@ def test_bad_input_is_named():
     for message, case in cases:
         with pytest.raises(InputError, match=message):
             at_once(*case)
-    with pytest.raises(InputTypeError, match=r"weight is torch\.float64"):
+    with pytest.raises(InputTypeError, match=r"z is torch\.float32; it must have the weights' dtype"):
         at_once(z, y, [parameters[0].double(), *parameters[1:]], spectra)
 
 

@@ -16,7 +16,7 @@ Found = tuple[Tensor | None, ...]
 
 
 def derive(formula: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Tensor | None]) -> Found:
-    """Gradients of formula(*inputs), differentiable where that is recorded; None where an input is None or needs none."""
+    """Gradients of formula(*inputs), differentiable if that is recorded; None where an input is None or needs none."""
 
     def gradients(grad: Tensor, *inputs: Tensor | None) -> Found:
         return _gradients(lambda *given: (formula(*given),), (grad,), inputs, recorded)

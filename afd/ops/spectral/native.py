@@ -104,7 +104,7 @@ def projection_logits_backward(
     y, de = (dense(y), room(e, *e.shape)) if labelled else (None, None)  # type: ignore[union-attr, arg-type]
     classes = 0 if de is None else de.shape[0]
     of_w, of_e = [dense(t) for t in spectrum_w], [dense(t) for t in spectrum_e or ()]
-    workspace = room(h, workspace_size("projection_logits", h.shape[1], classes), dtype=torch.float64)
+    workspace = room(h, 2 * workspace_size("projection_logits", h.shape[1], classes)).view(torch.float64)
     launch(
         "projection_logits_backward", dh,
         grad.data_ptr(), h.data_ptr(), w.data_ptr(), *map(Tensor.data_ptr, of_w),

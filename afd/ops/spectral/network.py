@@ -50,7 +50,7 @@ def projection_network(
     z = widened(z, parameters[0])
     if isinstance(z, Tensor) and z.dtype != parameters[0].dtype:
         raise InputTypeError(f"z is {z.dtype}; it must have the weights' dtype, {parameters[0].dtype}")
-    if not (plain(z, *(() if y is None else (y,)), *parameters) and backend.serves_natively(z)):
+    if not (plain(*parameters) and ordinary(z) and (y is None or ordinary(y)) and backend.serves_natively(z)):
         return _composed(z, y, parameters, spectra, negative_slope)
     checks.slope(negative_slope)
     checks.features("z", z, (parameters[0] if len(spectra) > 2 else parameters[-3]).shape[1])
