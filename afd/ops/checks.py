@@ -62,8 +62,8 @@ def without_overlap(name: str, out: Tensor) -> None:
     """No two elements of `out` lie in one place, as those of an expanded tensor do."""
     if not out.is_contiguous() and _overlaps(out):
         raise InputError(
-            f"{name} has shape {list(out.shape)} and stride {out.stride()}, so that elements of it lie in one place; it "
-            "is written in place: pass a clone"
+            f"{name} has shape {list(out.shape)} and stride {out.stride()}, so that elements of it lie in one place; "
+            "it is written in place: pass a clone"
         )
 
 

@@ -13,11 +13,11 @@ def spectral_norm(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], n_iter: int, eps: float, first: str
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """See `afd.ops.spectral_norm`."""
-    us, vs = [dense(u) for u in us], [dense(v) for v in vs]
-    new_us, new_vs = [room(u, *u.shape) for u in us], [room(v, *v.shape) for v in vs]
+    us, vs = [u.contiguous() for u in us], [v.contiguous() for v in vs]
+    new_us, new_vs = [torch.empty_like(u) for u in us], [torch.empty_like(v) for v in vs]
     shapes = [(u.numel(), v.numel()) for u, v in zip(us, vs, strict=True)]
     sigma = weights[0].new_empty(len(weights))
-    workspace = room(sigma, sum(workspace_size("spectral_norm", *shape) for shape in shapes))
+    workspace = sigma.new_empty(sum(workspace_size("spectral_norm", *shape) for shape in shapes))
     matrices = [
         (weight.data_ptr(), u.data_ptr(), v.data_ptr(), new_u.data_ptr(), new_v.data_ptr(), *shape)
         for weight, u, v, new_u, new_v, shape in zip(weights, us, vs, new_us, new_vs, shapes, strict=True)
@@ -28,7 +28,7 @@ def spectral_norm(
 
 def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, slope: float) -> Tensor:
     """See `afd.ops.spectral_linear`: torch's product, then one pass for scale, bias and activation."""
-    out = room(x, x.shape[0], weight.shape[0])
+    out = x.new_empty(x.shape[0], weight.shape[0])
     torch.mm(x, weight.t(), out=out)  # into memory of a known dtype: its address goes to the kernel
     bias = None if bias is None else dense(bias)
     launch("spectral_linear", out, out.data_ptr(), _address(bias), sigma.data_ptr(), *out.shape, slope)

@@ -83,6 +83,7 @@ def _composed(
 
 def _fit(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -> bool:
     """Whether `_check` has nothing to say of them, found out in a fraction of its time."""
+    dtype, device = z.dtype, z.device
     weights = [*parameters[:-1:2], parameters[-1]]
     outputs = [weight.shape[0] for weight in weights]
     inputs = [z.shape[-1], *outputs[:-2]]
@@ -91,8 +92,8 @@ def _fit(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -> 
         and outputs[-2] == 1
         and all(bias.shape == (rows,) for bias, rows in zip(parameters[1::2], outputs, strict=False))
         and all(weight.shape == (len(u), len(v)) for weight, (_, u, v) in zip(weights, spectra, strict=True))
-        and all(p.dtype is z.dtype and p.device == z.device and p.is_contiguous() for p in parameters)
-        and all(t.dtype is z.dtype and t.device == z.device for spectrum in spectra for t in spectrum)
+        and all(p.dtype is dtype and p.device == device and p.is_contiguous() for p in parameters)
+        and all(t.dtype is dtype and t.device == device for spectrum in spectra for t in spectrum)
         and not any(sigma.dim() for sigma, _, _ in spectra)
     )
 
