@@ -33,6 +33,9 @@ def define(
     if autograd is not None:
         LIBRARY.impl(name, autograd, "Autograd")
     op = getattr(torch.ops.afd, name).default
+    if op._schema.is_mutable:
+        for key in ("Negative", "Conjugate"):
+            LIBRARY.impl(name, _without_lazy_signs(op), key)
 
     def on_one_device(*given: Any) -> Any:
         _one_device(op, given)
@@ -51,9 +54,27 @@ def call(op: Any, *arguments: Any) -> Any:
         return op(*arguments)
     except AfdError:
         raise
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # None passes for a tensor with torch
         _blame(op, arguments, error)
         raise
+
+
+def _without_lazy_signs(op: Any) -> Callable[..., Any]:
+    """The op for views whose memory holds other numbers than they do: torch's own fallback would write to a copy."""
+
+    def run(*given: Any) -> Any:
+        resolved = []
+        for argument, value in zip(op._schema.arguments, given, strict=False):
+            if isinstance(value, Tensor) and (value.is_neg() or value.is_conj()):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    raise InputError(
+                        f"{argument.name} is a view with a lazy sign, and is written in place; pass a clone"
+                    )
+                value = value.resolve_neg().resolve_conj()
+            resolved.append(value)
+        return op(*resolved)
+
+    return run
 
 
 # --- Whose fault it is ----------------------------------------------------------------------------------------------
@@ -107,9 +128,6 @@ def _blame(op: Any, given: tuple[Any, ...], error: Exception) -> None:
         if odd := _oddity(tensor):
             raise InputTypeError(f"{name} is {odd}; it must be an ordinary, dense tensor") from error
     blame_inference(error, tensors)
-    lazy = [name for name, tensor in tensors if tensor.is_neg() or tensor.is_conj()]
-    if lazy:
-        raise InputError(f"{lazy[0]} is a view with a lazy sign; pass {lazy[0]}.resolve_neg()") from error
 
 
 def blame_inference(error: Exception, tensors: Iterable[tuple[str, Tensor | None]]) -> None:
