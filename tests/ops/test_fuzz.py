@@ -141,7 +141,7 @@ class Case:
             return tensor
         self.strange = True
         wrong: list[Callable[[], object]] = [
-            lambda: None, lambda: tensor.tolist(), lambda: tensor.numpy(), lambda: tensor.to_sparse(),
+            lambda: None, lambda: tensor.tolist(), lambda: tensor.float().numpy(), lambda: tensor.to_sparse(),
             lambda: tensor.to("meta"), lambda: tensor[None], lambda: tensor[:1], lambda: tensor.double(),
             lambda: tensor.bool(), lambda: tensor.to(torch.complex64).conj(),
             lambda: torch._neg_view(tensor.float()), lambda: torch.nested.nested_tensor([tensor]),
@@ -226,17 +226,18 @@ def update_case(case: Case, _: str) -> None:
     named = [rows[1], grads[1], rows[2], *values[1:], counts[0], flags[1], flags[2], counts[1]]
     tensors = [rows[0], grads[0], values[0], flags[0]]
     written = [rows[0], grads[0], *named]
-    arguments = dict(zip(names, [case.shared(case.other(t), rows[0]) if isinstance(t, Tensor) else t for t in named],
-                         strict=True))  # fmt: skip
+    given = [case.other(t) for t in named]
+    given = [case.shared(t, rows[0]) if isinstance(t, Tensor) else t for t in given]
+    arguments = dict(zip(names, given, strict=True))
     numbers = {
         "interval": case.draw.choice([0, 0, 3, 22, 3, 22] * 4 + [-1, 2**31, 1.0]),
         "rho": case.draw.choice([0.75, 1, 0.0] * 5 + [2]),
     }
-    copies = [t.clone() for t in tensors], {key: t.clone() for key, t in arguments.items() if isinstance(t, Tensor)}
+    copies = [t.clone() if isinstance(t, Tensor) else t for t in (*tensors, *given)]
     ops.apgd_update_(*tensors, **arguments, **numbers)
     with backend.use("reference"):
-        ops.apgd_update_(*copies[0], **copies[1], **numbers)
-    agree([*tensors, *arguments.values()], [*copies[0], *copies[1].values()], 0.0)
+        ops.apgd_update_(*copies[:4], **dict(zip(names, copies[4:], strict=True)), **numbers)
+    agree([*tensors, *given], copies, 0.0)
     case.memory.check(written)
 
 
@@ -294,7 +295,7 @@ def spectral_case(case: Case, name: str) -> None:
     slope = draw.choice([1.0, 0.2, 1, 0.0, math.nan, 2]) if case.chance(0.2) else 0.2
 
     def run(inputs: list[Tensor], spectra: list[ops.Spectrum]) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in inputs]
+        leaves = [t.detach().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in inputs]
         if name == "spectral_linear":
             out = ops.spectral_linear(*leaves, spectra[0], negative_slope=slope)
         else:
