@@ -215,7 +215,7 @@ def update_case(case: Case, _: str) -> None:
     shape = case.shape()
     samples, grad = shape[:1], case.gradient(shape)
     dtype = case.draw.choice(IMAGE_DTYPES[:14])
-    rows = [case.memory.hold(case.numbers(shape, 0, 1, dtype)) for _ in range(3)]
+    rows = [case.memory.hold(case.numbers(shape, 0, 1, dtype), case.chance(0.7)) for _ in range(3)]
     grads = [grad, case.memory.hold(grad.clone() if grad.numel() == 0 else grad.flip(0).contiguous())]
     plain = case.chance(0.93)
     values = [case.memory.hold(case.numbers(samples, 0, 1, dtype), plain) for _ in range(5)]
@@ -226,7 +226,7 @@ def update_case(case: Case, _: str) -> None:
     named = [rows[1], grads[1], rows[2], *values[1:], counts[0], flags[1], flags[2], counts[1]]
     tensors = [rows[0], grads[0], values[0], flags[0]]
     written = [rows[0], grads[0], *named]
-    given = [case.other(t) for t in named]
+    given = [case.other(t) for t in named] if case.chance(0.3) else named
     given = [case.shared(t, rows[0]) if isinstance(t, Tensor) else t for t in given]
     arguments = dict(zip(names, given, strict=True))
     numbers = {
