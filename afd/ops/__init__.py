@@ -1,8 +1,13 @@
 """The ops all of afd is built on: fused kernels on CPU and CUDA, with the same formulas in PyTorch beside them.
 
 Every op takes and returns torch tensors, runs on the tensor's device and torch's current stream, and never waits for
-the device. Those of attacks are not differentiable: an attack differentiates the model, not its own steps. The spectral
-ones are layers, and are (`afd.ops.spectral`). Which implementation serves a tensor is decided in `afd.ops.backend`.
+the device. What autocast, a default dtype or device, or another mode of torch does around a call changes no result.
+What is written in place is a tensor's memory, whether or not it requires gradients. A setting given as one number is
+checked; of one per sample, a tensor in the images' dtype, no value is looked at: NaN makes its sample NaN, and a
+negative radius has no meaning and no defined result.
+
+Those of attacks are not differentiable: an attack differentiates the model, not its own steps. The spectral ones are
+layers, and are (`afd.ops.spectral`). Which implementation serves a tensor is decided in `afd.ops.backend`.
 """
 
 from __future__ import annotations
@@ -42,7 +47,8 @@ def project(
       makes the L1 norm eps. No sorting: a bracketed Newton search for lam, to 4e-7 of eps.
 
     In L2 and L1 a feasible x_adv is returned bit for bit, and rounding never takes a result out of the ball or the
-    box. NaN in x_adv, x or eps makes its element (Linf) or its sample (L2, L1) NaN, as infinity does in L2 and L1.
+    box. NaN in x_adv, x or eps makes its element (Linf) or its sample (L2, L1) NaN, as infinity does in L2 and L1. So
+    does a negative eps in L2 and L1; in Linf, nothing being that near, the result is x + eps.
 
     Args:
         x_adv: any points, float32 (float64 is served by the reference), [N, ...].

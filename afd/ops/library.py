@@ -68,7 +68,7 @@ def _without_lazy_signs(op: Any) -> Callable[..., Any]:
             if isinstance(value, Tensor) and (value.is_neg() or value.is_conj()):
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     raise InputError(
-                        f"{argument.name} is a view with a lazy sign, and is written in place; pass a clone"
+                        f"{argument.name} is a view with a lazy sign; it is written in place: pass a clone"
                     )
                 value = value.resolve_neg().resolve_conj()
             resolved.append(value)
