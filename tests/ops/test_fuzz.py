@@ -146,7 +146,8 @@ class Case:
             lambda: tensor.bool(), lambda: tensor.to(torch.complex64).conj(),
             lambda: torch._neg_view(tensor.float()), lambda: torch.nested.nested_tensor([tensor]),
         ]  # fmt: skip
-        return self.draw.choice(wrong)()  # type: ignore[return-value]
+        with torch.autocast("cpu", enabled=False):  # under which torch cannot nest float64
+            return self.draw.choice(wrong)()  # type: ignore[return-value]
 
     def shared(self, tensor: Tensor, target: Tensor) -> Tensor:
         """Sometimes a tensor in the very memory that is written."""
