@@ -22,7 +22,8 @@ test-slow: $(READY)
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
 
-# The tests of the ops, with the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The tests of the ops, with the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; FUZZ random calls.
+FUZZ ?= 13000
 SANITIZED := PYTHONSAFEPATH=1 PYTHONPATH=$(CURDIR)/build/sanitize ASAN_OPTIONS=detect_leaks=0 \
 	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)"
 
@@ -30,7 +31,7 @@ sanitize: $(READY)
 	rm -rf build/sanitize build/lib.*
 	AFD_SANITIZE=address,undefined AFD_CUDA=off $(BIN)/pip install --quiet --no-deps --target build/sanitize .
 	$(SANITIZED) $(BIN)/python -c "from afd.ops import native; assert 'build/sanitize' in native._C.__file__"
-	$(SANITIZED) $(BIN)/pytest --capture=sys tests/ops
+	AFD_FUZZ_CASES=$(FUZZ) $(SANITIZED) $(BIN)/pytest --capture=sys tests/ops
 
 lint: $(READY)
 	$(BIN)/ruff check .

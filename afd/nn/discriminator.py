@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from afd.errors import InputError, at_least
+from afd.errors import InputError, InputTypeError, at_least
 from afd.nn.spectral import SpectralEmbedding, SpectralGroup, SpectralLayer, SpectralLinear
 from afd.ops.spectral import projection_network
 
@@ -60,13 +60,18 @@ class ProjectionDiscriminator(nn.Module):
         """Scores [N], high for natural features.
 
         Args:
-            z: features [N, num_features], N >= 1.
+            z: features [N, num_features], N >= 1, of the weights' dtype. Under autocast, float16 and bfloat16 are
+                widened to it: the discriminator computes in its own precision, whatever mode of torch is on.
             y: labels [N] int64 in [0, num_classes); None leaves the class term out.
 
         Raises:
+            InputTypeError: z or y is of another type or dtype.
             InputError: z has another width or is empty, y another length, or (on the CPU, where looking does not wait)
                 a label is out of range or a weight not finite.
         """
+        for name, given in (("z", z), ("y", y)):
+            if not (isinstance(given, Tensor) or (name == "y" and given is None)):
+                raise InputTypeError(f"{name} is a {type(given).__name__}; it must be a torch.Tensor")
         if z.dim() != 2 or z.shape[1] != self.num_features:
             raise InputError(f"z has shape {list(z.shape)}; it must be [N, {self.num_features}]")
         if not z.shape[0]:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd import ops
-from afd.errors import at_least
+from afd.errors import InputError, InputTypeError, at_least
 from afd.nn.spectral_state import read_older
 from afd.ops import Spectrum
+from afd.ops.ambient import transformed
 
 WARM_UP = 15  # power iterations of a new layer, as torch.nn.utils.parametrizations.spectral_norm takes
 
@@ -82,7 +83,14 @@ class SpectralLinear(SpectralLayer):
         self.negative_slope = negative_slope
 
     def forward(self, x: Tensor, spectrum: Spectrum | None = None) -> Tensor:
-        """Activations [N, out_features] of x [N, in_features]; a group passes the spectrum."""
+        """Activations [N, out_features] of x [N, in_features]; a group passes the spectrum.
+
+        Under autocast, x that it made float16 or bfloat16 is widened to the weight's dtype; everything is computed in
+        that, whatever mode of torch is on. In inference mode, and inside torch.func, likewise.
+
+        Raises:
+            InputTypeError, InputError: as of `afd.ops.spectral_linear`.
+        """
         spectrum = spectrum or self.spectrum()
         return ops.spectral_linear(x, self.weight, self.bias, spectrum, negative_slope=self.negative_slope)
 
@@ -102,6 +110,8 @@ class SpectralEmbedding(SpectralLayer):
 
     def forward(self, y: Tensor, spectrum: Spectrum | None = None) -> Tensor:
         """Rows [*y.shape, embedding_dim] of the table, normalised."""
+        if not isinstance(y, Tensor):
+            raise InputTypeError(f"y is a {type(y).__name__}; it must be a torch.Tensor")
         _, u, v = spectrum or self.spectrum()
         (sigma,) = (found.sigma for found in ops.spectral_norm([self.weight], [u], [v], n_iter=0, eps=self.eps))
         return F.embedding(y, self.weight) / sigma
@@ -149,5 +159,22 @@ def power_iterate(layers: Sequence[SpectralLayer], names: Sequence[str], n_iter:
     with torch.no_grad():
         spectra = ops.spectral_norm([layer.weight for layer in layers], us, vs, n_iter=n_iter, eps=eps, names=names)
         if n_iter:
-            torch._foreach_copy_(us + vs, [found.u for found in spectra] + [found.v for found in spectra])
+            _move(names, us + vs, [found.u for found in spectra] + [found.v for found in spectra])
     return spectra
+
+
+def _move(names: Sequence[str], state: list[Tensor], moved: list[Tensor]) -> None:
+    if transformed():
+        raise InputError(
+            f"{names[0]} takes a power iteration, and a transform of torch.func lets no state move on; put its network "
+            "into evaluation mode"
+        )
+    try:
+        torch._foreach_copy_(state, moved)
+    except RuntimeError as error:
+        if not any(tensor.is_inference() for tensor in state):
+            raise
+        raise InputError(
+            f"the state of {names[0]} was made in torch.inference_mode, and cannot move on outside of it; make the "
+            "layer elsewhere"
+        ) from error

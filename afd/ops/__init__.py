@@ -1,8 +1,13 @@
 """The ops all of afd is built on: fused kernels on CPU and CUDA, with the same formulas in PyTorch beside them.
 
 Every op takes and returns torch tensors, runs on the tensor's device and torch's current stream, and never waits for
-the device. Those of attacks are not differentiable: an attack differentiates the model, not its own steps. The spectral
-ones are layers, and are (`afd.ops.spectral`). Which implementation serves a tensor is decided in `afd.ops.backend`.
+the device. What autocast, a default dtype or device, or another mode of torch does around a call changes no result.
+What is written in place is a tensor's memory, whether or not it requires gradients. A setting given as one number is
+checked; of one per sample, a tensor in the images' dtype, no value is looked at: NaN makes its sample NaN, and a
+negative radius has no meaning and no defined result.
+
+Those of attacks are not differentiable: an attack differentiates the model, not its own steps. The spectral ones are
+layers, and are (`afd.ops.spectral`). Which implementation serves a tensor is decided in `afd.ops.backend`.
 """
 
 from __future__ import annotations
@@ -12,8 +17,9 @@ from torch import Tensor
 
 from afd.ops import backend, checks, schema
 from afd.ops.apgd import apgd_step, apgd_step_, apgd_update_, momentum_point
+from afd.ops.library import call
 from afd.ops.loading import load_batch
-from afd.ops.settings import Bounds, Setting, plain, split
+from afd.ops.settings import Bounds, Setting, box, detached, integer, split
 from afd.ops.spectral import Spectrum, projection_logits, spectral_linear, spectral_norm
 
 __all__ = ["backend", "pgd_step", "pgd_step_", "project", "project_", "random_start", "random_start_", "schema"]
@@ -41,7 +47,8 @@ def project(
       makes the L1 norm eps. No sorting: a bracketed Newton search for lam, to 4e-7 of eps.
 
     In L2 and L1 a feasible x_adv is returned bit for bit, and rounding never takes a result out of the ball or the
-    box. NaN in x_adv, x or eps makes its element (Linf) or its sample (L2, L1) NaN, as infinity does in L2 and L1.
+    box. NaN in x_adv, x or eps makes its element (Linf) or its sample (L2, L1) NaN, as infinity does in L2 and L1. So
+    does a negative eps in L2 and L1; in Linf, nothing being that near, the result is x + eps.
 
     Args:
         x_adv: any points, float32 (float64 is served by the reference), [N, ...].
@@ -57,7 +64,7 @@ def project(
         TypeError: a dtype that is not allowed.
         ValueError: shapes or devices that disagree, eps < 0, reversed bounds, unknown norm.
     """
-    out: Tensor = torch.ops.afd.project.default(plain(x_adv), plain(x), *_ball_settings(eps, bounds, norm))
+    out: Tensor = call(torch.ops.afd.project.default, detached(x_adv), detached(x), *_ball_settings(eps, bounds, norm))
     return out
 
 
@@ -70,7 +77,7 @@ def project_(
     norm: str = "Linf",
 ) -> Tensor:
     """`project` in place: overwrites x_adv and returns it. x_adv may not share memory with x."""
-    torch.ops.afd.project_.default(plain(x_adv), plain(x), *_ball_settings(eps, bounds, norm))
+    call(torch.ops.afd.project_.default, detached(x_adv), detached(x), *_ball_settings(eps, bounds, norm))
     return x_adv
 
 
@@ -113,7 +120,7 @@ def pgd_step(
         ValueError: shapes or devices that disagree, eps < 0, sparsity outside (0, 1], reversed bounds, unknown norm.
     """
     settings = _pgd_settings(alpha, eps, bounds, norm, sparsity)
-    out: Tensor = torch.ops.afd.pgd_step.default(plain(x_adv), plain(x), plain(grad), *settings)
+    out: Tensor = call(torch.ops.afd.pgd_step.default, detached(x_adv), detached(x), detached(grad), *settings)
     return out
 
 
@@ -130,7 +137,7 @@ def pgd_step_(
 ) -> Tensor:
     """`pgd_step` in place: overwrites x_adv and returns it. x_adv may not share memory with x or grad."""
     settings = _pgd_settings(alpha, eps, bounds, norm, sparsity)
-    torch.ops.afd.pgd_step_.default(plain(x_adv), plain(x), plain(grad), *settings)
+    call(torch.ops.afd.pgd_step_.default, detached(x_adv), detached(x), detached(grad), *settings)
     return x_adv
 
 
@@ -171,7 +178,7 @@ def random_start(
         ValueError: eps < 0, reversed bounds, unknown norm, seed or first_sample out of range.
     """
     settings = _start_settings(eps, bounds, seed, first_sample, norm)
-    out: Tensor = torch.ops.afd.random_start.default(plain(x), *settings)
+    out: Tensor = call(torch.ops.afd.random_start.default, detached(x), *settings)
     return out
 
 
@@ -187,27 +194,29 @@ def random_start_(
 ) -> Tensor:
     """`random_start` around x, written into x_adv (which may be x itself); returns x_adv."""
     settings = _start_settings(eps, bounds, seed, first_sample, norm)
-    torch.ops.afd.random_start_.default(plain(x_adv), plain(x), *settings)
+    call(torch.ops.afd.random_start_.default, detached(x_adv), detached(x), *settings)
     return x_adv
 
 
 def _ball_settings(eps: Setting, bounds: Bounds, norm: str) -> tuple[float, float, float, Tensor | None, str]:
-    radius, radii = split(eps)
-    return radius, *bounds, radii, norm
+    radius, radii = split("eps", eps)
+    return radius, *box(bounds), radii, norm
 
 
 def _pgd_settings(
     alpha: Setting, eps: Setting, bounds: Bounds, norm: str, sparsity: Setting
 ) -> tuple[float, float, float, float, Tensor | None, Tensor | None, str, float, Tensor | None]:
-    (step, steps), (radius, radii), (share, shares) = split(alpha), split(eps), split(sparsity)
-    return step, radius, *bounds, steps, radii, norm, share, shares
+    (step, steps), (radius, radii) = split("alpha", alpha), split("eps", eps)
+    share, shares = split("sparsity", sparsity)
+    return step, radius, *box(bounds), steps, radii, norm, share, shares
 
 
 def _start_settings(
     eps: Setting, bounds: Bounds, seed: int | Tensor, first_sample: int, norm: str
 ) -> tuple[float, float, float, int, int, Tensor | None, str, Tensor | None]:
-    number, key = (0, seed) if isinstance(seed, Tensor) else (seed, None)
+    number, key = (0, detached(seed)) if isinstance(seed, Tensor) else (integer("seed", seed), None)
+    first_sample = integer("first_sample", first_sample)
     checks.counter("seed", number)  # here, because torch's own overflow error would not name them
     checks.counter("first_sample", first_sample)
-    radius, radii = split(eps)
-    return radius, *bounds, number, first_sample, radii, norm, key
+    radius, radii = split("eps", eps)
+    return radius, *box(bounds), number, first_sample, radii, norm, key

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from afd.errors import InputError, InputTypeError, one_of
 from afd.ops import backend, checks, native, reference
-from afd.ops.schema import LIBRARY, _register
-from afd.ops.settings import Bounds, Setting, split
+from afd.ops.library import call, define
+from afd.ops.schema import _register
+from afd.ops.settings import Bounds, Setting, box, integer, number, split
 
 STEP_NORMS = ("Linf",)
 
@@ -54,7 +55,7 @@ def apgd_step(
     """
     settings = _step_settings(step, eps, a, bounds, norm)
     with torch.no_grad():
-        out: Tensor = torch.ops.afd.apgd_step.default(x_adv, x_adv_old, x, grad, *settings)
+        out: Tensor = call(torch.ops.afd.apgd_step.default, x_adv, x_adv_old, x, grad, *settings)
     return out
 
 
@@ -76,7 +77,7 @@ def apgd_step_(
     """
     settings = _step_settings(step, eps, a, bounds, norm)
     with torch.no_grad():
-        torch.ops.afd.apgd_step_.default(x_adv, x_adv_old, x, grad, *settings)
+        call(torch.ops.afd.apgd_step_.default, x_adv, x_adv_old, x, grad, *settings)
     return x_adv
 
 
@@ -146,9 +147,10 @@ def apgd_update_(
         ValueError: shapes, devices or layouts that are not as described; shared memory; interval or rho out of range.
     """
     with torch.no_grad():
-        torch.ops.afd.apgd_update_.default(
+        call(
+            torch.ops.afd.apgd_update_.default,
             x_adv, grad, loss, fooled, x_best, grad_best, x_best_adv, loss_best, loss_last, loss_at_check, step,
-            increases, reduced, broken, moves, interval, rho,
+            increases, reduced, broken, moves, integer("interval", interval), number("rho", rho),
         )  # fmt: skip
 
 
@@ -159,8 +161,8 @@ def _step_settings(
     step: Setting, eps: Setting, a: float, bounds: Bounds, norm: str
 ) -> tuple[float, float, float, float, float, Tensor | None, Tensor | None]:
     one_of("norm", norm, STEP_NORMS)
-    (size, sizes), (radius, radii) = split(step), split(eps)
-    return size, radius, a, *bounds, sizes, radii
+    (size, sizes), (radius, radii) = split("step", step), split("eps", eps)
+    return size, radius, number("a", a), *box(bounds), sizes, radii
 
 
 def _check_step(
@@ -182,7 +184,7 @@ def _check_step(
     checks.gradient(grad, x)
     checks.setting("step", step, steps, x, signed=True)
     checks.setting("eps", eps, epsilons, x)
-    checks.bounds(low, high)
+    checks.box(low, high, x)
     _share("a", a)
 
 
@@ -197,8 +199,9 @@ def _step(x_adv: Tensor, x_adv_old: Tensor, *rest: Any) -> Tensor:
 
 def _step_(x_adv: Tensor, x_adv_old: Tensor, x: Tensor, grad: Tensor, *settings: Any) -> None:
     _check_step(x_adv, x_adv_old, x, grad, *settings)
-    checks.apart("x_adv", x_adv, x_adv_old=x_adv_old, x=x, grad=grad)
-    checks.apart("x_adv_old", x_adv_old, x=x, grad=grad)
+    *_, steps, epsilons = (*settings, None, None)[:7]
+    checks.written("x_adv", x_adv, x_adv_old=x_adv_old, x=x, grad=grad, step=steps, eps=epsilons)
+    checks.written("x_adv_old", x_adv_old, x=x, grad=grad, step=steps, eps=epsilons)
     if backend.serves_natively(x_adv):
         return native.apgd_step(x_adv, x_adv_old, x, grad, *settings)
     x_new = reference.apgd_step(x_adv, x_adv_old, x, grad, *settings)
@@ -252,7 +255,9 @@ def _check_update(*arguments: Any) -> None:
     if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
         for name in _UPDATED:
             checks.apart(name, tensors[name], **{other: t for other, t in tensors.items() if other != name})
-    if interval < 0:
+    for name in _UPDATED:
+        checks.without_overlap(name, tensors[name])
+    if not 0 <= interval < 2**31:
         raise InputError(f"interval is {interval}; it must be 0 (no checkpoint) or the iterations since the last one")
     _share("rho", rho)
 
@@ -273,7 +278,4 @@ def _update_arguments() -> str:
     return ", ".join(listed)
 
 
-LIBRARY.define(f"apgd_update_({_update_arguments()}, int interval, float rho) -> ()")
-for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("apgd_update_", _update_, _device)
-torch.library.register_fake("afd::apgd_update_", lambda *_: None, lib=LIBRARY)
+define("apgd_update_", f"{_update_arguments()}, int interval, float rho", "()", _update_, lambda *_: None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from afd.errors import InputError, InputTypeError, one_of
 
 NORMS = ("Linf", "L2", "L1")
 ITERATE_DTYPES = (torch.float32, torch.float64)
+FLOAT32 = torch.finfo(torch.float32).max
+LARGEST = {torch.float32: FLOAT32, torch.float64: sys.float_info.max}
 GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -50,11 +52,26 @@ def gradient(grad: Tensor, x: Tensor) -> None:
         raise InputTypeError(f"grad is {grad.dtype}; allowed are {allowed}")
 
 
-def apart(written: str, out: Tensor, **inputs: Tensor) -> None:
+def written(name: str, out: Tensor, **inputs: Tensor | None) -> None:
+    """`out` can be written in place: no two of its elements, and no element of an input, lie in one place."""
+    without_overlap(name, out)
+    apart(name, out, **inputs)
+
+
+def without_overlap(name: str, out: Tensor) -> None:
+    """No two elements of `out` lie in one place, as those of an expanded tensor do."""
+    if not out.is_contiguous() and _overlaps(out):
+        raise InputError(
+            f"{name} has shape {list(out.shape)} and stride {out.stride()}, so that elements of it lie in one place; "
+            "it is written in place: pass a clone"
+        )
+
+
+def apart(written: str, out: Tensor, **inputs: Tensor | None) -> None:
     """No input shares memory with `out`, which an op writes while it reads them."""
     storage = out.untyped_storage().data_ptr()
     for name, tensor in inputs.items():
-        if tensor.untyped_storage().data_ptr() != storage:
+        if tensor is None or tensor.untyped_storage().data_ptr() != storage:
             continue
         (first, end), (other_first, other_end) = _memory(out), _memory(tensor)
         if first < other_end and other_first < end:
@@ -64,8 +81,8 @@ def apart(written: str, out: Tensor, **inputs: Tensor) -> None:
 def setting(name: str, value: float, values: Tensor | None, x: Tensor, *, signed: bool = False) -> None:
     """A step or radius: one finite number, or a tensor [N] of them in x's dtype and on its device."""
     if values is None:
-        if not math.isfinite(value) or (value < 0 and not signed):
-            raise InputError(f"{name} is {value}; it must be a finite number{'' if signed else ' >= 0'}")
+        if (not -FLOAT32 <= value <= FLOAT32 and not abs(value) <= LARGEST[x.dtype]) or (value < 0 and not signed):
+            raise InputError(f"{name} is {value}; it must be a finite number{'' if signed else ' >= 0'} of {x.dtype}")
         return
     if values.shape != (x.shape[0],):
         raise InputError(f"{name} has shape {list(values.shape)}; per-sample values need [{x.shape[0]}]")
@@ -86,6 +103,16 @@ def bounds(low: float, high: float) -> None:
     """The box that images live in."""
     if not low < high:
         raise InputError(f"bounds are ({low}, {high}); low must be less than high")
+
+
+def box(low: float, high: float, x: Tensor) -> None:
+    """Bounds in the range of x's dtype; a side may be infinite."""
+    bounds(low, high)
+    if low >= -FLOAT32 and high <= FLOAT32:
+        return
+    largest = LARGEST[x.dtype]
+    if (low < -largest and low != -torch.inf) or (high > largest and high != torch.inf):
+        raise InputError(f"bounds are ({low}, {high}); they must be numbers of {x.dtype}")
 
 
 def counter(name: str, value: int) -> None:
@@ -110,3 +137,21 @@ def _memory(x: Tensor) -> tuple[int, int]:
         return 0, 0
     reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
     return x.data_ptr(), x.data_ptr() + reach * x.element_size()
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether two elements of x lie in one place."""
+    steps = sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1)
+    reach = 0
+    for stride, size in steps:
+        if stride <= reach:
+            break
+        reach += (size - 1) * stride
+    else:
+        return False  # each dimension steps over all that the smaller ones hold
+    if not x.numel():
+        return False
+    places = torch.zeros((), dtype=torch.int64, device="cpu")
+    for stride, size in steps:
+        places = (places[..., None] + stride * torch.arange(size, dtype=torch.int64, device="cpu")).flatten()
+    return len(places.unique()) < len(places)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from afd.ops import backend, checks, native, reference
-
-LIBRARY = torch.library.Library("afd", "DEF")  # lives as long as the process
+from afd.ops.library import LIBRARY, define
 
 
 def _serve(name: str, out: Tensor, *arguments: Any) -> None:
@@ -24,19 +23,19 @@ def _serve(name: str, out: Tensor, *arguments: Any) -> None:
         out.copy_(getattr(reference, name)(*arguments))
 
 
+def _at(arguments: tuple[Any, ...], place: int) -> Any:
+    """An argument, or None where the call left it to its default."""
+    return arguments[place] if place < len(arguments) else None
+
+
 def _no_gradient(_context: Any, *_grads: Tensor) -> None:
     raise RuntimeError("afd's attack steps are not differentiable; differentiate the model at their result instead")
 
 
 def _register(name: str, arguments: str, functional: Any, updated: str, in_place: Any) -> None:
     """Defines ``name(arguments) -> Tensor`` and ``name_(updated, arguments) -> ()`` on CPU and CUDA."""
-    LIBRARY.define(f"{name}({arguments}) -> Tensor")
-    LIBRARY.define(f"{name}_({updated}) -> ()")
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, functional, device)
-        LIBRARY.impl(f"{name}_", in_place, device)
-    torch.library.register_fake(f"afd::{name}", lambda first, *_: torch.empty_like(first), lib=LIBRARY)
-    torch.library.register_fake(f"afd::{name}_", lambda *_: None, lib=LIBRARY)
+    define(name, arguments, "Tensor", functional, lambda first, *_: torch.empty_like(first))
+    define(f"{name}_", updated, "()", in_place, lambda *_: None)
     torch.library.register_autograd(f"afd::{name}", _no_gradient, lib=LIBRARY)
 
 
@@ -56,7 +55,7 @@ def _check_project(
     checks.images("x", x)
     checks.iterate("x_adv", x_adv, x)
     checks.setting("eps", eps, epsilons, x)
-    checks.bounds(low, high)
+    checks.box(low, high, x)
 
 
 def _project(x_adv: Tensor, *rest: Any) -> Tensor:
@@ -68,7 +67,7 @@ def _project(x_adv: Tensor, *rest: Any) -> Tensor:
 
 def _project_(x_adv: Tensor, *rest: Any) -> None:
     _check_project(x_adv, *rest)
-    checks.apart("x_adv", x_adv, x=rest[0])
+    checks.written("x_adv", x_adv, x=rest[0], eps=_at(rest, 4))
     _serve("project", x_adv, x_adv, *rest)
 
 
@@ -100,7 +99,7 @@ def _check_pgd_step(
     checks.setting("alpha", alpha, alphas, x, signed=True)
     checks.setting("eps", eps, epsilons, x)
     checks.share("sparsity", sparsity, sparsities, x)
-    checks.bounds(low, high)
+    checks.box(low, high, x)
 
 
 def _pgd_step(x_adv: Tensor, *rest: Any) -> Tensor:
@@ -112,7 +111,8 @@ def _pgd_step(x_adv: Tensor, *rest: Any) -> Tensor:
 
 def _pgd_step_(x_adv: Tensor, *rest: Any) -> None:
     _check_pgd_step(x_adv, *rest)
-    checks.apart("x_adv", x_adv, x=rest[0], grad=rest[1])
+    settings = {"alpha": _at(rest, 6), "eps": _at(rest, 7), "sparsity": _at(rest, 10)}
+    checks.written("x_adv", x_adv, x=rest[0], grad=rest[1], **settings)
     _serve("pgd_step", x_adv, x_adv, *rest)
 
 
@@ -142,7 +142,7 @@ def _check_random_start(
     checks.images("x", x)
     checks.iterate("x_adv", x_adv, x)
     checks.setting("eps", eps, epsilons, x)
-    checks.bounds(low, high)
+    checks.box(low, high, x)
     checks.key("seed", key, x)
     checks.counter("seed", seed)
     checks.counter("first_sample", first_sample)
@@ -157,6 +157,7 @@ def _random_start(x: Tensor, *rest: Any) -> Tensor:
 
 def _random_start_(x_adv: Tensor, x: Tensor, *rest: Any) -> None:
     _check_random_start(x_adv, x, *rest)
+    checks.written("x_adv", x_adv, eps=_at(rest, 5), seed=_at(rest, 7))
     if x.data_ptr() != x_adv.data_ptr() or x.stride() != x_adv.stride():
         checks.apart("x_adv", x_adv, x=x)
     _serve("random_start", x_adv, x, *rest)

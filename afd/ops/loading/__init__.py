@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from afd.ops.library import call
 from afd.ops.loading import schema  # noqa: F401  (registers the op)
+from afd.ops.settings import integer, number
 
 
 def load_batch(
@@ -44,5 +46,6 @@ def load_batch(
         ValueError: shapes, devices or layouts that are not as described, scale or padding out of range; on the CPU also
             a position out of range.
     """
-    out: Tensor = torch.ops.afd.load_batch.default(pixels, index, draws, scale, padding, flip, channels_last)
+    settings = number("scale", scale), integer("padding", padding), flip, channels_last
+    out: Tensor = call(torch.ops.afd.load_batch.default, pixels, index, draws, *settings)
     return out

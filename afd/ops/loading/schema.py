@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from afd.ops import backend
+from afd.ops.library import define
 from afd.ops.loading import checks, native, reference
-from afd.ops.schema import LIBRARY
 
 
 def _load_batch(
@@ -35,10 +35,10 @@ def _empty(pixels: Tensor, index: Tensor, *rest: Tensor | float | None) -> Tenso
     return torch.empty(shape, dtype=torch.float32, device=pixels.device, memory_format=layout)
 
 
-LIBRARY.define(
-    "load_batch(Tensor pixels, Tensor index, Tensor? draws, float scale, int padding, bool flip, bool channels_last)"
-    " -> Tensor"
+define(
+    "load_batch",
+    "Tensor pixels, Tensor index, Tensor? draws, float scale, int padding, bool flip, bool channels_last",
+    "Tensor",
+    _load_batch,
+    _empty,
 )
-for device in ("CPU", "CUDA"):
-    LIBRARY.impl("load_batch", _load_batch, device)
-torch.library.register_fake("afd::load_batch", _empty, lib=LIBRARY)

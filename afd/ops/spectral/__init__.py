@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from afd.ops.spectral import schema
-from afd.ops.spectral.network import plain, projection_network
+from afd.ops.ambient import widened
+from afd.ops.settings import integer, number
+from afd.ops.spectral import calls, schema
+from afd.ops.spectral.network import projection_network
 
 __all__ = ["Spectrum", "projection_logits", "projection_network", "schema", "spectral_linear", "spectral_norm"]
 
@@ -73,11 +74,8 @@ def spectral_norm(
             is what it divides.)
     """
     called = [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names)
-    arguments = (list(weights), list(us), list(vs), n_iter, eps, first, called)
-    if plain(*weights) and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
-        sigma, new_us, new_vs = schema.spectral_norm(*arguments)
-    else:
-        sigma, new_us, new_vs = torch.ops.afd.spectral_norm.default(*arguments)
+    settings = integer("n_iter", n_iter), number("eps", eps), first, called
+    sigma, new_us, new_vs = calls.spectral_norm(list(weights), list(us), list(vs), *settings)
     return list(map(Spectrum, sigma.unbind(), new_us, new_vs))
 
 
@@ -91,7 +89,8 @@ def spectral_linear(
     gradient reaches its tensors.
 
     Args:
-        x: inputs [N, columns], N >= 1, float32 (float64 is served by the reference).
+        x: inputs [N, columns], N >= 1, float32 (float64 is served by the reference); under autocast, also what autocast
+            made float16 or bfloat16: it is widened to the weight's dtype, in which everything is computed.
         weight: matrix [rows, columns], contiguous, like x.
         bias: [rows], or None.
         spectrum: of the weight, from `spectral_norm`.
@@ -104,8 +103,8 @@ def spectral_linear(
         TypeError: a dtype that is not allowed, or dtypes that disagree.
         ValueError: shapes, devices or layouts that are not as described, negative_slope out of range.
     """
-    out: Tensor = torch.ops.afd.spectral_linear.default(x, weight, bias, *spectrum, negative_slope)
-    return out
+    x = widened(x, weight)
+    return calls.spectral_linear(x, weight, bias, *spectrum, number("negative_slope", negative_slope))
 
 
 def projection_logits(
@@ -123,7 +122,8 @@ def projection_logits(
     summed in the order of the samples: equal calls give equal bits.
 
     Args:
-        h: hidden features [N, width], N >= 1, float32 (float64 is served by the reference).
+        h: hidden features [N, width], N >= 1, float32 (float64 is served by the reference); under autocast, also
+            float16 or bfloat16, which is widened to w's dtype.
         w: [1, width], like h.
         bias: [1], or None.
         w_spectrum: of w, from `spectral_norm`.
@@ -139,5 +139,4 @@ def projection_logits(
         ValueError: shapes, devices or layouts that are not as described; on the CPU also a label out of range.
     """
     of_e = (None, None, None) if e_spectrum is None else e_spectrum
-    score: Tensor = torch.ops.afd.projection_logits.default(h, w, bias, *w_spectrum, y, e, *of_e)
-    return score
+    return calls.projection_logits(widened(h, w), w, bias, *w_spectrum, y, e, *of_e)

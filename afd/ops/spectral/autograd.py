@@ -9,14 +9,15 @@ derives it from the reference formulas instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from afd.ops.ambient import unaffected
 from afd.ops.spectral import reference
+from afd.ops.spectral.derivatives import derive
 
 Context = Any
 
@@ -24,16 +25,6 @@ Context = Any
 def _below(name: str, *arguments: Any) -> Any:
     with torch._C._AutoDispatchBelowAutograd():
         return getattr(torch.ops.afd, name).default(*arguments)
-
-
-def derive(formula: Callable[..., Tensor], grad: Tensor, inputs: list[Tensor | None]) -> list[Tensor | None]:
-    """Gradients of formula(*inputs) with a graph of their own; None where an input is None or needs none."""
-    with torch.enable_grad():
-        # Aliases: an input may depend on another, and each gradient is the partial one.
-        fresh = [None if t is None else t.view_as(t) for t in inputs]
-        wanted = [t for t in fresh if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(formula(*fresh), wanted, grad, create_graph=True, allow_unused=True))
-        return [next(found) if t is not None and t.requires_grad else None for t in fresh]
 
 
 def _spread(found: list[Tensor], wanted: list[bool]) -> list[Tensor | None]:
@@ -55,6 +46,7 @@ class _SpectralNorm(Function):
         return sigma, *us, *vs
 
     @staticmethod
+    @unaffected
     def backward(ctx: Context, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         saved, count = ctx.saved_tensors, len(ctx.shapes)
         terms = zip(grad.unbind(), saved[:count], saved[count:], ctx.shapes, ctx.needs_input_grad[1:], strict=True)
@@ -91,6 +83,7 @@ class _SpectralLinear(Function):
         return out
 
     @staticmethod
+    @unaffected
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, out, sigma, u, v = ctx.saved_tensors
         if torch.is_grad_enabled():
@@ -129,6 +122,7 @@ class _ProjectionLogits(Function):
         return score
 
     @staticmethod
+    @unaffected
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, w, bias, sigma_w, u_w, v_w, y, e, sigma_e, u_e, v_e = ctx.saved_tensors
         if torch.is_grad_enabled():

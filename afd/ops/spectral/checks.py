@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from afd.errors import InputError, InputTypeError, one_of
+from afd.ops.ambient import transformed
 
 DTYPES = (torch.float32, torch.float64)
 
@@ -24,8 +25,8 @@ def group(
 ) -> None:
     """Contiguous matrices (or filters) of one dtype and device, each with its u and v."""
     one_of("first", first, ("u", "v"))
-    if n_iter < 0:
-        raise InputError(f"n_iter is {n_iter}; it must be at least 0")
+    if not 0 <= n_iter < 2**31:
+        raise InputError(f"n_iter is {n_iter}; it must be at least 0{'' if n_iter < 0 else ' and below 2**31'}")
     if not 1e-30 <= eps < math.inf:
         raise InputError(f"eps is {eps}; it must be a finite number >= 1e-30")
     if not len(weights) == len(us) == len(vs) == len(names) > 0:
@@ -69,6 +70,13 @@ def features(name: str, x: Tensor, width: int) -> None:
         raise InputTypeError(f"{name} is {x.dtype}; allowed are torch.float32 and torch.float64")
 
 
+def gradient(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """What a backward pass is handed: of the forward's shape, dtype and device."""
+    if tensor.shape != shape:
+        raise InputError(f"{name} has shape {list(tensor.shape)}; it must be {list(shape)}")
+    like(name, tensor, x, "the input")
+
+
 def matrix(name: str, weight: Tensor, sigma: Tensor, u: Tensor, v: Tensor, x: Tensor, x_name: str) -> None:
     """A contiguous matrix like x, with its σ, u and v."""
     if weight.dim() != 2:
@@ -103,7 +111,47 @@ def labels(y: Tensor, h: Tensor, classes: int) -> None:
         raise InputError(f"y has shape {list(y.shape)}; it must be [{h.shape[0]}], one label for each sample")
     if y.device != h.device:
         raise InputError(f"y is on {y.device}; it must be on the features' device, {h.device}")
-    if y.device.type == "cpu":
+    if y.device.type == "cpu" and y.numel() and not transformed():
         least, most = (int(extreme) for extreme in y.aminmax())
         if least < 0 or most >= classes:
             raise InputError(f"y holds {least if least < 0 else most}; labels must be in [0, {classes})")
+
+
+def linear(
+    x: Tensor, weight: Tensor, b: Tensor | None, sigma: Tensor, u: Tensor, v: Tensor, negative_slope: float
+) -> None:
+    """All that `afd.ops.spectral_linear` says of its arguments."""
+    matrix("weight", weight, sigma, u, v, x, "x")
+    features("x", x, weight.shape[1])
+    bias(b, weight)
+    slope(negative_slope)
+
+
+def head(
+    h: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    sigma_w: Tensor,
+    u_w: Tensor,
+    v_w: Tensor,
+    y: Tensor | None,
+    e: Tensor | None,
+    sigma_e: Tensor | None,
+    u_e: Tensor | None,
+    v_e: Tensor | None,
+) -> None:
+    """All that `afd.ops.projection_logits` says of its arguments."""
+    matrix("w", w, sigma_w, u_w, v_w, h, "h")
+    if w.shape[0] != 1:
+        raise InputError(
+            f"w has shape {list(w.shape)}; it must be [1, width], like the weight of a layer with one output"
+        )
+    features("h", h, w.shape[1])
+    bias(b, w)
+    if y is not None:
+        if e is None or sigma_e is None or u_e is None or v_e is None:
+            raise InputError("y is given without e; labels need an embedding and its spectrum")
+        matrix("e", e, sigma_e, u_e, v_e, h, "h")
+        if e.shape[1] != h.shape[1]:
+            raise InputError(f"e has shape {list(e.shape)}; it must be [classes, {h.shape[1]}]")
+        labels(y, h, e.shape[0])

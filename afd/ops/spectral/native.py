@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from afd.ops.ambient import dense, room
 from afd.ops.native import launch, workspace_size
 
 
@@ -27,8 +28,9 @@ def spectral_norm(
 
 def spectral_linear(x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, slope: float) -> Tensor:
     """See `afd.ops.spectral_linear`: torch's product, then one pass for scale, bias and activation."""
-    out = torch.mm(x, weight.t())
-    bias = None if bias is None else bias.contiguous()
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    torch.mm(x, weight.t(), out=out)  # into memory of a known dtype: its address goes to the kernel
+    bias = None if bias is None else dense(bias)
     launch("spectral_linear", out, out.data_ptr(), _address(bias), sigma.data_ptr(), *out.shape, slope)
     return out
 
@@ -47,10 +49,10 @@ def spectral_linear_backward(
     over: bool = False,
 ) -> list[Tensor]:
     """The wanted ones of dx, dW and db: one pass (in place if `over`), then torch's products around σ's term of dW."""
-    grad, out, u = grad.contiguous(), out.contiguous(), u.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    scaled, bias_grad, u_scaled = grad if over else torch.empty_like(grad), torch.empty_like(u), torch.empty_like(u)
-    workspace = u.new_empty(workspace_size("spectral_linear", *grad.shape))
+    grad, out, u = dense(grad), dense(out), dense(u)
+    bias = None if bias is None else dense(bias)
+    scaled, bias_grad, u_scaled = grad if over else room(grad, *grad.shape), room(u, *u.shape), room(u, *u.shape)
+    workspace = room(u, workspace_size("spectral_linear", *grad.shape))
     launch(
         "spectral_linear_backward", scaled,
         grad.data_ptr(), out.data_ptr(), _address(bias), sigma.data_ptr(), u.data_ptr(),
@@ -58,7 +60,7 @@ def spectral_linear_backward(
     )  # fmt: skip
     found = []
     if wanted[0]:
-        found.append(torch.mm(scaled, weight))
+        found.append(torch.mm(scaled, weight, out=room(x, *x.shape)))
     if wanted[1]:
         found.append(torch.outer(u_scaled, v).addmm_(scaled.t(), x))
     if wanted[2]:
@@ -76,7 +78,7 @@ def projection_logits(
     sigma_e: Tensor | None,
 ) -> Tensor:
     """See `afd.ops.projection_logits`."""
-    h, y = h.contiguous(), None if y is None else y.contiguous()
+    h, y = dense(h), None if y is None else dense(y)
     score, classes = h.new_empty(h.shape[0]), 0 if y is None or e is None else e.shape[0]
     launch(
         "projection_logits", score,
@@ -96,15 +98,13 @@ def projection_logits_backward(
     spectrum_e: tuple[Tensor, Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of h, w, bias and e; that of e is None without labels."""
-    grad, h = grad.contiguous(), h.contiguous()
-    dh, dw, db = torch.empty_like(h), torch.empty_like(w), h.new_empty(1)
+    grad, h = dense(grad), dense(h)
+    dh, dw, db = room(h, *h.shape), room(w, *w.shape), room(h, 1)
     labelled = y is not None and e is not None and spectrum_e is not None
-    y, de = (y.contiguous(), torch.empty_like(e)) if labelled else (None, None)  # type: ignore[union-attr, arg-type]
+    y, de = (dense(y), room(e, *e.shape)) if labelled else (None, None)  # type: ignore[union-attr, arg-type]
     classes = 0 if de is None else de.shape[0]
-    of_w, of_e = [t.contiguous() for t in spectrum_w], [t.contiguous() for t in spectrum_e or ()]
-    workspace = torch.empty(
-        workspace_size("projection_logits", h.shape[1], classes), dtype=torch.float64, device=h.device
-    )
+    of_w, of_e = [dense(t) for t in spectrum_w], [dense(t) for t in spectrum_e or ()]
+    workspace = room(h, 2 * workspace_size("projection_logits", h.shape[1], classes)).view(torch.float64)
     launch(
         "projection_logits_backward", dh,
         grad.data_ptr(), h.data_ptr(), w.data_ptr(), *map(Tensor.data_ptr, of_w),

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import Parameter
 
-from afd.errors import InputError
+from afd.errors import InputError, InputTypeError
 from afd.ops import backend
+from afd.ops.ambient import ordinary, plain, unaffected, widened
+from afd.ops.library import blame_inference
 from afd.ops.spectral import checks, native, reference
-from afd.ops.spectral.autograd import derive
+from afd.ops.spectral.calls import projection_logits, spectral_linear
+from afd.ops.spectral.derivatives import derive
 
 Context = Any
 Triple = tuple[Tensor, Tensor, Tensor]  # a Spectrum
@@ -45,35 +47,43 @@ def projection_network(
     Raises:
         TypeError, ValueError: as those ops do.
     """
-    *layers, w, bias, e = parameters
-    *inner, of_w, of_e = spectra
-    score: Tensor
-    if not (plain(z) and backend.serves_natively(z)):
-        h = z
-        for weight, b, spectrum in zip(layers[::2], layers[1::2], inner, strict=True):
-            h = torch.ops.afd.spectral_linear.default(h, weight, b, *spectrum, negative_slope)
-        score = torch.ops.afd.projection_logits.default(h, w, bias, *of_w, y, e, *of_e)
-        return score
+    z = widened(z, parameters[0])
+    if isinstance(z, Tensor) and z.dtype != parameters[0].dtype:
+        raise InputTypeError(f"z is {z.dtype}; it must have the weights' dtype, {parameters[0].dtype}")
+    if not (plain(*parameters) and ordinary(z) and (y is None or ordinary(y)) and backend.serves_natively(z)):
+        return _composed(z, y, parameters, spectra, negative_slope)
     checks.slope(negative_slope)
-    checks.features("z", z, (layers[0] if layers else w).shape[1])
+    checks.features("z", z, (parameters[0] if len(spectra) > 2 else parameters[-3]).shape[1])
     if y is not None:
-        checks.labels(y, z, e.shape[0])
+        checks.labels(y, z, parameters[-1].shape[0])
     if not _fit(z, parameters, spectra):
         _check(z, parameters, spectra)
+    score: Tensor
     if torch.is_grad_enabled():
-        score = _Network.apply(y, spectra, negative_slope, z, *parameters)  # type: ignore[no-untyped-call]
+        try:
+            score = _Network.apply(y, spectra, negative_slope, z, *parameters)  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            blame_inference(error, [("z", z), ("y", y), *((f"parameter {i}", p) for i, p in enumerate(parameters))])
+            raise
     else:
         score, _ = _forward(z, y, parameters, spectra, negative_slope)
     return score
 
 
-def plain(*tensors: Tensor) -> bool:
-    """Whether these are tensors that hold memory, met outside of a compiler: their op need not be dispatched."""
-    return not torch.compiler.is_compiling() and all(type(x) is Tensor or type(x) is Parameter for x in tensors)
+def _composed(
+    z: Tensor, y: Tensor | None, parameters: Sequence[Tensor], spectra: Sequence[Triple], slope: float
+) -> Tensor:
+    """The network op by op."""
+    *layers, w, bias, e = parameters
+    *inner, of_w, of_e = spectra
+    for weight, b, spectrum in zip(layers[::2], layers[1::2], inner, strict=True):
+        z = spectral_linear(z, weight, b, *spectrum, slope)
+    return projection_logits(z, w, bias, *of_w, y, e, *of_e)
 
 
 def _fit(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -> bool:
     """Whether `_check` has nothing to say of them, found out in a fraction of its time."""
+    dtype, device = z.dtype, z.device
     weights = [*parameters[:-1:2], parameters[-1]]
     outputs = [weight.shape[0] for weight in weights]
     inputs = [z.shape[-1], *outputs[:-2]]
@@ -82,7 +92,9 @@ def _fit(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -> 
         and outputs[-2] == 1
         and all(bias.shape == (rows,) for bias, rows in zip(parameters[1::2], outputs, strict=False))
         and all(weight.shape == (len(u), len(v)) for weight, (_, u, v) in zip(weights, spectra, strict=True))
-        and all(p.dtype is z.dtype and p.device == z.device and p.is_contiguous() for p in parameters)
+        and all(p.dtype is dtype and p.device == device and p.is_contiguous() for p in parameters)
+        and all(t.dtype is dtype and t.device == device for spectrum in spectra for t in spectrum)
+        and not any(sigma.dim() for sigma, _, _ in spectra)
     )
 
 
@@ -101,6 +113,7 @@ def _check(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -
         raise InputError(f"w and e have shapes {shapes}; they must be [1, width] and [classes, width]")
 
 
+@unaffected
 def _forward(
     z: Tensor, y: Tensor | None, parameters: Sequence[Tensor], spectra: Sequence[Triple], slope: float
 ) -> tuple[Tensor, list[Tensor]]:
@@ -120,33 +133,55 @@ class _Network(Function):
     ) -> Tensor:
         score, hidden = _forward(z, y, parameters, spectra, slope)
         ctx.save_for_backward(y, *parameters, *hidden)
+        ctx.shapes = [t.shape for t in (*parameters, *hidden)]
         ctx.spectra, ctx.slope = spectra, slope  # tensors of no graph, and of this forward alone
         return score
 
     @staticmethod
+    @unaffected
     def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         y, *saved = ctx.saved_tensors
-        depth = len(ctx.spectra) - 2
-        parameters, hidden = saved[: 2 * depth + 3], saved[2 * depth + 3 :]
-        if torch.is_grad_enabled():
+        count = 2 * len(ctx.spectra) - 1
+        parameters, hidden = saved[:count], saved[count:]
+        if torch.is_grad_enabled() or not ordinary(grad):
             return None, None, None, *_again(ctx, grad, y, hidden[0], parameters)
+        if not _as_saved(ctx, saved, grad):
+            raise InputError(
+                "a tensor that was saved for this backward came back with another shape, dtype, device or layout; a "
+                "hook on saved tensors must return what it was given"
+            )
         edge_of_z, *edges = ctx.next_functions[-1 - len(parameters) :]
         to_z, of_parameters = _asked_for(edge_of_z), any(map(_asked_for, edges))
-        *layers, w, _, e = parameters
-        dh, dw, db, de = native.projection_logits_backward(grad, hidden[-1], w, ctx.spectra[-2], y, e, ctx.spectra[-1])
-        found = [dw, db, de]
-        for i in reversed(range(depth)):
-            weight, bias, (sigma, u, v) = layers[2 * i], layers[2 * i + 1], ctx.spectra[i]
-            wanted = [i > 0 or to_z, of_parameters, of_parameters]
-            gradients = native.spectral_linear_backward(  # over a gradient that is ours alone
-                dh, hidden[i], weight, bias, hidden[i + 1], sigma, u, v, ctx.slope, wanted, over=True
-            )
-            if wanted[0]:
-                dh, *gradients = gradients
-            found[:0] = gradients
+        dz, found = _backward(ctx, grad, y, parameters, hidden, (to_z, of_parameters))
         if not of_parameters:
             found = [None] * len(parameters)
-        return None, None, None, dh if to_z else None, *found
+        return None, None, None, dz if to_z else None, *found
+
+
+def _as_saved(ctx: Context, saved: Sequence[Tensor], grad: Tensor) -> bool:
+    return [t.shape for t in saved] == ctx.shapes and all(
+        t.dtype is grad.dtype and t.device == grad.device and (t.is_contiguous() or t.dim() > 1) for t in saved
+    )
+
+
+def _backward(
+    ctx: Context, grad: Tensor, y: Tensor | None, parameters: Sequence[Tensor], hidden: Sequence[Tensor], wanted: Any
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of z and of the parameters, as far as they are wanted."""
+    *layers, w, _, e = parameters
+    to_z, of_parameters = wanted
+    dh, *rest = native.projection_logits_backward(grad, hidden[-1], w, ctx.spectra[-2], y, e, ctx.spectra[-1])
+    found: list[Tensor | None] = list(rest)
+    for i in reversed(range(len(ctx.spectra) - 2)):
+        weight, bias, (sigma, u, v) = layers[2 * i], layers[2 * i + 1], ctx.spectra[i]
+        wanted = [i > 0 or to_z, of_parameters, of_parameters]
+        gradients = native.spectral_linear_backward(  # over a gradient that is ours alone
+            dh, hidden[i], weight, bias, hidden[i + 1], sigma, u, v, ctx.slope, wanted, over=True
+        )
+        if wanted[0]:
+            dh, *gradients = gradients
+        found[:0] = gradients
+    return dh, found
 
 
 def _asked_for(edge: tuple[Any, int]) -> bool:
@@ -160,7 +195,9 @@ def _asked_for(edge: tuple[Any, int]) -> bool:
         return True
 
 
-def _again(ctx: Context, grad: Tensor, y: Tensor | None, z: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
+def _again(
+    ctx: Context, grad: Tensor, y: Tensor | None, z: Tensor, parameters: list[Tensor]
+) -> tuple[Tensor | None, ...]:
     """The gradients with a graph of their own, from the reference formulas."""
 
     def formula(z: Tensor, *parameters: Tensor) -> Tensor:

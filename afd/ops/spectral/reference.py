@@ -26,8 +26,8 @@ def spectral_norm(
                 left = _unit(matrix @ right, left, eps)
         sigma = left @ (matrix @ right)
         sigmas.append(torch.where(sigma.abs() <= eps, eps, sigma))
-        new_us.append(torch.empty_like(u).copy_(left))
-        new_vs.append(torch.empty_like(v).copy_(right))
+        new_us.append(left.to(u.dtype, copy=True))
+        new_vs.append(right.to(v.dtype, copy=True))
     return torch.stack(sigmas).to(weights[0].dtype), new_us, new_vs
 
 

@@ -9,22 +9,14 @@ from torch import Tensor
 
 from afd.errors import InputError
 from afd.ops import backend
-from afd.ops.schema import LIBRARY
+from afd.ops.ambient import unaffected
+from afd.ops.library import define
 from afd.ops.spectral import autograd, checks, native, reference
-
-
-def _register(name: str, arguments: str, results: str, kernel: Any, fake: Any, differentiable: Any = None) -> None:
-    LIBRARY.define(f"{name}({arguments}) -> {results}")
-    for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, kernel, device)
-    torch.library.register_fake(f"afd::{name}", fake, lib=LIBRARY)
-    if differentiable is not None:
-        LIBRARY.impl(name, differentiable, "Autograd")
-
 
 # --- spectral_norm --------------------------------------------------------------------------------------------------
 
 
+@unaffected
 def spectral_norm(
     weights: list[Tensor], us: list[Tensor], vs: list[Tensor], n_iter: int, eps: float, first: str, names: list[str]
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -45,7 +37,7 @@ def _fake_norm(
     return weights[0].new_empty(len(weights)), [torch.empty_like(u) for u in us], [torch.empty_like(v) for v in vs]
 
 
-_register(
+define(
     "spectral_norm",
     "Tensor[] weights, Tensor[] us, Tensor[] vs, int n_iter, float eps, str first, str[] names",
     "(Tensor, Tensor[], Tensor[])",
@@ -61,10 +53,7 @@ _register(
 def _spectral_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, sigma: Tensor, u: Tensor, v: Tensor, slope: float
 ) -> Tensor:
-    checks.matrix("weight", weight, sigma, u, v, x, "x")
-    checks.features("x", x, weight.shape[1])
-    checks.bias(bias, weight)
-    checks.slope(slope)
+    checks.linear(x, weight, bias, sigma, u, v, slope)
     serve = native if backend.serves_natively(x) else reference
     out: Tensor = serve.spectral_linear(x, weight, bias, sigma, slope)
     return out
@@ -82,6 +71,9 @@ def _spectral_linear_backward(
     slope: float,
     wanted: list[bool],
 ) -> list[Tensor]:
+    checks.linear(x, weight, bias, sigma, u, v, slope)
+    checks.gradient("grad", grad, (x.shape[0], weight.shape[0]), x)
+    checks.gradient("out", out, (x.shape[0], weight.shape[0]), x)
     if backend.serves_natively(x):
         return native.spectral_linear_backward(grad, x, weight, bias, out, sigma, u, v, slope, wanted)
     found = reference.spectral_linear_backward(grad, x, weight, bias, out, sigma, u, v, slope)
@@ -94,7 +86,7 @@ def _fake_linear_backward(_grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) 
 
 
 _SPECTRUM = "Tensor sigma, Tensor u, Tensor v"
-_register(
+define(
     "spectral_linear",
     f"Tensor x, Tensor weight, Tensor? bias, {_SPECTRUM}, float negative_slope",
     "Tensor",
@@ -102,7 +94,7 @@ _register(
     lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0]),
     autograd.spectral_linear,
 )
-_register(
+define(
     "spectral_linear_backward",
     f"Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor out, {_SPECTRUM}, float negative_slope, "
     "bool[3] wanted",
@@ -128,20 +120,7 @@ def _projection_logits(
     u_e: Tensor | None,
     v_e: Tensor | None,
 ) -> Tensor:
-    checks.matrix("w", w, sigma_w, u_w, v_w, h, "h")
-    if w.shape[0] != 1:
-        raise InputError(
-            f"w has shape {list(w.shape)}; it must be [1, width], like the weight of a layer with one output"
-        )
-    checks.features("h", h, w.shape[1])
-    checks.bias(bias, w)
-    if y is not None:
-        if e is None or sigma_e is None or u_e is None or v_e is None:
-            raise InputError("y is given without e; labels need an embedding and its spectrum")
-        checks.matrix("e", e, sigma_e, u_e, v_e, h, "h")
-        if e.shape[1] != h.shape[1]:
-            raise InputError(f"e has shape {list(e.shape)}; it must be [classes, {h.shape[1]}]")
-        checks.labels(y, h, e.shape[0])
+    checks.head(h, w, bias, sigma_w, u_w, v_w, y, e, sigma_e, u_e, v_e)
     serve = native if backend.serves_natively(h) else reference
     score: Tensor = serve.projection_logits(h, w, bias, sigma_w, y, e, sigma_e)
     return score
@@ -161,6 +140,8 @@ def _projection_logits_backward(
     v_e: Tensor | None,
     wanted: list[bool],
 ) -> list[Tensor]:
+    checks.head(h, w, None, sigma_w, u_w, v_w, y, e, sigma_e, u_e, v_e)
+    checks.gradient("grad", grad, (h.shape[0],), h)
     of_e = None if sigma_e is None or u_e is None or v_e is None else (sigma_e, u_e, v_e)
     serve = native if backend.serves_natively(h) else reference
     found = serve.projection_logits_backward(grad, h, w, (sigma_w, u_w, v_w), y, e, of_e)
@@ -174,7 +155,7 @@ def _fake_projection_backward(_grad: Tensor, h: Tensor, w: Tensor, *rest: Any) -
 
 
 _SPECTRA = "Tensor sigma_w, Tensor u_w, Tensor v_w, Tensor? y, Tensor? e, Tensor? sigma_e, Tensor? u_e, Tensor? v_e"
-_register(
+define(
     "projection_logits",
     f"Tensor h, Tensor w, Tensor? bias, {_SPECTRA}",
     "Tensor",
@@ -182,7 +163,7 @@ _register(
     lambda h, *_: h.new_empty(h.shape[0]),
     autograd.projection_logits,
 )
-_register(
+define(
     "projection_logits_backward",
     f"Tensor grad, Tensor h, Tensor w, {_SPECTRA}, bool[4] wanted",
     "Tensor[]",
