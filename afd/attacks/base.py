@@ -140,7 +140,8 @@ class GradientAttack(ABC):
         self._replays.begin()
         with self._joining.joined(self._module) if self.fold else nullcontext():
             for rows in pieces:
-                images, labels, first = execution.channels_last(x[rows]), y[rows], first_sample + rows.start
+                images, labels = execution.channels_last(x[rows], self._module), y[rows]
+                first = first_sample + rows.start
                 piece = Piece(images, labels, labels, rows, seed, first, largest_label, trace)
                 x_adv[rows] = self._run(piece)
         return trace

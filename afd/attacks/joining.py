@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from afd.attacks.execution import unsafe_channels_last
 from afd.attacks.trial import Trial
 from afd.nn.modes import eager, version_of
 
@@ -123,17 +124,18 @@ class Pair:
     """A convolution's tensors and a BatchNorm's, and the weights of the one convolution that does the work of both.
 
     Args:
-        tensors: weight and bias of the convolution, mean, variance, weight and bias of the BatchNorm.
+        conv: the convolution.
+        statistics: mean, variance, weight and bias of the BatchNorm.
         eps: of the BatchNorm.
     """
 
-    def __init__(self, tensors: tuple[Tensor | None, ...], eps: float) -> None:
-        self.tensors, self.eps = tensors, eps
+    def __init__(self, conv: Conv, statistics: tuple[Tensor | None, ...], eps: float) -> None:
+        self.tensors, self.eps = (conv.weight, conv.bias, *statistics), eps
         self.seen: tuple[object, ...] | None = None
-        weight = tensors[0]
-        assert weight is not None
+        weight = conv.weight
         # a layout that convolutions are fastest in
-        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        fast = weight.dim() == 4 and not unsafe_channels_last(conv, weight.device)
+        layout = torch.channels_last if fast else torch.contiguous_format
         self.weight = torch.empty_like(weight, memory_format=layout, requires_grad=False)
         self.bias = torch.empty_like(weight[:, 0].flatten(1)[:, 0], requires_grad=False)
 
@@ -259,7 +261,7 @@ class Joining:
             few = sum(of == id(conv) for of, *_ in self.pairs) < MOST_PAIRS or key in self.pairs
             if not (alike and vectors and few and kind[0] in WIDE and work.x.dim() == conv.weight.dim()):
                 return None
-            pair = self.pairs[key] = Pair(tensors, eps)
+            pair = self.pairs[key] = Pair(conv, statistics, eps)
         if not pair.is_fresh():
             pair.refresh()
         return pair
