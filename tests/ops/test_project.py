@@ -347,3 +347,14 @@ def test_graph_capture_replays_the_projection(cuda, shape, norm):
         ops.project_(x_adv, x, eps=1.0, norm=norm)
     graph.replay()
     assert torch.equal(x_adv, want)
+
+
+@pytest.mark.parametrize("norm", ["L2", "L1"])
+@pytest.mark.parametrize("which", ["native", "reference"])
+def test_a_negative_radius_of_a_sample_has_no_answer(device, norm, which):
+    """It is not looked for, since that would wait; it spoils its own sample and no other."""
+    x, x_adv = torch.rand(4, 9, device=device), torch.rand(4, 9, device=device)
+    found = project(which, x_adv, x, eps=torch.tensor([0.1, -0.1, 0.0, -0.0], device=device), norm=norm)
+    assert found.isnan().all(1).tolist() == [False, True, False, False]
+    assert torch.equal(found.isnan().any(1), found.isnan().all(1))
+    torch.testing.assert_close(found[2:], x[2:])

@@ -55,7 +55,7 @@ AFD_HOST_DEVICE float l2_factor(double squares, float eps) {
   const double radius = eps;
   if (squares <= radius * radius && radius >= 0.0) return 1.0f;
   const double factor = radius / sqrt(squares) * (1.0 - 1.0 / (1 << 22));
-  return static_cast<float>(squares < __builtin_huge_val() ? factor : __builtin_nan(""));
+  return static_cast<float>(squares < __builtin_huge_val() && radius >= 0.0 ? factor : __builtin_nan(""));
 }
 
 // For a factor other than 1; with 1, clamped(x_adv, low, high) keeps every bit.
