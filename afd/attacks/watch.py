@@ -14,6 +14,7 @@ from afd.errors import ModelError, ModelWarning, warn_caller
 ROWS = range(8)
 FIRST_NAN, SEEN, FLAT, NAN_GRADIENT, BAD_GRADIENT, BAD_LOSS, BAD_LOGITS, PROBABILITIES = ROWS
 NAMED = 8  # samples that a message lists by number
+COULD_NOT_AIM = "it could not aim"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def settle(trace: Tensor) -> Report:
     if report.blind.any():
         warn_caller(
             f"for {_of(report.blind)} the gradient of the loss was exactly zero{_or_nan(report)} wherever the attack "
-            "looked, so it could not aim: that they withstand it shows no robustness (try loss='dlr', or float64); "
+            f"looked, so {COULD_NOT_AIM}: that they withstand it shows no robustness (try loss='dlr', or float64); "
             f"these are {_listed(report.blind)}",
             ModelWarning,
         )

@@ -110,8 +110,8 @@ class Trainer:
             self.network = self.execution.prepare(network)
             self._build_round()
             self.average = None if self.ema is None else averaged(self.network, self.ema)
-        judge = None if self.validation_attack is None else self.validation_attack(self.evaluated)
-        self.judge = None if judge is None else unwatched(judge)  # one for all epochs: what it has recorded stays
+        # one for all epochs: what it has recorded stays
+        self.judge = None if self.validation_attack is None else self.validation_attack(self.evaluated)
         self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
         self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
         self._stopped = 0
