@@ -11,10 +11,10 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from afd.errors import InputError, InputTypeError
 from afd.nn import heads
+from afd.nn.modes import without_wrappers
 from afd.nn.outputs import logits_of
 
 # the entry of a state_dict by which a model that scales its features refuses to be taken for one that does not
@@ -257,13 +257,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own module inside of a `FeatureSplit` and of wrappers that compute what it does."""
     model = without_wrappers(model)
     return model.model if isinstance(model, FeatureSplit) else model
-
-
-def without_wrappers(model: nn.Module) -> nn.Module:
-    """The module inside of torch.compile, DataParallel and DistributedDataParallel; any other module as it is."""
-    if heads.compiled(model):
-        return without_wrappers(model.get_submodule("_orig_mod"))
-    return without_wrappers(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
 def unit_length(z: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from afd.errors import InputError
+from afd.nn.modes import compiled
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
@@ -84,18 +85,13 @@ def check_choice(chosen: str, called: Mapping[str, Tensor], logits: Tensor) -> N
         )
 
 
-def compiled(module: nn.Module) -> bool:
-    """Whether this is what torch.compile makes of a module; its class lies behind an import that takes seconds."""
-    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
-
-
 def check_visible(model: nn.Module, feature_layer: str) -> None:
     """Raises InputError if the layer lies inside of something compiled, which does not see what is hooked to it."""
     names = feature_layer.split(".")
     for count in range(len(names)):
         name = ".".join(names[:count])
         module = model.get_submodule(name)
-        if compiled(module) or module._compiled_call_impl is not None:
+        if compiled(module):
             raise InputError(
                 f"the layer {feature_layer!r} is inside of {name or 'a model'!r}, which is compiled; pass the model "
                 "before it is compiled (Execution(compile=True) compiles the passes of training)"

@@ -68,12 +68,24 @@ def local(model: nn.Module) -> nn.Module:
 def eager(model: nn.Module) -> bool:
     """Whether all of a model is Python that runs here and now: no TorchScript, nothing compiled, no copies."""
     elsewhere = (torch.jit.ScriptModule, DataParallel, DistributedDataParallel)
-    return not any(isinstance(module, elsewhere) or _compiled(module) for module in model.modules())
+    return not any(isinstance(module, elsewhere) or compiled(module) for module in model.modules())
 
 
-def _compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has a module in hand (its class is not imported here: that takes seconds)."""
-    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+def compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has a module in hand, by a wrapper or in place."""
+    return wraps_compiled(module) or getattr(module, "_compiled_call_impl", None) is not None
+
+
+def wraps_compiled(module: nn.Module) -> bool:
+    """Whether this is what torch.compile makes of a module; its class lies behind an import that takes seconds."""
+    return type(module).__name__ == "OptimizedModule" and "_orig_mod" in module._modules
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The module inside of torch.compile, DataParallel and DistributedDataParallel; any other module as it is."""
+    if wraps_compiled(model):
+        return without_wrappers(model.get_submodule("_orig_mod"))
+    return without_wrappers(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
 def _training(module: nn.Module) -> bool:

@@ -10,9 +10,8 @@ from torch.nn.parameter import is_lazy
 from afd.attacks.inputs import outside_inference
 from afd.errors import AfdError, InputError, warn_caller
 from afd.methods.execution import isolated
-from afd.nn import FeatureSplit, heads
-from afd.nn.classifier import without_wrappers
-from afd.nn.modes import evaluating
+from afd.nn import FeatureSplit
+from afd.nn.modes import evaluating, without_wrappers, wraps_compiled
 
 TRIED = 8  # images that a model is tried on
 
@@ -29,7 +28,7 @@ def taken_in(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         return model
     inner = without_wrappers(model)
-    if heads.compiled(model):
+    if wraps_compiled(model):
         warn_caller(
             "model is compiled; the module inside of it is trained as it is (Execution(compile=True) compiles the "
             "passes of training)",

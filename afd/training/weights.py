@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from afd.nn import FeatureClassifier, FeatureSplit, split
-from afd.nn.classifier import MARKER, unwrapped, without_wrappers
+from afd.nn.classifier import MARKER, unwrapped
+from afd.nn.modes import without_wrappers
 from afd.training.checkpoint import CheckpointError
 
 KEY = "afd"

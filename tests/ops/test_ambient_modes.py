@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 
 import pytest
 import torch
+from ambient import default_device, default_dtype, deterministic_algorithms
 from ambient_cases import BIAS, CASES, FEATURES, HEAD, OF_W, OPS, TABLE, W, Y
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -32,35 +32,6 @@ class Watching(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def default_device(device: str) -> Iterator[None]:
-    torch.set_default_device(device)
-    try:
-        yield
-    finally:
-        torch.set_default_device(None)
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Also fills memory that is not initialised, with NaN: whoever reads it is found out."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 MODES = {
     "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
@@ -69,7 +40,7 @@ MODES = {
     "default device meta": lambda: default_device("meta"),
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
-    "deterministic": deterministic,
+    "deterministic": deterministic_algorithms,  # memory that is not initialised holds NaN there
     "a mode that halves": Halving,
     "a mode that watches": Watching,
 }
