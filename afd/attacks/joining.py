@@ -227,14 +227,17 @@ class Joining:
         """What a model returns for a copy of x, which it may overwrite; call inside `joined`."""
         if not self._placed:
             return model(x.clone())
-        self._trial = Trial(model) if self._news else None
+        trial = self._trial = Trial(model) if self._news else None
         try:
             return self._attempt(model, x)
         except EscapedError:
-            if self._trial is not None:
-                self._trial.undo()
-            with self.suspended():
-                return model(x.clone())
+            pass  # what the model raises now is its own
+        finally:
+            self._trial = None
+        if trial is not None:
+            trial.undo()
+        with self.suspended():
+            return model(x.clone())
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -443,8 +443,9 @@ def test_a_forward_that_runs_again_leaves_no_trace_of_the_first(escapes):
 
 def test_what_a_model_raises_is_raised():
     model = Remembers(fails=True)
-    with pytest.raises(ValueError, match="no"):
+    with pytest.raises(ValueError, match="no") as raised:
         gradient(model, images(), Joining())
+    assert raised.value.__context__ is None
     assert "forward" not in vars(model.conv)
 
 
