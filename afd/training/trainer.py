@@ -163,7 +163,7 @@ class Trainer:
             if self.average is not None:
                 self.average.module.num_classes = self.network.num_classes
         self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
-        self.stream = Stream(train, self.device, self.network.num_classes)
+        self.stream = Stream(train, self.device, self.network.num_classes, rounds)
         resumed = run_state.resume(self)
         warmup = None
         if self.attack is not None and self.method.uses_attack:

@@ -254,3 +254,35 @@ def test_a_datasets_own_iteration_is_not_taken_for_a_loaders():
     loader = DataLoader(Indexed(), 4)
     trainer = Trainer(network(), AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1), epochs=2)
     assert len(trainer.fit(loader, loader)) == 2
+
+
+class Endless(Lazy):
+    """Serves its batches over and over, and says how many make an epoch."""
+
+    def __iter__(self):
+        while True:
+            yield from self.batches
+
+
+class Short(Lazy):
+    """Serves one batch less than it says, from its third pass on (the first is a look)."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        yield from self.batches if self.passes < 3 else self.batches[:-1]
+
+
+def test_an_epoch_is_as_long_as_the_loader_says():
+    trainer = fit(Endless(GOOD), GOOD)
+    assert trainer.position.round == 4
+    expected = fit(GOOD, GOOD)
+    assert trainer.history[-1].losses == expected.history[-1].losses
+
+
+def test_a_loader_that_runs_dry_is_named():
+    trainer = Trainer(network(), Natural(), epochs=5)
+    with pytest.raises(InputError, match="train has a length of 2 batches, but had no more than 1 in epoch"):
+        trainer.fit(Short(GOOD), GOOD)
+    assert trainer.position.round < 10
