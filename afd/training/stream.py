@@ -73,8 +73,8 @@ class Stream:
             yield self._here(x), self._here(y)
         if served < self.rounds:
             raise InputError(
-                f"train has a length of {self.rounds} batches, but had no more than {served} in epoch {epoch}; an epoch "
-                "is as long as the loader's __len__ says"
+                f"train has a length of {self.rounds} batches, but had no more than {served} in epoch {epoch}; an "
+                "epoch is as long as the loader's __len__ says"
             )
 
     def _here(self, tensor: Tensor) -> Tensor:
