@@ -174,7 +174,7 @@ class GradientAttack(ABC):
         """Gradient, losses and logits at x_adv, with the model in the attack's precision."""
         with execution.autocast(self.precision, x_adv.device):
             grad, losses, logits = engine.loss_gradient(
-                self._module, self.loss.value, x_adv, piece.aim, piece.largest_label, self._joining
+                self._module, self.loss.value, x_adv, piece.aim, piece.largest_label
             )
         if not piece.first_logits:
             piece.first_logits.append(logits)
@@ -196,7 +196,7 @@ class GradientAttack(ABC):
 
     def _first_logits(self, x_adv: Tensor) -> Tensor:
         with execution.autocast(self.precision, x_adv.device):
-            return engine.logits_alone(self._module, x_adv, self._joining)
+            return engine.logits_alone(self._module, x_adv)
 
     def settings(self) -> Iterator[Hashable]:
         """What a recorded graph holds of the attack: numbers and names, and where per-sample settings lie in memory."""

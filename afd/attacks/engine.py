@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.attacks.joining import Joining
 from afd.attacks.losses import Value
 from afd.errors import InputError, InputTypeError, ModelError
 from afd.nn.modes import evaluating
@@ -27,12 +26,7 @@ def shown(model: nn.Module, x: Tensor) -> Any:
 
 
 def loss_gradient(
-    model: nn.Module,
-    loss: Value,
-    x: Tensor,
-    aim: Tensor,
-    largest_label: int = -1,
-    joining: Joining | None = None,
+    model: nn.Module, loss: Value, x: Tensor, aim: Tensor, largest_label: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∇_x Σ loss(model(x), aim) with the losses and logits behind it, all detached.
 
@@ -42,7 +36,6 @@ def loss_gradient(
         x: images [N, ...], leaf or not; not modified.
         aim: what the loss is judged by, [N, ...].
         largest_label: known to the host, so that its check needs no synchronisation; -1 for no check.
-        joining: whose `joined` this is called in; None to run the model as it is written.
 
     Returns:
         The gradient, of x's shape and dtype; the losses [N]; the logits [N, classes].
@@ -54,7 +47,7 @@ def loss_gradient(
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = _logits(model, x, joining)
+        logits = _logits(model, x)
         if largest_label >= logits.shape[1]:
             raise InputError(f"y holds the label {largest_label}; the model has classes 0 ... {logits.shape[1] - 1}")
         losses = loss(logits, aim)
@@ -69,10 +62,10 @@ def loss_gradient(
     return grad, losses.detach(), logits.detach()
 
 
-def logits_alone(model: nn.Module, x: Tensor, joining: Joining | None = None) -> Tensor:
+def logits_alone(model: nn.Module, x: Tensor) -> Tensor:
     """The model's logits [N, classes] at images x, by the very code that `loss_gradient` runs, autograd included."""
     with torch.enable_grad():
-        return _logits(model, x.detach().requires_grad_(), joining).detach()
+        return _logits(model, x.detach().requires_grad_()).detach()
 
 
 @torch.no_grad()
@@ -87,12 +80,12 @@ def judged(model: nn.Module, x: Tensor) -> Tensor:
         InputError, InputTypeError: what it returned holds no logits [N, K], or its weights have another dtype than x.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _logits(model, x, None)
+        return _logits(model, x)
 
 
-def _logits(model: nn.Module, x: Tensor, joining: Joining | None) -> Tensor:
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
     try:
-        output = shown(model, x) if joining is None else joining.run(model, x)
+        output = shown(model, x)
     except RuntimeError as error:
         _explain(error, model, x)
         raise

@@ -4,240 +4,142 @@ In evaluation mode BatchNorm is an affine map of each channel, so conv(x; W, b) 
 conv(x; s W, s (b - mean) + shift) with s = scale / sqrt(var + eps). On a CPU that saves one pass over the activations
 forward and one backward at each layer. The gradient changes by rounding only.
 
-Nothing is known of a model beforehand. While it runs, its convolutions put off their work: each returns a `Deferred`,
-a tensor that knows its input and has no values. What happens to it next decides. Where the next thing is a layer in
-`JOINS`, one convolution does the work of both; anything else makes it do its own work, as if it had not waited. So
-whatever a forward does this time, a branch, a draw, another BatchNorm than a minute ago, is what is computed.
-
-A forward in which that cannot be told is run again as it is written: where a `Deferred` disappeared unused or outlived
-the forward (a model that keeps an activation), went where torch does not ask it (C++ extensions, `autograd.Function`),
-or was used under another grad mode or autocast than it was made under, or after its input or weights were written to.
-A convolution that was to no avail made to wait waits no more. What the forward had drawn and written down until then is
-undone: a convolution waits for the first time in a forward before which all that was put aside (`Trial`).
+Nothing is known of a model beforehand, and no forward is taken for the next one. Each time that a convolution is
+called, it asks what its caller will do with the result (`afd.attacks.callers`): if that goes straight into a BatchNorm,
+whose values are now what they were when they were folded, the convolution does the work of both, and the BatchNorm
+passes on what it is handed. In all other cases both do their own work: with hooks, modes of torch functions or
+transforms at work, weights or statistics that have changed since the attack began, and whenever the caller may look at
+what lies between.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import weakref
-from collections.abc import Callable, Iterator
+import functools
+import sys
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
+from afd.attacks.callers import next_module
 from afd.attacks.execution import unsafe_channels_last
-from afd.attacks.trial import Trial
-from afd.nn.modes import eager, version_of
+from afd.nn.modes import eager
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-MOST_PAIRS = 4  # of one convolution: what follows it may change now and then, but not be made anew in every forward
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+CONVS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 WIDE = (torch.float32, torch.float64)  # folded in less, a weight could overflow
-
-
-class EscapedError(Exception):
-    """What a deferred convolution should have computed cannot be told any more."""
-
-
-class Deferred(Tensor):
-    """The output of a convolution that has not been computed: a tensor without values that computes itself when used.
-
-    To code that goes past torch's Python interface it is an empty tensor of device "meta", which mixes with no other.
-    """
-
-    work: Work
-
-    @staticmethod
-    def of(work: Work) -> Deferred:
-        """The output of this work."""
-        made: Deferred = Tensor._make_subclass(Deferred, _NOWHERE)
-        made.work = work
-        return made
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        join = JOINS.get(func)
-        if join is not None and type(args[0]) is Deferred and args[0].work.value is None:
-            found = join(args[0].work, *args[1:], **kwargs)
-            if found is not NotImplemented:
-                return found
-        return func(*computed(args), **computed(kwargs))
-
-
-_NOWHERE = torch.empty(0, device="meta")
-
-
-def computed(values: Any) -> Any:
-    """The values, containers of them too, with every `Deferred` among them computed by itself."""
-    return tree_map_only(Deferred, lambda deferred: deferred.work.alone(), values)
-
-
-class Work:
-    """A convolution and its input: computed by itself, or together with what follows."""
-
-    __slots__ = ("circumstances", "conv", "joining", "number", "value", "x")
-
-    def __init__(self, joining: Joining, conv: Conv, x: Tensor) -> None:
-        self.joining, self.conv, self.x = joining, conv, x
-        self.circumstances = self._circumstances()
-        self.value: Tensor | None = None
-        self.number = joining.begin(conv)
-
-    def alone(self) -> Tensor:
-        """What the convolution computes by itself."""
-        if self.value is None:
-            self.check()
-            self.joining.drop(self.conv)  # it waited in vain, or what it computed with another layer was not all
-            self.joining.unused.pop(self.number, None)
-            self.value = self.conv._conv_forward(self.x, self.conv.weight, self.conv.bias)
-        return self.value
-
-    def together(self, pair: Pair) -> Tensor:
-        """What the convolution and the BatchNorm behind it compute."""
-        self.joining.unused.pop(self.number, None)
-        out: Tensor = self.conv._conv_forward(self.x, pair.weight, pair.bias)
-        return out
-
-    def check(self) -> None:
-        """Raises EscapedError unless all is as it was when the convolution should have run."""
-        if self._circumstances() != self.circumstances:
-            self.joining.drop(self.conv)
-            raise EscapedError
-
-    def _circumstances(self) -> tuple[object, ...]:
-        device, tensors = self.x.device.type, (self.x, self.conv.weight, self.conv.bias)
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return *modes, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), *map(version_of, tensors)
-
-
-# --- What can be joined ---------------------------------------------------------------------------------------------
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Pair:
-    """A convolution's tensors and a BatchNorm's, and the weights of the one convolution that does the work of both.
+    """A convolution, the BatchNorm behind it, and the weights of the one that does the work of both.
 
     Args:
         conv: the convolution.
-        statistics: mean, variance, weight and bias of the BatchNorm.
-        eps: of the BatchNorm.
+        norm: of as many dimensions.
+        channels_last: whether its weights may be laid out so, which convolutions are fastest in.
     """
 
-    def __init__(self, conv: Conv, statistics: tuple[Tensor | None, ...], eps: float) -> None:
-        self.tensors, self.eps = (conv.weight, conv.bias, *statistics), eps
-        self.seen: tuple[object, ...] | None = None
+    def __init__(self, conv: Conv, norm: Norm, channels_last: bool) -> None:
+        self.conv, self.norm = conv, norm
         weight = conv.weight
-        # a layout that convolutions are fastest in
-        fast = weight.dim() == 4 and not unsafe_channels_last(conv, weight.device)
+        fast = channels_last and weight.dim() == 4 and not unsafe_channels_last(conv, weight.device)
         layout = torch.channels_last if fast else torch.contiguous_format
         self.weight = torch.empty_like(weight, memory_format=layout, requires_grad=False)
         self.bias = torch.empty_like(weight[:, 0].flatten(1)[:, 0], requires_grad=False)
+        self.seen: tuple[object, ...] | None = None
+
+    def fits(self) -> bool:
+        """Whether both layers are such as can be folded, into these weights."""
+        norm, weight = self.norm, self.conv.weight
+        if norm.training or norm.running_mean is None or norm.running_var is None or norm.eps < 0:
+            return False
+        given = [tensor for tensor in self._tensors() if tensor is not None]
+        return (
+            weight.shape == self.weight.shape
+            and weight.dtype in WIDE
+            and all((t.dtype, t.device) == (self.weight.dtype, self.weight.device) for t in given)
+            and all(type(t) in (Tensor, nn.Parameter) and not (t.requires_grad or t.is_inference()) for t in given)
+            and all(vector.shape == self.bias.shape for vector in given[1:])
+        )
 
     def is_fresh(self) -> bool:
-        """Whether no tensor has been written to, or given other memory, since the last refresh."""
-        return self.seen == self._now()
+        """Whether no tensor or setting is another one, or was written to, since the last refresh."""
+        return self.seen is not None and self.seen == self._now()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Folds the tensors as they are now, in place, so that recorded graphs see them."""
-        conv_weight, conv_bias, mean, var, weight, bias = self.tensors
-        assert conv_weight is not None
-        assert mean is not None
-        assert var is not None
-        scale = (var + self.eps).rsqrt()
-        if weight is not None:
-            scale = scale * weight
-        torch.mul(conv_weight, scale.view(-1, *[1] * (self.weight.dim() - 1)), out=self.weight)
-        centre = -mean if conv_bias is None else conv_bias - mean
-        shift = 0.0 if bias is None else bias
+        """Folds the layers as they are now, in place, so that recorded graphs see them."""
+        conv, norm = self.conv, self.norm
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        if norm.weight is not None:
+            scale = scale * norm.weight
+        torch.mul(conv.weight, scale.view(-1, *[1] * (self.weight.dim() - 1)), out=self.weight)
+        centre = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
+        shift = 0.0 if norm.bias is None else norm.bias
         self.bias.copy_(centre * scale + shift)
         self.seen = self._now()
 
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        conv, norm = self.conv, self.norm
+        return conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
+
     def _now(self) -> tuple[object, ...]:
-        return tuple(None if one is None else (one._version, one.data_ptr()) for one in self.tensors)
-
-
-def _batch_norm(
-    work: Work,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,  # noqa: ARG001  (of running statistics, which stay as they are)
-    eps: float = 1e-5,
-) -> Any:
-    """`F.batch_norm` of a deferred convolution; NotImplemented where it is no fixed affine map of each channel."""
-    if training or running_mean is None or running_var is None or eps < 0:
-        return NotImplemented
-    work.check()
-    pair = work.joining.pair(work, (running_mean, running_var, weight, bias), eps)
-    return NotImplemented if pair is None else work.together(pair)
-
-
-JOINS: dict[Any, Callable[..., Any]] = {
-    F.batch_norm: _batch_norm,
-    Tensor.dim: lambda work: work.x.dim(),  # BatchNorm asks for it first; a convolution leaves it as it is
-}
-
-
-# --- A model whose convolutions wait --------------------------------------------------------------------------------
+        told = tuple(None if one is None else (id(one), one._version, one.data_ptr()) for one in self._tensors())
+        return *told, self.norm.eps, self.norm.training
 
 
 class Joining:
     """What one attack knows of the convolutions of its model.
 
+    Args:
+        channels_last: whether folded weights may be laid out so.
+
     Attributes:
-        pairs: folded weights, by the layers that they stand for.
-        unused: convolutions that the running forward put off and has not come back to.
+        pairs: what was folded so far, by the ids of convolution and BatchNorm; never more than the model has.
+        between: the result of a joined convolution, on its way to the BatchNorm that passes it on.
     """
 
-    def __init__(self) -> None:
-        self.pairs: dict[tuple[object, ...], Pair] = {}
-        self.unused: dict[int, Conv] = {}
-        self._numbers = itertools.count()
-        self._made: list[weakref.ref[Deferred]] = []
-        self._trial: Trial | None = None  # of the running forward
-        self._news = True  # whether a convolution may have something to try
+    def __init__(self, channels_last: bool = True) -> None:
+        self.channels_last = channels_last
+        self.pairs: dict[tuple[int, int], Pair] = {}
+        self.between: tuple[Tensor, Pair, Tensor] | None = None
         self._stand_ins: dict[int, _StandIn] = {}  # by the layer's id
         self._placed: list[_StandIn] = []
+        self._thread = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles of the attack: they begin anew."""
+        return Joining, (self.channels_last,)
 
     @contextmanager
     def joined(self, model: nn.Module) -> Iterator[None]:
-        """The convolutions of a model, in evaluation mode, wait for what follows until the body ends or raises."""
+        """The convolutions of a model, in evaluation mode, look ahead until the body ends or raises."""
         try:
             if _joinable(model):
-                for pair in self.pairs.values():
-                    pair.refresh()
+                self._thread, self.between = threading.get_ident(), None
+                for key, pair in list(self.pairs.items()):
+                    if pair.fits():
+                        pair.refresh()
+                    else:
+                        del self.pairs[key]
                 self._place(model)
             yield
         finally:
             self._remove()
-            self._placed = []
+            self._placed, self.between = [], None
             for pair in self.pairs.values():
                 pair.seen = None  # what changes weights by replaying a graph is not seen
-
-    def run(self, model: nn.Module, x: Tensor) -> Any:
-        """What a model returns for a copy of x, which it may overwrite; call inside `joined`."""
-        if not self._placed:
-            return model(x.clone())
-        trial = self._trial = Trial(model) if self._news else None
-        try:
-            return self._attempt(model, x)
-        except EscapedError:
-            pass  # what the model raises now is its own
-        finally:
-            self._trial = None
-        if trial is not None:
-            trial.undo()
-        with self.suspended():
-            return model(x.clone())
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -248,157 +150,150 @@ class Joining:
         finally:
             self._put()
 
-    def pair(self, work: Work, statistics: tuple[Tensor | None, ...], eps: float) -> Pair | None:
-        """The folded weights of a convolution and these, fresh; None where they cannot be folded."""
-        conv = work.conv
-        tensors = (conv.weight, conv.bias, *statistics)
-        given = [tensor for tensor in tensors if tensor is not None]
-        if any(tensor.requires_grad or tensor.is_inference() for tensor in given):
+    def pair(self, conv: Conv, norm: nn.Module | None) -> Pair | None:
+        """What is folded of these, where it may stand for both in this very call."""
+        if type(norm) not in NORMS or CONVS.index(type(conv)) != NORMS.index(type(norm)):  # type: ignore[arg-type]
             return None
-        key = (id(conv), *map(id, statistics), eps)
+        if id(norm) not in self._stand_ins or _hooked(conv) or _hooked(norm) or _watched():
+            return None
+        key = id(conv), id(norm)
         pair = self.pairs.get(key)
-        if pair is None or any(one is not other for one, other in zip(pair.tensors, tensors, strict=True)):
-            channels, kind = conv.weight.shape[:1], (conv.weight.dtype, conv.weight.device)
-            alike = all((t.dtype, t.device) == kind and type(t) in (Tensor, nn.Parameter) for t in given)
-            vectors = all(tensor.shape == channels for tensor in given[1:])
-            few = sum(of == id(conv) for of, *_ in self.pairs) < MOST_PAIRS or key in self.pairs
-            if not (alike and vectors and few and kind[0] in WIDE and work.x.dim() == conv.weight.dim()):
-                return None
-            pair = self.pairs[key] = Pair(conv, statistics, eps)
-        if not pair.is_fresh():
-            pair.refresh()
+        if pair is not None:
+            return pair if pair.is_fresh() and pair.fits() else None
+        if torch.is_inference_mode_enabled():
+            return None
+        pair = Pair(conv, norm, self.channels_last)  # type: ignore[arg-type]
+        if not pair.fits():
+            return None
+        pair.refresh()
+        if not _capturing(conv):  # where nothing is computed yet
+            self.pairs[key] = pair
         return pair
 
-    def may_wait(self, stand_in: _Waiting) -> bool:
-        """Whether a convolution may wait now: once it has done so, always; for the first time in a trial."""
-        if stand_in.tried or self._trial is not None:
-            return True
-        self._news = True
-        return False
-
-    def begin(self, conv: Conv) -> int:
-        """A convolution is put off; returns the number of its work."""
-        number = next(self._numbers)
-        self.unused[number] = conv
-        return number
-
-    def drop(self, conv: Conv) -> None:
-        """This convolution waits no more."""
-        self._stand_ins[id(conv)].waits = False
-
-    def made(self, deferred: Deferred) -> Deferred:
-        """Remembers a deferred output of the running forward."""
-        self._made.append(weakref.ref(deferred))
-        return deferred
-
-    def _attempt(self, model: nn.Module, x: Tensor) -> Any:
-        self.unused.clear()
-        self._made.clear()
-        self._news = False
-        try:
-            output = computed(model(x.clone()))
-        except EscapedError:
-            raise
-        except Exception as error:  # it may have met a tensor without values
-            if self.unused:
-                self._drop_unused()
-                raise EscapedError from error
-            raise
-        kept = [deferred for deferred in (made() for made in self._made) if deferred is not None]
-        if self.unused or kept:
-            self._drop_unused()
-            for deferred in kept:
-                self.drop(deferred.work.conv)
-            raise EscapedError
-        return output
-
-    def _drop_unused(self) -> None:
-        for conv in self.unused.values():
-            self.drop(conv)
+    @property
+    def here(self) -> bool:
+        """Whether this is the thread that attacks."""
+        return threading.get_ident() == self._thread
 
     def _place(self, model: nn.Module) -> None:
         for layer in model.modules():
-            if _hooked(layer):
-                kind: type[_StandIn] = _Shown
-            elif type(layer) in CONVS and "forward" not in vars(layer):
-                kind = _Waiting
-            else:
+            kind = _Conv if type(layer) in CONVS else _Norm if type(layer) in NORMS else None
+            if kind is None or "forward" in vars(layer):
                 continue
             stand_in = self._stand_ins.get(id(layer))
-            if type(stand_in) is not kind or stand_in.layer is not layer:
+            if stand_in is None or stand_in.layer is not layer:
                 stand_in = self._stand_ins[id(layer)] = kind(self, layer)
             self._placed.append(stand_in)
         self._put()
 
     def _put(self) -> None:
         for stand_in in self._placed:
-            vars(stand_in.layer).update(stand_in.methods)
+            vars(stand_in.layer)["forward"] = stand_in.method
 
     def _remove(self) -> None:
         for stand_in in self._placed:
-            for name in stand_in.methods:
-                vars(stand_in.layer).pop(name, None)
+            vars(stand_in.layer).pop("forward", None)
 
 
 class _StandIn:
-    """Methods that take the place of a layer's own; the same objects in every call, by which recordings know them."""
-
-    methods: dict[str, Any]
+    """What takes the place of a layer's forward; the same object in every call, by which recordings know it."""
 
     def __init__(self, joining: Joining, layer: Any) -> None:
-        self.joining, self.layer, self.waits = joining, layer, True
+        self.joining, self.layer, self.method = joining, layer, self.forward
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _StandIn:
         """For a copy of the layer, which lives on when the attack is over."""
-        other = type(self)(Joining(), copy.deepcopy(self.layer, memo))
-        other.waits = False
-        return other
+        return type(self)(Joining(), copy.deepcopy(self.layer, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Likewise."""
+        return type(self), (Joining(), self.layer)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Stands for the layer's own."""
+        raise NotImplementedError
 
 
-class _Waiting(_StandIn):
-    """A convolution that puts off its work."""
+class _Conv(_StandIn):
+    """A convolution that looks ahead."""
 
-    def __init__(self, joining: Joining, layer: Any) -> None:
-        super().__init__(joining, layer)
-        self.methods, self.tried = {"forward": self.forward}, False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The convolution's output, computed once it is used."""
-        if type(x) is Deferred:
-            x = x.work.alone()
-        if not (self.waits and type(x) is Tensor and self.joining.may_wait(self)):
-            out: Tensor = self.layer._conv_forward(x, self.layer.weight, self.layer.bias)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+        """The convolution's output, or that of the BatchNorm which is handed it next."""
+        conv, joining = self.layer, self.joining
+        pair = None
+        if not torch.compiler.is_compiling() and joining.here and input.dim() == conv.weight.dim():
+            pair = joining.pair(conv, next_module(sys._getframe(), conv))
+        if pair is None:
+            out: Tensor = conv._conv_forward(input, conv.weight, conv.bias)
             return out
-        self.tried = True
-        return self.joining.made(Deferred.of(Work(self.joining, self.layer, x)))
+        out = conv._conv_forward(input, pair.weight, pair.bias)
+        joining.between = out, pair, input
+        return out
 
 
-class _Shown(_StandIn):
-    """A layer with hooks, which are shown computed tensors."""
+class _Norm(_StandIn):
+    """A BatchNorm that passes on what was done before."""
 
-    def __init__(self, joining: Joining, layer: Any) -> None:
-        super().__init__(joining, layer)
-        self.methods = {"_call_impl": self.call, "forward": self.forward}
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's call, hooks included."""
-        return type(self.layer)._call_impl(self.layer, *computed(args), **computed(kwargs))
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward."""
-        return computed(type(self.layer).forward(self.layer, *args, **kwargs))
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The BatchNorm's output."""
+        norm, joining = self.layer, self.joining
+        if not torch.compiler.is_compiling() and joining.between is not None and joining.here:
+            (done, pair, x), joining.between = joining.between, None
+            if done is input and pair.norm is norm:
+                return input
+            if done is input:  # the caller has taken another one: from the beginning
+                input = pair.conv._conv_forward(x, pair.conv.weight, pair.conv.bias)  # noqa: A001
+        out: Tensor = type(norm).forward(norm, input)
+        return out
 
 
 def _hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+    return any(getattr(layer, name) for name in HOOKS)
+
+
+_for_all = [hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and "ward" in name]
+
+
+def _watched() -> bool:
+    """Whether something stands around all layers that may make a difference between one and two of them."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch._C._len_torch_function_stack():  # a default device is one
+        return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+    return any(_for_all)
+
+
+def _capturing(conv: nn.Module) -> bool:
+    return conv.weight.is_cuda and torch.cuda.is_current_stream_capturing()  # type: ignore[union-attr, operator]
 
 
 def _joinable(model: nn.Module) -> bool:
-    """Whether convolutions may wait: there is something to join, and all that looks on can be shown what it expects."""
     layers = list(model.modules())
-    for layer in layers:
-        if layer._backward_hooks or layer._backward_pre_hooks or (_hooked(layer) and "forward" in vars(layer)):
-            return False
-    for_all = (hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_"))
-    watched = torch.compiler.is_compiling() or any(for_all)
-    return not watched and any(isinstance(layer, _BatchNorm) for layer in layers) and eager(model)
+    return (
+        any(type(layer) in NORMS for layer in layers)
+        and not torch.compiler.is_compiling()
+        and eager(model)
+        and not any(_writes_unseen(type(layer)) for layer in layers)
+    )
+
+
+@functools.cache
+def _writes_unseen(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class of somebody's own reaches for ``.data``, by which tensors change uncounted."""
+    if kind.__module__.partition(".")[0] == "torch":
+        return False
+    return any(
+        "data" in code.co_names
+        for owner in kind.__mro__
+        if owner.__module__.partition(".")[0] != "torch"
+        for method in vars(owner).values()
+        if isinstance(method, FunctionType)
+        for code in _nested(method.__code__)
+    )
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)

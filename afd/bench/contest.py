@@ -44,9 +44,7 @@ def floor(target: Subject, request: Request) -> Run:
             for rows in execution.pieces(target.model, x):
                 images, labels = execution.channels_last(x[rows]).requires_grad_(), y[rows]
                 for _ in range(request.passes):
-                    torch.autograd.grad(
-                        F.cross_entropy(joining.run(target.model, images), labels, reduction="sum"), images
-                    )
+                    torch.autograd.grad(F.cross_entropy(target.model(images), labels, reduction="sum"), images)
         return x
 
     return run

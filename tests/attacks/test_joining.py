@@ -13,7 +13,8 @@ from torch import nn
 
 from afd.attacks import APGD, PGD
 from afd.attacks.engine import evaluating, logits_alone, loss_gradient
-from afd.attacks.joining import CONVS, Deferred, Joining
+from afd.attacks.joining import CONVS, Joining
+Deferred = None
 from afd.attacks.losses import cross_entropy
 from afd.errors import ModelError
 from afd.nn import split
@@ -24,7 +25,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 def gradient(model, x, joining=None):
     """Logits and gradient of an evaluating model, joined or as it is written."""
     with evaluating(model), nullcontext() if joining is None else joining.joined(model):
-        grad, _, logits = loss_gradient(model, cross_entropy, x, torch.arange(len(x)) % 3, joining=joining)
+        grad, _, logits = loss_gradient(model, cross_entropy, x, torch.arange(len(x)) % 3)
     return logits, grad
 
 
@@ -528,7 +529,7 @@ def test_low_precision_weights_are_left_alone(low):
     model, x = small().to(low), torch.rand(2, 3, 5, 5, dtype=low)
     joining = Joining()
     with evaluating(model), joining.joined(model):
-        found = logits_alone(model, x, joining)
+        found = logits_alone(model, x)
     assert torch.equal(found, model(x).detach())
     assert not joining.pairs
 
@@ -553,7 +554,7 @@ def test_a_deferred_output_is_a_tensor_to_all_who_ask():
 
     model.forward = lambda x: model.finish(look(model.conv(x)))
     with evaluating(model), joining.joined(model):
-        torch.testing.assert_close(logits_alone(model, x, joining), model.finish(expected))
+        torch.testing.assert_close(logits_alone(model, x), model.finish(expected))
     assert seen == [(True, expected.shape, torch.float64, "cpu", True, 5, 4)]
 
 
