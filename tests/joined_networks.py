@@ -84,4 +84,4 @@ def densenet():
     return unsettled(nn.Sequential(*stem, DenseLayer(8, 4), DenseLayer(12, 4), *between, DenseLayer(8, 4), *end))
 
 
-FAMILIES = {"resnet": (resnet, 20), "wide_resnet": (wide_resnet, 5), "vgg": (vgg, 5), "densenet": (densenet, 4)}
+FAMILIES = {"resnet": (resnet, 20), "wide_resnet": (wide_resnet, 4), "vgg": (vgg, 5), "densenet": (densenet, 4)}

@@ -28,15 +28,16 @@ from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from afd.attacks.callers import next_module
+from afd.attacks.callers import hooked, next_module
 from afd.attacks.execution import unsafe_channels_last
+from afd.errors import ModelError
 from afd.nn.modes import eager
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 CONVS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+PARTNERS: dict[type, type] = dict(zip(CONVS, NORMS, strict=True))
 WIDE = (torch.float32, torch.float64)  # folded in less, a weight could overflow
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Pair:
@@ -135,6 +136,7 @@ class Joining:
                         del self.pairs[key]
                 self._place(model)
             yield
+            self.check()
         finally:
             self._remove()
             self._placed, self.between = [], None
@@ -152,9 +154,9 @@ class Joining:
 
     def pair(self, conv: Conv, norm: nn.Module | None) -> Pair | None:
         """What is folded of these, where it may stand for both in this very call."""
-        if type(norm) not in NORMS or CONVS.index(type(conv)) != NORMS.index(type(norm)):  # type: ignore[arg-type]
+        if not isinstance(norm, NORMS) or PARTNERS.get(type(conv)) is not type(norm):
             return None
-        if id(norm) not in self._stand_ins or _hooked(conv) or _hooked(norm) or _watched():
+        if id(norm) not in self._stand_ins or "forward" not in vars(norm) or hooked(norm) or _watched():
             return None
         key = id(conv), id(norm)
         pair = self.pairs.get(key)
@@ -162,13 +164,19 @@ class Joining:
             return pair if pair.is_fresh() and pair.fits() else None
         if torch.is_inference_mode_enabled():
             return None
-        pair = Pair(conv, norm, self.channels_last)  # type: ignore[arg-type]
+        pair = Pair(conv, norm, self.channels_last)
         if not pair.fits():
             return None
         pair.refresh()
         if not _capturing(conv):  # where nothing is computed yet
             self.pairs[key] = pair
         return pair
+
+    def check(self) -> None:
+        """Raises ModelError if a joined result went elsewhere than it was seen to go: it must not be used silently."""
+        if self.between is not None and self.here:
+            self.between = None
+            raise ModelError("the result of a joined convolution did not reach its BatchNorm; attack with fold=False")
 
     @property
     def here(self) -> bool:
@@ -209,7 +217,7 @@ class _StandIn:
         """Likewise."""
         return type(self), (Joining(), self.layer)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name, by which it may be called)
         """Stands for the layer's own."""
         raise NotImplementedError
 
@@ -217,12 +225,13 @@ class _StandIn:
 class _Conv(_StandIn):
     """A convolution that looks ahead."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The convolution's output, or that of the BatchNorm which is handed it next."""
         conv, joining = self.layer, self.joining
         pair = None
+        joining.check()
         if not torch.compiler.is_compiling() and joining.here and input.dim() == conv.weight.dim():
-            pair = joining.pair(conv, next_module(sys._getframe(), conv))
+            pair = joining.pair(conv, next_module(sys._getframe()))
         if pair is None:
             out: Tensor = conv._conv_forward(input, conv.weight, conv.bias)
             return out
@@ -247,10 +256,6 @@ class _Norm(_StandIn):
         return out
 
 
-def _hooked(layer: nn.Module) -> bool:
-    return any(getattr(layer, name) for name in HOOKS)
-
-
 _for_all = [hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and "ward" in name]
 
 
@@ -263,8 +268,8 @@ def _watched() -> bool:
     return any(_for_all)
 
 
-def _capturing(conv: nn.Module) -> bool:
-    return conv.weight.is_cuda and torch.cuda.is_current_stream_capturing()  # type: ignore[union-attr, operator]
+def _capturing(conv: Conv) -> bool:
+    return conv.weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _joinable(model: nn.Module) -> bool:
@@ -273,23 +278,28 @@ def _joinable(model: nn.Module) -> bool:
         any(type(layer) in NORMS for layer in layers)
         and not torch.compiler.is_compiling()
         and eager(model)
-        and not any(_writes_unseen(type(layer)) for layer in layers)
+        and not any(_writes_unseen(kind) for kind in {type(layer) for layer in layers})  # type: ignore[arg-type]
     )
 
 
 @functools.cache
-def _writes_unseen(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class of somebody's own reaches for ``.data``, by which tensors change uncounted."""
-    if kind.__module__.partition(".")[0] == "torch":
+def _writes_unseen(kind: Any) -> bool:
+    """Whether what a class of somebody's own runs in its forward reaches for ``.data``: such writes are not counted."""
+    forward = vars(kind).get("forward", getattr(kind, "forward", None))
+    if kind.__module__.partition(".")[0] == "torch" or not isinstance(forward, FunctionType):
         return False
-    return any(
-        "data" in code.co_names
-        for owner in kind.__mro__
-        if owner.__module__.partition(".")[0] != "torch"
-        for method in vars(owner).values()
-        if isinstance(method, FunctionType)
-        for code in _nested(method.__code__)
-    )
+    known, waiting = set(), [forward]
+    while waiting:
+        function = waiting.pop()
+        if function in known or function.__module__.partition(".")[0] == "torch":
+            continue
+        known.add(function)
+        for code in _nested(function.__code__):
+            if "data" in code.co_names:
+                return True
+            called = (getattr(kind, name, function.__globals__.get(name)) for name in code.co_names)
+            waiting += [one for one in called if isinstance(one, FunctionType)]
+    return False
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
