@@ -486,7 +486,7 @@ class Returned(Pair):
         return result  # noqa: RET504
 
     def forward(self, x):
-        if x.dim() != 4:
+        if x.dim() != 4:  # noqa: SIM108
             out = x
         else:
             out = self.bottleneck(x)
