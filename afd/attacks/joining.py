@@ -261,7 +261,7 @@ _for_all = [hooks for name, hooks in vars(nn.modules.module).items() if name.sta
 
 def _watched() -> bool:
     """Whether something stands around all layers that may make a difference between one and two of them."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     if torch._C._len_torch_function_stack():  # a default device is one
         return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
@@ -277,6 +277,7 @@ def _joinable(model: nn.Module) -> bool:
     return (
         any(type(layer) in NORMS for layer in layers)
         and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
         and eager(model)
         and not any(_writes_unseen(kind) for kind in {type(layer) for layer in layers})  # type: ignore[arg-type]
     )

@@ -491,7 +491,7 @@ class Returned(Pair):
         else:
             out = self.bottleneck(x)
         result = self.finish(self.norm(out))
-        return result
+        return result  # noqa: RET504
 
 
 class ReturnedThroughMap(Returned):
