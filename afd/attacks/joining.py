@@ -31,7 +31,7 @@ from torch.utils._device import DeviceContext
 from afd.attacks.callers import hooked, next_module
 from afd.attacks.execution import unsafe_channels_last
 from afd.errors import ModelError
-from afd.nn.modes import eager
+from afd.nn.modes import eager, version_of
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
@@ -96,7 +96,7 @@ class Pair:
         return conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
 
     def _now(self) -> tuple[object, ...]:
-        told = tuple(None if one is None else (id(one), one._version, one.data_ptr()) for one in self._tensors())
+        told = (None if t is None else (id(t), version_of(t), t.data_ptr(), t.requires_grad) for t in self._tensors())
         return *told, self.norm.eps, self.norm.training
 
 
@@ -161,7 +161,7 @@ class Joining:
         key = id(conv), id(norm)
         pair = self.pairs.get(key)
         if pair is not None:
-            return pair if pair.is_fresh() and pair.fits() else None
+            return pair if pair.is_fresh() else None
         if torch.is_inference_mode_enabled():
             return None
         pair = Pair(conv, norm, self.channels_last)
