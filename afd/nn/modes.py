@@ -104,8 +104,8 @@ def _check_initialised(modules: list[nn.Module]) -> None:
     for module in modules:
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
             raise InputError(
-                f"model is a {type(modules[0]).__name__} with a {type(module).__name__}, which has no weights before it "
-                "has seen an input; run it once on images first"
+                f"model is a {type(modules[0]).__name__} with a {type(module).__name__}, which has no weights before "
+                "it has seen an input; run it once on images first"
             )
 
 
@@ -195,7 +195,7 @@ _holders: dict[int, tuple[int, int]] = {}  # by a module's id: the thread that h
 
 def _forget_other_threads() -> None:
     """In a child process, which has only the thread that forked: nobody else is there to let go."""
-    global _changed, _holders  # noqa: PLW0603
+    global _changed, _holders
     me = threading.get_ident()
     _changed = threading.Condition()
     _holders = {name: holder for name, holder in list(_holders.items()) if holder[0] == me}

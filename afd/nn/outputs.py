@@ -73,7 +73,8 @@ def _found(output: Any, samples: int) -> Any:
         named = getattr(output, "logits", None)
     except Exception as error:  # of a property
         raise InputTypeError(
-            f"the model returned a {type(output).__name__} whose 'logits' cannot be read: {type(error).__name__}: {error}"
+            f"the model returned a {type(output).__name__} whose 'logits' cannot be read: "
+            f"{type(error).__name__}: {error}"
         ) from error
     if named is not None:
         return named

@@ -14,7 +14,6 @@ from torch import nn
 from afd.attacks import APGD, PGD
 from afd.attacks.engine import evaluating, logits_alone, loss_gradient
 from afd.attacks.joining import CONVS, Joining
-
 Deferred = None
 from afd.attacks.losses import cross_entropy
 from afd.errors import ModelError

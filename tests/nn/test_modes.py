@@ -310,7 +310,7 @@ def test_a_lazy_layer_without_weights_is_named():
         warnings.simplefilter("ignore")  # lazy layers are a feature under development
         model = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
     with (
-        pytest.raises(InputError, match="Sequential with a LazyLinear, which has no weights.*run it once"),
+        pytest.raises(InputError, match=r"Sequential with a LazyLinear, which has no weights.*run it once"),
         evaluating(model),
     ):
         pass
