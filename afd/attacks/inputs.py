@@ -63,14 +63,14 @@ def largest_label(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
 
 def _at_rounded_bounds(low: float, high: float, bounds: tuple[float, float], dtype: torch.dtype) -> bool:
     """Whether values lie in the bounds as numbers of a dtype, to which images are clamped."""
-    least, most = torch.tensor(bounds, dtype=dtype, device="cpu").tolist()
+    least, most = map(float, torch.tensor(bounds, dtype=dtype, device="cpu"))
     return min(least, bounds[0]) <= low and high <= max(most, bounds[1])
 
 
 def _is_fake(tensor: Tensor) -> bool:
     """Whether torch only follows the shape of a tensor; nothing is if the module has not been imported."""
     fake = sys.modules.get("torch._subclasses.fake_tensor")
-    return fake is not None and isinstance(tensor, fake.FakeTensor)
+    return fake is not None and isinstance(tensor, vars(fake)["FakeTensor"])
 
 
 def _told(value: float, bounds: tuple[float, float]) -> str:

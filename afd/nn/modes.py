@@ -102,7 +102,7 @@ def _freezable(parameter: nn.Parameter) -> bool:
 
 def _check_initialised(modules: list[nn.Module]) -> None:
     for module in modules:
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             raise InputError(
                 f"model is a {type(modules[0]).__name__} with a {type(module).__name__}, which has no weights before "
                 "it has seen an input; run it once on images first"
