@@ -27,8 +27,6 @@ def check_form(x: Tensor, y: Tensor) -> None:
             raise InputTypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
             raise InputTypeError(f"{name} is a tensor of layout {tensor.layout} or quantised; it must be a plain one")
-        if tensor.is_meta or _is_fake(tensor):
-            raise InputTypeError(f"{name} is a meta or fake tensor, without values; it must be a plain one")
     if x.dim() < 2:
         raise InputError(f"x has shape {list(x.shape)}; it must be images [N, ...], of at least one dimension each")
     if x.dtype not in (torch.float32, torch.float64):
@@ -39,6 +37,8 @@ def check_form(x: Tensor, y: Tensor) -> None:
         raise InputError(f"y has shape {list(y.shape)}; it must be [{x.shape[0]}], one label for each image")
     if y.device != x.device:
         raise InputError(f"y is on {y.device}; it must be on x's device, {x.device}")
+    if x.is_meta or _is_fake(x) or _is_fake(y):
+        raise InputTypeError("x and y are meta or fake tensors, without values; they must be plain ones")
 
 
 def largest_label(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
