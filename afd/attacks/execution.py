@@ -160,10 +160,7 @@ def without_trace(model: nn.Module) -> Iterator[None]:
 
 def _listened_to(model: nn.Module) -> bool:
     """Whether somebody's hooks are told of each forward; those of torch and of this library only compute."""
-    hooks = (
-        hook
-        for layer in model.modules()
-        for kind in (layer._forward_hooks, layer._forward_pre_hooks)
-        for hook in kind.values()
-    )
+    kinds = [hooks for layer in model.modules() for hooks in (layer._forward_hooks, layer._forward_pre_hooks)]
+    kinds += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
+    hooks = [hook for kind in kinds for hook in kind.values()]
     return any(str(getattr(hook, "__module__", "")).partition(".")[0] not in ("torch", "afd") for hook in hooks)

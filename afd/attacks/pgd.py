@@ -34,7 +34,8 @@ class PGD(GradientAttack):
         seed: of the random start; the same seed gives the same result.
         precision: "fp32", "bf16" (the model runs in bfloat16, everything else in float32), or "auto" (bfloat16 where
             the device multiplies it in hardware).
-        piece: rows attacked together on a CPU; by default as many as keep the model's activations in its caches.
+        piece: rows attacked together on a CPU; by default as many as keep the model's activations in its caches, or
+            all where a forward hook of yours looks on.
         look: check the values of x, y and the model's outputs, which waits for the device before the first step and
             after the last; False is for loops that see to that themselves (a label that is no class is then an error
             of torch's, or, -100 with "ce", one that the loss leaves out).
