@@ -264,7 +264,10 @@ def test_tensors_without_values_are_named():
     x, y = batch()
     with pytest.raises(InputTypeError, match="x and y are meta or fake tensors"):
         PGD(Flat())(x.to("meta"), y.to("meta"))
-    with torch._subclasses.FakeTensorMode() as mode, pytest.raises(InputTypeError, match="x and y are meta or fake tensors"):
+    with (
+        torch._subclasses.FakeTensorMode() as mode,
+        pytest.raises(InputTypeError, match="x and y are meta or fake tensors"),
+    ):
         PGD(Flat())(mode.from_tensor(x), mode.from_tensor(y))
 
 
