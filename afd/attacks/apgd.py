@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from afd import ops
+from afd.attacks import inputs
 from afd.attacks.apgd_run import Run
 from afd.attacks.apgd_state import Outcome, rows_of
 from afd.attacks.apgd_walks import MomentumWalk, SparseWalk, Walk
 from afd.attacks.base import GradientAttack
 from afd.attacks.execution import Running
 from afd.attacks.piece import Piece, take
-from afd.errors import InputError, at_least
+from afd.errors import InputError
 
 SHRINKING = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radii in eps, and their shares of the steps
 FIXED = ((1.0, 1.0),)
@@ -81,17 +82,20 @@ class APGD(GradientAttack):
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
             **running,
         )  # fmt: skip
-        for name, count in (("n_restarts", n_restarts), ("eot_iter", eot_iter), ("n_target_classes", n_target_classes)):
-            at_least(name, count, 1)
-        if not 0 <= rho <= 1:
+        self.n_restarts, self.eot_iter = (
+            inputs.count("n_restarts", n_restarts, 1),
+            inputs.count("eot_iter", eot_iter, 1),
+        )
+        classes = inputs.count("n_target_classes", n_target_classes, 1)
+        self.targets = classes if loss == "dlr-targeted" else 1
+        self.rho, self.early_stop = inputs.number("rho", rho, 0.0), inputs.truth("early_stop", early_stop)
+        if self.rho > 1:
             raise InputError(f"rho is {rho}; it must be in [0, 1]")
-        self.n_restarts, self.rho, self.eot_iter, self.early_stop = n_restarts, rho, eot_iter, early_stop
-        self.targets = n_target_classes if loss == "dlr-targeted" else 1
         self.radii = SHRINKING if norm == "L1" else FIXED
 
     def _run(self, piece: Piece) -> Tensor:
         x, found = piece.x, Outcome.before(piece.x)
-        clean = self._as_written(x)
+        clean = self._clean(piece)
         wrong = self._fooled(clean, piece.y)
         aims = [self._aimed(piece, clean, rank) for rank in range(self.targets)]
         rows = torch.arange(len(x), device=x.device)

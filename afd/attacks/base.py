@@ -19,12 +19,15 @@ from afd.attacks.losses import loss_named
 from afd.attacks.piece import Piece
 from afd.attacks.python_state import key_of
 from afd.attacks.replay import Climb, Replays
-from afd.errors import InputTypeError, at_least, warn_caller
+from afd.errors import InputTypeError, warn_caller
 from afd.nn.modes import local
+from afd.nn.outputs import saying_once
 from afd.ops import checks
+from afd.ops import settings as op_settings
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # between the logits of a replay and of the model, as a share of the largest
 NO_SETTINGS = {"model", "report", "_replays", "_joining"}
+NO_VIEW = ("view size is not compatible", "Cannot view a tensor")  # how torch, and torch.compile, say it
 OUTDATED = (
     "an earlier call of this attack replayed a graph in which the model gave other logits than it did by then, though "
     "no weight, hook, mode or attribute of a module had changed: something outside of it had. Its points are those of "
@@ -62,21 +65,22 @@ class GradientAttack(ABC):
         fold: bool = True,
     ) -> None:
         checks.norm(norm)
+        bounds = op_settings.box(bounds)
         checks.bounds(*bounds)
-        checks.counter("seed", seed)
-        at_least("steps", steps, 0)
-        execution.check_execution(precision, piece)
+        self.piece = execution.check_execution(precision, piece)
         if not isinstance(model, nn.Module):
             raise InputTypeError(
                 f"model is a {type(model).__name__}; it must be a torch.nn.Module, whose mode an attack can set"
             )
-        self.model, self.norm, self.steps = model, norm, steps
+        self.model, self.norm, self.steps = model, norm, inputs.count("steps", steps, 0)
         self.eps = inputs.size("eps", eps)
-        self.targeted, self.bounds, self.seed = targeted, bounds, seed
-        self.precision, self.piece, self.look, self.fold = precision, piece, look, fold
-        self.loss = loss_named(loss, targeted=targeted)
+        self.targeted, self.bounds = inputs.truth("targeted", targeted), bounds
+        self.seed, self.precision = inputs.counter("seed", seed), precision
+        self.look, self.fold = inputs.truth("look", look), inputs.truth("fold", fold)
+        self.loss = loss_named(loss, targeted=self.targeted)
         self.report: watch.Report | None = None
         self.own_graphs, self._replays, self._joining = True, Replays(), Joining()
+        self._channels_last = True  # until the model has shown that it does not take such images
 
     @classmethod
     def partial(cls, **settings: Any) -> Callable[[nn.Module], Self]:
@@ -97,8 +101,8 @@ class GradientAttack(ABC):
             [N, ...] like x, within eps of it and within bounds.
 
         Raises:
-            InputError, InputTypeError: x or y is not as described, a setting is not one value per sample of x, a label
-                is not one of the model's classes, the model does not return logits, or what the gradient must go
+            InputError, InputTypeError: an argument is not as described, a setting is not one value per sample of x, a
+                label is not one of the model's classes, the model does not return logits, or what the gradient must go
                 through was made in `torch.inference_mode`.
             ModelError: the model returned NaN, or cannot be differentiated.
 
@@ -107,10 +111,15 @@ class GradientAttack(ABC):
                 outputs that are probabilities.
             CaptureWarning: on CUDA, where steps cannot be replayed from a graph, or were and should not have been.
         """
+        self.report = None
         inputs.check_form(x, y)
+        inputs.counter("first_sample", first_sample)
         for name in ("eps", "alpha"):
             inputs.check_length(name, getattr(self, name, None), x)
-        seed = self.seed if seed is None else seed
+        if seed is None:
+            seed = self.seed
+        elif not isinstance(seed, Tensor):
+            seed = inputs.counter("seed", seed)
         with guard(x.device), torch.inference_mode(False), torch.no_grad():
             x, y = inputs.outside_inference(x), inputs.outside_inference(y)
             return self._attacked(x, y, seed, first_sample) if x.numel() else torch.empty_like(x)
@@ -119,9 +128,9 @@ class GradientAttack(ABC):
         """`__call__` outside of inference mode, on a batch that is not empty."""
         if recordable(x) and self._replays.outdated(wait=False):
             warn_caller(OUTDATED, CaptureWarning)
-        self.report, self._replays.paused = None, not self.own_graphs
+        self._replays.paused = not self.own_graphs
         x_adv = torch.empty_like(x)
-        with engine.evaluating(self.model):
+        with engine.evaluating(self.model), saying_once():
             rows = list(execution.pieces(self._module, x, self.piece, self.precision))
             trace = self._fill(x_adv, x, y, rows, seed, first_sample)
             if trace is not None and self._replays.outdated(wait=True):
@@ -131,7 +140,20 @@ class GradientAttack(ABC):
             self.report = watch.settle(trace)
         return x_adv
 
-    def _fill(
+    def _fill(self, x_adv: Tensor, x: Tensor, *given: Any) -> Tensor | None:
+        """`_fill_once`, and again in torch's usual layout for a model that takes no other: one that calls ``view``."""
+        if self._channels_last:
+            drawn = torch.get_rng_state()
+            try:
+                return self._fill_once(x_adv, x, *given)
+            except RuntimeError as error:
+                if not any(text in str(error) for text in NO_VIEW):
+                    raise
+            torch.set_rng_state(drawn)
+            self._channels_last, self._joining = False, Joining(channels_last=False)
+        return self._fill_once(x_adv, x, *given)
+
+    def _fill_once(
         self, x_adv: Tensor, x: Tensor, y: Tensor, pieces: list[slice], seed: int | Tensor, first_sample: int
     ) -> Tensor | None:
         """Runs the algorithm piece by piece into x_adv; returns what was noted on the way, if anybody looks."""
@@ -140,11 +162,14 @@ class GradientAttack(ABC):
         self._replays.begin()
         with self._joining.joined(self._module) if self.fold else nullcontext():
             for rows in pieces:
-                images, labels = execution.channels_last(x[rows], self._module), y[rows]
+                images, labels = self._laid_out(x[rows]), y[rows]
                 first = first_sample + rows.start
                 piece = Piece(images, labels, labels, rows, seed, first, largest_label, trace)
                 x_adv[rows] = self._run(piece)
         return trace
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return execution.channels_last(x, self._module) if self._channels_last else x.contiguous()
 
     @property
     def _module(self) -> nn.Module:
@@ -161,9 +186,11 @@ class GradientAttack(ABC):
 
     def _aimed(self, piece: Piece, clean: Tensor | None = None, rank: int = 0) -> Piece:
         """The piece with what the loss is judged by; `clean`: logits of its images, if known; `rank`: of the target."""
+        if clean is None and self.look and not self.steps:  # no step will look
+            clean = self._clean(piece)
         return replace(
             piece,
-            aim=self.loss.aim(lambda: self._as_written(piece.x) if clean is None else clean, piece.y, rank),
+            aim=self.loss.aim(lambda: self._clean(piece) if clean is None else clean, piece.y, rank),
         )
 
     def _ball(self, piece: Piece, radius: float = 1.0) -> dict[str, Any]:
@@ -185,6 +212,13 @@ class GradientAttack(ABC):
         """Logits in full precision, of layers that are not joined: what a success must hold up to."""
         with self._joining.suspended():
             return engine.judged(self._module, x)
+
+    def _clean(self, piece: Piece) -> Tensor:
+        """Logits of the images themselves, as written, looked at like those of a step."""
+        logits = self._as_written(piece.x)
+        engine.check_label(piece.largest_label, logits)
+        watch.note_clean(piece, logits)
+        return logits
 
     def _climbed(self, climb: Climb, piece: Piece, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:
         """climb(piece, x_adv), on CUDA by replaying a graph; `settings` are those of the climb, not of the attack."""

@@ -12,7 +12,7 @@ from afd.errors import InputError, InputTypeError, ModelError
 from afd.nn.modes import evaluating
 from afd.nn.outputs import logits_of
 
-__all__ = ["evaluating", "judged", "logits_alone", "loss_gradient", "shown"]
+__all__ = ["check_label", "evaluating", "judged", "logits_alone", "loss_gradient", "shown"]
 
 CUT_OFF = (
     "no gradient leads from the model's output to the images: something on the way detaches it, computes without "
@@ -48,8 +48,7 @@ def loss_gradient(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         logits = _logits(model, x)
-        if largest_label >= logits.shape[1]:
-            raise InputError(f"y holds the label {largest_label}; the model has classes 0 ... {logits.shape[1] - 1}")
+        check_label(largest_label, logits)
         losses = loss(logits, aim)
         if not losses.requires_grad:
             raise ModelError(CUT_OFF)
@@ -60,6 +59,12 @@ def loss_gradient(
         if grad is None:
             raise ModelError(CUT_OFF)
     return grad, losses.detach(), logits.detach()
+
+
+def check_label(largest_label: int, logits: Tensor) -> None:
+    """Raises InputError unless logits [N, K] have a class for a label; there is one for -1."""
+    if largest_label >= logits.shape[1]:
+        raise InputError(f"y holds the label {largest_label}; the model has classes 0 ... {logits.shape[1] - 1}")
 
 
 def logits_alone(model: nn.Module, x: Tensor) -> Tensor:
@@ -89,7 +94,10 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
     except RuntimeError as error:
         _explain(error, model, x)
         raise
-    return logits_of(output, x.shape[0])
+    logits = logits_of(output, x.shape[0])
+    if logits.device != x.device:
+        raise InputError(f"the model returned logits on {logits.device}; they must be on x's device, {x.device}")
+    return logits
 
 
 def _explain(error: RuntimeError, model: nn.Module, x: Tensor) -> None:

@@ -7,16 +7,20 @@ that the network's activations stay in the caches between layers. None of this c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from afd.errors import at_least, one_of
-from afd.nn.modes import eager
+from afd.attacks.inputs import count
+from afd.attacks.python_state import snapshot
+from afd.errors import InputTypeError, one_of
+from afd.nn.modes import Buffers, eager
 from afd.ops import backend
 
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -35,11 +39,19 @@ class Running(TypedDict, total=False):
     fold: bool
 
 
-def check_execution(precision: str, piece: int | None) -> None:
-    """Raises InputError unless both are allowed."""
+def check_execution(precision: str, piece: int | None) -> int | None:
+    """The piece; raises InputError or InputTypeError unless both are allowed."""
     one_of("precision", precision, PRECISIONS)
-    if piece is not None:
-        at_least("piece", piece, 1)
+    return None if piece is None else count("piece", piece, 1)
+
+
+def check_running(settings: Mapping[str, object]) -> None:
+    """Raises InputTypeError unless all are among `Running`: what else an attack settles itself."""
+    for name in settings:
+        if name not in Running.__annotations__:
+            raise InputTypeError(
+                f"{name} is no setting of this attack; it takes its own and {', '.join(Running.__annotations__)}"
+            )
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -93,11 +105,11 @@ def pieces(model: nn.Module, x: Tensor, piece: int | None = None, precision: str
         model: in evaluation mode.
         x: images [N, ...], N >= 1.
         piece: rows at most; None lets the size of the model's activations decide (on CUDA, and where they cannot be
-            seen, as in a compiled model: the whole batch).
+            seen, as in a compiled model, or somebody's hooks would see the looking: the whole batch).
         precision: that the model runs in: activations in bfloat16 are half as large.
     """
     samples = x.shape[0]
-    if piece is None and (x.is_cuda or samples <= LEAST_PIECE or not eager(model)):
+    if piece is None and (x.is_cuda or samples <= LEAST_PIECE or not eager(model) or _listened_to(model)):
         piece = samples
     elif piece is None:
         piece = max(LEAST_PIECE, ACTIVATION_BYTES // _activation_bytes(model, x, precision))
@@ -107,20 +119,20 @@ def pieces(model: nn.Module, x: Tensor, piece: int | None = None, precision: str
 
 
 def _activation_bytes(model: nn.Module, x: Tensor, precision: str) -> int:
-    """Bytes that the model's layers put out for one sample, found by one forward and remembered."""
+    """Bytes that the model's layers put out for one sample, found by one forward without a trace, and remembered."""
     known: dict[tuple[str | int, ...], int] = _bytes_per_sample.setdefault(model, {})
     kind = (precision, *x.shape[1:])
     if kind not in known:
         sizes: list[int] = []
 
-        def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 sizes.append(output.numel() * output.element_size())
 
         layers = [module for module in model.modules() if next(module.children(), None) is None]
-        hooks = [layer.register_forward_hook(count) for layer in layers]
+        hooks = [layer.register_forward_hook(note) for layer in layers]
         try:
-            with torch.no_grad(), autocast(precision, x.device):
+            with torch.no_grad(), autocast(precision, x.device), without_trace(model):
                 model(x[:1].clone())
         except Exception:  # it may take no single image; what else is wrong, the attack's own forward will say
             sizes = [ACTIVATION_BYTES]
@@ -129,3 +141,26 @@ def _activation_bytes(model: nn.Module, x: Tensor, precision: str) -> int:
                 hook.remove()
         known[kind] = max(1, sum(sizes))
     return known[kind]
+
+
+@contextmanager
+def without_trace(model: nn.Module) -> Iterator[None]:
+    """The body leaves a model's attributes and buffers, and what draws at random on the CPU, as they were."""
+    drawn, python, numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    buffers, restore = Buffers(list(model.modules())), snapshot(model)
+    try:
+        yield
+    finally:
+        restore()
+        buffers.put_back()
+        torch.set_rng_state(drawn)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _listened_to(model: nn.Module) -> bool:
+    """Whether somebody's hooks are told of each forward; those of torch and of this library only compute."""
+    kinds = [hooks for layer in model.modules() for hooks in (layer._forward_hooks, layer._forward_pre_hooks)]
+    kinds += [nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks]
+    hooks = [hook for kind in kinds for hook in kind.values()]
+    return any(str(getattr(hook, "__module__", "")).partition(".")[0] not in ("torch", "afd") for hook in hooks)

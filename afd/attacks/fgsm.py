@@ -6,7 +6,7 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from afd.attacks.execution import Running
+from afd.attacks.execution import Running, check_running
 from afd.attacks.pgd import PGD
 
 
@@ -39,6 +39,7 @@ class FGSM(PGD):
         bounds: tuple[float, float] = (0.0, 1.0),
         **running: Unpack[Running],
     ) -> None:
+        check_running(running)
         super().__init__(
             model, norm=norm, eps=eps, alpha=eps, steps=1, random_start=False, seed=0, targeted=targeted, loss=loss,
             bounds=bounds, **running,

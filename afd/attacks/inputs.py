@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from afd.errors import InputError, InputTypeError, at_least
+from afd.ops import checks, settings
 
 
 def check_form(x: Tensor, y: Tensor) -> None:
     """Checks what can be known of images and labels without a look at their values.
 
     Raises:
-        InputTypeError: x is not floating point, or y not int64.
-        InputError: shapes or devices disagree.
+        InputTypeError: x is not floating point, or y not int64, or one of them no tensor with memory.
+        InputError: shapes or devices disagree, or a transform is at work.
     """
+    if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
+        raise InputError("an attack cannot be traced or transformed; call it outside of torch.func and torch.jit.trace")
     for name, tensor in (("x", x), ("y", y)):
         if not isinstance(tensor, Tensor):
             raise InputTypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
@@ -32,6 +37,8 @@ def check_form(x: Tensor, y: Tensor) -> None:
         raise InputError(f"y has shape {list(y.shape)}; it must be [{x.shape[0]}], one label for each image")
     if y.device != x.device:
         raise InputError(f"y is on {y.device}; it must be on x's device, {x.device}")
+    if x.is_meta or _is_fake(x) or _is_fake(y):
+        raise InputTypeError("x and y are meta or fake tensors, without values; they must be plain ones")
 
 
 def largest_label(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
@@ -43,7 +50,7 @@ def largest_label(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
     lowest, highest = torch.aminmax(x)  # both NaN if any value is
     first, last = torch.aminmax(y)
     low, high, first_label, last_label = torch.stack([lowest.double(), highest.double(), first, last]).tolist()
-    if not (bounds[0] <= low and high <= bounds[1]):
+    if not (bounds[0] <= low and high <= bounds[1]) and not _at_rounded_bounds(low, high, bounds, x.dtype):
         found = f"[{_told(low, bounds)}, {_told(high, bounds)}]"
         raise InputError(
             f"x has values in {found}; images must be finite and in {list(bounds)} (clamp what rounding has put "
@@ -52,6 +59,18 @@ def largest_label(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
     if first_label < 0:
         raise InputError(f"y holds the label {int(first_label)}; labels must be >= 0")
     return int(last_label)
+
+
+def _at_rounded_bounds(low: float, high: float, bounds: tuple[float, float], dtype: torch.dtype) -> bool:
+    """Whether values lie in the bounds as numbers of a dtype, to which images are clamped."""
+    least, most = map(float, torch.tensor(bounds, dtype=dtype, device="cpu"))
+    return min(least, bounds[0]) <= low and high <= max(most, bounds[1])
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    """Whether torch only follows the shape of a tensor; nothing is if the module has not been imported."""
+    fake = sys.modules.get("torch._subclasses.fake_tensor")
+    return fake is not None and isinstance(tensor, vars(fake)["FakeTensor"])
 
 
 def _told(value: float, bounds: tuple[float, float]) -> str:
@@ -82,23 +101,69 @@ def size(name: str, value: Any) -> float | Tensor:
         InputTypeError: it is something else.
         InputError: it is negative or not finite, or a tensor of another shape.
     """
+    if isinstance(value, Tensor) and value.is_meta:
+        raise InputTypeError(f"{name} is a meta tensor, without values; it must be a number, or one per sample")
     if isinstance(value, Tensor) and value.dim():
         if not value.is_floating_point():
             raise InputTypeError(f"{name} is a tensor of {value.dtype}; it must be floating-point, like the images")
-        if value.dim() != 1 or not len(value):
+        if value.dim() != 1:
             raise InputError(f"{name} has shape {list(value.shape)}; it must be a number, or one per sample, [N]")
+        if not len(value):  # of an empty batch
+            return value.detach()
         least, most = (float(extreme) for extreme in value.detach().aminmax())
         at_least(f"the least of {name}", least, 0.0)
         at_least(f"the largest of {name}", most, 0.0)
         return value.detach()
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise InputTypeError(
-            f"{name} is a {type(value).__name__}; it must be a number, or a tensor of one per sample"
-        ) from error
+    if isinstance(value, Tensor | np.ndarray) and not value.ndim:
+        value = value.item()
+    number = settings.number(name, value, "a number, or a tensor of one per sample")
     at_least(name, number, 0.0)
     return number
+
+
+def number(name: str, value: Any, least: float) -> float:
+    """A number that is no less than another.
+
+    Raises:
+        InputTypeError, InputError: it is something else, smaller, or not finite.
+    """
+    found = settings.number(name, value)
+    at_least(name, found, least)
+    return found
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """An integer that is no less than another.
+
+    Raises:
+        InputTypeError, InputError: it is something else, or smaller.
+    """
+    found = settings.integer(name, value)
+    if found < least:
+        raise InputError(f"{name} is {found}; it must be an integer >= {least}")
+    return found
+
+
+def counter(name: str, value: Any) -> int:
+    """A seed, or the index of a sample.
+
+    Raises:
+        InputTypeError, InputError: it is no integer, or not in [0, 2**63).
+    """
+    found = settings.integer(name, value)
+    checks.counter(name, found)
+    return found
+
+
+def truth(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        InputTypeError: it is something else.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise InputTypeError(f"{name} is {value!r}; it must be True or False")
+    return bool(value)
 
 
 def check_length(name: str, setting: float | Tensor | None, x: Tensor) -> None:

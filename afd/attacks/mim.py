@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from afd import ops
 from afd.attacks import inputs
 from afd.attacks.base import GradientAttack
-from afd.attacks.execution import Running
+from afd.attacks.execution import Running, check_running
 from afd.attacks.piece import Piece
-from afd.errors import InputError, at_least
+from afd.errors import InputError
 
 
 class MIM(GradientAttack):
@@ -52,14 +52,14 @@ class MIM(GradientAttack):
         bounds: tuple[float, float] = (0.0, 1.0),
         **running: Unpack[Running],
     ) -> None:
+        check_running(running)
         super().__init__(
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=0,
             **running,
         )  # fmt: skip
         if loss == "kl":
             raise InputError("loss is 'kl', whose gradient at the image itself is 0; it needs a random start")
-        at_least("decay", decay, 0.0)
-        self.alpha, self.decay = inputs.size("alpha", alpha), decay
+        self.alpha, self.decay = inputs.size("alpha", alpha), inputs.number("decay", decay, 0.0)
 
     def _run(self, piece: Piece) -> Tensor:
         (x_adv,) = self._climbed(self._climb, self._aimed(piece), piece.x.clone())

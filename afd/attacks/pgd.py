@@ -34,9 +34,11 @@ class PGD(GradientAttack):
         seed: of the random start; the same seed gives the same result.
         precision: "fp32", "bf16" (the model runs in bfloat16, everything else in float32), or "auto" (bfloat16 where
             the device multiplies it in hardware).
-        piece: rows attacked together on a CPU; by default as many as keep the model's activations in its caches.
+        piece: rows attacked together on a CPU; by default as many as keep the model's activations in its caches, or
+            all where a forward hook of yours looks on.
         look: check the values of x, y and the model's outputs, which waits for the device before the first step and
-            after the last; False is for loops that see to that themselves.
+            after the last; False is for loops that see to that themselves (a label that is no class is then an error
+            of torch's, or, -100 with "ce", one that the loss leaves out).
         fold: let convolutions do the work of the BatchNorm behind them, which changes rounding only
             (`afd.attacks.joining`).
 
@@ -66,9 +68,9 @@ class PGD(GradientAttack):
             model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
             **running,
         )  # fmt: skip
+        self.alpha, self.random_start = inputs.size("alpha", alpha), inputs.truth("random_start", random_start)
         if loss == "kl" and not random_start:
             raise InputError("loss is 'kl', whose gradient at the image itself is 0; it needs a random start")
-        self.alpha, self.random_start = inputs.size("alpha", alpha), random_start
 
     def _run(self, piece: Piece) -> Tensor:
         if self.random_start:

@@ -94,6 +94,10 @@ class Replays:
         self._state: State | None = None
         self._used: set[Hashable] = set()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copies and pickles of the attack: they begin anew."""
+        return Replays, ()
+
     def begin(self) -> None:
         """A call of the attack begins: the model is asked for its state once in it, however many climbs follow."""
         self._state, self._used = None, set()

@@ -53,6 +53,14 @@ def new_trace(samples: int, device: torch.device) -> Tensor:
     return torch.zeros(len(ROWS), samples, dtype=torch.int32, device=device)
 
 
+def note_clean(piece: Piece, logits: Tensor) -> None:
+    """Adds NaN among the clean logits of a piece to its trace, if it has one."""
+    if piece.trace is not None:
+        first = piece.trace[FIRST_NAN]
+        known = first[piece.rows]
+        first[piece.rows] = torch.where((known == 0) & logits.isnan().any(1), 1, known)
+
+
 def note(piece: Piece, step: int, logits: Tensor, losses: Tensor, grad: Tensor) -> None:
     """Adds one evaluation of the model on a piece to its trace, if it has one."""
     if piece.trace is None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from afd.errors import InputError, InputTypeError
@@ -19,20 +21,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Modes are set by the modules' own ``train()`` and ``eval()``, which may do more than set a flag (an adapter merges
     its weights). Buffers that a forward writes to even so (counts, ranges of a quantisation) are put back. Other
-    threads that ask for a model with a module in common wait for the end of the body.
+    threads that ask for a model with a module in common wait for the end of the body (so a forward must not wait for a
+    thread of its own that attacks a part of the same model).
 
     Args:
         model: any module; one without any in training mode is not told anything.
 
     Raises:
         InputTypeError: it is no module.
-        InputError: it cannot be put into evaluation mode.
+        InputError: it cannot be put into evaluation mode, or has lazy layers that have not seen an input yet.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(
             f"model is a {type(model).__name__}; it must be a torch.nn.Module, which can be put into evaluation mode"
         )
     modules = list(model.modules())
+    _check_initialised(modules)
     with _held(modules):
         before = [(module, _training(module)) for module in modules]
         try:
@@ -96,6 +100,15 @@ def _freezable(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and parameter.is_leaf and not parameter.is_inference()
 
 
+def _check_initialised(modules: list[nn.Module]) -> None:
+    for module in modules:
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise InputError(
+                f"model is a {type(modules[0]).__name__} with a {type(module).__name__}, which has no weights before "
+                "it has seen an input; run it once on images first"
+            )
+
+
 def _evaluate(model: nn.Module) -> None:
     try:
         model.eval()
@@ -127,12 +140,23 @@ class Buffers:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Undoes what was written to them, and what was put in their place."""
+        """Undoes what was written to them, and what was put in their place.
+
+        Not all that writes is counted as a write (fused observers, ``.data``), so buffers are written to in any case,
+        uncounted: a graph that autograd keeps of them stays valid.
+        """
+        uncounted: list[tuple[Tensor, Tensor]] = []
         for (place, name, buffer, version), values in zip(self.held, self.values, strict=True):
-            if version_of(buffer) != version:
-                buffer.copy_(values)
             if isinstance(place, dict) and place.get(name) is not buffer:
                 place[name] = buffer
+            if buffer.shape != values.shape:
+                buffer.data = values
+            elif version_of(buffer) != version:
+                buffer.copy_(values)
+            elif version is not None and _dense(buffer):
+                uncounted.append((buffer.data, values))
+        for targets, sources in _alike(uncounted):
+            torch._foreach_copy_(targets, sources)
 
 
 def version_of(tensor: Tensor | None) -> int | None:
@@ -140,17 +164,45 @@ def version_of(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
+def _dense(tensor: Tensor) -> bool:
+    """Whether a tensor has a place in memory for each of its elements, in the usual order."""
+    return tensor.layout is torch.strided and not tensor.is_nested and tensor.is_contiguous()
+
+
+def _alike(pairs: list[tuple[Tensor, Tensor]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Pairs of tensors by dtype and device: what lists of is worked on in few launches."""
+    found: dict[object, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in pairs:
+        targets, sources = found.setdefault((target.dtype, target.device), ([], []))
+        targets.append(target)
+        sources.append(source)
+    return list(found.values())
+
+
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies of tensors, those that are numbers in few launches."""
-    numbers = [one.detach() for one in tensors if one.dtype in (torch.float32, torch.int64)]
+    """Copies of tensors, on GPUs those that are numbers in few launches."""
+    together = [one.is_cuda and one.dtype in (torch.float32, torch.int64) for one in tensors]
+    numbers = [one.detach() for one, listed in zip(tensors, together, strict=True) if listed]
     copied = iter(torch._foreach_mul(numbers, 1) if numbers else ())
-    return [next(copied) if one.dtype in (torch.float32, torch.int64) else one.clone() for one in tensors]
+    return [next(copied) if listed else one.detach().clone() for one, listed in zip(tensors, together, strict=True)]
 
 
 # --- One thread at a time -------------------------------------------------------------------------------------------
 
 _changed = threading.Condition()
 _holders: dict[int, tuple[int, int]] = {}  # by a module's id: the thread that holds it, and how many times
+
+
+def _forget_other_threads() -> None:
+    """In a child process, which has only the thread that forked: nobody else is there to let go."""
+    global _changed, _holders
+    me = threading.get_ident()
+    _changed = threading.Condition()
+    _holders = {name: holder for name, holder in list(_holders.items()) if holder[0] == me}
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
 
 
 @contextmanager

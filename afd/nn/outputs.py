@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from afd.errors import InputError, InputTypeError, ModelWarning, warn_caller
+
+_said: ContextVar[set[str] | None] = ContextVar("_said", default=None)
+
+
+@contextmanager
+def saying_once() -> Iterator[None]:
+    """Inside, `logits_of` gives each warning once, however often the model is run."""
+    token = _said.set(set())
+    try:
+        yield
+    finally:
+        _said.reset(token)
 
 
 def logits_of(output: Any, samples: int) -> Tensor:
@@ -22,7 +37,7 @@ def logits_of(output: Any, samples: int) -> Tensor:
         Floating-point logits [N, K], K >= 2.
 
     Raises:
-        InputTypeError: it is none of these, or not floating-point.
+        InputTypeError: it is none of these, or not a plain tensor of floating-point numbers.
         InputError: the logits have another shape.
 
     Warns:
@@ -33,6 +48,11 @@ def logits_of(output: Any, samples: int) -> Tensor:
         raise InputTypeError(
             f"the model returned {_described(output)}; it must return logits [N, K], or a tuple that begins with "
             "them, or a dict or an object that has them as 'logits'"
+        )
+    if logits.layout is not torch.strided or logits.is_nested or logits.is_quantized:
+        raise InputTypeError(
+            f"the model returned a tensor of layout {logits.layout} that is sparse, nested or quantised; logits are a "
+            "plain tensor [N, K]"
         )
     if not logits.is_floating_point():
         raise InputTypeError(f"the model returned {logits.dtype}; logits are floating-point numbers [N, K]")
@@ -49,7 +69,13 @@ def logits_of(output: Any, samples: int) -> Tensor:
 def _found(output: Any, samples: int) -> Any:
     if isinstance(output, Tensor):
         return output
-    named = getattr(output, "logits", None)
+    try:
+        named = getattr(output, "logits", None)
+    except Exception as error:  # of a property
+        raise InputTypeError(
+            f"the model returned a {type(output).__name__} whose 'logits' cannot be read: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if named is not None:
         return named
     if isinstance(output, Mapping):
@@ -59,12 +85,19 @@ def _found(output: Any, samples: int) -> Any:
     first, *others = output
     rivals = [other for other in others if _could_be(other, samples)]
     if _could_be(first, samples) and any(other.shape != first.shape for other in rivals):
-        warn_caller(
+        _say(
             f"the model returned {_described(output)}; its first entry is taken for the logits (return them alone, or "
-            "as an object's 'logits', if they are another)",
-            ModelWarning,
+            "as an object's 'logits', if they are another)"
         )
     return first
+
+
+def _say(message: str) -> None:
+    said = _said.get()
+    if said is None or message not in said:
+        warn_caller(message, ModelWarning)
+    if said is not None:
+        said.add(message)
 
 
 def _could_be(entry: Any, samples: int) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.ao import quantization
 
 from afd.errors import InputError, InputTypeError
 from afd.nn.modes import eager, evaluating, local
@@ -228,3 +232,88 @@ def test_a_module_that_equals_others_is_itself():
             return isinstance(other, nn.Linear)
 
     assert meets(Alike(2, 3), Alike(2, 3))
+
+
+# --- Models that write past torch's counters, forks, lazy layers ----------------------------------------------------
+
+
+class Uncounted(nn.Module):
+    """Writes to its buffers in ways that torch does not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(3))
+        self.register_buffer("grown", torch.ones(2))
+        self.register_buffer("shared", torch.ones(1).expand(4))  # which nothing may write to
+
+    def forward(self, x):
+        self.mean.data.mul_(2)
+        self.grown.data = torch.zeros(5)
+        return x
+
+
+def test_what_torch_does_not_count_as_a_write_is_put_back_and_graphs_stay_valid():
+    model = Uncounted()
+    buffers = dict(model.named_buffers())
+    weight = torch.ones(3, requires_grad=True)
+    loss = (weight * model.mean).sum()  # autograd keeps the buffer
+    with evaluating(model):
+        model(torch.zeros(1))
+    assert dict(model.named_buffers()) == buffers
+    assert [buffer.tolist() for buffer in buffers.values()] == [[1.0] * 3, [1.0] * 2, [1.0] * 4]
+    loss.backward()
+    assert weight.grad.tolist() == [1.0] * 3
+
+
+def test_ranges_of_a_fused_observer_are_put_back():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = nn.Sequential(quantization.QuantStub(), nn.Linear(4, 3), quantization.DeQuantStub())
+        model.qconfig = quantization.get_default_qat_qconfig("x86")
+        model = quantization.prepare_qat(model.train())
+    model(torch.rand(5, 4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with evaluating(model):
+        model(10 * torch.rand(5, 4))
+    assert {name: value.equal(before[name]) for name, value in model.state_dict().items()} == dict.fromkeys(
+        before, True
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+def test_a_forked_child_does_not_wait_for_a_thread_that_it_has_not():
+    model, held, done = network(), threading.Event(), threading.Event()
+
+    def hold():
+        with evaluating(model):
+            held.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
+        child = os.fork()
+    if not child:
+        signal.alarm(5)  # ends a child that waits
+        with evaluating(model):
+            os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    done.set()
+    thread.join()
+    assert status == 0
+
+
+def test_a_lazy_layer_without_weights_is_named():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lazy layers are a feature under development
+        model = nn.Sequential(nn.Flatten(), nn.LazyLinear(3))
+    with (
+        pytest.raises(InputError, match=r"Sequential with a LazyLinear, which has no weights.*run it once"),
+        evaluating(model),
+    ):
+        pass
+    model(torch.zeros(1, 4))
+    with evaluating(model):
+        assert not model[1].weight.requires_grad

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from afd.errors import InputError, InputTypeError, ModelWarning
-from afd.nn.outputs import logits_of
+from afd.nn.outputs import logits_of, saying_once
 
 LOGITS = torch.randn(4, 3)
 Named = namedtuple("Named", ["logits", "aux_logits"])
@@ -74,3 +74,35 @@ def test_a_tuple_with_two_things_that_could_be_logits_is_warned_of():
 def test_what_holds_no_logits_is_named(output, error, message):
     with pytest.raises(error, match=message):
         logits_of(output, 4)
+
+
+class Broken:
+    """An output whose logits are made too late."""
+
+    @property
+    def logits(self):
+        raise RuntimeError("gone")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], layout=torch.jagged), "nested"),
+        (Broken(), "a Broken whose 'logits' cannot be read: RuntimeError: gone"),
+    ],
+)
+def test_logits_in_another_form_of_memory_are_named(output, message):
+    with pytest.raises(InputTypeError, match=message):
+        logits_of(output, 3)
+
+
+def test_a_warning_may_be_asked_for_once():
+    output = torch.zeros(3, 4), torch.zeros(3, 5)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with saying_once():
+                logits_of(output, 3), logits_of(output, 3)
+        logits_of(output, 3)
+    assert len(told) == 3
