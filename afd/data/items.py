@@ -27,9 +27,8 @@ def images_and_labels(item: Any) -> tuple[Tensor, Tensor]:
     if isinstance(item, tuple | list) and (x is None or y is None):
         x, y = (*item, None, None)[:2]
     if isinstance(x, Tensor) and isinstance(y, Tensor):
-        for name, tensor in (("x", x), ("y", y)):
-            if tensor.is_meta:
-                raise InputError(f"{name} is on the device meta, where tensors hold no values")
+        if x.is_meta:
+            raise InputError("x is on the device meta, where tensors hold no values")
         return x, y
     raise InputTypeError(
         f"the loader yields {_described(item)}; a batch must be (images, labels, ...), or a dict or an object with "

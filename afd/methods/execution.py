@@ -106,7 +106,8 @@ def lay_out_plainly(model: nn.Module) -> None:
     """
     for tensor in chain(model.parameters(), model.buffers()):  # which stay the objects that others know
         if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous()
+            # contiguous() would keep the strides of a single channel, which both layouts lie in memory alike for
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     model.plain_layout = True  # type: ignore[assignment]
 
 

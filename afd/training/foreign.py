@@ -23,13 +23,14 @@ def taken_in(model: nn.Module) -> nn.Module:
     """The module that is trained: the one inside of a wrapper that computes what it does.
 
     Raises:
+        InputTypeError: it is no module.
         InputError: it was made in `torch.inference_mode`, so that no gradient can reach it.
 
     Warns:
         UserWarning: what a wrapper would do is done otherwise.
     """
     if not isinstance(model, nn.Module):
-        return model
+        raise InputTypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     inner = without_wrappers(model)
     if wraps_compiled(model):
         warn_caller(
@@ -56,15 +57,13 @@ def device_of(network: nn.Module) -> torch.device:
     """The device of a model's parameters.
 
     Raises:
-        InputTypeError: it is no module.
         InputError: it has none, or parameters on the device meta.
     """
-    if not isinstance(network, nn.Module):
-        raise InputTypeError(f"model is a {type(network).__name__}; it must be a torch.nn.Module")
     first = next(network.parameters(), None)
     if first is None:
         raise InputError(f"model is a {type(network).__name__} without parameters; there is nothing to train")
-    for name, tensor in chain(network.named_parameters(), network.named_buffers()):
+    own = network.model if isinstance(network, FeatureSplit) else network
+    for name, tensor in chain(own.named_parameters(), own.named_buffers()):
         if tensor.is_meta and not is_lazy(tensor):
             raise InputError(
                 f"the model's {name} is on the device meta, where tensors hold no values; load the weights first"

@@ -104,9 +104,9 @@ class Trainer:
         self.factor = schedule_named(self.schedule)
         self.group = distributed.join()
         inner = taken_in(self.model)
-        self.device = device_of(inner)
         with held(inner.modules()):  # another thread that evaluates it has frozen its parameters
             network = split(inner, self.feature_layer, self.normalize)
+            self.device = device_of(network)
             with isolated(self.device):
                 self.network = self.execution.prepare(network)
                 self._build_round()

@@ -198,7 +198,7 @@ def test_batches_are_copies() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be a finite number >= 1"),
         ({"batch_size": -3}, "batch_size is -3"),
         ({"batch_size": 1, "seed": -1}, "seed is -1"),
         ({"batch_size": 1, "images": numbered(0)}, "images is empty"),
