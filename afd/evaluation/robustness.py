@@ -6,7 +6,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
-from numbers import Real
 from typing import Any
 
 import torch
@@ -176,10 +175,14 @@ def _check_values(model: Any) -> None:
 
 
 def _check_bounds(bounds: Any) -> None:
-    if not isinstance(bounds, Sequence) or len(bounds) != 2 or not all(isinstance(one, Real) for one in bounds):
-        raise InputTypeError(f"bounds is {bounds!r}; it must be two numbers, the lowest and highest value of an image")
-    if not bounds[0] < bounds[1]:
-        raise InputError(f"bounds is {bounds!r}; the lowest value of an image comes first")
+    try:
+        low, high = (float(one) for one in (None if isinstance(bounds, str) else bounds))
+    except (TypeError, ValueError) as error:
+        raise InputTypeError(
+            f"bounds is {bounds!r}; it must be two numbers, the lowest and the highest value of an image"
+        ) from error
+    if not low < high:
+        raise InputError(f"bounds is {bounds!r}; the lowest value of an image comes first, then a higher one")
 
 
 def _checked(batches: Iterable[Any], bounds: tuple[float, float]) -> Iterator[tuple[Tensor, Tensor, int]]:

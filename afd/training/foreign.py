@@ -86,7 +86,7 @@ def settle(network: nn.Module, execution: Execution, x: Tensor) -> int:
         if len(own) == 1 and torch.float64 in own ^ {x.dtype} and own != {x.dtype}:
             raise InputError(f"x is {x.dtype} and the model {own.pop()}; convert one to the dtype of the other")
         if isinstance(network, FeatureClassifier) and isinstance(network.encoder, ConvNet | ResNet18):
-            return int(network.num_classes)  # type: ignore[arg-type]
+            return int(network.num_classes)
     some = outside_inference(x[:TRIED]).to(device)
     try:
         with isolated(device), evaluating(network):

@@ -81,9 +81,7 @@ def test_logits_that_are_not_finite_are_named_whatever_the_schedule(schedule):
         def forward(self, x):
             return self.inner(x) * (torch.nan if self.training else 1)
 
-    trainer = Trainer(
-        Broken(), AFD(lr=0.01, schedule=schedule), attack=PGD.partial(steps=1), feature_layer="inner.2"
-    )
+    trainer = Trainer(Broken(), AFD(lr=0.01, schedule=schedule), attack=PGD.partial(steps=1), feature_layer="inner.2")
     with pytest.raises(Exception, match="the loss 'task' became nan"):
         trainer.fit(BATCHES, BATCHES)
 
