@@ -187,7 +187,7 @@ def _check_bounds(bounds: Any) -> None:
 
 def _checked(batches: Iterable[Any], bounds: tuple[float, float]) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Images, labels and the largest label of each batch that has any, once their values are found to be allowed."""
-    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+    if isinstance(batches, type) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
         raise InputTypeError(f"batches is a {type(batches).__name__}; it must be a loader or a list of batches")
     for item in batches:
         x, y = images_and_labels(item)

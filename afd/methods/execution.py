@@ -18,6 +18,16 @@ from afd.nn import Split
 
 Wrap = Callable[[nn.Module], nn.Module]
 
+NO_VIEW = "view size is not compatible"
+MEANINGS = {  # of parts of torch's errors
+    NO_VIEW: "the model takes a view of what does not lie in torch's usual layout (x.view behind a convolution); train "
+    "it with Execution(channels_last=False), or write x.flatten(1) there",
+    "use_reentrant=True": "the model calls torch.utils.checkpoint with use_reentrant=True, which allows no gradients "
+    "of chosen parameters; use_reentrant=False does",
+    "nference tensors cannot be saved": "the model holds a tensor that was made in torch.inference_mode, which no "
+    "gradient goes through; make it outside of that mode",
+}
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -113,7 +123,7 @@ def lay_out_plainly(model: nn.Module) -> None:
 
 def needs_plain_layout(error: RuntimeError) -> bool:
     """Whether an error of a model's is torch's on a view of what does not lie in the usual layout."""
-    return "view size is not compatible" in str(error)
+    return NO_VIEW in str(error)
 
 
 @contextmanager
@@ -122,12 +132,10 @@ def explained(micro_batches: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not needs_plain_layout(error):
+        meaning = next((told for part, told in MEANINGS.items() if part in str(error)), None)
+        if meaning is None:
             raise
-        raise InputError(
-            "the model takes a view of what does not lie in torch's usual layout (x.view behind a convolution); train "
-            "it with Execution(channels_last=False), or write x.flatten(1) there"
-        ) from error
+        raise InputError(meaning) from error
     except ValueError as error:
         if "Expected more than 1 value per channel" not in str(error):
             raise

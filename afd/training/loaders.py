@@ -115,7 +115,7 @@ def checked(name: str, item: Any, num_classes: int | None, loader: Loader) -> tu
 
 def _look_at(name: str, loader: Loader, epochs: int, classes: Callable[[Tensor], int]) -> None:
     """Checks the first batch; of a list, all of them."""
-    if not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+    if isinstance(loader, type) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise InputTypeError(f"{name} is a {type(loader).__name__}; it must be a loader or a list of batches")
     with _untouched(loader):
         if _read_once(loader):

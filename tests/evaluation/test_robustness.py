@@ -286,6 +286,7 @@ def test_an_attack_may_write_to_its_input():
         ({"bounds": (1.0, 0.0)}, r"bounds is \(1.0, 0.0\); the lowest value of an image comes first"),
         ({"bounds": 1.0}, "bounds is 1.0; it must be two numbers"),
         ({"model": nn.Linear(3, 3, device="meta")}, "the model's weight is on the device meta"),
+        ({"batches": DataLoader}, "batches is a type; it must be a loader"),
         ({"batches": [(X.to("meta"), Y)]}, "x is on the device meta"),
     ],
 )

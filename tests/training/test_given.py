@@ -98,6 +98,7 @@ def test_logits_that_are_not_finite_are_named_whatever_the_schedule(schedule):
         (lambda x: x.double(), "float64"),
         (lambda x: x[:, :3], r"shape \[6, 3\]"),
         (lambda x: x.to("meta"), "meta"),
+        (lambda x: x.to_sparse(), "layout torch.sparse_coo"),
         (lambda x: x + 2, r"the attack returned 6 of 6 images out of \[0, 1\] or not finite"),
         (lambda x: x.index_fill(0, torch.tensor([1]), torch.nan), "the attack returned 1 of 6 images"),
     ],
