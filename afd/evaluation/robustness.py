@@ -176,7 +176,7 @@ def _check_values(model: Any) -> None:
 
 def _check_bounds(bounds: Any) -> None:
     try:
-        low, high = (float(one) for one in (None if isinstance(bounds, str) else bounds))
+        low, high = (float(one) for one in ([] if isinstance(bounds, str) else bounds))
     except (TypeError, ValueError) as error:
         raise InputTypeError(
             f"bounds is {bounds!r}; it must be two numbers, the lowest and the highest value of an image"
