@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from afd.errors import InputTypeError
+from afd.errors import InputError, InputTypeError
 
 IMAGES, LABELS = ("image", "images", "pixel_values"), ("label", "labels")  # in the order in which they are looked for
 
@@ -21,11 +21,14 @@ def images_and_labels(item: Any) -> tuple[Tensor, Tensor]:
 
     Raises:
         InputTypeError: it is none of these.
+        InputError: they are on the device meta.
     """
     x, y = _named(item, IMAGES), _named(item, LABELS)
     if isinstance(item, tuple | list) and (x is None or y is None):
         x, y = (*item, None, None)[:2]
     if isinstance(x, Tensor) and isinstance(y, Tensor):
+        if x.is_meta:
+            raise InputError("x is on the device meta, where tensors hold no values")
         return x, y
     raise InputTypeError(
         f"the loader yields {_described(item)}; a batch must be (images, labels, ...), or a dict or an object with "

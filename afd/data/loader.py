@@ -10,7 +10,8 @@ from torch import Tensor
 
 from afd.data.augment import CropAndFlip
 from afd.data.images import Images
-from afd.errors import InputError
+from afd.data.numbers import whole
+from afd.errors import InputError, InputTypeError
 from afd.ops import load_batch
 
 Augment = Callable[[Tensor, Tensor], Tensor]
@@ -42,6 +43,7 @@ class Batches:
         channels_last: lay out the batches channels-last, as training passes and attacks want them.
 
     Raises:
+        InputTypeError: images is no `Images`, or a number is of another type.
         InputError: there is nothing to serve, a number is out of range, or the processes cannot share a batch evenly.
     """
 
@@ -59,16 +61,16 @@ class Batches:
         world_size: int = 1,
         channels_last: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1")
+        if not isinstance(images, Images):
+            raise InputTypeError(f"images is a {type(images).__name__}; it must be an afd.data.Images")
+        whole("batch_size", batch_size, 1)
+        whole("seed", seed, 0)
         if batch_size % world_size:
             raise InputError(
                 f"batch_size is {batch_size}; it must be a multiple of the {world_size} processes that share it"
             )
         if not 0 <= rank < world_size:
             raise InputError(f"rank is {rank}; it must be in [0, {world_size})")
-        if seed < 0:
-            raise InputError(f"seed is {seed}; it must be at least 0")
         if len(images) == 0:
             raise InputError("images is empty; there must be at least one image")
         if len(images) < world_size:

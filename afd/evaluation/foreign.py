@@ -25,8 +25,10 @@ class PlainLogits(nn.Module):
         self.model, self.training = model, False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, K] of images [N, ...]."""
-        return logits_of(self.model(x.clone()), x.shape[0])
+        """Logits [N, K] of images [N, ...], float32 or wider."""
+        logits = logits_of(self.model(x.clone()), x.shape[0])
+        # libraries compute with them as with float32, and fail late where they are narrower
+        return logits.float() if logits.element_size() < 4 else logits
 
 
 @contextmanager

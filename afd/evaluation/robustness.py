@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +15,8 @@ from afd.attacks import Attack
 from afd.attacks.base import GradientAttack
 from afd.attacks.inputs import check_form, largest_label
 from afd.data.items import images_and_labels
-from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, at_least, warn_caller
+from afd.data.numbers import number
+from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, warn_caller
 from afd.evaluation.predictions import predict
 from afd.evaluation.target import BOUNDS, check_returned, inside, per_row
 
@@ -47,16 +51,18 @@ def accuracy(
     Warns:
         ModelWarning: infinite logits, or images that an attack returned out of bounds.
     """
+    _check_attack(attack)
+    _check_values(model)
     if bounds is None:
         bounds = attack.bounds if isinstance(attack, GradientAttack) else BOUNDS
+    _check_bounds(bounds)
     seen = 0
     found: list[Tensor] = []
     for x, y, largest in _checked(batches, bounds):
-        shown = x if attack is None else attack(x.clone(), y, first_sample=seen)
+        shown = x if attack is None else attacked_by(attack, x, y, first_sample=seen)
         with torch.no_grad():
             legal = torch.ones_like(y, dtype=torch.bool)
             if attack is not None:
-                check_returned(shown, x)
                 legal = inside(shown, bounds)
                 shown = torch.where(per_row(legal, x), shown, x)
             said = predict(model, shown)
@@ -72,6 +78,24 @@ def accuracy(
     return float(correct) / seen
 
 
+def attacked_by(attack: Attack, x: Tensor, y: Tensor, **settings: Any) -> Tensor:
+    """What an attack makes of a batch, of which it is given a copy; found to have the form of images like x, detached.
+
+    Args:
+        attack: afd's or somebody else's.
+        x: images [N, ...]; not modified.
+        y: labels [N]; not modified.
+        settings: `seed` and `first_sample`, which it is called with.
+
+    Raises:
+        InputTypeError, InputError: what it returned is not like x; or it does not take the settings.
+    """
+    _check_takes(attack, x, y, settings)
+    x_adv = attack(x.clone(), y.clone(), **settings)
+    check_returned(x_adv, x)
+    return x_adv.detach()
+
+
 def accuracy_curve(
     model: nn.Module,
     batches: Iterable[Any],
@@ -83,21 +107,87 @@ def accuracy_curve(
     """Accuracy under attack(eps) for each eps; clean accuracy where eps is 0. See `accuracy`.
 
     Raises:
+        InputTypeError: an eps is no number, or attack(eps) no attack.
         InputError: an eps is negative or not finite, or the batches can be read only once, but there are several eps.
     """
+    if isinstance(epsilons, str) or not isinstance(epsilons, Iterable):
+        raise InputTypeError(f"epsilons is {epsilons!r}; it must be a list of numbers")
+    epsilons = list(epsilons)
     for eps in epsilons:
-        at_least("eps", eps, 0)
+        number("eps", eps, 0)
+    if not callable(attack) or isinstance(attack, GradientAttack):
+        raise InputTypeError(
+            f"attack is a {type(attack).__name__}; a curve needs a function from eps to an attack, such as "
+            "lambda eps: PGD(model, eps=eps)"
+        )
     if len(epsilons) > 1 and isinstance(batches, Iterator):
         raise InputError(
             f"batches is a {type(batches).__name__}, which can be read only once; a curve over {len(epsilons)} radii "
             "reads it for each of them, so pass a list or a loader"
         )
-    return [accuracy(model, batches, attack(eps) if eps else None, bounds=bounds) for eps in epsilons]
+    return [accuracy(model, batches, _made(attack, eps) if eps else None, bounds=bounds) for eps in epsilons]
+
+
+def _made(factory: Callable[[float], Attack], eps: float) -> Attack:
+    made = factory(eps)
+    if made is None:
+        raise InputTypeError(f"attack({eps}) returned None; it must return an attack")
+    return made
+
+
+def _check_attack(attack: Any) -> None:
+    """Raises InputTypeError unless this is None or may be an attack of a model."""
+    made = getattr(attack, "func", attack) if isinstance(attack, functools.partial) else attack
+    if isinstance(made, type):
+        raise InputTypeError(
+            f"attack is the class {made.__name__} without a model; give the attack of a model, "
+            f"{made.__name__}(model, ...)"
+        )
+    if attack is not None and not callable(attack):
+        told = repr(attack) if isinstance(attack, str) else f"a {type(attack).__name__}"
+        raise InputTypeError(f"attack is {told}; it must be an attack of the model, such as PGD(model, eps=...)")
+
+
+def _check_takes(attack: Any, x: Tensor, y: Tensor, settings: dict[str, Any]) -> None:
+    """Raises InputTypeError if an attack cannot be called with the settings, as far as its signature says."""
+    if isinstance(attack, GradientAttack):
+        return
+    try:
+        signature = inspect.signature(attack)
+    except (TypeError, ValueError):  # compiled code has none
+        return
+    try:
+        signature.bind(x, y, **settings)
+    except TypeError as error:
+        kind = getattr(attack, "__name__", type(attack).__name__)
+        wanted = ", ".join(f"{name}=..." for name in settings)
+        raise InputTypeError(f"the attack {kind} cannot be called as attack(x, y, {wanted}): {error}") from error
+
+
+def _check_values(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        return  # named where it is put into evaluation mode
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(
+                f"the model's {name} is on the device meta, where tensors hold no values; load the weights first"
+            )
+
+
+def _check_bounds(bounds: Any) -> None:
+    try:
+        low, high = (float(one) for one in ([] if isinstance(bounds, str) else bounds))
+    except (TypeError, ValueError) as error:
+        raise InputTypeError(
+            f"bounds is {bounds!r}; it must be two numbers, the lowest and the highest value of an image"
+        ) from error
+    if not low < high:
+        raise InputError(f"bounds is {bounds!r}; the lowest value of an image comes first, then a higher one")
 
 
 def _checked(batches: Iterable[Any], bounds: tuple[float, float]) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Images, labels and the largest label of each batch that has any, once their values are found to be allowed."""
-    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+    if isinstance(batches, type) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
         raise InputTypeError(f"batches is a {type(batches).__name__}; it must be a loader or a list of batches")
     for item in batches:
         x, y = images_and_labels(item)

@@ -39,11 +39,13 @@ def check_returned(x_adv: Any, x: Tensor) -> None:
     """Checks the form of what an attack made of images x [N, ...].
 
     Raises:
-        InputTypeError: it is no tensor, or has another dtype than x.
+        InputTypeError: it is no plain tensor, or has another dtype than x.
         InputError: it has another shape or device than x.
     """
     if not isinstance(x_adv, Tensor):
         raise InputTypeError(f"the attack returned a {type(x_adv).__name__}; it must return images like x")
+    if x_adv.layout is not torch.strided or x_adv.is_quantized:
+        raise InputTypeError(f"the attack returned a tensor of layout {x_adv.layout} or quantised; it must be plain")
     checks.iterate("what the attack returned", x_adv, x)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from afd.errors import InputError, ModelError
 from afd.methods.base import Part
 from afd.methods.game import Game, weighted
 
@@ -30,6 +31,18 @@ class AlternatingRound(Game):
         """See `Game.play`."""
         task = torch.stack([self.gather_task(part) for part in batch]).sum(0)
         self.take_step("task")
+        try:
+            return self.answer(batch, task)
+        except InputError as error:  # about weights that this very step may have spoilt
+            if not task.isfinite().all():
+                raise ModelError(
+                    f"the loss 'task' became {task.item()}: the logits are not finite, or the learning rate is too "
+                    "large"
+                ) from error
+            raise
+
+    def answer(self, batch: Sequence[Part], task: Tensor) -> Tensor:
+        """The steps of the discriminator and of the features, after that on L_C."""
         kept = self.features(batch[0].x_adv) if len(batch) == 1 else None
         discriminator = torch.stack([self.gather_discriminator(part, kept) for part in batch]).sum(0)
         self.take_step("discriminator")

@@ -50,7 +50,11 @@ class Part:
 
 def parts(x: Tensor, y: Tensor, x_adv: Tensor, count: int) -> Iterator[Part]:
     """The batch in at most `count` parts of nearly equal size, whose gradients add up to the batch's."""
-    pieces = list(zip(x.chunk(count), y.chunk(count), x_adv.chunk(count), strict=True))
+    if count < len(y) and len(y.chunk(count)[-1]) == 1:  # which BatchNorm could not be shown
+        count = max(1, min(count, len(y) // 2))
+        pieces = list(zip(*(tensor.tensor_split(count) for tensor in (x, y, x_adv)), strict=True))
+    else:
+        pieces = list(zip(x.chunk(count), y.chunk(count), x_adv.chunk(count), strict=True))
     for i, (rows, labels, attacked) in enumerate(pieces):
         yield Part(rows, labels, attacked, len(labels) / len(y), first=i == 0, last=i + 1 == len(pieces))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,6 +17,16 @@ from afd.errors import InputError, one_of
 from afd.nn import Split
 
 Wrap = Callable[[nn.Module], nn.Module]
+
+NO_VIEW = "view size is not compatible"
+MEANINGS = {  # of parts of torch's errors
+    NO_VIEW: "the model takes a view of what does not lie in torch's usual layout (x.view behind a convolution); train "
+    "it with Execution(channels_last=False), or write x.flatten(1) there",
+    "use_reentrant=True": "the model calls torch.utils.checkpoint with use_reentrant=True, which allows no gradients "
+    "of chosen parameters; use_reentrant=False does",
+    "nference tensors cannot be saved": "the model holds a tensor that was made in torch.inference_mode, which no "
+    "gradient goes through; make it outside of that mode",
+}
 
 
 @dataclass(frozen=True)
@@ -80,12 +91,59 @@ class TrainingPass(nn.Module):
 
         What is left out is seen as unused by DistributedDataParallel, which then waits for no gradient of it.
         """
-        if self.execution.channels_last:
-            x = attack_execution.channels_last(x) if self.safe else x.contiguous()
+        x = self.shown(x)
         with attack_execution.autocast(self.execution.precision, x.device):
             outputs = self.model.features_and_logits(x)
         wide = tuple(_wide(output) for output in outputs)
         return wide if with_logits else wide[:1]
+
+    def shown(self, x: Tensor) -> Tensor:
+        """A copy of images x, laid out as chosen: the model may write to it."""
+        if not self.execution.channels_last:
+            return x.clone()
+        if not self.safe or getattr(self.model, "plain_layout", False):
+            return x.clone(memory_format=torch.contiguous_format)
+        if x.dim() == 4 and x.shape[1] > 1:
+            return x.clone(memory_format=torch.channels_last)
+        return attack_execution.channels_last(x).clone()
+
+
+def lay_out_plainly(model: nn.Module) -> None:
+    """Takes a split model's parameters and buffers, and the images of its passes, back to torch's usual layout.
+
+    A model whose own code takes that layout for granted asks for it, ``x.view(len(x), -1)`` behind convolutions, say:
+    what convolutions put out lies channels-last where their weights or images do, and has no such view.
+    """
+    for tensor in chain(model.parameters(), model.buffers()):  # which stay the objects that others know
+        if tensor.dim() == 4:
+            # contiguous() would keep the strides of a single channel, which both layouts lie in memory alike for
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    model.plain_layout = True  # type: ignore[assignment]
+
+
+def needs_plain_layout(error: RuntimeError) -> bool:
+    """Whether an error of a model's is torch's on a view of what does not lie in the usual layout."""
+    return NO_VIEW in str(error)
+
+
+@contextmanager
+def explained(micro_batches: int) -> Iterator[None]:
+    """Says what torch's errors mean that a model raises in training passes, where that is known."""
+    try:
+        yield
+    except RuntimeError as error:
+        meaning = next((told for part, told in MEANINGS.items() if part in str(error)), None)
+        if meaning is None:
+            raise
+        raise InputError(meaning) from error
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        fewer = f", or fewer than micro_batches={micro_batches}" if micro_batches > 1 else ""
+        raise InputError(
+            "BatchNorm was shown a single image, which has no variance; leave out a last batch of one image "
+            f"(drop_last=True of the loader{fewer})"
+        ) from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from afd.attacks.inputs import outside_inference
 from afd.methods.base import Part, parts
-from afd.methods.execution import alone, isolated, unsynchronised
+from afd.methods.execution import alone, explained, isolated, unsynchronised
 from afd.methods.losses import game_loss, gradient_penalty
 from afd.methods.optimizers import reaching, take_step, trainable
 
@@ -62,7 +62,7 @@ class Game(ABC):
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         names = ("task", "discriminator", "features")
-        with isolated(x.device):
+        with isolated(x.device), explained(self.settings.micro_batches):
             x, y, x_adv = (outside_inference(tensor) for tensor in (x, y, x_adv))
             return dict(zip(names, self.play(list(parts(x, y, x_adv, self.settings.micro_batches))), strict=True))
 

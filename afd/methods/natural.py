@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from afd.attacks.inputs import outside_inference
 from afd.errors import at_least, one_of
 from afd.methods.base import parts, unwrapped
-from afd.methods.execution import Execution, Wrap, isolated, unsynchronised
+from afd.methods.execution import Execution, Wrap, explained, isolated, unsynchronised
 from afd.methods.optimizers import (
     OPTIMIZERS,
     OptimizerFactory,
@@ -90,7 +90,7 @@ class NaturalRound:
         self.rounds += 1
         self.task.zero_grad()
         losses = []
-        with isolated(x.device):
+        with isolated(x.device), explained(self.settings.micro_batches):
             x, y, x_adv = (outside_inference(tensor) for tensor in (x, y, x_adv))
             for part in parts(x, y, x_adv, self.settings.micro_batches):
                 with nullcontext() if part.last else unsynchronised(self.passes):

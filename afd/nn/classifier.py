@@ -45,6 +45,9 @@ class FeatureClassifier(nn.Module):
         num_features: width of the features.
         num_classes: number of logits.
         normalize: whether features are scaled to length 1; saved with the model.
+
+    Attributes:
+        plain_layout: whether training passes must show it images in torch's usual layout, whatever `Execution` says.
     """
 
     def __init__(self, encoder: nn.Module, num_features: int, num_classes: int, normalize: bool = True) -> None:
@@ -54,6 +57,7 @@ class FeatureClassifier(nn.Module):
         self.num_features = num_features
         self.num_classes = num_classes
         self.normalize = normalize
+        self.plain_layout = False
 
     def features(self, x: Tensor) -> Tensor:
         """Features [N, num_features] of images [N, C, H, W] in [0, 1]; of length 1 if the model normalises them."""
@@ -86,14 +90,24 @@ class Entrance:
         self.recording = False
         self.seen: list[Tensor] = []
 
-    def __call__(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What the layer is given instead of `inputs`."""
-        z = inputs[0]
+    def __call__(
+        self, _layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What the layer is given instead of its inputs, of which the features are the first, named or not."""
+        if inputs:
+            return (self.entered(inputs[0]), *inputs[1:]), named
+        if not named:
+            return None  # the layer will say what it misses
+        first = "input" if "input" in named else next(iter(named))
+        return inputs, {**named, first: self.entered(named[first])}
+
+    def entered(self, z: Tensor) -> Tensor:
+        """Features as the layer is given them."""
         if self.normalize:
             z = unit_length(z)
         if self.recording:
             self.seen.append(z)
-        return (z, *inputs[1:])
+        return z
 
 
 class FeatureSplit(nn.Module):
@@ -112,7 +126,12 @@ class FeatureSplit(nn.Module):
             named `MARKER` at that layer. False: nowhere.
         num_classes: number of logits; by default as many as the layer, or the one that it leads to, puts out.
 
+    Attributes:
+        plain_layout: as in `FeatureClassifier`.
+        settles: whether the number of classes is not known yet, and the first logits that are asked for say it.
+
     Raises:
+        InputTypeError: `normalize` is none of the three.
         InputError: the model has no such linear layer, or has it inside of something compiled, or has parameters that
             are yet without values.
     """
@@ -125,6 +144,9 @@ class FeatureSplit(nn.Module):
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
+        if normalize is not None and not isinstance(normalize, bool):
+            raise InputTypeError(f"normalize is {normalize!r}; it must be True, False or None")
+        self.plain_layout = self.settles = False
         linear = heads.linear_layers(model)
         self.named = feature_layer is not None
         self.feature_layer = list(linear)[-1] if feature_layer is None else feature_layer
@@ -134,7 +156,7 @@ class FeatureSplit(nn.Module):
         heads.check_visible(model, self.feature_layer)
         self.num_features = self.classifier.in_features
         self.num_classes = num_classes or heads.classes(linear, self.feature_layer)
-        self.entrance = _entrance_of(self.classifier, normalize)
+        self.entrance = _entrance_at(self.classifier, normalize)
 
     @property
     def normalize(self) -> bool | None:
@@ -164,7 +186,7 @@ class FeatureSplit(nn.Module):
         if not self.named:
             heads.check_choice(self.feature_layer, called, logits)
         self._features(entered, len(x))
-        self.num_classes = logits.shape[1]
+        self.num_classes, self.settles = logits.shape[1], False
 
     def features(self, x: Tensor) -> Tensor:
         """Features [N, num_features], of length 1 unless `normalize` is False."""
@@ -183,7 +205,10 @@ class FeatureSplit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [N, num_classes]."""
-        return self._logits(self.model(x), len(x))
+        output = self.model(x)
+        if self.settles:
+            self.num_classes, self.settles = logits_of(output, len(x)).shape[1], False
+        return self._logits(output, len(x))
 
     def _watched(self, x: Tensor) -> tuple[list[Tensor], Any]:
         """What entered the layer in one pass of the model, and what the model returned."""
@@ -268,15 +293,22 @@ def unit_length(z: Tensor) -> Tensor:
 torch.fx.wrap("unit_length")  # a symbolic trace of the model must not look into it: its branch asks for a real tensor
 
 
-def _entrance_of(layer: nn.Linear, normalize: bool | None) -> Entrance:
+def entrance_of(layer: nn.Module) -> Entrance | None:
+    """The entrance that a layer has from an earlier split, if it has."""
+    return next((hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, Entrance)), None)
+
+
+def _entrance_at(layer: nn.Linear, normalize: bool | None) -> Entrance:
     """The layer's entrance: the one it has from an earlier split, with its setting renewed, or a new one."""
-    entrances = [hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, Entrance)]
-    entrance = entrances[0] if entrances else Entrance()
-    if not entrances:
-        layer.register_forward_pre_hook(entrance)
+    entrance = entrance_of(layer)
+    if entrance is None:
+        entrance = Entrance()
+        layer.register_forward_pre_hook(entrance, with_kwargs=True)
     entrance.normalize = normalize
     if normalize and MARKER not in layer._buffers:
-        layer.register_buffer(MARKER, torch.ones((), dtype=torch.bool, device=layer.weight.device))
+        # not that of layer.weight, which may be computed anew, and change something, whenever it is read
+        device = next(layer.parameters()).device
+        layer.register_buffer(MARKER, torch.ones((), dtype=torch.bool, device=device))
     elif not normalize:
         layer._buffers.pop(MARKER, None)
     return entrance

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -228,3 +228,14 @@ def _held(modules: list[nn.Module]) -> Iterator[None]:
                 else:
                     del _holders[name]
             _changed.notify_all()
+
+
+@contextmanager
+def held(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keeps other threads from evaluating, or holding, any of these modules; waits until none does.
+
+    Args:
+        modules: all that are held, such as ``model.modules()``; the same thread may hold them already.
+    """
+    with _held(list(modules)):
+        yield

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from afd.attacks.inputs import check_batch
 from afd.data import Batches
 from afd.data.items import images_and_labels
-from afd.errors import AfdError, InputError
+from afd.errors import AfdError, InputError, InputTypeError
 from afd.training import rng
 from afd.training.distributed import Group
 
@@ -115,6 +115,8 @@ def checked(name: str, item: Any, num_classes: int | None, loader: Loader) -> tu
 
 def _look_at(name: str, loader: Loader, epochs: int, classes: Callable[[Tensor], int]) -> None:
     """Checks the first batch; of a list, all of them."""
+    if isinstance(loader, type) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise InputTypeError(f"{name} is a {type(loader).__name__}; it must be a loader or a list of batches")
     with _untouched(loader):
         if _read_once(loader):
             raise InputError(

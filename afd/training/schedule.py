@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from afd.errors import InputError, one_of
+from afd.errors import InputError, InputTypeError, one_of
 
 Schedule = Callable[[float], float]
 
@@ -74,9 +75,23 @@ class Rates:
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", float(group["lr"]))
 
+    def factor(self, played: int) -> float:
+        """What the schedule says for the round after `played` ones.
+
+        Raises:
+            InputTypeError, InputError: that is no finite number.
+        """
+        progress = played / self.rounds
+        factor = self.schedule(progress)
+        if not isinstance(factor, (Real, Tensor)):
+            raise InputTypeError(f"schedule({progress:g}) is {factor!r}; it must be a number, a factor of the rates")
+        if not math.isfinite(factor):
+            raise InputError(f"schedule({progress:g}) is {float(factor)}; it must be a finite factor of the rates")
+        return float(factor)
+
     def set(self, played: int) -> None:
         """Sets all rates for the round after `played` ones."""
-        factor = self.schedule(played / self.rounds)
+        factor = self.factor(played)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 rate = group["initial_lr"] * factor
@@ -87,5 +102,5 @@ class Rates:
 
     def of_round(self, number: int) -> dict[str, float]:
         """Each optimizer's rate in a round, counted from 1."""
-        factor = self.schedule((max(number, 1) - 1) / self.rounds)
+        factor = self.factor(max(number, 1) - 1)
         return {name: o.param_groups[0]["initial_lr"] * factor for name, o in self.optimizers.items()}

@@ -13,14 +13,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from afd.attacks import Attack, AttackFactory
+from afd.attacks.base import GradientAttack
 from afd.attacks.capture import guard
-from afd.errors import InputError, at_least
+from afd.errors import InputError
+from afd.evaluation.robustness import attacked_by
+from afd.evaluation.target import inside
 from afd.methods import AFD, Execution, Method
-from afd.methods.execution import isolated
+from afd.methods.execution import isolated, lay_out_plainly
 from afd.nn import FeatureSplit, split
+from afd.nn.modes import held
 from afd.training import distributed, loaders, recording, run_state
 from afd.training.average import averaged
 from afd.training.foreign import device_of, settle, taken_in
+from afd.training.given import check_settings, made
 from afd.training.keeper import Keeper
 from afd.training.loaders import Loader
 from afd.training.meter import Meter, NotFiniteError
@@ -31,6 +36,7 @@ from afd.training.stream import Stream
 from afd.training.validation import shared_accuracy
 from afd.training.warmup import Warmup, unwatched
 
+LOOKS = 3  # rounds in which the values of somebody else's attacked images are looked at
 BY_CALLBACK = 1  # what stopped a run, if not the signal of a larger number
 
 
@@ -94,24 +100,20 @@ class Trainer:
     config: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        at_least("epochs", self.epochs, 0)
-        at_least("eps_warmup", self.eps_warmup, 0.0)
-        at_least("log_every", self.log_every, 1)
-        at_least("save_every", self.save_every, 0)
-        if self.method.uses_attack and self.attack is None:
-            raise InputError(f"attack is None; the method {type(self.method).__name__} trains against one")
-        if self.resume == "auto" and self.folder is None:
-            raise InputError("resume is 'auto'; it needs a folder to look for checkpoints in")
+        check_settings(self)
         self.factor = schedule_named(self.schedule)
         self.group = distributed.join()
-        network = split(taken_in(self.model), self.feature_layer, self.normalize)
-        self.device = device_of(network)
-        with isolated(self.device):
-            self.network = self.execution.prepare(network)
-            self._build_round()
-            self.average = None if self.ema is None else averaged(self.network, self.ema)
+        inner = taken_in(self.model)
+        with held(inner.modules()):  # another thread that evaluates it has frozen its parameters
+            network = split(inner, self.feature_layer, self.normalize)
+            self.device = device_of(network)
+            with isolated(self.device):
+                self.network = self.execution.prepare(network)
+                self._build_round()
+                self.average = None if self.ema is None else averaged(self.network, self.ema)
         # one for all epochs: what it has recorded stays
-        self.judge = None if self.validation_attack is None else self.validation_attack(self.evaluated)
+        made_judge = self.validation_attack
+        self.judge = None if made_judge is None else made("validation_attack", made_judge(self.evaluated))
         self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
         self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
         self._stopped = 0
@@ -157,17 +159,18 @@ class Trainer:
             return self._fit(train, validation)
 
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
-        rounds = loaders.look(train, validation, self.epochs, partial(settle, self.network), self.group)
-        if self.network.num_classes != self._built_for:
-            self._build_round()
-            if self.average is not None:
-                self.average.module.num_classes = self.network.num_classes
+        look_at = partial(settle, self.network, self.execution)
+        rounds = loaders.look(train, validation, self.epochs, look_at, self.group)
+        self._follow_what_was_found()
         self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
         self.stream = Stream(train, self.device, self.network.num_classes, rounds)
-        resumed = run_state.resume(self)
+        with held(self._modules()):
+            resumed = run_state.resume(self)
         warmup = None
         if self.attack is not None and self.method.uses_attack:
-            warmup = Warmup(unwatched(self.attack(self.network)), round(self.eps_warmup * rounds))
+            attack = made("attack", self.attack(self.network))
+            warmup = Warmup(unwatched(attack), round(self.eps_warmup * rounds))
+        self.looked_at = 0  # rounds whose attacked images were looked at
         self.plays = recording.plays(self, None if warmup is None else warmup.attack)
         with on_signals(self.stop):
             while self.position.epoch <= self.epochs and not self._stop_asked():
@@ -185,9 +188,27 @@ class Trainer:
             )
         return self.history
 
+    def _follow_what_was_found(self) -> None:
+        """Round and average as the model has turned out to be, when it was tried on images."""
+        with held(self._modules()):
+            if self.network.num_classes != self._built_for:
+                self._build_round()
+            if self.average is not None:
+                self.average.module.num_classes = self.network.num_classes
+                if self.network.plain_layout:
+                    lay_out_plainly(self.average.module)
+
+    def _modules(self, attack: Any = None) -> list[nn.Module]:
+        """All that a round reads or writes: held at once, so that no two threads wait for each other."""
+        other = getattr(attack, "model", None)
+        models = (self.network, None if self.average is None else self.average.module, other)
+        return [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
+
     def _train_epoch(self, rounds: int, warmup: Warmup | None, generators: dict[str, Any] | None) -> float:
         """What is left of an epoch; returns images a second."""
-        self.network.train()
+        self._held = self._modules(None if warmup is None else warmup.attack)
+        with held(self._held):
+            self.network.train()
         images, start, at = 0, time.perf_counter(), self.position
         for x, y in self.stream.epoch(at.epoch, at.batch, generators):
             try:
@@ -213,17 +234,35 @@ class Trainer:
         played = self.position.round
         self.rates.set(played)
         attack = None if warmup is None else warmup.at(played)
-        self.meter.add(self.plays(partial(self._attack_and_step, attack), attack, x, y, self.seed + played))
-        if self.average is not None:
-            self.average.update_parameters(self.network)
+        with held(self._held):
+            self.meter.add(self.plays(partial(self._attack_and_step, attack), attack, x, y, self.seed + played))
+            if self.average is not None:
+                self.average.update_parameters(self.network)
 
     def _attack_and_step(self, attack: Attack | None, x: Tensor, y: Tensor, seed: Any) -> dict[str, Tensor]:
         """All of a round that a graph can record; the seed is a number, or a tensor that a recording reads."""
         x_adv = x
         if attack is not None:
             # the processes' batches are rows of one joint batch, and each row has its own start
-            x_adv = attack(x, y, seed=seed, first_sample=self.group.rank * len(y))
+            first = self.group.rank * len(y)
+            if isinstance(attack, GradientAttack):
+                x_adv = attack(x, y, seed=seed, first_sample=first)
+            else:
+                x_adv = attacked_by(attack, x, y, seed=seed, first_sample=first)
+                self._look_at_attacked(x_adv)
         return self.round.step(x, y, x_adv)
+
+    def _look_at_attacked(self, x_adv: Tensor) -> None:
+        """Checks the values that somebody else's attack made; in the first rounds, as it waits for the device."""
+        if self.looked_at >= LOOKS:
+            return
+        self.looked_at += 1
+        wrong = int((~inside(x_adv)).sum())
+        if wrong:
+            raise InputError(
+                f"the attack returned {wrong} of {len(x_adv)} images out of [0, 1] or not finite; it must return "
+                "images like x"
+            )
 
     def _report_interval(self, rounds: int) -> None:
         """Reads the losses and tells of them; the only place in an epoch that waits for the device."""
@@ -269,7 +308,8 @@ class Trainer:
         if not run_state.finite(self.network, self.round.players):
             played = self.position.round
             raise TrainingError(f"a weight stopped being finite by round {played}; {self._where_it_stood(played)}")
-        state, metadata = run_state.capture(self)
+        with held(self._modules()):
+            state, metadata = run_state.capture(self)
         if self.group.leads:
             self.keeper.save(state, metadata, best=best)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from afd.nn import FeatureClassifier, FeatureSplit, split
-from afd.nn.classifier import MARKER, unwrapped
+from afd.nn.classifier import MARKER, entrance_of, unwrapped
 from afd.nn.modes import without_wrappers
 from afd.training.checkpoint import CheckpointError
 
@@ -38,6 +38,13 @@ def save_weights(path: Path, model: nn.Module) -> None:
     if isinstance(model, (FeatureClassifier, FeatureSplit)):
         layer = getattr(model, "feature_layer", "classifier")
         facts = {"normalize": model.normalize, "feature_layer": layer}
+        if not getattr(model, "settles", False):
+            facts["num_classes"] = model.num_classes
+    else:
+        entrances = ((name, entrance_of(layer)) for name, layer in inner.named_modules())
+        for name, entrance in entrances:  # of a split that the caller left out
+            if entrance is not None:
+                facts = {"normalize": entrance.normalize, "feature_layer": name}
     state._metadata[KEY] = facts  # type: ignore[attr-defined]
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, path)
@@ -67,5 +74,7 @@ def load_weights(path: Path, model: nn.Module) -> Any:
         model.normalize = facts.get("normalize", model.normalize)
         return model
     if marked:
-        facts = {"feature_layer": marked[0].rpartition(".")[0], "normalize": True}
-    return split(inner, facts.get("feature_layer"), facts.get("normalize"))
+        facts |= {"feature_layer": marked[0].rpartition(".")[0], "normalize": True}
+    loaded = split(inner, facts.get("feature_layer"), facts.get("normalize"), facts.get("num_classes"))
+    loaded.settles = "num_classes" not in facts  # widths alone can be mistaken
+    return loaded

@@ -198,7 +198,7 @@ def test_batches_are_copies() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be a finite number >= 1"),
         ({"batch_size": -3}, "batch_size is -3"),
         ({"batch_size": 1, "seed": -1}, "seed is -1"),
         ({"batch_size": 1, "images": numbered(0)}, "images is empty"),
@@ -238,3 +238,17 @@ def test_cuda_batches_never_wait_for_the_device(cuda: torch.device) -> None:
         assert len(list(served)) == 4
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images": [1, 2]}, "images is a list; it must be an afd.data.Images"),
+        ({"batch_size": "2"}, "batch_size is '2', a str; it must be a whole number"),
+        ({"batch_size": 1.5}, "batch_size is 1.5, a float; it must be a whole number"),
+        ({"seed": 1.5}, "seed is 1.5, a float; it must be a whole number"),
+    ],
+)
+def test_what_is_of_another_type_is_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Batches(**{"images": numbered(3), "batch_size": 2, **arguments})  # type: ignore[arg-type]

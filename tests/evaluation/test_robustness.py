@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from afd.attacks import PGD
 from afd.errors import InputError, InputTypeError, ModelError, ModelWarning
 from afd.evaluation import accuracy, accuracy_curve
+from afd.evaluation.foreign import PlainLogits
 from afd.evaluation.plots import plot_curves
 
 
@@ -273,3 +274,55 @@ def test_an_attack_may_write_to_its_input():
     assert accuracy(Brightest(), batches, breaking) == 0
     assert torch.equal(batches[0][0], X)
     assert accuracy(Brightest(), batches) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"attack": "pgd"}, "attack is 'pgd'; it must be an attack of the model"),
+        ({"attack": PGD}, r"attack is the class PGD without a model; give the attack of a model, PGD\(model"),
+        ({"attack": PGD.partial(eps=0.1)}, r"attack is the class PGD without a model"),
+        ({"attack": lambda x, _y: x}, r"cannot be called as attack\(x, y, first_sample=...\)"),
+        ({"bounds": (1.0, 0.0)}, r"bounds is \(1.0, 0.0\); the lowest value of an image comes first"),
+        ({"bounds": 1.0}, "bounds is 1.0; it must be two numbers"),
+        ({"model": nn.Linear(3, 3, device="meta")}, "the model's weight is on the device meta"),
+        ({"batches": DataLoader}, "batches is a type; it must be a loader"),
+        ({"batches": [(X.to("meta"), Y)]}, "x is on the device meta"),
+    ],
+)
+def test_what_cannot_be_meant_is_named(settings, message):
+    with pytest.raises((InputTypeError, InputError), match=message):
+        accuracy(**{"model": Brightest(), "batches": in_batches(2), **settings})
+
+
+@pytest.mark.parametrize(
+    ("epsilons", "attack", "message"),
+    [
+        ("0.1", PGD, "epsilons is '0.1'; it must be a list of numbers"),
+        (["0.1"], PGD, "eps is '0.1', a str; it must be a number"),
+        ([0.1], lambda _eps: None, r"attack\(0.1\) returned None; it must return an attack"),
+        ([0.1], PGD(Brightest()), "attack is a PGD; a curve needs a function from eps to an attack"),
+    ],
+)
+def test_what_no_curve_can_be_made_of_is_named(epsilons, attack, message):
+    with pytest.raises(InputTypeError, match=message):
+        accuracy_curve(Brightest(), in_batches(2), epsilons, attack)
+
+
+def test_an_attack_that_writes_to_its_labels_changes_no_count():
+    def attack(x, y, **_settings):
+        y.fill_(1)
+        return x
+
+    batches = [(X.clone(), Y.clone())]
+    assert accuracy(Brightest(), batches, attack) == 0.75
+    assert torch.equal(batches[0][1], Y)
+
+
+def test_other_libraries_are_shown_logits_of_float32_at_least():
+    class Narrow(Brightest):
+        def forward(self, x):
+            return super().forward(x).bfloat16()
+
+    assert PlainLogits(Narrow().eval())(X).dtype == torch.float32
+    assert PlainLogits(Brightest().eval())(X.double()).dtype == torch.float64

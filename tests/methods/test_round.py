@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from afd.errors import InputError
 from afd.methods import AFD, Execution, Natural
@@ -226,3 +227,23 @@ def test_frozen_layers_stay(schedule, batch):
     AFD(hidden=4, schedule=schedule).build(model).step(*batch)
     assert torch.equal(encoder[1].weight, before)
     assert encoder[1].weight.grad is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_torch_says_of_checkpoints_and_inference_tensors_is_explained():
+    class Checkpointed(nn.Sequential):
+        def forward(self, x):
+            return self[2](checkpoint(self[1], self[0](x), use_reentrant=True))
+
+    x, y = torch.rand(4, 6), torch.arange(4) % 2
+    with pytest.raises(InputError, match="use_reentrant=True, which allows no gradients of chosen parameters"):
+        AFD(lr=0.01).build(split(Checkpointed(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)))).step(x, y, x)
+    with torch.inference_mode():
+        scale = torch.ones(6)
+
+    class Scaled(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.requires_grad_() * scale)
+
+    with pytest.raises(InputError, match=r"holds a tensor that was made in torch\.inference_mode"):
+        Natural(lr=0.01).build(split(Scaled(nn.Linear(6, 2)))).step(x, y, x)

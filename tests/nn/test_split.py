@@ -213,3 +213,41 @@ def test_models_of_other_libraries(build):
     assert z.shape == (2, whole.num_features)
     assert logits.shape == (2, 5)
     torch.testing.assert_close(z.norm(dim=1), torch.ones(2))
+
+
+# --- Layers that are called or computed in other ways ----------------------------------------------------------------
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(input=self.body(x).relu())
+
+
+@pytest.mark.parametrize("normalize", [None, True, False])
+def test_features_that_enter_their_layer_by_name_are_seen(normalize):
+    model, x = ByName(), torch.rand(3, 16)
+    raw = model.body(x).relu()
+    plain = model(x)
+    z, logits = split(model, normalize=normalize).features_and_logits(x)
+    assert torch.equal(z, raw if normalize is False else nn.functional.normalize(raw))
+    expected = model.head(raw) if normalize else plain
+    assert torch.equal(logits, expected)
+    assert torch.equal(model(x), expected)
+    with pytest.raises(TypeError, match="input"):
+        model.head()
+
+
+def test_splitting_leaves_the_power_iteration_of_a_spectral_norm_where_it_is():
+    model = nn.Sequential(nn.Linear(16, 8), nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    network = split(model, normalize=True)
+    assert all(torch.equal(network.model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_normalize_is_a_truth_value_or_none():
+    with pytest.raises(InputTypeError, match="normalize is 'yes'; it must be True, False or None"):
+        split(ByName(), normalize="yes")

@@ -3,7 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import utils
+from torch.nn.utils import prune
 
+from afd.errors import InputError
 from afd.methods import Natural
 from afd.training import EpochReport, Trainer, load_checkpoint
 from afd.training.average import averaged
@@ -107,3 +110,56 @@ def test_the_counter_stays_on_the_cpu_whatever_the_default_device_is():
     model = Everything()
     with torch.device("meta"):
         assert averaged(model, 0.9).n_averaged.device.type == "cpu"
+
+
+class Masked(nn.Module):
+    """Holds infinities from the start, and others that come later; one of its buffers is expanded."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 3)
+        self.register_buffer("mask", torch.full((3, 3), -torch.inf).triu(1))
+        self.register_buffer("late", torch.zeros(2))
+        self.register_buffer("same", torch.ones(1).expand(3))
+        self.frozen = nn.Parameter(torch.tensor([torch.inf, 1.0]), requires_grad=False)
+        self.register_buffer("narrow", torch.zeros(2).to(torch.float8_e4m3fn))
+
+
+def test_infinities_are_copied_into_the_average():
+    model = Masked()
+    average = averaged(model, 0.9)
+    average.update_parameters(model)
+    model.late = torch.tensor([torch.inf, 1.0])
+    model.same = torch.full((1,), 2.0).expand(3)
+    average.update_parameters(model)
+    own = average.module
+    assert torch.equal(own.mask, model.mask)
+    assert torch.equal(own.frozen, model.frozen)
+    torch.testing.assert_close(own.late, torch.tensor([torch.inf, 0.1]))
+    torch.testing.assert_close(own.same, torch.full((3,), 1.1))
+    model.late = torch.tensor([1.0, 1.0])
+    average.update_parameters(model)
+    torch.testing.assert_close(own.late, torch.tensor([1.0, 0.19]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "change_head",
+    [utils.weight_norm, utils.spectral_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.3)],
+)
+def test_a_weight_that_a_hook_computes_is_averaged_by_what_it_is_computed_from(change_head):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), change_head(nn.Linear(4, 2)))
+    x, y = torch.rand(8, 4), torch.arange(8) % 2
+    model(x)
+    trainer = Trainer(model, Natural(lr=0.1), ema=0.0, epochs=2)
+    trainer.fit([(x, y)] * 2, [(x, y)])
+    torch.testing.assert_close(trainer.evaluated.eval()(x), model.eval()(x))
+    assert model[2].weight.requires_grad
+
+
+def test_a_model_that_cannot_be_copied_is_named_where_its_average_is_asked_for():
+    model = nn.Linear(3, 2)
+    model.kept = [model.weight * 2]
+    with pytest.raises(InputError, match="ema averages a copy of the model, which cannot be copied: a tensor"):
+        averaged(model, 0.9)

@@ -1,6 +1,7 @@
 """Models that somebody else wrote: where their head is registered, what is wrapped around them, what they return."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -10,7 +11,8 @@ from torch.nn.utils import parametrizations
 
 from afd.attacks import PGD
 from afd.errors import InputError, InputTypeError
-from afd.methods import AFD, Natural
+from afd.evaluation import accuracy
+from afd.methods import AFD, Execution, Natural
 from afd.nn import FeatureClassifier, split
 from afd.nn.classifier import MARKER
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights
@@ -417,3 +419,137 @@ def test_a_checkpoint_of_the_earlier_default_is_gone_on_from_with_normalize_true
     assert len(resumed.fit(BATCHES, BATCHES)) == 2
     with pytest.raises(CheckpointError, match="scaled for is discriminator and feature layer there and discriminator"):
         Trainer(Body(), Natural(lr=0.01), **settings).fit(BATCHES, BATCHES)
+
+
+# --- What models take for granted ------------------------------------------------------------------------------------
+
+
+class LeNet(nn.Module):
+    """Flattens what convolutions put out by a view."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(channels, 6, 3), nn.Conv2d(6, 8, 3)
+        self.body, self.head = nn.Linear(8 * 4 * 4, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(self.body(x.view(x.size(0), -1)).relu())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_view_behind_convolutions_is_trained_in_the_usual_layout(channels):
+    x = torch.rand(6, channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for execution in (Execution(), Execution(channels_last=False)):
+        torch.manual_seed(0)
+        model = LeNet(channels)
+        trainer = Trainer(model, AFD(lr=0.01), attack=shifted, execution=execution, epochs=2, ema=0.5)
+        trainer.fit([(x, Y)] * 2, [(x, Y)])
+        found.append([*model.parameters(), *trainer.evaluated.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def shifted(_model):
+    return lambda x, _y, **_settings: (x + 0.1).clamp(0, 1)
+
+
+def test_a_view_in_an_encoder_is_trained_in_the_usual_layout():
+    encoder = LeNet()
+    encoder.head = nn.Identity()
+    x = torch.rand(6, 3, 8, 8)
+    trainer = Trainer(FeatureClassifier(encoder, 16, 4), AFD(lr=0.01), attack=shifted)
+    assert trainer.fit([(x, Y)], [(x, Y)])[0].natural >= 0
+
+
+@pytest.mark.parametrize("method", [AFD(lr=0.01), AFD(lr=0.01, schedule="alternating"), Natural(lr=0.01)])
+def test_a_view_that_a_round_of_its_own_cannot_take_is_explained(method):
+    x = torch.rand(6, 3, 8, 8)
+    with pytest.raises(InputError, match=r"train it with Execution\(channels_last=False\)"):
+        method.build(Execution().prepare(split(LeNet()))).step(x, Y, x)
+    method.build(split(LeNet()), Execution(channels_last=False)).step(x, Y, x)
+
+
+class Writing(Body):
+    """Normalises its input in place."""
+
+    def raw(self, x):
+        return super().raw(x.sub_(0.5).div_(0.25))
+
+
+class Reading(Body):
+    def raw(self, x):
+        return super().raw((x - 0.5) / 0.25)
+
+
+METHODS = [
+    Natural(lr=0.01),
+    Natural(lr=0.01, micro_batches=2),
+    AFD(lr=0.01),
+    AFD.adam(),
+    AFD(lr=0.01, schedule="alternating"),
+    AFD(lr=0.01, schedule="alternating", discriminator_rounds=2),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_writes_to_its_images_trains_as_one_that_does_not(method):
+    found, x = [], X.clone()
+    for kind in (Writing, Reading):
+        torch.manual_seed(0)
+        model = kind()
+        Trainer(model, method, attack=PGD.partial(eps=0.1, steps=1), epochs=2).fit([(x, Y)] * 2, [(x, Y)])
+        assert torch.equal(x, X)
+        found.append(list(model.parameters()))
+    assert all(map(torch.equal, *found))
+
+
+def test_training_waits_while_another_thread_evaluates_the_model():
+    def train(watched):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+        done = threading.Event()
+
+        def watch():
+            while not done.wait(0.0005):
+                accuracy(model, BATCHES)
+
+        watcher = threading.Thread(target=watch)
+        if watched:
+            watcher.start()
+        try:
+            callback = [lambda _report: accuracy(model, BATCHES)]
+            Trainer(model, Natural(lr=0.05), epochs=2, callbacks=callback).fit(BATCHES * 40, BATCHES)
+        finally:
+            done.set()
+        if watched:
+            watcher.join()
+        return list(model.state_dict().values())
+
+    assert all(map(torch.equal, train(False), train(True)))
+
+
+def test_a_last_batch_of_one_image_is_explained_where_batchnorm_cannot_take_it():
+    model = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(InputError, match=r"BatchNorm was shown a single image.*drop_last=True of the loader\)$"):
+        Trainer(model, Natural()).fit([(X, Y), (X[:1], Y[:1])], BATCHES)
+    with pytest.raises(InputError, match=r"drop_last=True of the loader, or fewer than micro_batches=6\)$"):
+        Trainer(model, Natural(micro_batches=6)).fit(BATCHES, BATCHES)
+    Trainer(model, Natural(micro_batches=4)).fit([(X[:5], Y[:5])], BATCHES)  # no part of one
+
+
+@pytest.mark.parametrize("named", ["network", "model"])
+def test_saved_weights_say_which_layer_features_enter_and_how_many_classes_there_are(named, tmp_path):
+    model = Body("head", "body")
+    trainer = fit(model, feature_layer="head")
+    save_weights(tmp_path / "model.pt", getattr(trainer, named))
+    loaded = load_weights(tmp_path / "model.pt", Body("head", "body"))
+    assert torch.equal(loaded.eval()(X), model.eval()(X))
+    assert (loaded.feature_layer, loaded.num_classes) == ("head", 4)
+
+
+def test_weights_of_a_model_that_was_never_split_load_and_count_their_classes_at_the_first_call(tmp_path):
+    torch.save(Body("head", "body").state_dict(), tmp_path / "model.pt")
+    loaded = load_weights(tmp_path / "model.pt", Body("head", "body"))
+    assert loaded(X).shape == (6, 4)
+    assert loaded.num_classes == 4

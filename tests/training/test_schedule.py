@@ -55,12 +55,12 @@ def test_a_run_follows_its_schedule_round_by_round():
 @pytest.mark.parametrize("eps", [0.3, torch.tensor([0.3, 0.6])])
 def test_the_radius_grows_to_its_own_value(eps):
     attack = PGD(nn.Flatten(), eps=eps, alpha=0.06)
-    warmup = Warmup(attack, rounds=3)
+    warmup, full = Warmup(attack, rounds=3), attack.eps
     for played, share in enumerate([1 / 3, 2 / 3, 1, 1]):
         assert warmup.at(played) is attack
         torch.testing.assert_close(torch.as_tensor(attack.eps), torch.as_tensor(eps) * share)
         assert attack.alpha == pytest.approx(0.06 * share)
-    assert attack.eps is eps
+    assert attack.eps is full
 
 
 def test_the_radius_of_a_run_grows():

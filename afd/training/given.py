@@ -1,0 +1,86 @@
+"""The settings of a trainer as somebody may have given them: what cannot be meant is named before anything starts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from afd.attacks.base import GradientAttack
+from afd.data.numbers import number, whole
+from afd.errors import InputError, InputTypeError
+from afd.methods import Execution
+
+if TYPE_CHECKING:
+    from afd.training.trainer import Trainer
+
+
+def check_settings(trainer: Trainer) -> None:
+    """Checks a trainer's settings, its model apart.
+
+    Raises:
+        InputTypeError: one is of a type that is not allowed.
+        InputError: one is out of range, or misses another.
+    """
+    whole("epochs", trainer.epochs, 0)
+    number("eps_warmup", trainer.eps_warmup, 0.0)
+    whole("log_every", trainer.log_every, 1)
+    whole("save_every", trainer.save_every, 0)
+    whole("seed", trainer.seed, 0)
+    _check_method(trainer.method)
+    if not isinstance(trainer.execution, Execution):
+        raise InputTypeError(f"execution is {_told(trainer.execution)}; it must be an afd.methods.Execution")
+    for name in ("attack", "validation_attack"):
+        check_factory(name, getattr(trainer, name))
+    if trainer.method.uses_attack and trainer.attack is None:
+        raise InputError(f"attack is None; the method {type(trainer.method).__name__} trains against one")
+    if not isinstance(trainer.callbacks, Sequence) or not all(map(callable, trainer.callbacks)):
+        raise InputTypeError(f"callbacks is {_told(trainer.callbacks)}; it must be a list of functions of a report")
+    if trainer.normalize is not None and not isinstance(trainer.normalize, bool):
+        raise InputTypeError(f"normalize is {_told(trainer.normalize)}; it must be True, False or None")
+    for name in ("folder", "resume"):
+        value = getattr(trainer, name)
+        if value is not None and not isinstance(value, str | Path):
+            raise InputTypeError(f"{name} is {_told(value)}; it must be a path")
+    if trainer.config is not None and not isinstance(trainer.config, Mapping):
+        raise InputTypeError(f"config is {_told(trainer.config)}; it must be a dict")
+    if trainer.resume == "auto" and trainer.folder is None:
+        raise InputError("resume is 'auto'; it needs a folder to look for checkpoints in")
+
+
+def check_factory(name: str, factory: Any) -> None:
+    """Raises InputTypeError unless a setting is an attack without its model, or None."""
+    if isinstance(factory, GradientAttack):
+        kind = type(factory).__name__
+        raise InputTypeError(
+            f"{name} is a {kind} that has its model already; give its settings alone, {kind}.partial(eps=...)"
+        )
+    if factory is not None and not callable(factory):
+        raise InputTypeError(
+            f"{name} is {_told(factory)}; it must be an attack without its model, such as PGD.partial(eps=...)"
+        )
+
+
+def made(name: str, attack: Any) -> Any:
+    """What a factory made of the model, if that is an attack.
+
+    Raises:
+        InputTypeError: it is not.
+    """
+    if isinstance(attack, type) or not callable(attack):
+        raise InputTypeError(f"{name} made {_told(attack)} of the model; it must make an attack (x, y) -> images")
+    return attack
+
+
+def _check_method(method: Any) -> None:
+    if isinstance(method, type):
+        raise InputTypeError(f"method is the class {method.__name__}; it must have settings: {method.__name__}(...)")
+    if not callable(getattr(method, "build", None)) or not hasattr(method, "uses_attack"):
+        raise InputTypeError(f"method is {_told(method)}; it must be a training method, such as AFD(...) or Natural()")
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value)
+    return f"the function {value.__name__}" if inspect.isfunction(value) else f"a {type(value).__name__}"
