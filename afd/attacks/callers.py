@@ -21,17 +21,19 @@ Position = tuple[int | None, ...]
 INDEXED = (nn.ModuleList, nn.ModuleDict, nn.Sequential, list, tuple, dict)
 CALL, WRAPPED = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
 SEQUENTIAL = nn.Sequential.forward.__code__
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def next_module(frame: FrameType | None) -> nn.Module | None:
+def next_module(frame: FrameType | None, called: nn.Module) -> nn.Module | None:
     """The module that the result of a module's forward is handed to next, and to nobody else.
 
     Args:
         frame: of the forward.
+        called: the module.
     """
+    known: nn.Module | None = called
     while frame is not None:
-        site, layer = _called_from(frame)
+        site, layer = _called_from(frame, known)
+        known = None
         if site is None:
             return None
         if layer is not None and site.f_code is SEQUENTIAL:
@@ -55,18 +57,21 @@ def next_module(frame: FrameType | None) -> nn.Module | None:
 
 def hooked(layer: nn.Module) -> bool:
     """Whether somebody looks at what goes into a layer or comes out of it."""
-    return any(getattr(layer, name) for name in HOOKS)
+    return bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
 
 
-def _called_from(frame: FrameType) -> tuple[FrameType | None, nn.Module | None]:
-    """Where the function of a frame was called, and the module whose forward it is, if it is one without hooks."""
+def _called_from(frame: FrameType, known: nn.Module | None) -> tuple[FrameType | None, nn.Module | None]:
+    """Where the function of a frame was called, and the module whose forward it is, if it is one without hooks.
+
+    `known` is that module where it need not be looked up in the frame, which takes longest.
+    """
     call = frame.f_back
     if call is None or call.f_code is not CALL:
-        return call, None
+        return (call, None) if known is None else (None, None)
     wrapped = call.f_back
     if wrapped is None or wrapped.f_code is not WRAPPED:
         return None, None  # not called as modules are
-    layer = wrapped.f_locals["self"]
+    layer = wrapped.f_locals["self"] if known is None else known
     return (None, None) if hooked(layer) else (wrapped.f_back, layer)
 
 
@@ -139,10 +144,13 @@ def _call_at(code: CodeType, instruction: int) -> ast.Call | None:
 
 
 def _find(code: CodeType, instruction: int) -> tuple[ast.Call | None, Use]:
-    _, found = _known.setdefault(id(code), (code, {}))
-    if instruction not in found:
-        found[instruction] = _look_up(code, instruction)
-    return found[instruction]
+    known = _known.get(id(code))
+    if known is None:
+        known = _known[id(code)] = code, {}
+    found = known[1].get(instruction)
+    if found is None:
+        found = known[1][instruction] = _look_up(code, instruction)
+    return found
 
 
 def _look_up(code: CodeType, instruction: int) -> tuple[ast.Call | None, Use]:

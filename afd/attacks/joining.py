@@ -56,7 +56,8 @@ class Pair:
         layout = torch.channels_last if fast else torch.contiguous_format
         self.weight = torch.empty_like(weight, memory_format=layout, requires_grad=False)
         self.bias = torch.empty_like(weight[:, 0].flatten(1)[:, 0], requires_grad=False)
-        self.seen: tuple[object, ...] | None = None
+        self.seen: list[tuple[Tensor | None, int | None, int | None]] | None = None
+        self.eps = norm.eps
 
     def fits(self) -> bool:
         """Whether both layers are such as can be folded, into these weights."""
@@ -65,7 +66,8 @@ class Pair:
             return False
         given = [tensor for tensor in self._tensors() if tensor is not None]
         return (
-            weight.shape == self.weight.shape
+            weight is self._tensors()[0]
+            and weight.shape == self.weight.shape
             and weight.dtype in WIDE
             and all((t.dtype, t.device) == (self.weight.dtype, self.weight.device) for t in given)
             and all(type(t) in (Tensor, nn.Parameter) and not (t.requires_grad or t.is_inference()) for t in given)
@@ -74,7 +76,14 @@ class Pair:
 
     def is_fresh(self) -> bool:
         """Whether no tensor or setting is another one, or was written to, since the last refresh."""
-        return self.seen is not None and self.seen == self._now()
+        if self.seen is None or self.norm.training or self.norm.eps != self.eps:
+            return False
+        for now, (then, version, place) in zip(self._tensors(), self.seen, strict=True):
+            if now is not then:
+                return False
+            if now is not None and (now._version != version or now.data_ptr() != place or now.requires_grad):
+                return False
+        return True
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -89,15 +98,14 @@ class Pair:
         centre = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
         shift = 0.0 if norm.bias is None else norm.bias
         self.bias.copy_(centre * scale + shift)
-        self.seen = self._now()
+        self.eps = norm.eps
+        self.seen = [(t, version_of(t), None if t is None else t.data_ptr()) for t in self._tensors()]
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        conv, norm = self.conv, self.norm
-        return conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
-
-    def _now(self) -> tuple[object, ...]:
-        told = (None if t is None else (id(t), version_of(t), t.data_ptr(), t.requires_grad) for t in self._tensors())
-        return *told, self.norm.eps, self.norm.training
+        """As registered; an attribute of a module is asked for in each forward, which takes a while in Python."""
+        conv, norm, statistics = self.conv._parameters, self.norm._parameters, self.norm._buffers
+        mean, var = statistics.get("running_mean"), statistics.get("running_var")
+        return conv.get("weight"), conv.get("bias"), mean, var, norm.get("weight"), norm.get("bias")
 
 
 class Joining:
@@ -231,7 +239,7 @@ class _Conv(_StandIn):
         pair = None
         joining.check()
         if not torch.compiler.is_compiling() and joining.here and input.dim() == conv.weight.dim():
-            pair = joining.pair(conv, next_module(sys._getframe()))
+            pair = joining.pair(conv, next_module(sys._getframe(), conv))
         if pair is None:
             out: Tensor = conv._conv_forward(input, conv.weight, conv.bias)
             return out
