@@ -10,6 +10,7 @@ way, and code whose source is not at hand, is told as None.
 from __future__ import annotations
 
 import ast
+import functools
 import linecache
 from collections.abc import Iterator
 from types import CodeType, FrameType, FunctionType
@@ -119,12 +120,17 @@ def _value(node: ast.expr, frame: FrameType) -> Any:
 
 def _attribute(owner: nn.Module, name: str) -> Any:
     """An attribute that a module holds, found as Python does, without running anybody's code."""
-    kind = type(owner)
-    if kind.__getattribute__ is not object.__getattribute__ or kind.__getattr__ is not nn.Module.__getattr__:
+    if not _held_by_instances(type(owner), name):  # type: ignore[arg-type]
         return None
-    if hasattr(kind, name):
-        return None
-    return vars(owner)[name] if name in vars(owner) else owner._modules.get(name)
+    own = vars(owner)
+    return own[name] if name in own else owner._modules.get(name)
+
+
+@functools.cache
+def _held_by_instances(kind: Any, name: str) -> bool:
+    """Whether modules of this class are asked for such an attribute as modules are, and have none by their class."""
+    usual = kind.__getattribute__ is object.__getattribute__ and kind.__getattr__ is nn.Module.__getattr__
+    return usual and not hasattr(kind, name)
 
 
 # --- Reading source -------------------------------------------------------------------------------------------------

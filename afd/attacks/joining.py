@@ -162,14 +162,14 @@ class Joining:
 
     def pair(self, conv: Conv, norm: nn.Module | None) -> Pair | None:
         """What is folded of these, where it may stand for both in this very call."""
-        if not isinstance(norm, NORMS) or PARTNERS.get(type(conv)) is not type(norm):
-            return None
-        if id(norm) not in self._stand_ins or "forward" not in vars(norm) or hooked(norm) or _watched():
+        if norm is None or "forward" not in vars(norm) or hooked(norm) or _watched():
             return None
         key = id(conv), id(norm)
         pair = self.pairs.get(key)
         if pair is not None:
             return pair if pair.is_fresh() else None
+        if not isinstance(norm, NORMS) or PARTNERS.get(type(conv)) is not type(norm) or id(norm) not in self._stand_ins:
+            return None
         if torch.is_inference_mode_enabled():
             return None
         pair = Pair(conv, norm, self.channels_last)
