@@ -162,13 +162,16 @@ class Joining:
 
     def pair(self, conv: Conv, norm: nn.Module | None) -> Pair | None:
         """What is folded of these, where it may stand for both in this very call."""
-        if norm is None or "forward" not in vars(norm) or hooked(norm) or _watched():
+        stand_in = self._stand_ins.get(id(norm))
+        if norm is None or stand_in is None or vars(norm).get("forward") is not stand_in.method:
+            return None  # somebody else's forward, or none that passes on
+        if hooked(norm) or _watched():
             return None
         key = id(conv), id(norm)
         pair = self.pairs.get(key)
         if pair is not None:
             return pair if pair.is_fresh() else None
-        if not isinstance(norm, NORMS) or PARTNERS.get(type(conv)) is not type(norm) or id(norm) not in self._stand_ins:
+        if not isinstance(norm, NORMS) or PARTNERS.get(type(conv)) is not type(norm):
             return None
         if torch.is_inference_mode_enabled():
             return None

@@ -663,6 +663,14 @@ def test_a_compiled_part_of_a_model_is_left_alone(how):
         torch.testing.assert_close(gradient(model, images(), joining), written, atol=1e-10, rtol=1e-10)
 
 
+def test_a_norm_that_is_given_another_forward_is_left_alone():
+    model, joining = Pair(), Joining()
+    assert_computes_the_same(model, images(), 1, joining)
+    model.norm.forward = lambda out: out.tanh()
+    torch.testing.assert_close(gradient(model, images(), joining), gradient(model, images()), atol=1e-10, rtol=1e-10)
+    assert model.norm.forward(torch.zeros(1)) == 0
+
+
 def test_another_thread_sees_the_model_as_it_is():
     model, joining, found = Pair(), Joining(), []
     with evaluating(model), joining.joined(model):
