@@ -1,11 +1,16 @@
-"""Small networks of the families that join BatchNorm to convolutions, with statistics as training leaves them."""
+"""What the tests of joining share: small networks of the families that are joined, and both ways to run a model."""
 
 from __future__ import annotations
+
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from afd.attacks.engine import evaluating, loss_gradient
+from afd.attacks.joining import Joining
+from afd.attacks.losses import cross_entropy
 from afd.nn import build_model
 
 
@@ -85,3 +90,45 @@ def densenet():
 
 
 FAMILIES = {"resnet": (resnet, 20), "wide_resnet": (wide_resnet, 4), "vgg": (vgg, 5), "densenet": (densenet, 4)}
+
+
+# --- A forward joined and as it is written
+
+
+def gradient(model, x, joining=None):
+    """Logits and gradient of an evaluating model, joined or as it is written."""
+    with evaluating(model), nullcontext() if joining is None else joining.joined(model):
+        grad, _, logits = loss_gradient(model, cross_entropy, x, torch.arange(len(x)) % 3)
+    return logits, grad
+
+
+def assert_computes_the_same(model, x, pairs, joining=None):
+    """Joined and not, up to the rounding of float64; returns the joining."""
+    joining = joining or Joining()
+    written = gradient(model, x)
+    for _ in range(2):
+        torch.testing.assert_close(gradient(model, x, joining), written, atol=1e-10, rtol=1e-10)
+    assert len(joining.pairs) == pairs
+    return joining
+
+
+class Pair(nn.Module):
+    """A convolution and two BatchNorms."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm, self.other = nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+        self.use_other = False
+        unsettled(self).double()
+
+    def forward(self, x):
+        norm = self.other if self.use_other else self.norm
+        return self.finish(norm(self.conv(x)))
+
+    def finish(self, out):
+        return out.relu().mean((2, 3))
+
+
+def images():
+    return torch.rand(5, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

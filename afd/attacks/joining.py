@@ -18,6 +18,7 @@ import copy
 import functools
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType
@@ -214,7 +215,7 @@ class Joining:
             vars(stand_in.layer).pop("forward", None)
 
 
-class _StandIn:
+class _StandIn(ABC):
     """What takes the place of a layer's forward; the same object in every call, by which recordings know it."""
 
     def __init__(self, joining: Joining, layer: Any) -> None:
@@ -228,9 +229,9 @@ class _StandIn:
         """Likewise."""
         return type(self), (Joining(), self.layer)
 
+    @abstractmethod
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name, by which it may be called)
         """Stands for the layer's own."""
-        raise NotImplementedError
 
 
 class _Conv(_StandIn):
@@ -240,8 +241,8 @@ class _Conv(_StandIn):
         """The convolution's output, or that of the BatchNorm which is handed it next."""
         conv, joining = self.layer, self.joining
         pair = None
-        joining.check()
         if not torch.compiler.is_compiling() and joining.here and input.dim() == conv.weight.dim():
+            joining.check()
             pair = joining.pair(conv, next_module(sys._getframe(), conv))
         if pair is None:
             out: Tensor = conv._conv_forward(input, conv.weight, conv.bias)
@@ -257,12 +258,13 @@ class _Norm(_StandIn):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The BatchNorm's output."""
         norm, joining = self.layer, self.joining
-        if not torch.compiler.is_compiling() and joining.between is not None and joining.here:
-            (done, pair, x), joining.between = joining.between, None
-            if done is input and pair.norm is norm:
+        between = None if torch.compiler.is_compiling() else joining.between
+        if between is not None and between[0] is input and joining.here:
+            (_, pair, x), joining.between = between, None
+            if pair.norm is norm:
                 return input
-            if done is input:  # the caller has taken another one: from the beginning
-                input = pair.conv._conv_forward(x, pair.conv.weight, pair.conv.bias)  # noqa: A001
+            # the caller has taken another one: from the beginning
+            input = pair.conv._conv_forward(x, pair.conv.weight, pair.conv.bias)  # noqa: A001
         out: Tensor = type(norm).forward(norm, input)
         return out
 
