@@ -1,0 +1,234 @@
+"""Files that are whole or not there, and folders that one process uses at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from afd.errors import AfdError
+
+LOCK = ".lock"
+PART = re.compile(r"\..+\.(\d+)\.part")
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+class FileError(AfdError):
+    """A file cannot be written; the message names it and the reason."""
+
+
+class FolderError(AfdError):
+    """A folder cannot be used; the message names it and the reason."""
+
+
+def write_whole(path: Path | str, content: bytes | memoryview | str, previous: Path | None = None) -> None:
+    """Writes beside the target, flushes to disk, then renames: whatever happens, the file at `path` is a whole one.
+
+    What an earlier process that was killed in here has left beside it is removed.
+
+    Args:
+        path: file to write; its folder is made.
+        content: bytes, or text that is written as UTF-8.
+        previous: where to keep what was at `path`, which is there at every moment; None to let it go.
+
+    Raises:
+        FileError: the file cannot be written (a full disk, say); what was at `path` is still there.
+    """
+    path = Path(path)
+    data = content.encode() if isinstance(content, str) else content
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        make_folder(path.parent)
+        sweep(path.parent, path.name)
+        try:
+            with beside.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if previous is not None and path.exists():
+                _keep(path, previous)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+        _sync(path.parent)
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder that can be written to, or finds it made.
+
+    Raises:
+        FolderError: it cannot be made, is a file, or cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise FolderError(f"{folder} is a file; it must be a folder") from None
+    except NotADirectoryError:
+        raise FolderError(f"{folder} cannot be made: a part of the path is a file") from None
+    except OSError as error:
+        raise FolderError(f"{folder} cannot be made: {error.strerror or error}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FolderError(f"{folder} cannot be written to: permission denied")
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what processes that are no more were writing in a folder: all of it, or of the file of one name."""
+    for path in folder.glob(".*.part" if name is None else f".{name}.*.part"):
+        match = PART.fullmatch(path.name)
+        if match and not _lives(int(match[1])):
+            path.unlink(missing_ok=True)
+
+
+class FolderLock:
+    """This process's claim on a folder, which ends with the process, however that ends.
+
+    May be taken several times by the same object. The operating system keeps it (a record lock, which worker processes
+    do not inherit), so nothing is left to clear after a kill.
+
+    Args:
+        folder: made when the lock is taken.
+    """
+
+    _taken: dict[Path, int] = {}  # noqa: RUF012  (by this process: record locks do not keep its threads apart)
+    _guard = threading.Lock()
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.depth = folder, 0
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Takes the folder for as long as the context lasts, and removes what dead processes were writing there.
+
+        Raises:
+            FolderError: another process, or another part of this one, uses it; or it cannot be written to.
+        """
+        if self.depth == 0:
+            self._take()
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                self._release()
+
+    def _take(self) -> None:
+        make_folder(self.folder)
+        self._key = self.folder.resolve() / LOCK
+        with self._guard:
+            if self._taken.get(self._key) == os.getpid():
+                raise FolderError(f"{self.folder} is in use by another run of this very process; name another folder")
+            try:
+                self._descriptor = self._locked(self._key)
+            except OSError as error:
+                raise FolderError(f"{self.folder} cannot be written to: {error.strerror or error}") from error
+            self._taken[self._key] = os.getpid()
+        sweep(self.folder)
+
+    def _locked(self, path: Path) -> int:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in LOCKLESS:
+                    print(f"afd: warning: {self.folder} cannot be locked on this file system", file=sys.stderr)
+                    return descriptor
+                owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+                os.close(descriptor)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                raise FolderError(
+                    f"{self.folder} is in use by another process{f' ({owner})' if owner else ''}; name another "
+                    "folder, or wait until it has ended"
+                ) from None
+            if _is_at(descriptor, path):  # and not a file that its owner has removed since
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+                return descriptor
+            os.close(descriptor)
+
+    def _release(self) -> None:
+        with self._guard:
+            if self._taken.pop(self._key, None) == os.getpid():  # else a child that has inherited this object
+                self._key.unlink(missing_ok=True)
+            os.close(self._descriptor)
+
+
+def new_folder(parent: Path) -> Path:
+    """Makes the next numbered folder, ``parent/0001`` or what follows the largest number there."""
+    make_folder(parent)
+    numbers = [int(path.name) for path in parent.iterdir() if path.name.isdecimal()]
+    number = max(numbers, default=0) + 1
+    while True:
+        folder = parent / f"{number:04d}"
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run was quicker
+            number += 1
+        except OSError as error:
+            raise FolderError(f"{folder} cannot be made: {error.strerror or error}") from error
+        else:
+            return folder
+
+
+def point_to(folder: Path, name: str = "latest") -> None:
+    """Makes the symbolic link `name` beside a folder point to it; a real folder of that name stays, and it is said."""
+    link = folder.with_name(name)
+    if link.exists() and not link.is_symlink():
+        print(f"afd: warning: {link} is no link but a folder; it stays, and does not lead to {folder}", file=sys.stderr)
+        return
+    beside = link.with_name(f".{name}.{os.getpid()}.part")
+    try:
+        beside.unlink(missing_ok=True)
+        beside.symlink_to(folder.name)
+        beside.replace(link)
+    except OSError as error:
+        print(f"afd: warning: {link} does not lead to {folder}: {error.strerror or error}", file=sys.stderr)
+
+
+def _keep(path: Path, previous: Path) -> None:
+    """Makes `previous` what `path` is, without a moment in which either is missing."""
+    beside = previous.with_name(f".{previous.name}.{os.getpid()}.part")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(path, beside)
+    except OSError:  # a file system without hard links
+        path.replace(previous)
+        return
+    beside.replace(previous)
+    beside.unlink(missing_ok=True)  # where both were one file already, replace did nothing
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sync(folder: Path) -> None:
+    """Makes a rename itself durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
