@@ -155,10 +155,16 @@ class TrainConfig:
     """Of initial weights, batch order, augmentation and attack starts."""
     device: str = "auto"
     """torch device; auto takes CUDA where there is one."""
-    out: Path = Path("runs/latest")
-    """Folder for checkpoints, weights and logs."""
+    out: Path | None = None
+    """Folder for checkpoints, weights and logs. Default: the next numbered one, runs/0001 and so on; runs/latest leads
+    to the newest."""
+    overwrite: bool = False
+    """Discard the run that --out holds."""
     resume: str | None = None
-    """Go on from a checkpoint: auto (the newest whole one in --out, if there is one) or its file."""
+    """Go on from a checkpoint: auto (the newest whole one in --out, by default in runs/latest, if there is one) or its
+    file. --epochs may be more than before."""
+    weights: Path | None = None
+    """Begin with these weights: a checkpoint, or a file that holds a state_dict, such as a run's model.pt."""
     save_every: int = 0
     """Rounds between checkpoints within an epoch; there is always one at its end."""
     log_every: int = 50
@@ -201,6 +207,8 @@ class TrainConfig:
         at_least("alpha", attack.step_size(attack.steps), 0)
         at_least("epochs", self.epochs, 1)
         at_least("seed", self.seed, 0)
+        if self.overwrite and self.resume == "auto":
+            raise InputError("resume is auto and overwrite is set; a run is gone on with or discarded, not both")
         if not 0 < data.validation < 1:
             raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
         if any(not 0 < share <= 1 for share in self.milestones):
@@ -209,7 +217,8 @@ class TrainConfig:
     def as_json(self) -> dict[str, Any]:
         """Plain types only, for a checkpoint's metadata."""
         plain = dataclasses.asdict(self)
-        plain["out"] = str(self.out)
+        for name in ("out", "weights"):
+            plain[name] = None if getattr(self, name) is None else str(getattr(self, name))
         plain["data"]["root"] = None if self.data.root is None else str(self.data.root)
         return plain
 

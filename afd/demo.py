@@ -40,7 +40,7 @@ def run(out: Path, console: Console, runs: dict[str, TrainConfig] = RUNS) -> dic
     test = Batches(splits.test, len(splits.test))
     curves: dict[str, list[float]] = {}
     for name, config in runs.items():
-        result = train(dataclasses.replace(config, out=out / name.lower()), console, splits)
+        result = train(dataclasses.replace(config, out=out / name.lower(), overwrite=True), console, splits)
         curves[name] = accuracy_curve(result.model, test, EPSILONS, partial(_attack, result.config, model=result.model))
     settled = {name: config.settled() for name, config in runs.items()}
     for name, config in settled.items():

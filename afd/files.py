@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from afd.errors import AfdError
@@ -21,6 +22,10 @@ LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 class FileError(AfdError):
     """A file cannot be written; the message names it and the reason."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot write {path}: {reason}")
+        self.reason = reason
 
 
 class FolderError(AfdError):
@@ -58,7 +63,7 @@ def write_whole(path: Path | str, content: bytes | memoryview | str, previous: P
             beside.unlink(missing_ok=True)
         _sync(path.parent)
     except OSError as error:
-        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+        raise FileError(path, error.strerror or str(error)) from error
 
 
 def make_folder(folder: Path) -> None:
@@ -87,51 +92,64 @@ def sweep(folder: Path, name: str | None = None) -> None:
             path.unlink(missing_ok=True)
 
 
+@dataclass
+class _Claim:
+    """A lock that is held: by which process and thread, in which open file, how many times."""
+
+    owner: tuple[int, int]
+    descriptor: int
+    depth: int = 1
+
+
 class FolderLock:
     """This process's claim on a folder, which ends with the process, however that ends.
 
-    May be taken several times by the same object. The operating system keeps it (a record lock, which worker processes
-    do not inherit), so nothing is left to clear after a kill.
+    One thread may take it several times. The operating system keeps it (a record lock, which worker processes do not
+    inherit), so nothing is left to clear after a kill.
 
     Args:
         folder: made when the lock is taken.
     """
 
-    _taken: dict[Path, int] = {}  # noqa: RUF012  (by this process: record locks do not keep its threads apart)
+    _taken: dict[Path, _Claim] = {}  # noqa: RUF012  (by this process: record locks do not keep its threads apart)
     _guard = threading.Lock()
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.depth = folder, 0
+        self.folder = folder
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Takes the folder for as long as the context lasts, and removes what dead processes were writing there.
 
         Raises:
-            FolderError: another process, or another part of this one, uses it; or it cannot be written to.
+            FolderError: another process, or another thread of this one, uses it; or it cannot be written to.
         """
-        if self.depth == 0:
-            self._take()
-        self.depth += 1
+        make_folder(self.folder)
+        path = self.folder.resolve() / LOCK
+        with self._guard:
+            claim = self._taken.get(path)
+            if claim is not None and claim.owner == _me():
+                claim.depth += 1
+            elif claim is not None and claim.owner[0] == os.getpid():
+                raise FolderError(f"{self.folder} is in use by another run of this process; name another folder")
+            else:  # free, or inherited by a fork
+                claim = self._taken[path] = _Claim(_me(), self._descriptor(path))
+                sweep(self.folder)
         try:
             yield
         finally:
-            self.depth -= 1
-            if self.depth == 0:
-                self._release()
+            with self._guard:
+                claim.depth -= 1
+                if claim.depth == 0 and claim.owner == _me():
+                    del self._taken[path]
+                    path.unlink(missing_ok=True)
+                    os.close(claim.descriptor)
 
-    def _take(self) -> None:
-        make_folder(self.folder)
-        self._key = self.folder.resolve() / LOCK
-        with self._guard:
-            if self._taken.get(self._key) == os.getpid():
-                raise FolderError(f"{self.folder} is in use by another run of this very process; name another folder")
-            try:
-                self._descriptor = self._locked(self._key)
-            except OSError as error:
-                raise FolderError(f"{self.folder} cannot be written to: {error.strerror or error}") from error
-            self._taken[self._key] = os.getpid()
-        sweep(self.folder)
+    def _descriptor(self, path: Path) -> int:
+        try:
+            return self._locked(path)
+        except OSError as error:
+            raise FolderError(f"{self.folder} cannot be written to: {error.strerror or error}") from error
 
     def _locked(self, path: Path) -> int:
         while True:
@@ -155,12 +173,6 @@ class FolderLock:
                 os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
                 return descriptor
             os.close(descriptor)
-
-    def _release(self) -> None:
-        with self._guard:
-            if self._taken.pop(self._key, None) == os.getpid():  # else a child that has inherited this object
-                self._key.unlink(missing_ok=True)
-            os.close(self._descriptor)
 
 
 def new_folder(parent: Path) -> Path:
@@ -206,6 +218,10 @@ def _keep(path: Path, previous: Path) -> None:
         return
     beside.replace(previous)
     beside.unlink(missing_ok=True)  # where both were one file already, replace did nothing
+
+
+def _me() -> tuple[int, int]:
+    return os.getpid(), threading.get_ident()
 
 
 def _lives(process: int) -> bool:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import struct
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from afd._version import __version__
 from afd.errors import AfdError
+from afd.files import FileError, FolderError, write_whole
 
 FORMAT = "afd-checkpoint"
 VERSION = 2
@@ -28,41 +32,60 @@ class CheckpointError(AfdError):
     """A checkpoint that cannot be written or read; the message names the file and the reason."""
 
 
-def save_checkpoint(path: Path, state: dict[str, Any], metadata: dict[str, Any], previous: Path | None = None) -> None:
+class OtherKindError(CheckpointError):
+    """A file that torch can read, but which is no checkpoint of ours."""
+
+
+def save_checkpoint(
+    path: Path | str, state: dict[str, Any], metadata: dict[str, Any], previous: Path | None = None
+) -> None:
     """Writes beside the target, flushes to disk, then renames: the file at `path` is always a whole one.
 
     Args:
         path: file to write; its folder is made.
-        state: state_dicts by name, of tensors and plain containers only.
-        metadata: anything JSON can hold.
+        state: state_dicts by name, of tensors and plain containers only; NumPy numbers become Python's.
+        metadata: anything JSON can hold, and NumPy numbers.
         previous: where to keep what was at `path`; None to let it go.
 
     Raises:
-        CheckpointError: the file cannot be written (a full disk, say); what was at `path` is still there.
+        CheckpointError: there is something in it that `load_checkpoint` could not read, and which the message names; or
+            the file cannot be written (a full disk, say), and what was at `path` is still there.
     """
+    content = packed(state, metadata)
+    try:
+        write_whole(path, content, previous)
+    except (FileError, FolderError) as error:
+        kept = "; the previous checkpoint is untouched" if Path(path).exists() else ""
+        reason = error.reason if isinstance(error, FileError) else error
+        raise CheckpointError(f"cannot write checkpoint {path}: {reason}{kept}") from error
+
+
+def packed(state: dict[str, Any], metadata: dict[str, Any]) -> memoryview:
+    """The bytes of a checkpoint file.
+
+    Raises:
+        CheckpointError: `load_checkpoint` could not read them; the message names the entry.
+    """
+    described = {"afd": __version__, "torch": torch.__version__, **_jsonable(metadata, "")}
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "state": state,
-        "metadata": json.dumps({"afd": __version__, "torch": torch.__version__, **metadata}),
+        "state": _readable(state, ""),
+        "metadata": json.dumps(described),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
     _add_digest(buffer)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace_whole(path, buffer.getbuffer(), previous)
-    except OSError as error:
-        kept = "; the previous checkpoint is untouched" if path.exists() else ""
-        raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror or error}{kept}") from error
+    return buffer.getbuffer()
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
+def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads (state, metadata); needs no code from the file (``weights_only=True``).
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is no checkpoint of this version.
     """
+    path = Path(path)
     try:
         whole = path.read_bytes()
     except FileNotFoundError:
@@ -76,7 +99,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dic
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged or of another kind: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not an afd checkpoint")
+        raise OtherKindError(f"{path} is not an afd checkpoint")
     if content["version"] != VERSION:
         raise CheckpointError(f"checkpoint {path} has format version {content['version']}; this afd reads {VERSION}")
     if not sound:
@@ -91,26 +114,81 @@ def _add_digest(archive: io.BytesIO) -> None:
     archive.write(hashlib.sha256(archive.getbuffer()).digest())
 
 
-def _replace_whole(path: Path, content: memoryview, previous: Path | None) -> None:
-    """Puts `content` at `path` in one step, or leaves everything as it was."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            path.replace(previous)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+def _readable(value: Any, name: str) -> Any:
+    """`value` as it can be read again without running code from the file; the same object where it is so already."""
+    kind = type(value)
+    if isinstance(value, np.generic):
+        value = _number(value, name)
+    elif kind in (dict, OrderedDict):
+        items = {
+            _readable(key, f"{name}, key {key!r}"): _readable(one, _inside(name, key)) for key, one in value.items()
+        }
+        if any(
+            a is not b for pair in zip(items.items(), value.items(), strict=True) for a, b in zip(*pair, strict=True)
+        ):
+            copy = kind(items)
+            getattr(copy, "__dict__", {}).update(getattr(value, "__dict__", {}))  # a state_dict's _metadata
+            value = copy
+    elif kind in (list, tuple):
+        parts = [_readable(one, _inside(name, number)) for number, one in enumerate(value)]
+        if any(a is not b for a, b in zip(parts, value, strict=True)):
+            value = kind(parts)
+    elif kind not in (str, int, float, bool, type(None), Tensor, torch.nn.Parameter) and not _survives(value):
+        raise CheckpointError(
+            f"{name} is {_told(value)}, which a checkpoint cannot hold; it takes tensors, numbers, strings, and dicts "
+            "and lists of them"
+        )
+    return value
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the rename itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _survives(value: Any) -> bool:
+    """Whether something that is no plain container comes back when a checkpoint is read."""
+    buffer = io.BytesIO()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        torch.save(value, buffer)
+        buffer.seek(0)
+        torch.load(buffer, map_location="cpu", weights_only=True)
+    except Exception:  # whatever its own way of being saved raises
+        return False
+    return True
+
+
+def _jsonable(value: Any, name: str) -> Any:
+    """`value` in JSON's terms."""
+    if isinstance(value, np.generic):
+        value = _number(value, name)
+    if isinstance(value, Mapping):
+        return {_json_key(key, name): _jsonable(one, _inside(name, key)) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(one, _inside(name, number)) for number, one in enumerate(value)]
+    if not isinstance(value, str | int | float | bool | None):
+        raise CheckpointError(
+            f"{name} is {_told(value)}, which a checkpoint cannot hold; what describes a run is numbers, strings, and "
+            "dicts and lists of them"
+        )
+    return value
+
+
+def _json_key(key: Any, name: str) -> Any:
+    """A dict's key, of which JSON will make a string."""
+    if not isinstance(key, str | int | float | np.generic | None):
+        raise CheckpointError(f"{name or 'metadata'} has the key {key!r}, which is {_told(key)}; it must be a string")
+    return _number(key, name) if isinstance(key, np.generic) else key
+
+
+def _number(value: np.generic, name: str) -> Any:
+    """Python's number for one of NumPy's."""
+    plain = value.item()
+    if not isinstance(plain, str | bytes | int | float | bool | complex):
+        raise CheckpointError(f"{name} is {_told(value)}, which a checkpoint cannot hold")
+    return plain
+
+
+def _inside(name: str, key: Any) -> str:
+    return f"{name}.{key}" if name else str(key)
+
+
+def _told(value: Any) -> str:
+    module = type(value).__module__
+    kind = type(value).__qualname__
+    return f"a {kind if module == 'builtins' else f'{module}.{kind}'}"

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from afd.errors import AfdError
 
 # DistributedDataParallel's name for exchanging buffers at every pass, in this torch
 SYNC_BUFFERS = next(
@@ -74,6 +78,25 @@ class Group:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, what)
         return gathered
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Where one process fails in this context, all raise; all must enter it, and none waits for others in it.
+
+        Raises:
+            AfdError: this process's own, or another's, with its number.
+        """
+        failure: AfdError | None = None
+        try:
+            yield
+        except AfdError as error:
+            failure = error
+        if self.size > 1:
+            for rank, reason in enumerate(self.gather(None if failure is None else str(failure))):
+                if reason is not None and failure is None:
+                    failure = AfdError(f"process {rank} failed: {reason}")
+        if failure is not None:
+            raise failure
 
     def wait(self) -> None:
         """Returns when all processes have come here."""

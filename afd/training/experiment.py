@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,18 +18,22 @@ from afd.attacks import APGD, PGD, AttackFactory
 from afd.config import MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import CropAndFlip
+from afd.errors import AfdError
 from afd.evaluation.place import device_named
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
-from afd.training.checkpoint import load_checkpoint
+from afd.training.checkpoint import CheckpointError, OtherKindError, load_checkpoint
 from afd.training.curves import plot_curves
 from afd.training.distributed import Group
+from afd.training.folder import discard_records, run_folder
 from afd.training.logs import json_lines, tensorboard
 from afd.training.progress import Terminal
+from afd.training.reports import TrainingError
 from afd.training.schedule import SCHEDULES, Schedule, step
+from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
 from afd.training.validation import shared_accuracy
-from afd.training.weights import save_weights
+from afd.training.weights import load_weights, save_weights
 
 TEST_STEPS = 40
 EVAL_BATCH = 500
@@ -62,6 +69,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     Raises:
         InputError: a setting out of its range.
         DataError: data files missing or damaged.
+        FolderError: the folder is used by another run, or holds one that is neither gone on with nor to be discarded.
         CheckpointError: a checkpoint cannot be written, read or gone on from.
         TrainingError: a loss stopped being finite.
         StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
@@ -71,34 +79,95 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)
+    with run_folder(config.out, config.resume, group, overwrite=config.overwrite) as folder:
+        return _train_in(folder, dataclasses.replace(config, out=folder), console, splits, group, device)
+
+
+def _train_in(
+    folder: Path, config: TrainConfig, console: Console, splits: Splits, group: Group, device: torch.device
+) -> Result:
+    """`train` in a folder that is its own."""
     torch.manual_seed(config.seed)
-    model = model_for(config, splits.train).to(device)
-    trainer = trainer_for(config, model)
+    model = model_for(config, splits.train)
+    if config.weights is not None:
+        begin_with(model, config.weights)
+    trainer = trainer_for(config, model.to(device))
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
+    if config.overwrite and group.leads:
+        discard_records(folder)
+    name = f"{config.data.name} {config.method.name}"
     assert config.epochs is not None
-    with Terminal(console, config.epochs, f"{config.data.name} {config.method.name}") as terminal:
-        trainer.callbacks = [terminal, tensorboard(config.out), json_lines(config.out / "log.jsonl")]
-        history = trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
+    with Terminal(console, config.epochs, name) as terminal:
+        trainer.callbacks = [terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
+        batches = train_batches(config, splits.train, device, group), plain(splits.validation, device)
+        with saying_how_to_go_on(trainer, folder):
+            trainer.fit(*batches)
     group.wait()  # for the files
     if group.leads:
-        plot_curves(config.out / "curves.png", {f"{config.data.name} {config.method.name}": config.out})
-    best = config.out / "best.pt"
-    state, _ = load_checkpoint(best, device)
-    model.load_state_dict(state["average"]["weights"] if state["average"] else state["model"])
+        plot_curves(folder / "curves.png", {name: folder})
+    best = folder / "best.pt"
+    state, metadata = load_checkpoint(best, device)
+    model.load_state_dict(weights_in(state))
     if group.leads:
-        save_weights(config.out / "model.pt", model)
+        save_weights(folder / "model.pt", model)
     test, attack = plain(splits.test, device), test_attack(config, TEST_STEPS)(model)
     result = Result(
         config,
         model,
         checkpoint=best,
-        epoch=max(history, key=lambda report: report.score).epoch,
+        epoch=metadata["report"]["epoch"],
         natural=shared_accuracy(model, test, None, group, device),
         robust=shared_accuracy(model, test, attack, group, device),
     )
     console.print(_summary(result, len(splits.test)))
     return result
+
+
+@contextmanager
+def saying_how_to_go_on(trainer: Trainer, folder: Path) -> Iterator[None]:
+    """Adds to whatever ends training how to go on with it."""
+    go_on = f"go on with the same command and --resume auto --out {folder}"
+    try:
+        yield
+    except StoppedError as stopped:
+        raise stopped.advised(go_on) from None
+    except TrainingError as error:
+        raise TrainingError(
+            f"{error}; smaller learning rates may help (--lr, --lr-discriminator, --lr-features), in another run that "
+            "may begin with that checkpoint's weights (--weights)"
+        ) from error
+    except AfdError as error:
+        if trainer.begun:
+            error.args = (f"{error}; {go_on}",)
+        raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"what is not in a checkpoint is lost; {go_on}") from None
+
+
+def begin_with(model: FeatureClassifier, path: Path) -> None:
+    """Loads the weights of a checkpoint (the average, where there is one) or of a file that holds a state_dict.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not fit the model.
+    """
+    try:
+        state, _ = load_checkpoint(path)
+    except OtherKindError:
+        load_weights(path, model)
+        return
+    try:
+        model.load_state_dict(weights_in(state))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} does not fit the network that is to begin with it: {reason}") from error
+
+
+def weights_in(state: dict[str, Any]) -> dict[str, Any]:
+    """The weights that a checkpoint's accuracies are of: the average, where there is one."""
+    average = state.get("average")
+    weights: dict[str, Any] = average["weights"] if average else state["model"]
+    return weights
 
 
 def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
@@ -120,6 +189,7 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
         seed=config.seed,
         log_every=config.log_every,
         folder=config.out,
+        overwrite=config.overwrite,
         save_every=config.save_every,
         resume=config.resume,
         config=config.as_json(),

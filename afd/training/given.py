@@ -47,6 +47,13 @@ def check_settings(trainer: Trainer) -> None:
         raise InputTypeError(f"config is {_told(trainer.config)}; it must be a dict")
     if trainer.resume == "auto" and trainer.folder is None:
         raise InputError("resume is 'auto'; it needs a folder to look for checkpoints in")
+    if trainer.resume == "auto" and trainer.overwrite:
+        raise InputError(
+            "resume is 'auto' and overwrite is True; the run in folder is gone on with or discarded, not both"
+        )
+    within = trainer.folder is not None and Path(str(trainer.resume)).parent.resolve() == Path(trainer.folder).resolve()
+    if trainer.overwrite and trainer.resume is not None and within:
+        raise InputError(f"resume is {trainer.resume}, which overwrite would discard; name another folder")
 
 
 def check_factory(name: str, factory: Any) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from afd.files import FolderError, FolderLock
 from afd.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from afd.training.reports import EpochReport
 
 Content = tuple[dict[str, Any], dict[str, Any]]
 
@@ -16,15 +18,44 @@ Content = tuple[dict[str, Any], dict[str, Any]]
 class Keeper:
     """Writes and finds the checkpoints of one run.
 
+    ``last.pt`` is written first. Where it ends an epoch that is the best so far, it is written as ``best.pt``, too; a
+    run that is killed between the two makes that up when it is resumed (`settle_best`).
+
     Args:
         folder: holds ``last.pt``, ``previous.pt`` (what ``last.pt`` was before) and ``best.pt``.
         warn: told of a checkpoint that is passed over because it is damaged.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
+        self.folder, self.warn, self.lock = folder, warn, FolderLock(folder)
         self.last, self.previous, self.best = (folder / f"{name}.pt" for name in ("last", "previous", "best"))
-        self.warn = warn
         self.newest: Path | None = None  # of this process: what was written or read last
+
+    @property
+    def present(self) -> list[Path]:
+        """The checkpoints that there are."""
+        return [path for path in (self.last, self.previous, self.best) if path.exists()]
+
+    def check_free(self, resumed: Path | None) -> None:
+        """Finds the folder free for a run that is not the one it holds.
+
+        Args:
+            resumed: the checkpoint that the run goes on from, if it goes on from one.
+
+        Raises:
+            FolderError: it holds checkpoints, and the newest is not the one that is gone on from.
+        """
+        if not self.present or (resumed is not None and resumed.resolve() == self.present[0].resolve()):
+            return
+        raise FolderError(
+            f"folder is {self.folder}, which holds the checkpoints of a run; go on with it by resume='auto', name "
+            "another folder, or discard it with overwrite=True"
+        )
+
+    def discard(self) -> None:
+        """Removes the checkpoints that there are."""
+        for path in reversed(self.present):
+            path.unlink()
 
     def save(self, state: dict[str, Any], metadata: dict[str, Any], *, best: bool) -> None:
         """Writes ``last.pt`` and, if it is the best so far, ``best.pt``.
@@ -61,5 +92,56 @@ class Keeper:
                 failure = error
                 self.warn(f"{error}; trying the one before")
         if present:
-            raise CheckpointError(f"no checkpoint in {self.last.parent} can be read; the last failure: {failure}")
+            raise CheckpointError(f"no checkpoint in {self.folder} can be read; the last failure: {failure}")
+        if self.best.exists():
+            raise CheckpointError(f"there is no checkpoint to go on from in {self.folder}, which holds best.pt only")
         return None
+
+    def settle_best(self, history: Sequence[EpochReport]) -> EpochReport | None:
+        """Makes ``best.pt`` hold the best epoch of a run that is gone on with, and returns that epoch's report.
+
+        Its weights are those of the file itself, of the checkpoint that is gone on from or the one before it, if that
+        epoch was its last, or of the best one beside these (of a run that goes on in another folder).
+
+        Args:
+            history: of the run until the checkpoint that was read.
+
+        Returns:
+            None where there are no weights of a whole epoch.
+        """
+        resumed = self.newest
+        if not history or resumed is None:
+            return None
+        wanted = max(history, key=lambda report: report.rank)
+        found: dict[Path, EpochReport] = {}
+        for path in dict.fromkeys((self.best, resumed, self.previous, resumed.with_name(self.best.name))):
+            report = self._epoch_at_its_end(path)
+            # best.pt may be ahead: of an epoch after the checkpoint, which is going to be trained once more
+            if report is not None and (path == self.best or report in history):
+                found[path] = report
+                if report.rank >= wanted.rank:
+                    break
+        if not found:
+            self.warn(f"the weights of epoch {wanted.epoch}, the best until now, are in none of the checkpoints")
+            return None
+        path = max(found, key=lambda path: found[path].rank)
+        if path != self.best:
+            save_checkpoint(self.best, *load_checkpoint(path))
+        if found[path].rank < wanted.rank:
+            self.warn(
+                f"the weights of epoch {wanted.epoch}, the best until now, are in none of the checkpoints; the best of "
+                f"which there are is epoch {found[path].epoch}"
+            )
+        return found[path]
+
+    def _epoch_at_its_end(self, path: Path) -> EpochReport | None:
+        """The report of the epoch whose end a checkpoint is; None where it is none's."""
+        if not path.exists():
+            return None
+        try:
+            _, metadata = load_checkpoint(path)
+        except CheckpointError as error:
+            self.warn(f"{error}; it is passed over")
+            return None
+        ends = metadata["history"] and metadata["position"]["batch"] == 0
+        return EpochReport(**metadata["history"][-1]) if ends else None

@@ -21,11 +21,22 @@ class NotFiniteError(ArithmeticError):
 
 @dataclass
 class Meter:
-    """Means of an epoch's losses. `sums` and `rounds` are what was read so far; they go into a checkpoint."""
+    """Means of an epoch's losses, and its speed, over all that was trained of it, before a stop, too.
+
+    Attributes:
+        group: of the processes.
+        sums: of each loss over the rounds that were read so far. This and what follows goes into a checkpoint.
+        rounds: that were read so far.
+        images: this process has trained on.
+        seconds: that took.
+        waiting: losses that were not read yet, round by round.
+    """
 
     group: Group
     sums: dict[str, float] = field(default_factory=dict)
     rounds: int = 0
+    images: int = 0
+    seconds: float = 0.0
     waiting: list[dict[str, Tensor]] = field(default_factory=list)
 
     def add(self, losses: dict[str, Tensor]) -> None:
@@ -55,3 +66,8 @@ class Meter:
     def means(self) -> dict[str, float]:
         """Means over all that was read."""
         return {name: value / self.rounds for name, value in self.sums.items()}
+
+    @property
+    def speed(self) -> float:
+        """Images a second of this process."""
+        return self.images / self.seconds if self.seconds else 0.0

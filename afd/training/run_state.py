@@ -29,7 +29,11 @@ SCALED_FOR = "scaled for"  # what features of length 1 are given to, by `normali
 SCALED = {None: "discriminator", True: "discriminator and feature layer", False: "nothing"}
 
 # of a config: may change when resumed
-FREE = {"out", "device", "resume", "save_every", "log_every", "data.root", "graph", "execution.graph"}
+FREE = {
+    "out", "overwrite", "device", "resume", "weights", "save_every", "log_every", "data.root", "graph",
+    "execution.graph",
+}  # fmt: skip
+METERED = ("sums", "rounds", "images", "seconds")  # what a checkpoint keeps of a meter
 
 
 def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -48,7 +52,7 @@ def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "report": dataclasses.asdict(trainer.history[-1]) if trainer.history else None,
         "commit": settings.commit(),
         "position": dataclasses.asdict(trainer.position),
-        "meter": {"sums": trainer.meter.sums, "rounds": trainer.meter.rounds},
+        "meter": {name: getattr(trainer.meter, name) for name in METERED},
         "history": [dataclasses.asdict(report) for report in trainer.history],
     }
     return state, metadata
@@ -75,14 +79,21 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     if trainer.resume is None:
         return None
     assert trainer.keeper is not None or trainer.resume != "auto"
-    content = _read(trainer)
-    if content is None:
+    read = _read(trainer)
+    if read is None:
         return None
-    state, metadata = content
-    _tell_what_was_scaled(trainer, state, metadata["run"])
-    different = settings.differences(metadata["run"], facts(trainer), FREE)
+    path, (state, metadata) = read
+    _tell_what_was_scaled(trainer, path, state, metadata["run"])
+    here = facts(trainer)
+    grows = _grows(metadata["run"].get("epochs"), here.get("epochs"))
+    different = settings.differences(metadata["run"], here, FREE | {"epochs"} if grows else FREE)
     if different:
-        raise CheckpointError(f"the checkpoint in {trainer.resume} is of another run: {'; '.join(different)}")
+        raise CheckpointError(f"{path} is of another run: {'; '.join(different)}")
+    if grows:
+        trainer.warn(
+            f"{path} is of a run of {metadata['run']['epochs']} epochs; learning rates follow the schedule of "
+            f"{trainer.epochs} from here on"
+        )
     unwrapped(trainer.network).load_state_dict(state["model"])
     if trainer.average is not None:
         unwrapped(trainer.average.module).load_state_dict(state["average"]["weights"])
@@ -96,7 +107,8 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     for name, value in metadata["position"].items():
         setattr(trainer.position, name, value)
     trainer.round.rounds = trainer.position.round
-    trainer.meter.sums, trainer.meter.rounds = metadata["meter"]["sums"], metadata["meter"]["rounds"]
+    for name, value in metadata["meter"].items():
+        setattr(trainer.meter, name, value)
     trainer.history[:] = [EpochReport(**report) for report in metadata["history"]]
     generators: dict[str, Any] = state["generators"][trainer.group.rank]
     trainer.stream.at_start = generators["at_start"]
@@ -104,7 +116,12 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     return now
 
 
-def _tell_what_was_scaled(trainer: Trainer, state: dict[str, Any], run: dict[str, Any]) -> None:
+def _grows(there: Any, here: Any) -> bool:
+    """Whether a run is to have more epochs than it had; fewer make it another run."""
+    return isinstance(there, int) and isinstance(here, int) and here > there
+
+
+def _tell_what_was_scaled(trainer: Trainer, path: Path, state: dict[str, Any], run: dict[str, Any]) -> None:
     """Puts into a checkpoint of somebody's own model what those of earlier days do not say: which features were scaled.
 
     Raises:
@@ -118,7 +135,7 @@ def _tell_what_was_scaled(trainer: Trainer, state: dict[str, Any], run: dict[str
         return
     if not network.normalize:
         raise CheckpointError(
-            f"the checkpoint in {trainer.resume} is of a model that scaled its features to length 1 for its own layer "
+            f"{path} is of a model that scaled its features to length 1 for its own layer "
             "as well, as was the default; go on from it with normalize=True"
         )
     run |= {"normalize": True, SCALED_FOR: SCALED[True]}
@@ -136,13 +153,15 @@ def finite(model: nn.Module, players: Mapping[str, nn.Module]) -> bool:
     return bool(torch.isfinite(torch.stack([norm.double().to(norms[0].device) for norm in norms]).sum()))
 
 
-def _read(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]] | None:
+def _read(trainer: Trainer) -> tuple[Path, tuple[dict[str, Any], dict[str, Any]]] | None:
+    """The checkpoint to go on from, and what it holds."""
+    keeper = trainer.keeper
     if trainer.resume == "auto":
-        assert trainer.keeper is not None
-        return trainer.keeper.load_newest(trainer.device)
+        assert keeper is not None
+        content = keeper.load_newest(trainer.device)
+        return None if content is None or keeper.newest is None else (keeper.newest, content)
     path = Path(str(trainer.resume))
-    keeper = trainer.keeper or Keeper(path.parent, trainer.warn)
-    return keeper.load(path, trainer.device)
+    return path, (keeper or Keeper(path.parent, trainer.warn)).load(path, trainer.device)
 
 
 def _average_of(trainer: Trainer) -> dict[str, Any]:

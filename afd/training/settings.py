@@ -9,15 +9,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 
 def describe(value: Any) -> Any:
     """`value` in terms of JSON: dataclasses and mappings by field, functions and classes by name."""
-    if isinstance(value, (str, int, float, bool)) or value is None:
+    if (isinstance(value, (str, int, float, bool)) and not isinstance(value, np.generic)) or value is None:
         return value
-    if isinstance(value, Tensor):
-        return value.tolist()
+    if isinstance(value, Tensor | np.generic | np.ndarray):
+        return describe(value.tolist())
     if isinstance(value, functools.partial):
         return {"name": describe(value.func), **describe(value.keywords)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

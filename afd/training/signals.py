@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,18 +10,74 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from afd.errors import AfdError
+from afd.training.distributed import Group
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+BY_CALLBACK = 1  # what stopped a run, if not the signal of a larger number
+STDERR = 2
 
 
 class StoppedError(AfdError):
-    """A signal ended training early, in good order; `status` is the exit status that shells expect of it."""
+    """A signal ended training early, in good order.
 
-    def __init__(self, number: int, where: str, checkpoint: Path | None) -> None:
-        kept = f"saved {checkpoint}; go on with resume='auto'" if checkpoint else "no folder, nothing saved"
-        super().__init__(f"{signal.Signals(number).name}: {where}; {kept}")
-        self.status = 128 + number
+    Attributes:
+        number: of the signal.
+        where: how far training had come.
+        checkpoint: what was saved, if there is a folder for it.
+        status: the exit status that shells expect.
+    """
+
+    def __init__(self, number: int, where: str, checkpoint: Path | None, advice: str | None = None) -> None:
+        if checkpoint is None:
+            kept, advice = "nothing saved, as there is no folder", advice or "call fit again to go on"
+        else:
+            kept, advice = f"saved {checkpoint}", advice or "go on with resume='auto', or by calling fit again"
+        super().__init__(f"{signal.Signals(number).name}: {where}; {kept}; {advice}")
+        self.number, self.where, self.checkpoint, self.status = number, where, checkpoint, 128 + number
+
+    def advised(self, advice: str) -> StoppedError:
+        """The same, with other words on how to go on."""
+        return StoppedError(self.number, self.where, self.checkpoint, advice)
+
+
+class LeftError(Exception):
+    """Something long was left in the middle, because somebody has asked to stop."""
+
+
+class Stop:
+    """Whether training is to stop: asked for by a signal, or by a callback.
+
+    Args:
+        group: of the processes.
+        device: of the model.
+    """
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self.group, self.device, self.reason = group, device, 0
+
+    def ask(self, number: int = BY_CALLBACK) -> None:
+        """Asks to stop after the step in progress, because of that signal."""
+        self.reason = number
+
+    def by_signal(self, number: int) -> None:
+        """Asks, and tells so in the terminal; to be called by a signal's handler."""
+        self.ask(number)
+        if self.group.leads:
+            name = signal.Signals(number).name
+            os.write(STDERR, f"afd: {name}: stopping after this step; once more ends at once\n".encode())
+
+    def asked(self) -> bool:
+        """Whether to stop now; all processes must ask."""
+        self.reason = self.group.largest(self.reason, self.device)
+        return self.reason > 0
+
+    def leave(self, _seen: int = 0) -> None:
+        """Raises LeftError if somebody has asked. Several processes would wait for each other: they finish first."""
+        if self.reason and self.group.size == 1:
+            raise LeftError
 
 
 @contextmanager

@@ -56,6 +56,10 @@ class Stream:
         for knows in (self.loader, getattr(self.loader, "sampler", None)):
             if isinstance(knows, _KnowsEpochs):
                 knows.set_epoch(epoch)
+        if played == self.rounds:  # the epoch was played to its end
+            if now is not None:
+                rng.restore(now)
+            return
         if played:
             assert self.at_start is not None
             rng.restore(self.at_start)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,27 +18,26 @@ from afd.attacks.base import GradientAttack
 from afd.attacks.capture import guard
 from afd.errors import InputError
 from afd.evaluation.robustness import attacked_by
-from afd.evaluation.target import inside
 from afd.methods import AFD, Execution, Method
 from afd.methods.execution import isolated, lay_out_plainly
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
-from afd.training import distributed, loaders, recording, run_state
+from afd.training import distributed, loaders, recording, rng, run_state
 from afd.training.average import averaged
-from afd.training.foreign import device_of, settle, taken_in
+from afd.training.checkpoint import packed
+from afd.training.foreign import check_attacked, device_of, settle, taken_in
 from afd.training.given import check_settings, made
 from afd.training.keeper import Keeper
 from afd.training.loaders import Loader
 from afd.training.meter import Meter, NotFiniteError
 from afd.training.reports import Callback, EpochReport, IntervalReport, Report, TrainingError
 from afd.training.schedule import Rates, Schedule, schedule_named
-from afd.training.signals import StoppedError, on_signals
+from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
 from afd.training.stream import Stream
 from afd.training.validation import shared_accuracy
 from afd.training.warmup import Warmup, unwatched
 
 LOOKS = 3  # rounds in which the values of somebody else's attacked images are looked at
-BY_CALLBACK = 1  # what stopped a run, if not the signal of a larger number
 
 
 @dataclass
@@ -74,10 +74,15 @@ class Trainer:
         seed: of the attacks' random starts.
         callbacks: functions called with every report.
         log_every: rounds between interval reports; losses are read, and checked, only then.
-        folder: for checkpoints (`Keeper`); None to keep none.
+        folder: for checkpoints (`Keeper`); None to keep none. While `fit` runs it is this trainer's alone.
+        overwrite: whether the checkpoints of another run in `folder` may be discarded; else they are an error.
         save_every: rounds between checkpoints within an epoch; 0 for one at its end only.
         resume: a checkpoint to go on from, or "auto": the newest whole one in `folder`, or none if there is none.
-        config: kept in the checkpoints; a resumed run must have the same. Default: what the settings above say.
+        config: kept in the checkpoints; a resumed run must have the same, but for `epochs`, which may grow. Default:
+            what the settings above say.
+        best: the report of the epoch whose weights are in ``best.pt``: that of the highest score, of equals the last.
+        history: the reports of all epochs.
+        begun: whether `fit` has come as far as training.
     """
 
     model: nn.Module
@@ -95,9 +100,11 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
     log_every: int = 50
     folder: Path | None = None
+    overwrite: bool = False
     save_every: int = 0
     resume: Path | str | None = None
     config: dict[str, Any] | None = None
+    stream: Stream = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -116,7 +123,9 @@ class Trainer:
         self.judge = None if made_judge is None else made("validation_attack", made_judge(self.evaluated))
         self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
         self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
-        self._stopped = 0
+        self.best: EpochReport | None = None
+        self.stopping, self.begun = Stop(self.group, self.device), False
+        self._owed: bool | None = None  # a checkpoint that could not be written, and whether it is the best
 
     def _build_round(self) -> None:
         self.round = self.method.build(self.network, self.execution, self.group.wrap)
@@ -130,10 +139,13 @@ class Trainer:
 
     def stop(self, signal_number: int | None = None) -> None:
         """Asks to stop after the round in progress; `fit` then saves and returns (or, for a signal, raises)."""
-        self._stopped = signal_number or BY_CALLBACK
+        self.stopping.ask(signal_number or BY_CALLBACK)
 
     def fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
         """Runs all epochs, or what is left of them.
+
+        It may be called again: after a stop, an error or Ctrl-C it goes on with the next batch, and where `epochs` has
+        been raised since, it trains on (learning rates then follow the schedule of the new number).
 
         Args:
             train: training batches of this process, with a length.
@@ -143,50 +155,90 @@ class Trainer:
             One report an epoch, those before a resumed checkpoint included.
 
         Precision, gradients and inference mode are those of `execution`, whatever mode the caller is in. Nothing is
-        trained before both loaders were looked at and, unless it is one of afd's own, the model was tried on images of
-        validation: it may be found to have another number of classes than its layers' widths made believe, and then
-        gets a new round.
+        trained before both loaders were looked at, everything a checkpoint holds was found to be readable again, and,
+        unless it is one of afd's own, the model was tried on images of validation: it may be found to have another
+        number of classes than its layers' widths made believe, and then gets a new round.
 
         Raises:
             InputError, InputTypeError: images are not finite floats in [0, 1], labels not int64 classes of the model; a
                 loader is empty or can be read only once; processes have different numbers of batches; the logits are
                 not those of the feature layer.
+            FolderError: `folder` is used by another run, or holds one that is neither gone on with nor to be discarded.
             CheckpointError: a checkpoint cannot be written, read or gone on from.
             TrainingError: a loss stopped being finite.
             StoppedError: SIGTERM or SIGINT came; the round was finished and a checkpoint saved.
         """
-        with guard(self.device), isolated(self.device):
+        with guard(self.device), isolated(self.device), self._claimed():
             return self._fit(train, validation)
 
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
+        check_settings(self)
         look_at = partial(settle, self.network, self.execution)
         rounds = loaders.look(train, validation, self.epochs, look_at, self.group)
         self._follow_what_was_found()
         self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
-        self.stream = Stream(train, self.device, self.network.num_classes, rounds)
-        with held(self._modules()):
-            resumed = run_state.resume(self)
+        generators = self._open(train, rounds)
         warmup = None
         if self.attack is not None and self.method.uses_attack:
             attack = made("attack", self.attack(self.network))
             warmup = Warmup(unwatched(attack), round(self.eps_warmup * rounds))
         self.looked_at = 0  # rounds whose attacked images were looked at
         self.plays = recording.plays(self, None if warmup is None else warmup.attack)
-        with on_signals(self.stop):
-            while self.position.epoch <= self.epochs and not self._stop_asked():
-                speed = self._train_epoch(rounds, warmup, resumed)
-                resumed = None
-                if self._stop_asked():
-                    break
-                self._close_epoch(validation, speed)
-        if self._stop_asked():
-            self._end_early()
+        self.stopping = Stop(self.group, self.device)
+        try:
+            with on_signals(self.stopping.by_signal):
+                while self.position.epoch <= self.epochs and not self.stopping.asked():
+                    self._train_epoch(rounds, warmup, generators)
+                    generators = None
+                    if self.stopping.asked() or not self._close_epoch(validation):
+                        break
+            if self.stopping.asked():
+                self._end_early()
+        finally:
+            self._generators = rng.capture()  # for the next call
         if isinstance(self.network, FeatureSplit) and self.network.normalize:
             self.warn(
                 f"the model now scales what enters {self.network.feature_layer!r} to length 1, as normalize=True "
                 "asked; its weights load with afd.training.load_weights"
             )
         return self.history
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """The folder for this trainer alone, and free for it; all processes raise together."""
+        with ExitStack() as stack:
+            with self.group.together():
+                if self.keeper is not None and self.group.leads:
+                    stack.enter_context(self.keeper.lock.held())
+                    if not (self.begun or self.overwrite or self.resume == "auto"):
+                        self.keeper.check_free(None if self.resume is None else Path(self.resume))
+            yield
+
+    def _open(self, train: Loader, rounds: int) -> dict[str, Any] | None:
+        """Where training begins or goes on; returns the state of the random generators there, in mid-epoch."""
+        before = self.stream if self.begun else None
+        if before is not None and self.position.batch and rounds != before.rounds:
+            raise InputError(
+                f"train has {rounds} batches, but the epoch in progress has {before.rounds}, of which "
+                f"{self.position.batch} were played; go on with as many"
+            )
+        self.stream = Stream(train, self.device, self.network.num_classes, rounds)
+        if before is not None:
+            self.stream.at_start = before.at_start
+            if self._owed is not None:
+                self._save(best=self._owed)
+            return self._generators if self.position.batch else None
+        with held(self._modules()):
+            generators = run_state.resume(self)
+            content = None if self.keeper is None else run_state.capture(self)
+        with self.group.together():
+            if self.keeper is not None and content is not None and self.group.leads:
+                packed(*content)  # what cannot be kept is told now, and not after the first epoch
+                if self.overwrite:
+                    self.keeper.discard()
+                self.best = self.keeper.settle_best(self.history)
+        self.begun = True
+        return generators
 
     def _follow_what_was_found(self) -> None:
         """Round and average as the model has turned out to be, when it was tried on images."""
@@ -204,12 +256,12 @@ class Trainer:
         models = (self.network, None if self.average is None else self.average.module, other)
         return [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
 
-    def _train_epoch(self, rounds: int, warmup: Warmup | None, generators: dict[str, Any] | None) -> float:
-        """What is left of an epoch; returns images a second."""
+    def _train_epoch(self, rounds: int, warmup: Warmup | None, generators: dict[str, Any] | None) -> None:
+        """What is left of an epoch."""
         self._held = self._modules(None if warmup is None else warmup.attack)
         with held(self._held):
             self.network.train()
-        images, start, at = 0, time.perf_counter(), self.position
+        at, since = self.position, time.perf_counter()
         for x, y in self.stream.epoch(at.epoch, at.batch, generators):
             try:
                 self._play(x, y, warmup)
@@ -217,17 +269,22 @@ class Trainer:
                 if self.group.size == 1:  # several would wait for each other
                     self._report_interval(rounds)  # a loss that is not finite explains it better
                 raise
-            at.batch, at.round, images = at.batch + 1, at.round + 1, images + len(y)
+            at.batch, at.round = at.batch + 1, at.round + 1
+            now = time.perf_counter()
+            self.meter.images, self.meter.seconds, since = (
+                self.meter.images + len(y),
+                self.meter.seconds + now - since,
+                now,
+            )
             at_report = at.round % self.log_every == 0 or at.batch == rounds
             if at_report:
                 self._report_interval(rounds)
-            if (at_report or self.group.size == 1) and self._stop_asked():
+            if (at_report or self.group.size == 1) and self.stopping.asked():
                 break
             if self.save_every and at.round % self.save_every == 0 and at.batch < rounds:
                 self._report_interval(rounds)
                 self._save(best=False)
         self._report_interval(rounds)
-        return self.group.size * images / (time.perf_counter() - start)
 
     def _play(self, x: Tensor, y: Tensor, warmup: Warmup | None) -> None:
         """One round, and the average."""
@@ -249,20 +306,10 @@ class Trainer:
                 x_adv = attack(x, y, seed=seed, first_sample=first)
             else:
                 x_adv = attacked_by(attack, x, y, seed=seed, first_sample=first)
-                self._look_at_attacked(x_adv)
+                if self.looked_at < LOOKS:
+                    self.looked_at += 1
+                    check_attacked(x_adv)
         return self.round.step(x, y, x_adv)
-
-    def _look_at_attacked(self, x_adv: Tensor) -> None:
-        """Checks the values that somebody else's attack made; in the first rounds, as it waits for the device."""
-        if self.looked_at >= LOOKS:
-            return
-        self.looked_at += 1
-        wrong = int((~inside(x_adv)).sum())
-        if wrong:
-            raise InputError(
-                f"the attack returned {wrong} of {len(x_adv)} images out of [0, 1] or not finite; it must return "
-                "images like x"
-            )
 
     def _report_interval(self, rounds: int) -> None:
         """Reads the losses and tells of them; the only place in an epoch that waits for the device."""
@@ -278,53 +325,61 @@ class Trainer:
             rates = self.rates.of_round(at.round)
             self._tell(IntervalReport(at.epoch, at.round, at.batch, rounds, losses, rates))
 
-    def _close_epoch(self, validation: Loader, speed: float) -> None:
-        """Validation, report and checkpoint after a whole epoch."""
+    def _close_epoch(self, validation: Loader) -> bool:
+        """Validation, report and checkpoint after a whole epoch; False if it was stopped in validation."""
+        generators = rng.capture()
         self.group.share_buffers(self.evaluated)
         measure = partial(
             shared_accuracy, self.evaluated, validation, group=self.group, device=self.device,
-            num_classes=self.network.num_classes,
+            num_classes=self.network.num_classes, each=self.stopping.leave,
         )  # fmt: skip
+        try:
+            natural, robust = measure(attack=None), None if self.judge is None else measure(attack=self.judge)
+        except LeftError:
+            rng.restore(generators)  # validation begins anew when training goes on
+            return False
         report = EpochReport(
             self.position.epoch,
             self.position.round,
             self.meter.means(),
-            natural=measure(attack=None),
-            robust=None if self.judge is None else measure(attack=self.judge),
-            images_per_second=speed,
+            natural=natural,
+            robust=robust,
+            images_per_second=self.group.size * self.meter.speed,
             learning_rates=self.rates.of_round(self.position.round),
         )
-        best = all(report.score > earlier.score for earlier in self.history)
+        best = self.best is None or report.rank >= self.best.rank
         self.history.append(report)
+        self.best = report if best else self.best
         self.position = Position(self.position.epoch + 1, 0, self.position.round)
         self.meter = Meter(self.group)
-        self._tell(report)
-        self._save(best=best)
+        try:
+            self._tell(report)  # first: what is in the checkpoint is in the log
+        finally:
+            self._save(best=best)
+        return True
 
     def _save(self, *, best: bool) -> None:
         if self.keeper is None:
             return
+        self._owed = best
         self.group.share_buffers(self.network)
         if not run_state.finite(self.network, self.round.players):
             played = self.position.round
             raise TrainingError(f"a weight stopped being finite by round {played}; {self._where_it_stood(played)}")
         with held(self._modules()):
             state, metadata = run_state.capture(self)
-        if self.group.leads:
-            self.keeper.save(state, metadata, best=best)
+        with self.group.together():
+            if self.group.leads:
+                self.keeper.save(state, metadata, best=best)
+        self._owed = None
 
     def _end_early(self) -> None:
         if self.position.batch:
             self._save(best=False)
-        if self._stopped == BY_CALLBACK:
+        if self.stopping.reason == BY_CALLBACK:
             return
         at, file = self.position, self.keeper.newest if self.keeper else None
-        raise StoppedError(self._stopped, f"stopped in epoch {at.epoch} after round {at.round}", file)
-
-    def _stop_asked(self) -> bool:
-        """Whether to stop now; all processes must ask, which several do at reports, where they wait anyway."""
-        self._stopped = self.group.largest(self._stopped, self.device)
-        return self._stopped > 0
+        raise StoppedError(self.stopping.reason, f"stopped in epoch {at.epoch} after round {at.round}", file)
 
     def _where_it_stood(self, number: int) -> str:
         shown = ", ".join(f"{name} {rate:g}" for name, rate in self.rates.of_round(number).items())

@@ -1,0 +1,89 @@
+"""The folder of an `afd train` run: which one it is, that it is free, and that nobody else writes there meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from afd.files import FolderError, FolderLock, new_folder, point_to
+from afd.training.distributed import Group
+from afd.training.keeper import Keeper
+
+ROOT = Path("runs")
+LATEST = ROOT / "latest"
+RECORDS = ("model.pt", "log.jsonl", "curves.png", "events.out.tfevents.*")  # what is written beside checkpoints
+
+
+@contextmanager
+def run_folder(out: Path | None, resume: str | None, group: Group, *, overwrite: bool) -> Iterator[Path]:
+    """A run's folder, this run's alone for as long as the context lasts.
+
+    Where none is named, it is the next numbered one under ``runs``, and ``runs/latest`` leads to it; with
+    ``resume="auto"`` it is the one that ``runs/latest`` leads to, if there is one. A new folder in which nothing was
+    written is removed at the end.
+
+    Args:
+        out: the folder, if one is named.
+        resume: what the run goes on from: "auto", a file, or None.
+        group: of the processes; the leading one holds the folder, and all raise together.
+        overwrite: whether another run's files there may be discarded.
+
+    Raises:
+        FolderError: it is used by another process, cannot be written to, or holds a run that is neither gone on with
+            nor to be discarded.
+    """
+    folder = Path()
+    with ExitStack() as stack:
+        with group.together():
+            if group.leads:
+                numbered = out is None and not (resume == "auto" and LATEST.exists())
+                folder = new_folder(ROOT) if numbered else out or _latest()
+                if numbered or not folder.exists():
+                    stack.callback(_forget_if_empty, folder, _led_to())
+                stack.enter_context(FolderLock(folder).held())
+                if not overwrite:
+                    _check_free(folder, resume)
+                if numbered:
+                    point_to(folder)
+        yield group.gather(folder)[0]
+
+
+def discard_records(folder: Path) -> None:
+    """Removes what an earlier run has written beside its checkpoints."""
+    for pattern in RECORDS:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _latest() -> Path:
+    return ROOT / LATEST.readlink() if LATEST.is_symlink() else LATEST
+
+
+def _led_to() -> Path | None:
+    return _latest() if LATEST.exists() else None
+
+
+def _check_free(folder: Path, resume: str | None) -> None:
+    """Raises FolderError if a run lies there and this one does not go on with it."""
+    checkpoints = Keeper(folder, print).present
+    if resume == "auto" or (resume and checkpoints and Path(resume).resolve() == checkpoints[0].resolve()):
+        return
+    found = checkpoints or [path for pattern in RECORDS for path in sorted(folder.glob(pattern))]
+    if found:
+        raise FolderError(
+            f"out is {folder}, which holds a run ({found[0].name}); go on with it by --resume auto, name another "
+            "folder, or discard it by --overwrite"
+        )
+
+
+def _forget_if_empty(folder: Path, before: Path | None) -> None:
+    """Takes back a folder that nothing was written to, and lets ``runs/latest`` lead where it led."""
+    if not folder.exists() or any(folder.iterdir()):
+        return
+    folder.rmdir()
+    if LATEST.is_symlink() and _latest() == folder:
+        if before is not None:
+            point_to(before)
+        else:
+            LATEST.unlink()
