@@ -51,6 +51,8 @@ def write_whole(path: Path | str, content: bytes | memoryview | str, previous: P
     try:
         make_folder(path.parent)
         sweep(path.parent, path.name)
+        if previous is not None:
+            sweep(previous.parent, previous.name)
         try:
             with beside.open("wb") as file:
                 file.write(data)

@@ -66,7 +66,7 @@ def test_the_same_seed_trains_the_same_weights(trained, tmp_path):
     assert run(tmp_path) == 0
     first, second = (load_checkpoint(folder / "last.pt")[0]["model"] for folder in (trained, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert run(tmp_path, "--seed", "1") == 0
+    assert run(tmp_path, "--seed", "1", "--overwrite") == 0
     other = load_checkpoint(tmp_path / "last.pt")[0]["model"]
     assert not torch.equal(first["classifier.weight"], other["classifier.weight"])
 
