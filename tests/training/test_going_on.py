@@ -39,6 +39,10 @@ def trainer(folder=None, **settings):
     return Trainer(net(), folder=folder, **{**defaults, **settings})
 
 
+def constant(_progress):
+    return 1.0
+
+
 def weights(of):
     return {name: tensor.clone() for name, tensor in of.network.state_dict().items()}
 
@@ -86,7 +90,7 @@ def test_after_a_stop_it_goes_on_with_the_next_batch(at, kept, tmp_path, undistu
 def test_after_ctrl_c(undisturbed):
     run = trainer()
     run.callbacks = [Once(6, lambda: os.kill(os.getpid(), signal.SIGINT))]
-    with pytest.raises(StoppedError, match="SIGINT: stopped in epoch 2 after round 6; .*call fit again to go on"):
+    with pytest.raises(StoppedError, match=r"SIGINT: stopped in epoch 2 after round 6; .*call fit again to go on"):
         run.fit(shuffled(), batches())
     run.fit(shuffled(), batches())
     assert same(weights(run), undisturbed)
@@ -184,9 +188,9 @@ def test_another_number_of_batches_is_refused_in_mid_epoch_only():
 
 
 def test_for_more_epochs(tmp_path):
-    whole = trainer(tmp_path / "whole", epochs=5, schedule=lambda progress: 1.0)
+    whole = trainer(tmp_path / "whole", epochs=5, schedule=constant)
     whole.fit(shuffled(), batches())
-    run = trainer(tmp_path / "grown", epochs=2, schedule=lambda progress: 1.0)
+    run = trainer(tmp_path / "grown", epochs=2, schedule=constant)
     run.fit(shuffled(), batches())
     run.fit(shuffled(), batches())  # nothing left: nothing done
     assert len(run.history) == 2
@@ -305,7 +309,17 @@ def test_another_number_of_numpys_is_another_run(tmp_path):
 def scores(monkeypatch, *of):
     """Validation is a list of scores."""
     left = list(of)
-    monkeypatch.setattr("afd.training.trainer.shared_accuracy", lambda *a, **k: left.pop(0))
+    monkeypatch.setattr("afd.training.trainer.shared_accuracy", lambda *_, **__: left.pop(0))
+
+
+SCORES = [0.5, 0.7, 0.6, 0.8]
+
+
+def epochs_kept(run, folder, again):
+    """How many epochs are not validated once more when it goes on."""
+    if again == "fit":
+        return len(run.history)
+    return len(load_checkpoint(folder / "last.pt")[1]["history"]) if (folder / "last.pt").exists() else 0
 
 
 def best_epoch(folder):
@@ -335,7 +349,7 @@ def test_whatever_write_fails_best_pt_holds_the_epoch_that_the_run_names(fails_a
         folder = tmp_path / again
         monkeypatch.setattr(keeper, "save_checkpoint", failing)
         calls = iter(range(100))
-        scores(monkeypatch, 0.5, 0.7, 0.6, 0.8, *([0.5, 0.7, 0.6, 0.8][max(0, fails_at // 2) :]))
+        scores(monkeypatch, *SCORES)
         run = trainer(folder, epochs=4)
         try:
             run.fit(shuffled(), batches())
@@ -345,13 +359,10 @@ def test_whatever_write_fails_best_pt_holds_the_epoch_that_the_run_names(fails_a
         assert failed == (fails_at < 7)
         monkeypatch.setattr(keeper, "save_checkpoint", real)
         if failed:
-            left = {1: 0.5, 2: 0.7, 3: 0.6, 4: 0.8}
             run = run if again == "fit" else trainer(folder, epochs=4, resume="auto")
-            monkeypatch.setattr(
-                "afd.training.trainer.shared_accuracy", lambda *a, run=run, **k: left[run.position.epoch]
-            )
+            scores(monkeypatch, *SCORES[epochs_kept(run, folder, again) :])
             run.fit(shuffled(), batches())
-        assert [report.score for report in run.history] == [0.5, 0.7, 0.6, 0.8]
+        assert [report.score for report in run.history] == SCORES
         assert run.best.epoch == best_epoch(folder) == 4
         kept = load_checkpoint(folder / "best.pt")[0]["model"]
         assert all(torch.equal(kept[name], load_checkpoint(folder / "last.pt")[0]["model"][name]) for name in kept)
@@ -372,6 +383,6 @@ def test_best_without_last_is_no_run_to_go_on_with(tmp_path):
     trainer(tmp_path).fit(batches(), batches())
     (tmp_path / "last.pt").unlink()
     (tmp_path / "previous.pt").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint to go on from .* holds best.pt only"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint to go on from .* holds best\.pt only"):
         trainer(tmp_path, resume="auto").fit(batches(), batches())
     assert isinstance(EpochReport(**load_checkpoint(tmp_path / "best.pt")[1]["report"]), EpochReport)
