@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from afd import processes
+from afd.processes import LostError, launched, leave
+
+__all__ = ["SYNC_BUFFERS", "Group", "LostError", "join", "launched", "leave"]
+
+STDERR = 2
 
 # DistributedDataParallel's name for exchanging buffers at every pass, in this torch
 SYNC_BUFFERS = next(
@@ -45,6 +56,7 @@ class Group:
             return module
         # a feature split may leave layers without a gradient, and so may the user's own model
         settings: dict[str, Any] = {SYNC_BUFFERS: False}
+        _say_nothing_of_unused(next(module.parameters(), torch.empty(0)).device)
         return DistributedDataParallel(module, find_unused_parameters=True, **settings)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -87,28 +99,31 @@ class Group:
                 dist.broadcast(buffer, src=0)
 
 
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return dist.is_available() and dist.is_torchelastic_launched()
-
-
 def join() -> Group:
-    """The group this process belongs to; joins torchrun's processes if need be."""
-    if launched() and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # torchrun's store outlives the workers; restarted ones must not find the addresses of those that died
-        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-        attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    if not (dist.is_available() and dist.is_initialized()):
-        return Group()
-    return Group(dist.get_rank(), dist.get_world_size())
+    """The group this process belongs to; joins torchrun's processes if need be, and leaves them when it ends."""
+    return Group(*processes.join())
 
 
-def leave() -> None:
-    """Ends what `join` began."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+@cache
+def _say_nothing_of_unused(device: torch.device) -> None:
+    """Has torch say now, to nobody, what it says once a process: that all parameters were used, so why look for others.
+
+    They are looked for because of models and rounds that do leave some out, which nobody can know beforehand.
+    """
+    small = DistributedDataParallel(nn.PReLU(device=device), find_unused_parameters=True)
+    with _unheard():
+        small(torch.zeros(1, 1, device=device))
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What is written to standard error by C++, past Python, is lost in this context."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, STDERR)
+        yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
+        os.close(nowhere)
