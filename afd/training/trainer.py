@@ -22,6 +22,7 @@ from afd.methods import AFD, Execution, Method
 from afd.methods.execution import isolated, lay_out_plainly
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
+from afd.processes import all_or_none
 from afd.training import distributed, loaders, recording, run_state
 from afd.training.average import averaged
 from afd.training.foreign import device_of, settle, taken_in
@@ -155,15 +156,16 @@ class Trainer:
             TrainingError: a loss stopped being finite.
             StoppedError: SIGTERM or SIGINT came; the round was finished and a checkpoint saved.
         """
-        with guard(self.device), isolated(self.device):
+        with guard(self.device), isolated(self.device), all_or_none():
             return self._fit(train, validation)
 
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
         look_at = partial(settle, self.network, self.execution)
-        rounds = loaders.look(train, validation, self.epochs, look_at, self.group)
+        told = None if self.keeper is None else self.warn
+        rounds = loaders.look(train, validation, self.epochs, look_at, self.group, told)
         self._follow_what_was_found()
         self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
-        self.stream = Stream(train, self.device, self.network.num_classes, rounds)
+        self.stream = Stream(train, self.device, self.network.num_classes, rounds, validation)
         with held(self._modules()):
             resumed = run_state.resume(self)
         warmup = None
