@@ -38,6 +38,7 @@ LIBRARIES = (
     "collections",
     "functools",
 )  # whose code draws from what it is given
+_NOTHING = type("Nothing", (), {})()
 LOADERS = "loaders"  # where it lies beside the global generators
 
 
@@ -79,7 +80,7 @@ def restore(loaders: Mapping[str, Any], state: Mapping[str, Any], own: bool = Tr
         holder, _, name = path.rpartition(".")
         if _is_generator(reached.get(path)):
             _put(reached[path], kept)
-        elif hasattr(reached.get(holder), "__dict__") and vars(reached[holder]).get(name) is None:
+        elif vars(reached.get(holder, _NOTHING)).get(name, _NOTHING) is None:
             vars(reached[holder])[name] = _made(kept)  # a generator that is made when it is first needed
         else:
             missing.append(path)
@@ -127,14 +128,21 @@ def in_order(loader: Any) -> bool:
 def untouched(loader: Any) -> Iterator[None]:
     """Random generators, those of the loader's own included, and the loader's attributes are as before afterwards."""
     before = [(vars(one), dict(vars(one))) for _, one in _parts({"": loader})]
+    values = [value for _, attributes in before for value in attributes.values()]
+    rows = [(value, list(value)) for value in values if isinstance(value, list) and _is_row(value)]
+    own = loader.state_dict() if _says_its_state(loader) else None
     states = [(one, _state_of(one)) for _, one in _walk({"": loader}) if _is_generator(one)]
     generators = rng.capture()
     try:
         yield
     finally:
-        for here, values in before:
+        for here, attributes in before:
             here.clear()
-            here.update(values)
+            here.update(attributes)
+        for row, content in rows:
+            row[:] = content
+        if own is not None:
+            loader.load_state_dict(own)
         for one, kept in states:
             _put(one, kept)
         rng.restore(generators)
