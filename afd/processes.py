@@ -89,23 +89,28 @@ def leave() -> None:
 
 
 @contextmanager
-def all_or_none() -> Iterator[None]:
+def all_or_none(*agreed: type[BaseException]) -> Iterator[None]:
     """What all processes do: where one fails, it tells the others, and they end with its reason in one line.
+
+    Args:
+        agreed: what all raise together without having failed.
 
     Raises:
         LostError: a connection to another process broke, for it has failed or was killed.
     """
     try:
         yield
-    except LostError:
+    except (LostError, *agreed):
         raise
     except BaseException as error:
         if _Joined.store is None or not dist.is_initialized():
             raise
-        if not _of_a_connection(error):
-            _tell(error)
+        if _of_a_connection(error):
+            raise LostError(_what_happened()) from None
+        first = _tell(error)
+        if first is None:
             raise
-        raise LostError(_what_happened()) from None
+        raise LostError(first) from None  # all have found the same, and one of them shows it
 
 
 class _Ending:
@@ -147,14 +152,16 @@ def _of_a_connection(error: BaseException) -> bool:
     return isinstance(error, known) or (isinstance(error, RuntimeError) and any(one in str(error) for one in BROKEN))
 
 
-def _tell(error: BaseException) -> None:
-    """Leaves the reason where other processes look when they notice; the first one counts."""
-    reason = (str(error).splitlines() or [""])[0]
-    line = f"process {dist.get_rank()} failed: {type(error).__name__}{f': {reason}' if reason else ''}"
+def _tell(error: BaseException) -> str | None:
+    """Leaves the reason where other processes look; returns what an earlier one has left there, if it is the same."""
+    own = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}".removesuffix(": ")
     try:
-        _Joined.store.compare_set(FAILED, "", line)
+        told = _Joined.store.compare_set(FAILED, "", f"{dist.get_rank()} {own}").decode()
     except RuntimeError as unreachable:  # it was kept by a process that is no more; this one has its own error to show
         print(f"afd: warning: other processes are not told why this one failed: {unreachable}", file=sys.stderr)
+        return None
+    rank, _, reason = told.partition(" ")
+    return _worded(told) if reason == own and int(rank) != dist.get_rank() else None
 
 
 def _what_happened() -> str:
@@ -162,7 +169,13 @@ def _what_happened() -> str:
         told = _Joined.store.get(FAILED).decode() if _Joined.store.check([FAILED]) else ""
     except RuntimeError:  # the store went with the process that kept it
         told = ""
-    return f"{told or 'another process of this run was killed or has ended'}; this process cannot go on alone"
+    happened = _worded(told) if told else "another process of this run was killed or has ended"
+    return f"{happened}; this process cannot go on alone"
+
+
+def _worded(told: str) -> str:
+    rank, _, reason = told.partition(" ")
+    return f"process {rank} failed: {reason}"
 
 
 def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from afd import processes
 from afd.processes import LostError, launched, leave
 
-__all__ = ["SYNC_BUFFERS", "Group", "LostError", "join", "launched", "leave"]
+__all__ = ["SYNC_BUFFERS", "Agreement", "Group", "LostError", "join", "launched", "leave"]
 
 STDERR = 2
 
@@ -97,6 +97,32 @@ class Group:
         if self.size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)
+
+
+class Agreement:
+    """The largest of the processes' numbers, as it was at the call before: nobody waits, neither for others nor a GPU.
+
+    All processes must make one, and ask equally often.
+
+    Args:
+        group: of the processes.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._alone = group.size == 1
+        self._group = None if self._alone else dist.new_group(backend="gloo")
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def on(self, number: int) -> int:
+        """What all processes said at the last call, the largest of it (at the first: 0); alone: `number`."""
+        if self._alone:
+            return number
+        before, numbers = self._asked, torch.tensor(number, device="cpu")
+        self._asked = (dist.all_reduce(numbers, dist.ReduceOp.MAX, self._group, async_op=True), numbers)
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
 
 
 def join() -> Group:

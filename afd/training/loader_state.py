@@ -129,7 +129,7 @@ def untouched(loader: Any) -> Iterator[None]:
     """Random generators, those of the loader's own included, and the loader's attributes are as before afterwards."""
     before = [(vars(one), dict(vars(one))) for _, one in _parts({"": loader})]
     values = [value for _, attributes in before for value in attributes.values()]
-    rows = [(value, list(value)) for value in values if isinstance(value, list) and _is_row(value)]
+    rows = [(value, list(value)) for value in values if type(value) is list and _is_row(value)]
     own = loader.state_dict() if _says_its_state(loader) else None
     states = [(one, _state_of(one)) for _, one in _walk({"": loader}) if _is_generator(one)]
     generators = rng.capture()
@@ -178,9 +178,10 @@ def _parts(loaders: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _within(one: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(one, dict):
-        return [] if len(one) > LONGEST else list(one.items())
-    if isinstance(one, list | tuple | set | deque):
-        return [] if len(one) > LONGEST else enumerate(one)
+        return [] if dict.__len__(one) > LONGEST else list(dict.items(one))
+    plain: Any = next((kind for kind in (list, tuple, set, deque) if isinstance(one, kind)), None)
+    if plain is not None:  # by the kind's own methods: a subclass may serve batches by its __iter__
+        return [] if plain.__len__(one) > LONGEST else enumerate(plain.__iter__(one))
     if isinstance(one, partial):
         return [("func", one.func), ("args", one.args), ("keywords", one.keywords)]
     if isinstance(one, MethodType):
@@ -273,7 +274,7 @@ def _made(kept: Mapping[str, Any]) -> Any:
 
 
 def _is_row(value: Any) -> bool:
-    if isinstance(value, list):
+    if type(value) is list:
         return all(isinstance(one, NUMBERS) for one in value)
     return isinstance(value, Tensor | np.ndarray) and value.ndim == 1 and str(value.dtype) not in ("object", "str")
 

@@ -1,17 +1,25 @@
-"""SIGTERM and SIGINT ask training to stop after the round; a second one ends the process as it always would."""
+"""SIGTERM and SIGINT ask training to stop after the round; a second one ends the process as it always would.
+
+torchrun passes on what it is told, so with Ctrl-C in a terminal every process hears of it twice: there a second signal
+counts from a while after the first one on.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from afd.errors import AfdError
+from afd.processes import launched
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+ONE_AND_THE_SAME = 3.0  # seconds in which torchrun's signal is the one that was heard before
 
 
 class StoppedError(AfdError):
@@ -38,8 +46,20 @@ def on_signals(stop: Callable[[int], None]) -> Iterator[None]:
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
+    first: list[float] = []
+    process = os.getpid()
+
     def handle(number: int, _frame: FrameType | None) -> None:
-        restore()
+        if os.getpid() != process:  # a loader's worker, which has inherited this; it ends when it is told to
+            return
+        if first:
+            if time.monotonic() - first[0] > ONE_AND_THE_SAME:
+                restore()
+                os.kill(process, number)
+            return
+        first.append(time.monotonic())
+        if not launched():
+            restore()
         stop(number)
 
     for number in STOPPING:

@@ -118,6 +118,7 @@ class Trainer:
         self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
         self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
         self._stopped = 0
+        self.agreement = distributed.Agreement(self.group)
 
     def _build_round(self) -> None:
         self.round = self.method.build(self.network, self.execution, self.group.wrap)
@@ -156,7 +157,7 @@ class Trainer:
             TrainingError: a loss stopped being finite.
             StoppedError: SIGTERM or SIGINT came; the round was finished and a checkpoint saved.
         """
-        with guard(self.device), isolated(self.device), all_or_none():
+        with guard(self.device), isolated(self.device), all_or_none(StoppedError):
             return self._fit(train, validation)
 
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
@@ -223,7 +224,7 @@ class Trainer:
             at_report = at.round % self.log_every == 0 or at.batch == rounds
             if at_report:
                 self._report_interval(rounds)
-            if (at_report or self.group.size == 1) and self._stop_asked():
+            if self.agreement.on(self._stopped):  # one round later, and in all processes after the same one
                 break
             if self.save_every and at.round % self.save_every == 0 and at.batch < rounds:
                 self._report_interval(rounds)
@@ -320,7 +321,7 @@ class Trainer:
             self._save(best=False)
         if self._stopped == BY_CALLBACK:
             return
-        at, file = self.position, self.keeper.newest if self.keeper else None
+        at, file = self.position, self.group.gather(self.keeper.newest if self.keeper else None)[0]
         raise StoppedError(self._stopped, f"stopped in epoch {at.epoch} after round {at.round}", file)
 
     def _stop_asked(self) -> bool:
