@@ -98,9 +98,10 @@ def all_or_none(*agreed: type[BaseException]) -> Iterator[None]:
     Raises:
         LostError: a connection to another process broke, for it has failed or was killed.
     """
+    through: tuple[type[BaseException], ...] = (LostError, *agreed)
     try:
         yield
-    except (LostError, *agreed):
+    except through:
         raise
     except BaseException as error:
         if _Joined.store is None or not dist.is_initialized():

@@ -124,6 +124,12 @@ class Agreement:
         before[0].wait()
         return int(before[1])
 
+    def forget(self) -> None:
+        """Begins anew: what was said so far counts no more; all must ask."""
+        if self._asked is not None:
+            self._asked[0].wait()
+        self._asked = None
+
 
 def join() -> Group:
     """The group this process belongs to; joins torchrun's processes if need be, and leaves them when it ends."""

@@ -175,6 +175,7 @@ class Trainer:
             warmup = Warmup(unwatched(attack), round(self.eps_warmup * rounds))
         self.looked_at = 0  # rounds whose attacked images were looked at
         self.plays = recording.plays(self, None if warmup is None else warmup.attack)
+        self.agreement.forget()
         with on_signals(self.stop):
             while self.position.epoch <= self.epochs and not self._stop_asked():
                 speed = self._train_epoch(rounds, warmup, resumed)
