@@ -25,7 +25,7 @@ OPS += ("spectral_norm", "spectral_linear", "projection_logits")
 # From the ground up; a room may import from lower floors and from itself.
 FLOORS = (
     {"_version", "errors"},
-    {"files"},
+    {"files", "processes"},
     {"_C"},
     {"ops", "config"},
     {"data", "nn"},

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from afd import processes
 from afd.errors import InputError
 
 
@@ -74,18 +75,17 @@ def placed(device: str) -> Iterator[Place]:
     Raises:
         InputError: the device is none of these, or is not there.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = device_named(device)
+    joined = dist.is_available() and dist.is_initialized()
+    rank, count = processes.join()
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if processes == 1:
-        yield Place(chosen)
-        return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Place(chosen, dist.get_rank(), dist.get_world_size())
+        with processes.all_or_none():
+            yield Place(chosen, rank, count)
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            processes.leave()
 
 
 def device_named(name: str) -> torch.device:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,7 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from afd import processes
 from afd.errors import AfdError
+from afd.processes import LostError, launched, leave
+
+__all__ = ["SYNC_BUFFERS", "Agreement", "Group", "LostError", "join", "launched", "leave"]
+
+STDERR = 2
 
 # DistributedDataParallel's name for exchanging buffers at every pass, in this torch
 SYNC_BUFFERS = next(
@@ -49,6 +57,7 @@ class Group:
             return module
         # a feature split may leave layers without a gradient, and so may the user's own model
         settings: dict[str, Any] = {SYNC_BUFFERS: False}
+        _say_nothing_of_unused(next(module.parameters(), torch.empty(0)).device)
         return DistributedDataParallel(module, find_unused_parameters=True, **settings)
 
     def mean(self, values: Tensor) -> Tensor:
@@ -84,7 +93,8 @@ class Group:
         """Where one process fails in this context, all raise; all must enter it, and none waits for others in it.
 
         Raises:
-            AfdError: this process's own, or another's, with its number.
+            AfdError: this process's own.
+            LostError: another's, with its number.
         """
         failure: AfdError | None = None
         try:
@@ -94,7 +104,7 @@ class Group:
         if self.size > 1:
             for rank, reason in enumerate(self.gather(None if failure is None else str(failure))):
                 if reason is not None and failure is None:
-                    failure = AfdError(f"process {rank} failed: {reason}")
+                    failure = LostError(f"process {rank} failed: {reason}")
         if failure is not None:
             raise failure
 
@@ -110,28 +120,63 @@ class Group:
                 dist.broadcast(buffer, src=0)
 
 
-def launched() -> bool:
-    """Whether torchrun started this process."""
-    return dist.is_available() and dist.is_torchelastic_launched()
+class Agreement:
+    """The largest of the processes' numbers, as it was at the call before: nobody waits, neither for others nor a GPU.
+
+    All processes must make one, and ask equally often.
+
+    Args:
+        group: of the processes.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._alone = group.size == 1
+        self._group = None if self._alone else dist.new_group(backend="gloo")
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def on(self, number: int) -> int:
+        """What all processes said at the last call, the largest of it (at the first: 0); alone: `number`."""
+        if self._alone:
+            return number
+        before, numbers = self._asked, torch.tensor(number, device="cpu")
+        self._asked = (dist.all_reduce(numbers, dist.ReduceOp.MAX, self._group, async_op=True), numbers)
+        if before is None:
+            return 0
+        before[0].wait()
+        return int(before[1])
+
+    def forget(self) -> None:
+        """Begins anew: what was said so far counts no more; all must ask."""
+        if self._asked is not None:
+            self._asked[0].wait()
+        self._asked = None
 
 
 def join() -> Group:
-    """The group this process belongs to; joins torchrun's processes if need be."""
-    if launched() and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        # torchrun's store outlives the workers; restarted ones must not find the addresses of those that died
-        store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-        attempt = f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        store = dist.PrefixStore(attempt, store)  # type: ignore[attr-defined]
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    if not (dist.is_available() and dist.is_initialized()):
-        return Group()
-    return Group(dist.get_rank(), dist.get_world_size())
+    """The group this process belongs to; joins torchrun's processes if need be, and leaves them when it ends."""
+    return Group(*processes.join())
 
 
-def leave() -> None:
-    """Ends what `join` began."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+@cache
+def _say_nothing_of_unused(device: torch.device) -> None:
+    """Has torch say now, to nobody, what it says once a process: that all parameters were used, so why look for others.
+
+    They are looked for because of models and rounds that do leave some out, which nobody can know beforehand.
+    """
+    small = DistributedDataParallel(nn.PReLU(device=device), find_unused_parameters=True)
+    with _unheard():
+        small(torch.zeros(1, 1, device=device))
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What is written to standard error by C++, past Python, is lost in this context."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, STDERR)
+        yield
+    finally:
+        os.dup2(kept, STDERR)
+        os.close(kept)
+        os.close(nowhere)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sized
 from itertools import islice
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,15 +13,16 @@ from afd.attacks.inputs import check_batch
 from afd.data import Batches
 from afd.data.items import images_and_labels
 from afd.errors import AfdError, InputError, InputTypeError
-from afd.training import rng
-from afd.training.distributed import Group
+from afd.training import loader_state
+from afd.training.distributed import Group, LostError
 
 BOUNDS = (0.0, 1.0)  # of an image
 Loader = Iterable[Any]
 """Any re-iterable of batches: a DataLoader, `Batches`, a list.
 
 A batch is what `afd.data.items.images_and_labels` reads: (images [N, ...] in [0, 1], labels [N] int64, ...), a dict or
-an object. Where the loader has a ``set_epoch(epoch)``, or its ``sampler`` has, that is called before each pass.
+an object. Where the loader has a ``set_epoch(epoch)``, or a sampler or data set of it has, that is called before each
+pass. What a loader draws at random is drawn again when a run is resumed, as far as `loader_state` finds its generators.
 """
 
 
@@ -44,7 +41,14 @@ def rounds_in(loader: Loader) -> int:
     return rounds
 
 
-def look(train: Loader, validation: Loader, epochs: int, classes: Callable[[Tensor], int], group: Group) -> int:
+def look(
+    train: Loader,
+    validation: Loader,
+    epochs: int,
+    classes: Callable[[Tensor], int],
+    group: Group,
+    warn: Callable[[str], None] | None = None,
+) -> int:
     """Looks at both loaders, which are as if nobody had; returns the rounds in an epoch.
 
     Several processes raise together, so that none waits for one that has given up.
@@ -55,33 +59,63 @@ def look(train: Loader, validation: Loader, epochs: int, classes: Callable[[Tens
         epochs: passes over each of them.
         classes: the number of the model's classes, asked with the first images of each loader, validation's first.
         group: of the processes.
+        warn: told, where the run may be resumed, if the batches would then be others; None to not look for that, which
+            takes a second reading of the first training batch.
 
     Raises:
         InputError, InputTypeError: a loader is empty or can be read only once, a batch is not as described in `Loader`,
             or processes have different numbers of batches.
+        LostError: another process has raised one of these, which it shows.
     """
-    failure: AfdError | None = None
+    failure: Exception | None = None
+    doubt: str | None = None
     counts: list[int | None] = []
     try:
         counts.append(rounds_in(train))
         _look_at("validation", validation, epochs, classes)
         _look_at("train", train, epochs, classes)
         counts.append(len(validation) if isinstance(validation, Sized) else None)
-    except AfdError as error:
+        doubt = None if warn is None else _doubt(train)
+    except Exception as error:  # of the user's loaders, too: nobody may wait for a process that has given up
+        if group.size == 1:
+            raise
         failure = error
-    told = group.gather((None if failure is None else str(failure), counts))
+    told = group.gather((None if failure is None else str(failure) or type(failure).__name__, counts, doubt))
     if failure is not None:
         raise failure
-    for rank, (reason, others) in enumerate(told):
+    for rank, (reason, _, _) in enumerate(told):
         if reason is not None:
-            raise InputError(f"process {rank} cannot train: {reason}")
-        if others != counts:
-            raise InputError(
-                f"processes have different numbers of batches: train and validation have {others} in process {rank} "
-                f"and {counts} in process {group.rank}; they must be the same, or some would wait for the others"
-            )
+            raise LostError(f"process {rank} cannot train: {reason}")
+    _check_alike([counts for _, counts, _ in told], group)
+    doubts = [f"{doubt} (process {rank})" if rank else doubt for rank, (_, _, doubt) in enumerate(told) if doubt]
+    if warn is not None and doubts:
+        warn(doubts[0])
     assert counts[0] is not None
     return counts[0]
+
+
+def _check_alike(counts: list[list[int | None]], group: Group) -> None:
+    """Raises where processes have different numbers of batches; process 0 shows why."""
+    for rank, others in enumerate(counts):
+        if others != counts[0]:
+            message = (
+                f"processes have different numbers of batches: train and validation have {others} in process {rank} "
+                f"and {counts[0]} in process 0; they must be the same, or some would wait for the others"
+            )
+            raise InputError(message) if group.leads else LostError(message)
+
+
+def _doubt(train: Loader) -> str | None:
+    """Why a resumed run would see other batches; None if nothing is known to speak for that."""
+    resumed = "so a run that is resumed, or gone on with, will see others than one that was not interrupted"
+    if not loader_state.in_order(train):
+        return f"train has in_order=False, and its batches come in the order in which workers are ready; {resumed}"
+    if isinstance(train, Batches | list | tuple) or loader_state.same_again(train):
+        return None
+    return (
+        "train served another first batch when it was read again with all random generators put back: it draws from "
+        f"something that a checkpoint cannot hold, such as the clock or a generator that is made anew; {resumed}"
+    )
 
 
 def checked(name: str, item: Any, num_classes: int | None, loader: Loader) -> tuple[Tensor, Tensor]:
@@ -117,7 +151,7 @@ def _look_at(name: str, loader: Loader, epochs: int, classes: Callable[[Tensor],
     """Checks the first batch; of a list, all of them."""
     if isinstance(loader, type) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise InputTypeError(f"{name} is a {type(loader).__name__}; it must be a loader or a list of batches")
-    with _untouched(loader):
+    with loader_state.untouched(loader):
         if _read_once(loader):
             raise InputError(
                 f"{name} is a {type(loader).__name__} that can be read only once; give a loader that begins anew at "
@@ -139,40 +173,3 @@ def _read_once(loader: Any) -> bool:
         sources = (loader.dataset, loader.sampler, loader.batch_sampler)
         return any(_read_once(source) for source in sources if isinstance(source, Iterable))
     return iter(loader) is iter(loader)
-
-
-@contextmanager
-def _untouched(loader: Any) -> Iterator[None]:
-    """Random generators, those of the loader's own included, and the loader's attributes are as before afterwards."""
-    parts = [loader, *(getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler"))]
-    parts.append(getattr(parts[-1], "sampler", None))
-    before = [(vars(part), dict(vars(part))) for part in parts if hasattr(part, "__dict__")]
-    states = [_state(value) for _, values in before for value in values.values()]
-    generators = rng.capture()
-    try:
-        yield
-    finally:
-        for here, values in before:
-            here.clear()
-            here.update(values)
-        for state in states:
-            if state is not None:
-                state()
-        rng.restore(generators)
-
-
-def _state(value: Any) -> Any:
-    """A function that puts a random generator where it is now; None for anything else."""
-    if isinstance(value, torch.Generator):
-        kept = value.get_state()
-        return lambda: value.set_state(kept)
-    if isinstance(value, random.Random):
-        state = value.getstate()
-        return lambda: value.setstate(state)
-    if isinstance(value, np.random.RandomState):
-        legacy = value.get_state(legacy=False)
-        return lambda: value.set_state(legacy)
-    if isinstance(value, np.random.Generator):
-        inner = value.bit_generator.state
-        return lambda: setattr(value.bit_generator, "state", inner)
-    return None

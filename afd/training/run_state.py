@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from afd._version import __version__
 from afd.nn import FeatureSplit
 from afd.nn.classifier import MARKER, unwrapped
-from afd.training import rng, settings
+from afd.training import settings
 from afd.training.checkpoint import CheckpointError
 from afd.training.keeper import Keeper
 from afd.training.reports import EpochReport
@@ -38,7 +38,10 @@ METERED = ("sums", "rounds", "images", "seconds")  # what a checkpoint keeps of 
 
 def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     """State and metadata of a checkpoint; all processes must ask."""
-    generators = {"at_start": trainer.stream.at_start if trainer.position.batch else None, "now": rng.capture()}
+    generators = {
+        "at_start": trainer.stream.at_start if trainer.position.batch else None,
+        "now": trainer.stream.capture(),
+    }
     state = {
         "model": unwrapped(trainer.network).state_dict(),
         "average": None if trainer.average is None else _average_of(trainer),

@@ -1,10 +1,15 @@
-"""SIGTERM and SIGINT ask training to stop after the round; a second one ends the process as it always would."""
+"""SIGTERM and SIGINT ask training to stop after the round; a second one ends the process as it always would.
+
+torchrun passes on what it is told, so with Ctrl-C in a terminal every process hears of it twice: there a second signal
+counts from a while after the first one on.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +18,11 @@ from types import FrameType
 import torch
 
 from afd.errors import AfdError
-from afd.training.distributed import Group
+from afd.processes import launched
+from afd.training.distributed import Agreement, Group
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
+ONE_AND_THE_SAME = 3.0  # seconds in which torchrun's signal is the one that was heard before
 BY_CALLBACK = 1  # what stopped a run, if not the signal of a larger number
 STDERR = 2
 
@@ -57,6 +64,12 @@ class Stop:
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group, self.device, self.reason = group, device, 0
+        self._agreement = Agreement(group)
+
+    def begin(self) -> None:
+        """Forgets what was asked before; all processes must begin."""
+        self.reason = 0
+        self._agreement.forget()
 
     def ask(self, number: int = BY_CALLBACK) -> None:
         """Asks to stop after the step in progress, because of that signal."""
@@ -73,6 +86,10 @@ class Stop:
         """Whether to stop now; all processes must ask."""
         self.reason = self.group.largest(self.reason, self.device)
         return self.reason > 0
+
+    def after_step(self) -> bool:
+        """Whether to stop after this step, without waiting: several processes agree one step later, in all the same."""
+        return self._agreement.on(self.reason) > 0
 
     def leave(self, _seen: int = 0) -> None:
         """Raises LeftError if somebody has asked. Several processes would wait for each other: they finish first."""
@@ -95,8 +112,20 @@ def on_signals(stop: Callable[[int], None]) -> Iterator[None]:
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
+    first: list[float] = []
+    process = os.getpid()
+
     def handle(number: int, _frame: FrameType | None) -> None:
-        restore()
+        if os.getpid() != process:  # a loader's worker, which has inherited this; it ends when it is told to
+            return
+        if first:
+            if time.monotonic() - first[0] > ONE_AND_THE_SAME:
+                restore()
+                os.kill(process, number)
+            return
+        first.append(time.monotonic())
+        if not launched():
+            restore()
         stop(number)
 
     for number in STOPPING:

@@ -22,7 +22,8 @@ from afd.methods import AFD, Execution, Method
 from afd.methods.execution import isolated, lay_out_plainly
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
-from afd.training import distributed, loaders, recording, rng, run_state
+from afd.processes import all_or_none
+from afd.training import distributed, loaders, recording, run_state
 from afd.training.average import averaged
 from afd.training.checkpoint import packed
 from afd.training.foreign import check_attacked, device_of, settle, taken_in
@@ -168,23 +169,24 @@ class Trainer:
             TrainingError: a loss stopped being finite.
             StoppedError: SIGTERM or SIGINT came; the round was finished and a checkpoint saved.
         """
-        with guard(self.device), isolated(self.device), self._claimed():
+        with guard(self.device), isolated(self.device), all_or_none(StoppedError), self._claimed():
             return self._fit(train, validation)
 
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
         check_settings(self)
         look_at = partial(settle, self.network, self.execution)
-        rounds = loaders.look(train, validation, self.epochs, look_at, self.group)
+        told = None if self.keeper is None else self.warn
+        rounds = loaders.look(train, validation, self.epochs, look_at, self.group, told)
         self._follow_what_was_found()
         self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
-        generators = self._open(train, rounds)
+        generators = self._open(train, validation, rounds)
         warmup = None
         if self.attack is not None and self.method.uses_attack:
             attack = made("attack", self.attack(self.network))
             warmup = Warmup(unwatched(attack), round(self.eps_warmup * rounds))
         self.looked_at = 0  # rounds whose attacked images were looked at
         self.plays = recording.plays(self, None if warmup is None else warmup.attack)
-        self.stopping = Stop(self.group, self.device)
+        self.stopping.begin()
         try:
             with on_signals(self.stopping.by_signal):
                 while self.position.epoch <= self.epochs and not self.stopping.asked():
@@ -195,7 +197,7 @@ class Trainer:
             if self.stopping.asked():
                 self._end_early()
         finally:
-            self._generators = rng.capture()  # for the next call
+            self._generators = self.stream.capture()  # for the next call
         if isinstance(self.network, FeatureSplit) and self.network.normalize:
             self.warn(
                 f"the model now scales what enters {self.network.feature_layer!r} to length 1, as normalize=True "
@@ -214,7 +216,7 @@ class Trainer:
                         self.keeper.check_free(None if self.resume is None else Path(self.resume))
             yield
 
-    def _open(self, train: Loader, rounds: int) -> dict[str, Any] | None:
+    def _open(self, train: Loader, validation: Loader, rounds: int) -> dict[str, Any] | None:
         """Where training begins or goes on; returns the state of the random generators there, in mid-epoch."""
         before = self.stream if self.begun else None
         if before is not None and self.position.batch and rounds != before.rounds:
@@ -222,9 +224,8 @@ class Trainer:
                 f"train has {rounds} batches, but the epoch in progress has {before.rounds}, of which "
                 f"{self.position.batch} were played; go on with as many"
             )
-        self.stream = Stream(train, self.device, self.network.num_classes, rounds)
+        self.stream = Stream(train, self.device, self.network.num_classes, rounds, validation, before)
         if before is not None:
-            self.stream.at_start = before.at_start
             if self._owed is not None:
                 self._save(best=self._owed)
             return self._generators if self.position.batch else None
@@ -279,7 +280,7 @@ class Trainer:
             at_report = at.round % self.log_every == 0 or at.batch == rounds
             if at_report:
                 self._report_interval(rounds)
-            if (at_report or self.group.size == 1) and self.stopping.asked():
+            if self.stopping.after_step():
                 break
             if self.save_every and at.round % self.save_every == 0 and at.batch < rounds:
                 self._report_interval(rounds)
@@ -327,7 +328,7 @@ class Trainer:
 
     def _close_epoch(self, validation: Loader) -> bool:
         """Validation, report and checkpoint after a whole epoch; False if it was stopped in validation."""
-        generators = rng.capture()
+        generators = self.stream.capture()
         self.group.share_buffers(self.evaluated)
         measure = partial(
             shared_accuracy, self.evaluated, validation, group=self.group, device=self.device,
@@ -336,7 +337,7 @@ class Trainer:
         try:
             natural, robust = measure(attack=None), None if self.judge is None else measure(attack=self.judge)
         except LeftError:
-            rng.restore(generators)  # validation begins anew when training goes on
+            self.stream.restore(generators)  # validation begins anew when training goes on
             return False
         report = EpochReport(
             self.position.epoch,
@@ -378,7 +379,7 @@ class Trainer:
             self._save(best=False)
         if self.stopping.reason == BY_CALLBACK:
             return
-        at, file = self.position, self.keeper.newest if self.keeper else None
+        at, file = self.position, self.group.gather(self.keeper.newest if self.keeper else None)[0]
         raise StoppedError(self.stopping.reason, f"stopped in epoch {at.epoch} after round {at.round}", file)
 
     def _where_it_stood(self, number: int) -> str:

@@ -62,8 +62,8 @@ def test_a_killed_worker_is_restarted_and_training_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_the_same_round(tmp_path):
-    """In round 8, of three an epoch and a report every two: the processes agree to stop at the next report."""
-    stopped = torchrun(tmp_path, "--methods", "joint", "--epochs", "4", "--kill-at", "7", "--send", "SIGTERM")
+    """In round 7, of three an epoch: the processes agree to stop one round later."""
+    stopped = torchrun(tmp_path, "--methods", "joint", "--epochs", "4", "--kill-at", "6", "--send", "SIGTERM")
     assert stopped.returncode != 0
     assert "StoppedError: SIGTERM: stopped in epoch 3 after round 8; saved" in stopped.stderr
     assert load_checkpoint(tmp_path / "joint" / "last.pt")[1]["position"] == {"epoch": 3, "batch": 2, "round": 8}

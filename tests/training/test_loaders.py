@@ -13,7 +13,7 @@ from afd.attacks import PGD
 from afd.errors import AfdError, InputError, InputTypeError
 from afd.methods import AFD, Natural
 from afd.training import Trainer
-from afd.training.distributed import Group
+from afd.training.distributed import Group, LostError
 from afd.training.loaders import look
 from afd.training.validation import shared_accuracy
 
@@ -237,10 +237,33 @@ class Two(Group):
 
 def test_processes_that_would_wait_for_each_other_raise_together():
     with pytest.raises(InputError, match=r"\[3, 2\] in process 1 and \[2, 2\] in process 0; they must be the same"):
-        look(GOOD, GOOD, 1, lambda _: 3, Two((None, [3, 2])))
-    with pytest.raises(InputError, match="process 1 cannot train: validation holds no images"):
-        look(GOOD, GOOD, 1, lambda _: 3, Two(("validation holds no images", [2])))
-    assert look(GOOD, GOOD, 1, lambda _: 3, Two((None, [2, 2]))) == 2
+        look(GOOD, GOOD, 1, lambda _: 3, Two((None, [3, 2], None)))
+    with pytest.raises(LostError, match="process 1 cannot train: validation holds no images"):
+        look(GOOD, GOOD, 1, lambda _: 3, Two(("validation holds no images", [2], None)))
+    assert look(GOOD, GOOD, 1, lambda _: 3, Two((None, [2, 2], None))) == 2
+
+
+def test_one_process_says_what_another_has_found_of_its_loader():
+    said = []
+    look(GOOD, GOOD, 1, lambda _: 3, Two((None, [2, 2], "train draws from the clock")), said.append)
+    assert said == ["train draws from the clock (process 1)"]
+
+
+def test_a_loader_that_raises_in_one_process_is_told_to_the_others():
+    class Broken(Lazy):
+        def __iter__(self):
+            raise OSError("the disk is gone")
+
+    asked = []
+
+    class Listening(Two):
+        def gather(self, what):
+            asked.append(what)
+            return super().gather(what)
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        look(Broken(GOOD), GOOD, 1, lambda _: 3, Listening((None, [2, 2], None)))
+    assert asked == [("the disk is gone", [2], None)]
 
 
 def test_a_datasets_own_iteration_is_not_taken_for_a_loaders():
