@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from afd.errors import AfdError
 
@@ -59,6 +61,50 @@ def write_whole(path: Path | str, content: bytes | memoryview | str, previous: P
         _sync(path.parent)
     except OSError as error:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def append_whole(path: Path | str, content: bytes | str) -> None:
+    """Adds to the end of a file, all of it or nothing.
+
+    Args:
+        path: file to write; made, with its folder, where there is none.
+        content: bytes, or text that is written as UTF-8.
+
+    Raises:
+        FileError: it cannot be written (a full disk, say); the file is as it was.
+    """
+    path = Path(path)
+    rest = memoryview(content.encode() if isinstance(content, str) else content)
+    make_folder(path.parent)
+    try:
+        new = not path.exists()
+        with path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException:
+                file.truncate(before)
+                if new:
+                    path.unlink()
+                raise
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_picture(path: Path | str, figure: Any) -> None:
+    """Writes a Matplotlib figure, whole or not at all, in the format that the file's name ends in (PNG without one).
+
+    Raises:
+        FileError: there is no such format, or the file cannot be written; what was at `path` is still there.
+    """
+    path = Path(path)
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, format=path.suffix[1:] or "png")
+    except ValueError as error:
+        raise FileError(f"cannot write {path}: {error}") from error
+    write_whole(path, drawn.getbuffer())
 
 
 def make_folder(folder: Path) -> None:

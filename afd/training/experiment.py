@@ -93,7 +93,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
         config,
         model,
         checkpoint=best,
-        epoch=max(history, key=lambda report: report.score).epoch,
+        epoch=max(history, key=lambda report: report.rank).epoch,
         natural=shared_accuracy(model, test, None, group, device),
         robust=shared_accuracy(model, test, attack, group, device),
     )

@@ -60,6 +60,11 @@ class EpochReport:
         """What the best epoch is chosen by: robust accuracy where it was measured, else clean accuracy."""
         return self.natural if self.robust is None else self.robust
 
+    @property
+    def rank(self) -> tuple[float, int]:
+        """What epochs are compared by: the score, and of equals the later one."""
+        return self.score, self.epoch
+
 
 Report = IntervalReport | EpochReport
 

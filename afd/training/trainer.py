@@ -294,7 +294,7 @@ class Trainer:
             images_per_second=speed,
             learning_rates=self.rates.of_round(self.position.round),
         )
-        best = all(report.score > earlier.score for earlier in self.history)
+        best = all(report.rank > earlier.rank for earlier in self.history)
         self.history.append(report)
         self.position = Position(self.position.epoch + 1, 0, self.position.round)
         self.meter = Meter(self.group)
