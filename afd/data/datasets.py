@@ -45,7 +45,8 @@ def load(name: str, root: str | Path | None = None, *, validation: float = 0.1, 
     Args:
         name: "digits" (comes with scikit-learn, 1x8x8), "mnist" (1x28x28), "cifar10" or "cifar100" (3x32x32).
         root: the folder with the files, or with the folder they unpack to (`mnist`, `MNIST/raw`,
-            `cifar-10-batches-bin`, `cifar-100-binary`); None for the user's cache folder. Digits ignore it.
+            `cifar-10-batches-bin`, `cifar-100-binary`, or CIFAR's Python archives `cifar-10-batches-py`,
+            `cifar-100-python`, of which no code is run); None for the user's cache folder. Digits ignore it.
         validation: part of the training data to hold out as validation split, in (0, 1).
         download: whether missing files may be fetched, by checksum, into `root`.
 

@@ -93,8 +93,8 @@ def read(path: Path, count: int, row: int, label: str, num_classes: int) -> tupl
         raise DataError(f"{path} has {label} that are no list of whole numbers")
     if len(labels) != count:
         raise DataError(f"{path} has {len(labels)} {label}; expected {count}")
-    lowest, largest = min(labels), max(labels)
-    content.check_labels(path, largest if lowest >= 0 else lowest, num_classes)
+    for extreme in (min(labels), max(labels)):
+        content.check_labels(path, extreme, num_classes)
     return pixels, np.array(labels, dtype=np.uint8)
 
 

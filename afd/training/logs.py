@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from afd.files import FileError, append_whole, write_whole
+from afd.training import events
 from afd.training.reports import Callback, EpochReport, Report
 
 
@@ -20,8 +21,6 @@ def tensorboard(folder: Path | str) -> Callback:
     Raises (the callback):
         FileError, FolderError: it cannot be written (a full disk, say).
     """
-    from afd.training import events  # here, as it needs TensorBoard
-
     path: Path | None = None
 
     def write(report: Report) -> None:
