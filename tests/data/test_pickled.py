@@ -105,21 +105,11 @@ def test_arrays_may_lie_in_either_order_and_under_either_name_of_numpys(
     shutil.rmtree(tmp_path / FOLDERS["cifar10"][0])
     assert same(load("cifar10", tmp_path, download=False), binary)
     names = {b"numpy.core.multiarray", b"numpy._core.multiarray"}
-    seen = set()
     for other in names if protocol == 3 else ():  # in protocol 4, lengths of frames stand before them
         for path in python.iterdir():
-            content = path.read_bytes()
-            seen |= {name for name in names if name in content}
-            path.write_bytes(content.replace(*(names - {other}), other))
+            path.write_bytes(path.read_bytes().replace(*(names - {other}), other))
+            assert other in path.read_bytes()
         assert same(load("cifar10", tmp_path, download=False), binary)
-    assert seen == names or protocol == 4
-
-
-def test_the_binary_files_come_first_and_packed_ones_will_do(tmp_path: Path, write_pickles: Write) -> None:
-    python = write_pickles(tmp_path, "cifar10")
-    for path in python.iterdir():
-        path.write_bytes(b"no pickle")
-    assert len(load("cifar10", tmp_path, download=False).test) == 20
 
 
 @pytest.fixture
