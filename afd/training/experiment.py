@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from afd import data, methods
-from afd.attacks import APGD, PGD, AttackFactory
+from afd.attacks import APGD, PGD, Attack, AttackFactory
 from afd.config import MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import CropAndFlip
@@ -68,7 +68,9 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     """
     config = config.settled()
     device = device_named(config.device)
-    splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
+    if splits is None:
+        splits = data.load(config.data.name, config.data.root, validation=config.data.validation)
+    splits = splits.limited(config.data.limit)
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)
     torch.manual_seed(config.seed)
@@ -77,27 +79,34 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
     assert config.epochs is not None
-    with Terminal(console, config.epochs, f"{config.data.name} {config.method.name}") as terminal:
+    label, best = f"{config.data.name} {config.method.name}", config.out / "best.pt"
+    with Terminal(console, config.epochs, label) as terminal:
         trainer.callbacks = [terminal, tensorboard(config.out), json_lines(config.out / "log.jsonl")]
+        trainer.progress = terminal
         history = trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
-    group.wait()  # for the files
-    if group.leads:
-        plot_curves(config.out / "curves.png", {f"{config.data.name} {config.method.name}": config.out})
-    best = config.out / "best.pt"
-    state, _ = load_checkpoint(best, device)
-    model.load_state_dict(state["average"]["weights"] if state["average"] else state["model"])
-    if group.leads:
-        save_weights(config.out / "model.pt", model)
-    test, attack = plain(splits.test, device), test_attack(config, TEST_STEPS)(model)
-    result = Result(
-        config,
-        model,
-        checkpoint=best,
-        epoch=max(history, key=lambda report: report.rank).epoch,
-        natural=shared_accuracy(model, test, None, group, device),
-        robust=shared_accuracy(model, test, attack, group, device),
-    )
+        group.wait()  # for the files
+        state, _ = load_checkpoint(best, device)
+        model.load_state_dict(state["average"]["weights"] if state["average"] else state["model"])
+        if group.leads:
+            terminal.began("drawing", None, 0, None)
+            plot_curves(config.out / "curves.png", {label: config.out})
+            save_weights(config.out / "model.pt", model)
+        test = plain(splits.test, device)
+
+        def measure(work: str, attack: Attack | None) -> float:
+            terminal.began(work, None, 0, len(test))
+            return shared_accuracy(model, test, attack, group, device, each=terminal.moved)
+
+        result = Result(
+            config,
+            model,
+            checkpoint=best,
+            epoch=max(history, key=lambda report: report.rank).epoch,
+            natural=measure("test", None),
+            robust=measure(f"test under PGD-{TEST_STEPS}", test_attack(config, TEST_STEPS)(model)),
+        )
     console.print(_summary(result, len(splits.test)))
+    console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
     return result
 
 
@@ -195,8 +204,7 @@ def test_attack(config: TrainConfig, steps: int) -> AttackFactory:
 def _summary(result: Result, images: int) -> Table:
     config = result.config
     table = Table(title=f"{config.data.name} {config.method.name}: {images} test images", title_justify="left")
-    for column in ("best epoch", "natural", f"PGD-{TEST_STEPS} at eps {config.attack.eps:g}", "seed", "checkpoint"):
+    for column in ("best epoch", "natural", f"PGD-{TEST_STEPS} at eps {config.attack.eps:g}", "seed"):
         table.add_column(column)
-    row = (str(result.epoch), f"{result.natural:.2%}", f"{result.robust:.2%}", str(config.seed), str(result.checkpoint))
-    table.add_row(*row)
+    table.add_row(str(result.epoch), f"{result.natural:.2%}", f"{result.robust:.2%}", str(config.seed))
     return table

@@ -52,6 +52,18 @@ class Meter:
             self.rounds += 1
         return {name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(names)}
 
+    def peek(self, rounds: int = 20) -> dict[str, float]:
+        """Means over the last rounds that were not read yet, in this process (none: an empty dict); changes nothing.
+
+        Waits for the device, like `read`, but for no other process.
+        """
+        latest = self.waiting[-rounds:]
+        if not latest:
+            return {}
+        names = list(latest[0])
+        table = torch.stack([torch.stack([losses[name] for name in names]) for losses in latest])
+        return dict(zip(names, table.mean(0).tolist(), strict=True))
+
     def means(self) -> dict[str, float]:
         """Means over all that was read."""
         return {name: value / self.rounds for name, value in self.sums.items()}

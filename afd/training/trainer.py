@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from afd.training.given import check_settings, made
 from afd.training.keeper import Keeper
 from afd.training.loaders import Loader
 from afd.training.meter import Meter, NotFiniteError
-from afd.training.reports import Callback, EpochReport, IntervalReport, Report, TrainingError
+from afd.training.reports import UNSEEN, Callback, EpochReport, IntervalReport, Progress, Report, TrainingError
 from afd.training.schedule import Rates, Schedule, schedule_named
 from afd.training.signals import StoppedError, on_signals
 from afd.training.stream import Stream
@@ -78,6 +78,7 @@ class Trainer:
         save_every: rounds between checkpoints within an epoch; 0 for one at its end only.
         resume: a checkpoint to go on from, or "auto": the newest whole one in `folder`, or none if there is none.
         config: kept in the checkpoints; a resumed run must have the same. Default: what the settings above say.
+        progress: told of every batch in one process, to show it; None to show nothing.
     """
 
     model: nn.Module
@@ -98,6 +99,7 @@ class Trainer:
     save_every: int = 0
     resume: Path | str | None = None
     config: dict[str, Any] | None = None
+    progress: Progress | None = None
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -127,6 +129,11 @@ class Trainer:
         """The network that validation looks at: the average of the weights where there is one."""
         network: nn.Module = self.network if self.average is None else self.average.module
         return network
+
+    @property
+    def shown(self) -> Progress:
+        """Where progress is shown, if anywhere."""
+        return self.progress if self.progress is not None and self.group.leads else UNSEEN
 
     def stop(self, signal_number: int | None = None) -> None:
         """Asks to stop after the round in progress; `fit` then saves and returns (or, for a signal, raises)."""
@@ -210,6 +217,7 @@ class Trainer:
         with held(self._held):
             self.network.train()
         images, start, at = 0, time.perf_counter(), self.position
+        self.shown.began("training", at.epoch, at.batch, rounds, self.meter.peek)
         for x, y in self.stream.epoch(at.epoch, at.batch, generators):
             try:
                 self._play(x, y, warmup)
@@ -218,6 +226,7 @@ class Trainer:
                     self._report_interval(rounds)  # a loss that is not finite explains it better
                 raise
             at.batch, at.round, images = at.batch + 1, at.round + 1, images + len(y)
+            self.shown.moved(self.group.size * len(y))
             at_report = at.round % self.log_every == 0 or at.batch == rounds
             if at_report:
                 self._report_interval(rounds)
@@ -281,10 +290,16 @@ class Trainer:
     def _close_epoch(self, validation: Loader, speed: float) -> None:
         """Validation, report and checkpoint after a whole epoch."""
         self.group.share_buffers(self.evaluated)
-        measure = partial(
-            shared_accuracy, self.evaluated, validation, group=self.group, device=self.device,
-            num_classes=self.network.num_classes,
-        )  # fmt: skip
+
+        def measure(attack: Attack | None) -> float:
+            work = "validation" if attack is None else "validation under attack"
+            total = len(validation) if isinstance(validation, Sized) else None
+            self.shown.began(work, self.position.epoch, 0, total)
+            return shared_accuracy(
+                self.evaluated, validation, attack, self.group, self.device, self.network.num_classes,
+                each=self.shown.moved,
+            )  # fmt: skip
+
         report = EpochReport(
             self.position.epoch,
             self.position.round,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,6 +24,7 @@ def shared_accuracy(
     group: Group,
     device: torch.device,
     num_classes: int | None = None,
+    each: Callable[[int], None] | None = None,
 ) -> float:
     """Share of images classified correctly, batches dealt out to the processes one by one.
 
@@ -35,6 +37,7 @@ def shared_accuracy(
         group: of the processes.
         device: of the model.
         num_classes: labels are below it; None if nobody knows.
+        each: called after each batch, in every process, with the number of its images.
 
     Raises:
         InputError, InputTypeError: there are no images, or a batch is not as described in `Loader`.
@@ -53,6 +56,8 @@ def shared_accuracy(
                 correct += accuracy(model, [(x.to(device), y.to(device))], started) * len(y)
             blind += _blind(attack)
         seen += len(y)
+        if each is not None:
+            each(len(y))
     if not seen:
         raise InputError("validation holds no images")
     counts = torch.tensor([round(correct), blind], dtype=torch.float64, device=device)
