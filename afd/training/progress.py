@@ -86,7 +86,7 @@ class Terminal:
         self.console, self.epochs, self.label, self.clock = console, epochs, label, clock
         self.works: dict[str, Work] = {}  # those of an epoch, in their order
         self.begun: set[str] = set()  # of these, in this epoch
-        self.name, self.work = "", Work()
+        self.name, self.work = "starting", Work()
         self.epoch: int | None = None
         self.measured = False  # whether an epoch was seen to its end
         self.peek: Losses | None = None
@@ -179,8 +179,6 @@ class Terminal:
 
     def _drawn(self) -> RenderableType:
         """What a terminal shows; asked for by another thread."""
-        if not self.name:
-            return Text(f"{self.label}  starting")
         line = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=self.work.total, completed=self.work.done, width=BAR, pulse=self.work.total is None)
         line.add_row(Text(self._where(), no_wrap=True), bar, Text(self._count(), no_wrap=True))
