@@ -134,14 +134,16 @@ def _pixels(path: Path, array: Any, count: int, row: int) -> Bytes:
     try:
         _, shape, dtype, columns_first, data = array.state
         kind = dtype.arguments[0]
-        known = bool(kind in BYTE)
+        known = kind in BYTE
     except (AttributeError, TypeError, ValueError, IndexError) as error:
         raise DataError(f"{path} has data that are no array; expected uint8 [{count}, {row}]") from error
+    if not isinstance(columns_first, bool):
+        raise DataError(f"{path} has data whose order is {columns_first!r:.50}; expected True or False")
     if not known:
-        raise DataError(f"{path} has data of dtype {str(kind)[:50]}; expected uint8 [{count}, {row}]")
+        raise DataError(f"{path} has data of dtype {kind!r:.50}; expected uint8 [{count}, {row}]")
     if shape != (count, row):
-        raise DataError(f"{path} has data of shape {str(shape)[:50]}; expected ({count}, {row})")
+        raise DataError(f"{path} has data of shape {shape!r:.50}; expected ({count}, {row})")
     if not isinstance(data, bytes) or len(data) != count * row:
         size = len(data) if isinstance(data, bytes) else "no"
         raise DataError(f"{path} has {size} bytes of pixels; expected {count * row}")
-    return np.frombuffer(data, dtype=np.uint8).reshape(count, row, order="F" if columns_first is True else "C")
+    return np.frombuffer(data, dtype=np.uint8).reshape(count, row, order="F" if columns_first else "C")

@@ -236,11 +236,11 @@ def with_state(*state: Any) -> bytes:
 
 BYTES = np.dtype(np.uint8)
 DAMAGED = {
-    "object array": (entries(data=np.array([[None] * 3072] * COUNT)), "dtype b?'?O8|no pickle"),
-    "float array": (entries(data=PIXELS.astype(np.float32)), "data of dtype f4; expected uint8"),
-    "signed": (entries(data=PIXELS.astype(np.int8)), "data of dtype i1; expected uint8"),
-    "structured": (entries(data=np.zeros(COUNT, [("a", "u1", 3072)])), "data of dtype V3072"),
-    "huge dtype": (with_state(1, (COUNT, 3072), np.dtype("V2147483647"), False, b""), "dtype V2147483647"),
+    "object array": (entries(data=np.array([[None] * 3072] * COUNT)), "dtype 'O8'|no pickle"),
+    "float array": (entries(data=PIXELS.astype(np.float32)), "data of dtype 'f4'; expected uint8"),
+    "signed": (entries(data=PIXELS.astype(np.int8)), "data of dtype 'i1'; expected uint8"),
+    "structured": (entries(data=np.zeros(COUNT, [("a", "u1", 3072)])), "data of dtype 'V3072'"),
+    "huge dtype": (with_state(1, (COUNT, 3072), np.dtype("V2147483647"), False, b""), "dtype 'V2147483647'"),
     "fewer images": (entries(data=PIXELS[:-1]), r"data of shape \(19, 3072\); expected \(20, 3072\)"),
     "larger images": (entries(data=np.zeros((COUNT, 3073), np.uint8)), r"data of shape \(20, 3073\)"),
     "flat": (entries(data=PIXELS.ravel()), r"data of shape \(61440,\)"),
@@ -253,6 +253,14 @@ DAMAGED = {
     "a negative shape": (
         with_state(1, (-COUNT, -3072), BYTES, False, PIXELS.tobytes()),
         r"data of shape \(-20, -3072\)",
+    ),
+    "an order that is none": (
+        with_state(1, (COUNT, 3072), BYTES, 1, PIXELS.tobytes()),
+        "whose order is 1; expected True",
+    ),
+    "a dtype of two lines": (
+        with_state(1, (COUNT, 3072), Calls(np.dtype, "u1\n", False, True), False, b""),
+        r"'u1\\n'",
     ),
     "a state too short": (with_state(1, (COUNT, 3072)), "data that are no array"),
     "a dtype that is none": (with_state(1, (COUNT, 3072), 7, False, PIXELS.tobytes()), "data that are no array"),
