@@ -94,7 +94,7 @@ class Terminal:
         self.peeked = self.told = clock()
         self.wait = FIRST
         self.live: Live | None = None
-        if console.is_terminal and not console.quiet:
+        if console.is_terminal and not (console.is_dumb_terminal or console.quiet):
             self.live = Live(get_renderable=self._drawn, console=console, transient=True)
 
     def __enter__(self) -> Terminal:

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import nn
 
 from afd.attacks import PGD
+from afd.errors import InputTypeError
 from afd.methods import Natural
 from afd.training import EpochReport, IntervalReport, Trainer, json_lines
 from afd.training.distributed import Group
@@ -209,6 +210,16 @@ def test_a_quiet_console_is_told_nothing():
     assert shown.out.getvalue() == ""
 
 
+def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    shown = Shown(terminal=True)
+    with shown.terminal as terminal:
+        terminal.began("training", 1, 0, 9)
+        shown.batches(1, 6.0)
+    assert shown.lines[0].startswith("digits afd   1/3  training  1/9")
+    assert len(shown.lines) == 1
+
+
 def test_a_peek_changes_nothing():
     meter = Meter(Group())
     assert meter.peek() == {}
@@ -270,6 +281,16 @@ def test_reports_and_weights_are_the_same_whether_anything_is_shown_or_not(tmp_p
         logs.append([{key: value for key, value in entry.items() if "per_second" not in key} for entry in entries])
     assert logs[0] == logs[1]
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [(True, "a bool"), (Told, "a type"), (print, "a builtin_function_or_method")]
+)
+def test_something_else_in_its_place_is_named(wrong, told):
+    with pytest.raises(
+        InputTypeError, match=f"progress is {told}; it must be an object with the methods began and moved"
+    ):
+        trainer(wrong)
 
 
 def test_a_resumed_trainer_tells_where_it_is(tmp_path):
