@@ -51,6 +51,8 @@ class DataConfig:
     """Folder of the data files; by default a cache folder, filled from the network."""
     validation: Number = 0.1
     """Share of the training images kept apart to choose the best checkpoint."""
+    limit: int | None = None
+    """Use at most so many images of each part (training, validation, test), drawn class by class. Default: all."""
     batch_size: int = 128
     """Images a batch."""
     augment: bool | None = None
@@ -200,6 +202,8 @@ class TrainConfig:
         assert attack.steps is not None
         assert self.epochs is not None
         at_least("batch-size", data.batch_size, 1)
+        if data.limit is not None:
+            at_least("limit", data.limit, 1)
         at_least("width", model.width, 1)
         at_least("eps", attack.eps, 0)
         at_least("attack-steps", attack.steps, 0)
@@ -220,6 +224,8 @@ class TrainConfig:
         for name in ("out", "weights"):
             plain[name] = None if getattr(self, name) is None else str(getattr(self, name))
         plain["data"]["root"] = None if self.data.root is None else str(self.data.root)
+        if self.data.limit is None:  # as in checkpoints of the time when there was none
+            del plain["data"]["limit"]
         return plain
 
 

@@ -44,7 +44,7 @@ def run(out: Path, console: Console, runs: dict[str, TrainConfig] = RUNS) -> dic
         curves[name] = accuracy_curve(result.model, test, EPSILONS, partial(_attack, result.config, model=result.model))
     settled = {name: config.settled() for name, config in runs.items()}
     for name, config in settled.items():
-        console.print(f"{name}: {_settings(config)}", soft_wrap=True, highlight=False)
+        console.print(f"{name}: {_settings(config)}", soft_wrap=True, markup=False, highlight=False)
     table = Table(title=f"Accuracy on {len(splits.test)} test digits under PGD-{TEST_STEPS}", title_justify="left")
     table.add_column("eps")
     for name in curves:
@@ -55,7 +55,8 @@ def run(out: Path, console: Console, runs: dict[str, TrainConfig] = RUNS) -> dic
     picture = out / "curves.png"
     trained_at = max(config.attack.eps or 0.0 for config in settled.values())
     plot_curves(picture, EPSILONS, curves, title=f"digits, L∞ PGD-{TEST_STEPS}, seed 0", trained_at=trained_at)
-    console.print(f"{picture} written; {time.perf_counter() - started:.0f} s in all")
+    seconds = time.perf_counter() - started
+    console.print(f"{picture} written; {seconds:.0f} s in all", soft_wrap=True, markup=False, highlight=False)
     return curves
 
 

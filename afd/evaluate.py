@@ -97,7 +97,7 @@ def run(config: EvaluateConfig, console: Console | None = None) -> None:
         present(results, console)
         for table in tables_of(results):
             present_table(table, console)
-        console.print(f"{config.out / 'report.html'} written", soft_wrap=True, highlight=False)
+        console.print(f"{config.out / 'report.html'} written", soft_wrap=True, markup=False, highlight=False)
 
 
 def compare(config: EvaluateConfig, console: Console) -> None:
@@ -116,7 +116,7 @@ def compare(config: EvaluateConfig, console: Console) -> None:
     (config.out / "tables.md").write_text(text, encoding="utf-8")
     for table in tables:
         present_table(table, console)
-    console.print(f"{config.out / 'report.html'} written", soft_wrap=True, highlight=False)
+    console.print(f"{config.out / 'report.html'} written", soft_wrap=True, markup=False, highlight=False)
 
 
 def load(spec: str, device: torch.device) -> Subject:

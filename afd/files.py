@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from afd.errors import AfdError
 
@@ -22,10 +24,6 @@ LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 class FileError(AfdError):
     """A file cannot be written; the message names it and the reason."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"cannot write {path}: {reason}")
-        self.reason = reason
 
 
 class FolderError(AfdError):
@@ -65,7 +63,51 @@ def write_whole(path: Path | str, content: bytes | memoryview | str, previous: P
             beside.unlink(missing_ok=True)
         _sync(path.parent)
     except OSError as error:
-        raise FileError(path, error.strerror or str(error)) from error
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def append_whole(path: Path | str, content: bytes | str) -> None:
+    """Adds to the end of a file, all of it or nothing.
+
+    Args:
+        path: file to write; made, with its folder, where there is none.
+        content: bytes, or text that is written as UTF-8.
+
+    Raises:
+        FileError: it cannot be written (a full disk, say); the file is as it was.
+    """
+    path = Path(path)
+    rest = memoryview(content.encode() if isinstance(content, str) else content)
+    make_folder(path.parent)
+    try:
+        new = not path.exists()
+        with path.open("ab", buffering=0) as file:
+            before = file.seek(0, os.SEEK_END)
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException:
+                file.truncate(before)
+                if new:
+                    path.unlink()
+                raise
+    except OSError as error:
+        raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_picture(path: Path | str, figure: Any) -> None:
+    """Writes a Matplotlib figure, whole or not at all, in the format that the file's name ends in (PNG without one).
+
+    Raises:
+        FileError: there is no such format, or the file cannot be written; what was at `path` is still there.
+    """
+    path = Path(path)
+    drawn = io.BytesIO()
+    try:
+        figure.savefig(drawn, format=path.suffix[1:] or "png")
+    except ValueError as error:
+        raise FileError(f"cannot write {path}: {error}") from error
+    write_whole(path, drawn.getbuffer())
 
 
 def make_folder(folder: Path) -> None:
@@ -171,8 +213,13 @@ class FolderLock:
                     "folder, or wait until it has ended"
                 ) from None
             if _is_at(descriptor, path):  # and not a file that its owner has removed since
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+                try:
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+                except OSError:  # a full disk
+                    path.unlink()
+                    os.close(descriptor)
+                    raise
                 return descriptor
             os.close(descriptor)
 

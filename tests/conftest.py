@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +39,13 @@ def cuda() -> torch.device:
 def tape() -> ModuleType:
     """The stand-in for CUDA graphs, which takes any device's work."""
     return importlib.import_module("tape")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Any]:
+    """A small disk (`full_disk.Disk`) that a test may fill."""
+    with importlib.import_module("full_disk").small_disk(tmp_path / "disk") as made:
+        yield made
 
 
 @pytest.fixture

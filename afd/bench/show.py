@@ -16,6 +16,7 @@ from rich.segment import Segments
 from rich.table import Table
 
 from afd.bench.document import Case, Document, Figure
+from afd.files import write_picture
 
 WIDEST = 240  # of a table, in characters
 COLUMNS_OF_PANELS = 3
@@ -104,7 +105,7 @@ def chart(path: Path, document: Document) -> None:
     for axes, (name, case) in zip(panels.flat, cases.items(), strict=False):
         _bars(axes, name, case)
     figure.suptitle(f"{title(document)}\nbars: medians, whiskers: p20 to p80", fontsize=9)
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
 def _bars(axes: Axes, name: str, case: Case) -> None:

@@ -26,7 +26,7 @@ def read(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def check_labels(path: Path, largest: int, num_classes: int) -> None:
-    """Raises DataError if a file's largest label is not below `num_classes`."""
-    if largest >= num_classes:
-        raise DataError(f"{path} holds label {largest}; expected labels 0 to {num_classes - 1}")
+def check_labels(path: Path, label: int, num_classes: int) -> None:
+    """Raises DataError if a file's label, its largest or its least, is not in [0, num_classes)."""
+    if not 0 <= label < num_classes:
+        raise DataError(f"{path} holds label {label}; expected labels 0 to {num_classes - 1}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,6 +23,7 @@ class Source:
         folders: where inside the data root to look besides the root itself; fetched files go to the first.
         url: the address that the names in `md5` are added to.
         md5: what to fetch, with its checksum: the files with .gz added, or a .tar.gz of `folders[0]`.
+        instead: what else in the data root would do, in words.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Source:
     folders: tuple[str, ...]
     url: str
     md5: Mapping[str, str]
+    instead: str = ""
 
 
 def default_root() -> Path:
@@ -36,6 +39,13 @@ def default_root() -> Path:
     import pooch
 
     return Path(pooch.os_cache("afd"))
+
+
+def which(sources: Sequence[Source], root: Path) -> Source:
+    """Of several sources of one dataset, the first that `root` has the files of, else the archive; else the first."""
+    whole = (one for one in sources if any(_present(one, folder) for folder in _places(one, root)))
+    packed = (one for one in sources if all((root / name).is_file() for name in one.md5))
+    return next(chain(whole, packed, sources))
 
 
 def locate(source: Source, root: Path, *, download: bool) -> list[Path]:
@@ -49,7 +59,7 @@ def locate(source: Source, root: Path, *, download: bool) -> list[Path]:
         DataError: files are missing and could not be fetched, or what was fetched has another checksum.
     """
     home = root / source.folders[0]
-    for folder in (root, *(root / name for name in source.folders)):
+    for folder in _places(source, root):
         if (found := _present(source, folder)) is not None:
             return found
     try:
@@ -61,6 +71,11 @@ def locate(source: Source, root: Path, *, download: bool) -> list[Path]:
     if found is None:
         raise DataError(_advice(source, root, "what was fetched does not hold all of them"))
     return found
+
+
+def _places(source: Source, root: Path) -> list[Path]:
+    """The folders that files may lie in."""
+    return [root, *(root / name for name in source.folders)]
 
 
 def _present(source: Source, folder: Path) -> list[Path] | None:
@@ -118,11 +133,12 @@ def _checked(path: Path, md5: str) -> Path:
 
 def _advice(source: Source, root: Path, reason: object) -> str:
     """What is missing, where it was looked for, why it could not be fetched, and the two ways to get it."""
-    places = ", ".join(str(folder) for folder in (root, *(root / name for name in source.folders)))
+    places = ", ".join(map(str, _places(source, root)))
     addresses = ", ".join(source.url + name for name in source.md5)
+    home = f"{root / source.folders[0]}{f', or {source.instead} into {root}' if source.instead else ''}"
     return (
         f"the files of {source.name} ({', '.join(source.files)}) are not all in one of {places}, "
         f"and they could not be fetched: {reason}. Either allow the network, so that they come from {addresses}, "
-        f"or put the files into {root / source.folders[0]} "
+        f"or put the files into {home} "
         f"(for files that lie elsewhere, name their folder with --data-root, or root= in Python)"
     )

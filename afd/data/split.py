@@ -1,4 +1,4 @@
-"""Cutting a held-out part from labelled data, the same one on every machine."""
+"""Cutting a part from labelled data, the same one on every machine."""
 
 from __future__ import annotations
 
@@ -29,3 +29,21 @@ def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tens
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         held[members[:count]] = True
     return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
+
+
+def drawn(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Positions of `count` images, drawn class by class in proportion, ascending; of all where there are no more.
+
+    Args:
+        labels: int64 [N].
+        count: of images, at least 1. Every class is among them if there are as many classes or fewer.
+        seed: which draw, as for `stratified`; of two counts, the smaller one's images are among the larger one's.
+    """
+    order = np.random.RandomState(seed).permutation(len(labels))
+    classes = labels.cpu().numpy()[order]
+    share = np.zeros(len(labels))  # of its class that comes before an image
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        share[members] = np.arange(len(members)) / len(members)
+    first = np.lexsort((classes, share))[:count]
+    return torch.from_numpy(np.sort(order[first]))

@@ -56,7 +56,7 @@ def save_checkpoint(
         write_whole(path, content, previous)
     except (FileError, FolderError) as error:
         kept = "; the previous checkpoint is untouched" if Path(path).exists() else ""
-        reason = error.reason if isinstance(error, FileError) else error
+        reason = str(error).removeprefix(f"cannot write {path}: ")
         raise CheckpointError(f"cannot write checkpoint {path}: {reason}{kept}") from error
 
 

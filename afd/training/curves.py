@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from afd.errors import InputError
+from afd.files import write_picture
+from afd.training.logs import logged
 
 LOG = "log.jsonl"
 LOSSES = {"task": "cross-entropy", "discriminator": "discriminator's loss", "features": "features' loss"}
 Entries = list[dict[str, Any]]
 
 
-def plot_curves(path: Path, runs: Mapping[str, Path]) -> None:
+def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
     """Writes a PNG of validation accuracies, losses and learning rate over the epochs, one colour a run.
 
     Accuracies are those after each epoch; losses are means of the intervals between two lines of the log.
@@ -28,6 +29,7 @@ def plot_curves(path: Path, runs: Mapping[str, Path]) -> None:
 
     Raises:
         InputError: there is no run, or a folder holds no log of a whole epoch.
+        FileError, FolderError: the picture cannot be written.
     """
     logs = {name: read_log(folder) for name, folder in runs.items()}
     if not logs:
@@ -54,25 +56,20 @@ def plot_curves(path: Path, runs: Mapping[str, Path]) -> None:
         axes.set(xlabel="epoch", xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(8 if axes is wide else 4, integer=True))
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    write_picture(path, figure)
 
 
-def read_log(folder: Path) -> Entries:
+def read_log(folder: Path | str) -> Entries:
     """The lines that a run has logged.
 
     Raises:
         InputError: there is no log, or no epoch in it.
+        FileError: it cannot be read, or holds something else.
     """
-    path = folder / LOG
+    path = Path(folder) / LOG
     if not path.is_file():
         raise InputError(f"there is no {LOG} in {folder}; a run's folder has one")
-    entries: Entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except json.JSONDecodeError:  # the process was killed while it wrote
-            continue
+    entries = logged(path)
     if not _of_kind(entries, "epoch"):
         raise InputError(f"{path} holds no finished epoch; there is nothing to draw yet")
     return entries

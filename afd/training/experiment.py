@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from afd import data, methods
-from afd.attacks import APGD, PGD, AttackFactory
+from afd.attacks import APGD, PGD, Attack, AttackFactory
 from afd.config import MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import CropAndFlip
@@ -76,7 +76,9 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     """
     config = config.settled()
     device = device_named(config.device)
-    splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
+    if splits is None:
+        splits = data.load(config.data.name, config.data.root, validation=config.data.validation)
+    splits = splits.limited(config.data.limit)
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)
     with run_folder(config.out, config.resume, group, overwrite=config.overwrite) as folder:
@@ -98,29 +100,34 @@ def _train_in(
         discard_records(folder)
     name = f"{config.data.name} {config.method.name}"
     assert config.epochs is not None
-    with Terminal(console, config.epochs, name) as terminal:
-        trainer.callbacks = [terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
-        batches = train_batches(config, splits.train, device, group), plain(splits.validation, device)
-        with saying_how_to_go_on(trainer, folder):
-            trainer.fit(*batches)
-    group.wait()  # for the files
-    if group.leads:
-        plot_curves(folder / "curves.png", {name: folder})
     best = folder / "best.pt"
-    state, metadata = load_checkpoint(best, device)
-    model.load_state_dict(weights_in(state))
-    if group.leads:
-        save_weights(folder / "model.pt", model)
-    test, attack = plain(splits.test, device), test_attack(config, TEST_STEPS)(model)
-    result = Result(
-        config,
-        model,
-        checkpoint=best,
-        epoch=metadata["report"]["epoch"],
-        natural=shared_accuracy(model, test, None, group, device),
-        robust=shared_accuracy(model, test, attack, group, device),
-    )
+    with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, folder):
+        trainer.callbacks = [terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
+        trainer.progress = terminal
+        trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
+        group.wait()  # for the files
+        state, metadata = load_checkpoint(best, device)
+        model.load_state_dict(weights_in(state))
+        if group.leads:
+            terminal.began("drawing", None, 0, None)
+            plot_curves(folder / "curves.png", {name: folder})
+            save_weights(folder / "model.pt", model)
+        test = plain(splits.test, device)
+
+        def measure(work: str, attack: Attack | None) -> float:
+            terminal.began(work, None, 0, len(test))
+            return shared_accuracy(model, test, attack, group, device, each=terminal.moved)
+
+        result = Result(
+            config,
+            model,
+            checkpoint=best,
+            epoch=metadata["report"]["epoch"],
+            natural=measure("test", None),
+            robust=measure(f"test under PGD-{TEST_STEPS}", test_attack(config, TEST_STEPS)(model)),
+        )
     console.print(_summary(result, len(splits.test)))
+    console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
     return result
 
 
@@ -265,8 +272,7 @@ def test_attack(config: TrainConfig, steps: int) -> AttackFactory:
 def _summary(result: Result, images: int) -> Table:
     config = result.config
     table = Table(title=f"{config.data.name} {config.method.name}: {images} test images", title_justify="left")
-    for column in ("best epoch", "natural", f"PGD-{TEST_STEPS} at eps {config.attack.eps:g}", "seed", "checkpoint"):
+    for column in ("best epoch", "natural", f"PGD-{TEST_STEPS} at eps {config.attack.eps:g}", "seed"):
         table.add_column(column)
-    row = (str(result.epoch), f"{result.natural:.2%}", f"{result.robust:.2%}", str(config.seed), str(result.checkpoint))
-    table.add_row(*row)
+    table.add_row(str(result.epoch), f"{result.natural:.2%}", f"{result.robust:.2%}", str(config.seed))
     return table

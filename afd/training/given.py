@@ -45,6 +45,9 @@ def check_settings(trainer: Trainer) -> None:
             raise InputTypeError(f"{name} is {_told(value)}; it must be a path")
     if trainer.config is not None and not isinstance(trainer.config, Mapping):
         raise InputTypeError(f"config is {_told(trainer.config)}; it must be a dict")
+    told = trainer.progress
+    if isinstance(told, type) or not (told is None or all(hasattr(told, name) for name in ("began", "moved"))):
+        raise InputTypeError(f"progress is {_told(told)}; it must be an object with the methods began and moved")
     if trainer.resume == "auto" and trainer.folder is None:
         raise InputError("resume is 'auto'; it needs a folder to look for checkpoints in")
     if trainer.resume == "auto" and trainer.overwrite:

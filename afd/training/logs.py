@@ -7,41 +7,76 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from afd.files import FileError, append_whole, write_whole
+from afd.training import events
 from afd.training.reports import Callback, EpochReport, Report
 
 
-def tensorboard(folder: Path) -> Callback:
-    """Scalars of every interval and epoch, by round; the file is begun with the first report."""
-    writer: SummaryWriter | None = None
+def tensorboard(folder: Path | str) -> Callback:
+    """Scalars of every interval and epoch, by round; the file is begun with the first report.
+
+    Each report is written before the callback returns, the whole of it or nothing: TensorBoard's own writer leaves that
+    to a thread, which dies with a traceback of its own when the disk is full.
+
+    Raises (the callback):
+        FileError, FolderError: it cannot be written (a full disk, say).
+    """
+    path: Path | None = None
 
     def write(report: Report) -> None:
-        nonlocal writer
-        # what an interrupted run wrote beyond its checkpoint is hidden by what is written now
-        writer = writer or SummaryWriter(str(folder), purge_step=report.round)
-        for name, value in _scalars(report).items():
-            writer.add_scalar(name, value, report.round)
-        writer.flush()
+        nonlocal path
+        content = events.scalars(_scalars(report), report.round)
+        if path is None:
+            begun = Path(folder) / events.file_name()
+            append_whole(begun, events.opening(report.round) + content)
+            path = begun
+        else:
+            append_whole(path, content)
 
     return write
 
 
-def json_lines(path: Path) -> Callback:
-    """One JSON object a report: its fields, and "kind" ("interval" or "epoch")."""
-    begun = False
+def json_lines(path: Path | str) -> Callback:
+    """One JSON object a report: its fields, and "kind" ("interval" or "epoch").
+
+    Raises (the callback):
+        FileError, FolderError: the file cannot be written (a full disk, say), and is as it was; or it is no log.
+    """
+    file, begun = Path(path), False
 
     def write(report: Report) -> None:
         nonlocal begun
         if not begun:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _forget(path, report.round)
+            _forget(file, report.round)
             begun = True
         kind = "epoch" if isinstance(report, EpochReport) else "interval"
-        with path.open("a") as file:
-            file.write(json.dumps({"kind": kind, **dataclasses.asdict(report)}) + "\n")
+        append_whole(file, _line({"kind": kind, **dataclasses.asdict(report)}))
 
     return write
+
+
+def logged(path: Path) -> list[dict[str, Any]]:
+    """What the lines of a log say, without one that was half written when its process was killed.
+
+    Raises:
+        FileError: it cannot be read, or has a line that no run has written.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror or error}") from error
+    entries: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            if line.startswith(b"{"):  # the process was killed while it wrote
+                continue
+            entry = None
+        if not isinstance(entry, dict) or not entry.keys() >= {"kind", "epoch", "round", "losses", "learning_rates"}:
+            raise FileError(f"{path} is no log of a run: its line {number} is no report")
+        entries.append(entry)
+    return entries
 
 
 def _scalars(report: Report) -> dict[str, float]:
@@ -58,14 +93,9 @@ def _scalars(report: Report) -> dict[str, float]:
 
 def _forget(path: Path, since: int) -> None:
     """Drops lines of the given round and later ones, and a half-written last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            entry: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:  # the process was killed while it wrote
-            continue
-        if entry["round"] < since:
-            kept.append(line + "\n")
-    path.write_text("".join(kept))
+    if path.exists():
+        write_whole(path, "".join(_line(entry) for entry in logged(path) if entry["round"] < since))
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

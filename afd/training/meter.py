@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,12 @@ class Meter:
         """Takes the detached losses of one round; does not look at them."""
         self.waiting.append(losses)
 
+    def count(self, images: int, since: float) -> float:
+        """Counts images, and the time since a reading of `perf_counter`; returns the reading now."""
+        now = time.perf_counter()
+        self.images, self.seconds = self.images + images, self.seconds + now - since
+        return now
+
     def read(self) -> dict[str, float]:
         """Means over the rounds since the last reading (none: an empty dict); waits for the device.
 
@@ -62,6 +69,18 @@ class Meter:
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.rounds += 1
         return {name: sum(row[i] for row in rows) / len(rows) for i, name in enumerate(names)}
+
+    def peek(self, rounds: int = 20) -> dict[str, float]:
+        """Means over the last rounds that were not read yet, in this process (none: an empty dict); changes nothing.
+
+        Waits for the device, like `read`, but for no other process.
+        """
+        latest = self.waiting[-rounds:]
+        if not latest:
+            return {}
+        names = list(latest[0])
+        table = torch.stack([torch.stack([losses[name] for name in names]) for losses in latest])
+        return dict(zip(names, table.mean(0).tolist(), strict=True))
 
     def means(self) -> dict[str, float]:
         """Means over all that was read."""

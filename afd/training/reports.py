@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from afd.errors import AfdError
 
@@ -70,3 +71,37 @@ Report = IntervalReport | EpochReport
 
 Callback = Callable[[Report], None]
 """Called with every report, in one process. May call `Trainer.stop`."""
+
+Losses = Callable[[], dict[str, float]]
+"""What the losses are just now, by name; waits for the device."""
+
+
+class Progress(Protocol):
+    """Shows how far a run has come. It is told often, so it must be quick, and wait for the device seldom."""
+
+    def began(self, work: str, epoch: int | None, done: int, total: int | None, losses: Losses | None = None) -> None:
+        """Work begins, or goes on.
+
+        Args:
+            work: in words: "training", "validation".
+            epoch: that it belongs to, counted from 1; None for work that comes once, after all epochs.
+            done: batches of it that are behind already.
+            total: batches of it; None if nobody knows.
+            losses: of the rounds played lately, where there are any.
+        """
+
+    def moved(self, images: int) -> None:
+        """One batch more is done, of so many images in all processes."""
+
+
+class Unseen:
+    """The `Progress` of a run that shows none."""
+
+    def began(self, work: str, epoch: int | None, done: int, total: int | None, losses: Losses | None = None) -> None:
+        """Shows nothing."""
+
+    def moved(self, images: int) -> None:
+        """Shows nothing."""
+
+
+UNSEEN = Unseen()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,15 @@ FREE = {
     "execution.graph",
 }  # fmt: skip
 METERED = ("sums", "rounds", "images", "seconds")  # what a checkpoint keeps of a meter
+
+
+@dataclass
+class Position:
+    """How far a run has come: the epoch in progress, batches of it played, rounds played in all."""
+
+    epoch: int = 1
+    batch: int = 0
+    round: int = 0
 
 
 def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:

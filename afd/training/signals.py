@@ -39,7 +39,7 @@ class StoppedError(AfdError):
 
     def __init__(self, number: int, where: str, checkpoint: Path | None, advice: str | None = None) -> None:
         if checkpoint is None:
-            kept, advice = "nothing saved, as there is no folder", advice or "call fit again to go on"
+            kept, advice = "nothing saved", advice or "call fit again to go on"
         else:
             kept, advice = f"saved {checkpoint}", advice or "go on with resume='auto', or by calling fit again"
         super().__init__(f"{signal.Signals(number).name}: {where}; {kept}; {advice}")
@@ -91,7 +91,7 @@ class Stop:
         """Whether to stop after this step, without waiting: several processes agree one step later, in all the same."""
         return self._agreement.on(self.reason) > 0
 
-    def leave(self, _seen: int = 0) -> None:
+    def leave(self) -> None:
         """Raises LeftError if somebody has asked. Several processes would wait for each other: they finish first."""
         if self.reason and self.group.size == 1:
             raise LeftError

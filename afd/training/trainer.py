@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +31,8 @@ from afd.training.given import check_settings, made
 from afd.training.keeper import Keeper
 from afd.training.loaders import Loader
 from afd.training.meter import Meter, NotFiniteError
-from afd.training.reports import Callback, EpochReport, IntervalReport, Report, TrainingError
+from afd.training.reports import UNSEEN, Callback, EpochReport, IntervalReport, Progress, Report, TrainingError
+from afd.training.run_state import Position
 from afd.training.schedule import Rates, Schedule, schedule_named
 from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
 from afd.training.stream import Stream
@@ -39,15 +40,6 @@ from afd.training.validation import shared_accuracy
 from afd.training.warmup import Warmup, unwatched
 
 LOOKS = 3  # rounds in which the values of somebody else's attacked images are looked at
-
-
-@dataclass
-class Position:
-    """How far a run has come: the epoch in progress, batches of it played, rounds played in all."""
-
-    epoch: int = 1
-    batch: int = 0
-    round: int = 0
 
 
 @dataclass
@@ -81,6 +73,7 @@ class Trainer:
         resume: a checkpoint to go on from, or "auto": the newest whole one in `folder`, or none if there is none.
         config: kept in the checkpoints; a resumed run must have the same, but for `epochs`, which may grow. Default:
             what the settings above say.
+        progress: told of every batch in one process, to show it; None to show nothing.
         best: the report of the epoch whose weights are in ``best.pt``: that of the highest score, of equals the last.
         history: the reports of all epochs.
         begun: whether `fit` has come as far as training.
@@ -105,6 +98,7 @@ class Trainer:
     save_every: int = 0
     resume: Path | str | None = None
     config: dict[str, Any] | None = None
+    progress: Progress | None = None
     stream: Stream = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -137,6 +131,11 @@ class Trainer:
         """The network that validation looks at: the average of the weights where there is one."""
         network: nn.Module = self.network if self.average is None else self.average.module
         return network
+
+    @property
+    def shown(self) -> Progress:
+        """Where progress is shown, if anywhere."""
+        return self.progress if self.progress is not None and self.group.leads else UNSEEN
 
     def stop(self, signal_number: int | None = None) -> None:
         """Asks to stop after the round in progress; `fit` then saves and returns (or, for a signal, raises)."""
@@ -263,6 +262,7 @@ class Trainer:
         with held(self._held):
             self.network.train()
         at, since = self.position, time.perf_counter()
+        self.shown.began("training", at.epoch, at.batch, rounds, self.meter.peek)
         for x, y in self.stream.epoch(at.epoch, at.batch, generators):
             try:
                 self._play(x, y, warmup)
@@ -271,12 +271,8 @@ class Trainer:
                     self._report_interval(rounds)  # a loss that is not finite explains it better
                 raise
             at.batch, at.round = at.batch + 1, at.round + 1
-            now = time.perf_counter()
-            self.meter.images, self.meter.seconds, since = (
-                self.meter.images + len(y),
-                self.meter.seconds + now - since,
-                now,
-            )
+            since = self.meter.count(len(y), since)
+            self.shown.moved(self.group.size * len(y))
             at_report = at.round % self.log_every == 0 or at.batch == rounds
             if at_report:
                 self._report_interval(rounds)
@@ -330,12 +326,9 @@ class Trainer:
         """Validation, report and checkpoint after a whole epoch; False if it was stopped in validation."""
         generators = self.stream.capture()
         self.group.share_buffers(self.evaluated)
-        measure = partial(
-            shared_accuracy, self.evaluated, validation, group=self.group, device=self.device,
-            num_classes=self.network.num_classes, each=self.stopping.leave,
-        )  # fmt: skip
         try:
-            natural, robust = measure(attack=None), None if self.judge is None else measure(attack=self.judge)
+            natural = self._measure(validation, None)
+            robust = None if self.judge is None else self._measure(validation, self.judge)
         except LeftError:
             self.stream.restore(generators)  # validation begins anew when training goes on
             return False
@@ -358,6 +351,19 @@ class Trainer:
         finally:
             self._save(best=best)
         return True
+
+    def _measure(self, validation: Loader, attack: Attack | None) -> float:
+        """Accuracy on the validation images; LeftError where somebody asks to stop meanwhile."""
+        work = "validation" if attack is None else "validation under attack"
+        total = len(validation) if isinstance(validation, Sized) else None
+        self.shown.began(work, self.position.epoch, 0, total)
+
+        def each(images: int) -> None:
+            self.shown.moved(images)
+            self.stopping.leave()
+
+        classes = self.network.num_classes
+        return shared_accuracy(self.evaluated, validation, attack, self.group, self.device, classes, each)
 
     def _save(self, *, best: bool) -> None:
         if self.keeper is None:

@@ -37,7 +37,7 @@ def shared_accuracy(
         group: of the processes.
         device: of the model.
         num_classes: labels are below it; None if nobody knows.
-        each: told after each batch how many images were seen until then.
+        each: called after each batch, in every process, with the number of its images.
 
     Raises:
         InputError, InputTypeError: there are no images, or a batch is not as described in `Loader`.
@@ -57,7 +57,7 @@ def shared_accuracy(
             blind += _blind(attack)
         seen += len(y)
         if each is not None:
-            each(seen)
+            each(len(y))
     if not seen:
         raise InputError("validation holds no images")
     counts = torch.tensor([round(correct), blind], dtype=torch.float64, device=device)

@@ -3,8 +3,11 @@
 import json
 
 import pytest
+from full_disk import REASONS
 
 from afd.bench.document import FORMAT, VERSION, DocumentError, read
+from afd.bench.show import chart
+from afd.files import FileError, FolderError
 
 
 def test_what_is_written_is_what_is_read(document, tmp_path):
@@ -44,3 +47,21 @@ def test_other_files_are_named(text, message, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(DocumentError, match=r"none.json cannot be read: No such file"):
         read(tmp_path / "none.json")
+
+
+def test_a_full_disk_leaves_the_earlier_document_and_no_picture(document, disk):
+    path = disk.folder / "out" / "bench.json"
+    made = document({"PGD": {"afd": (1.0, 2.0, 3.0)}})
+    made.write(path)
+    with disk.full():
+        for write, at in ((made.write, path), (lambda at: chart(at, made), path.with_suffix(".png"))):
+            with pytest.raises(FileError, match=f"cannot write {at}: {REASONS}"):
+                write(at)
+    assert read(path) == made
+    assert disk.files() == ["out/bench.json"]
+
+
+def test_a_folder_that_is_a_file_is_named(document, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match="file is a file; it must be a folder"):
+        document({}).write(tmp_path / "file" / "bench.json")

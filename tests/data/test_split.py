@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afd.data import load
-from afd.data.split import stratified
+from afd.data.split import drawn, stratified
+from afd.errors import InputError
 
 
 @given(
@@ -87,3 +88,46 @@ def test_validation_must_be_a_fraction(validation: float) -> None:
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="name is 'imagenet'; allowed are digits, mnist, cifar10, cifar100"):
         load("imagenet")
+
+
+@given(labels=st.lists(st.integers(0, 5), max_size=80), count=st.integers(1, 90), seed=st.integers(0, 2**32 - 1))
+def test_what_is_drawn_is_in_proportion_and_grows_with_the_count(labels: list[int], count: int, seed: int) -> None:
+    classes = torch.tensor(labels, dtype=torch.int64)
+    found = drawn(classes, count, seed)
+    assert len(found) == min(count, len(labels))
+    assert found.tolist() == sorted(set(found.tolist()))
+    assert set(found.tolist()) <= set(drawn(classes, count + 1, seed).tolist())
+    numbers = torch.bincount(classes[found], minlength=6)
+    if count >= len(set(labels)):
+        assert all(numbers[label] for label in set(labels))
+    for label in set(labels):
+        assert abs(int(numbers[label]) - len(found) * labels.count(label) / len(labels)) <= 6
+
+
+def test_draw_of_today_is_the_draw_of_tomorrow() -> None:
+    found = drawn(torch.arange(1000) % 10, 100, 6622)
+    assert torch.bincount(found % 10).tolist() == [10] * 10
+    assert hashlib.sha256(found.numpy().astype("<i8").tobytes()).hexdigest()[:16] == "68429fa21ceef164"
+
+
+def test_a_limit_is_of_each_part_and_keeps_them_apart() -> None:
+    whole, few, more = load("digits"), load("digits", limit=50), load("digits", limit=200)
+    for part in ("train", "validation", "test"):
+        size = len(getattr(whole, part))
+        images = [{image.numpy().tobytes() for image in getattr(one, part).pixels} for one in (few, more, whole)]
+        assert [len(one) for one in images] == [50, min(200, size), size]
+        assert images[0] < images[1] <= images[2]
+        assert getattr(few, part).labels.bincount().min() >= 4
+    assert load("digits", limit=10**9).train.pixels.equal(whole.train.pixels)
+
+
+@pytest.mark.parametrize("limit", [0, -1, -(10**30)])
+def test_a_limit_must_be_positive(limit: int) -> None:
+    with pytest.raises(InputError, match=f"limit is {limit}; it must be a finite number >= 1"):
+        load("digits", limit=limit)
+
+
+@pytest.mark.parametrize("limit", [1.5, "9", True, float("nan")])
+def test_a_limit_must_be_a_whole_number(limit: object) -> None:
+    with pytest.raises(TypeError, match=r"limit is .*; it must be a whole number"):
+        load("digits", limit=limit)

@@ -1,11 +1,15 @@
 """Learning curves: what of a run's log ends up in the picture."""
 
+import re
+
 import pytest
+from full_disk import REASONS
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from afd.cli import main
 from afd.errors import InputError
+from afd.files import FileError
 from afd.training import EpochReport, IntervalReport, curves, json_lines
 
 
@@ -14,7 +18,9 @@ def drawn(monkeypatch):
     """The figures that are saved, as they are."""
     figures = []
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (figures.append(figure), save(figure, path)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *at, **how: (figures.append(figure), save(figure, *at, **how))
+    )
     return figures
 
 
@@ -82,3 +88,40 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     (folder / "log.jsonl").write_text('{"kind": "inter')
     with pytest.raises(InputError, match=r"log.jsonl holds no finished epoch; there is nothing to draw yet"):
         curves.plot_curves(tmp_path / "curves.png", {"run": folder})
+
+
+@pytest.mark.parametrize("content", ["words\n", "3\n", '{"kind": "epoch"}\n', "\n", "[1]\n", "\x00\xff"])
+def test_a_file_that_is_no_log_is_named(tmp_path, content):
+    folder = write(tmp_path / "run", 0.5)
+    with (folder / "log.jsonl").open("a", encoding="latin-1") as file:
+        file.write(content)
+    with pytest.raises(FileError, match=r"log\.jsonl is no log of a run: its line 7 is no report$"):
+        curves.plot_curves(tmp_path / "curves.png", {"run": folder})
+    with pytest.raises(FileError, match="is no log of a run"):  # nor is it gone on with, which would discard the rest
+        write(folder, 0.5)
+    assert len((folder / "log.jsonl").read_bytes().splitlines()) == 7
+
+
+def test_a_format_that_there_is_not_is_one_line(tmp_path, capsys):
+    folder = write(tmp_path / "run", 0.5)
+    assert main(["curves", str(folder), "--out", str(tmp_path / "picture.mp3")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"afd: error: cannot write {tmp_path / 'picture.mp3'}: Format 'mp3' is not supported")
+    assert told.count("\n") == 1
+    assert main(["curves", str(folder), "--out", str(tmp_path / "picture.pdf")]) == 0
+    assert (tmp_path / "picture.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_picture_on_a_full_disk_is_one_line(tmp_path, disk, capsys):
+    folder, out = write(tmp_path / "run", 0.5), disk.folder / "picture.png"
+    with disk.full():
+        assert main(["curves", str(folder), "--out", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(f"afd: error: cannot write {out}: {REASONS}\n", told)
+    assert disk.files() == []
+
+
+def test_paths_may_be_strings(tmp_path):
+    folder = write(tmp_path / "run", 0.5)
+    curves.plot_curves(str(tmp_path / "curves.png"), {"run": str(folder)})
+    assert (tmp_path / "curves.png").is_file()

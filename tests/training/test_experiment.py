@@ -78,7 +78,7 @@ def test_the_best_epoch_is_chosen_on_validation_images(tmp_path, monkeypatch):
     monkeypatch.setattr(
         experiment,
         "shared_accuracy",
-        lambda model, batches, *a: (looked_at.append(len(batches.images)), real(model, batches, *a))[1],
+        lambda model, batches, *a, **kw: (looked_at.append(len(batches.images)), real(model, batches, *a, **kw))[1],
     )
     config = experiment.TrainConfig(out=tmp_path, epochs=2)
     splits = data.load("digits")
@@ -113,6 +113,8 @@ def test_natural_training(tmp_path):
         (["--epochs", "0"], "epochs is 0"),
         (["--batch-size", "0"], "batch-size is 0"),
         (["--width", "0"], "width is 0"),
+        (["--limit", "0"], "limit is 0; it must be a finite number >= 1"),
+        (["--limit", "-5"], "limit is -5"),
         (["--validation", "1.5"], "validation is 1.5; it must be a share between 0 and 1"),
         (["--milestones", "2"], r"milestones are (2.0,)"),
         (["--lr", "0"], "lr is 0.0"),
@@ -159,3 +161,35 @@ def test_eps_may_be_a_fraction():
 
     assert fraction("8/255") == 8 / 255
     assert fraction("0.3") == 0.3
+
+
+def test_a_limit_holds_for_every_part_and_for_the_run_that_goes_on(tmp_path, capsys):
+    assert run(tmp_path, "--limit", "30", "--batch-size", "10") == 0
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["round"] == 2 * 3
+    assert log[-1]["natural"] * 30 == pytest.approx(round(log[-1]["natural"] * 30))
+    assert "30 test images" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "last.pt")[1]["config"]["data"]["limit"] == 30
+    for other in ([], ["--limit", "40"]):
+        assert run(tmp_path, *other, "--batch-size", "10", "--resume", "auto") == 2
+        assert "data.limit is 30 there and" in capsys.readouterr().err
+
+
+def test_a_run_without_a_limit_says_nothing_of_it(trained):
+    """Checkpoints of the time when there was none are gone on with."""
+    assert "limit" not in load_checkpoint(trained / "last.pt")[1]["config"]["data"]
+
+
+@pytest.mark.parametrize("limit", ["1", "2", "9999999999999999999"])
+def test_any_limit_trains_or_is_one_line(tmp_path, capsys, limit):
+    status = run(tmp_path, "--limit", limit, "--method", "natural")
+    told = capsys.readouterr().err
+    assert (status, told.count("\n")) in {(0, 0), (2, 1)}, told
+
+
+@pytest.mark.parametrize("columns", ["20", "80"])
+def test_the_path_of_the_checkpoint_is_never_cut(tmp_path, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    out = tmp_path / ("[bold]a long name of a folder, as one has them" * 3)
+    assert run(out, "--method", "natural", "--limit", "30") == 0
+    assert f"\ncheckpoint: {out / 'best.pt'}\n" in capsys.readouterr().out
