@@ -45,5 +45,23 @@ def one_of(argument: str, value: object, allowed: Iterable[str]) -> None:
 
 def at_least(argument: str, value: float, least: float) -> None:
     """Raises InputError unless `value` is a finite number >= least."""
-    if not (math.isfinite(value) and value >= least):
+    if not ((isinstance(value, int) or math.isfinite(value)) and value >= least):
         raise InputError(f"{argument} is {value}; it must be a finite number >= {least}")
+
+
+def at_most(argument: str, value: float, most: float) -> None:
+    """Raises InputError unless `value` is a number <= most."""
+    if not value <= most:
+        raise InputError(f"{argument} is {value}; it must be at most {most}")
+
+
+def in_levels(length: float) -> str:
+    """The question whether a length was thought of in grey levels, where it may have been."""
+    return f"; did you mean {length:g}/255?" if 1 <= length <= 255 else ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device has no more memory; the CPU's allocator has no error class of its own."""
+    said = any(words in str(error) for words in ("DefaultCPUAllocator", "not enough memory"))
+    own = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return own or (isinstance(error, RuntimeError) and said)

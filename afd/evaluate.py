@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from tyro.conf import Positional
 
 from afd import data
 from afd.config import PRESETS
@@ -24,8 +22,13 @@ from afd.evaluation.presentation import present, present_table
 from afd.evaluation.protocols import named
 from afd.evaluation.subject import Subject, SubjectError, from_factory
 from afd.evaluation.tables import table_1, table_2
+from afd.extras import needed_by
 from afd.nn import ProjectionDiscriminator, build_model
 from afd.training import load_checkpoint
+
+with needed_by("afd evaluate"):
+    from rich.console import Console
+    from tyro.conf import Positional
 
 QUICK_IMAGES = 1000
 

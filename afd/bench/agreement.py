@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
 from afd.attacks import PGD
 from afd.bench.document import Candidate, Case, Figure
@@ -26,6 +25,10 @@ from afd.bench.request import Request, Run, ours
 from afd.bench.show import Column
 from afd.data import load
 from afd.errors import at_least, one_of
+from afd.extras import needed_by
+
+with needed_by("afd bench agreement"):
+    from tyro.conf import Suppress
 
 RADII = {"Linf": 0.15, "L2": 1.5, "L1": 8.0}
 

@@ -15,13 +15,13 @@ from afd.attacks.joining import Joining
 from afd.bench.arithmetic import matmul_rate, pass_flops, tf32
 from afd.bench.document import Candidate, Case, Figure
 from afd.bench.host import HostReads
-from afd.bench.memory import out_of_memory, peak_bytes
+from afd.bench.memory import peak_bytes
 from afd.bench.models import Subject
 from afd.bench.peers import PEERS, PeerMissingError, adapted
 from afd.bench.program import Say
 from afd.bench.request import NotOfferedError, Request, Run, ours
 from afd.bench.timing import Timing, interleaved
-from afd.errors import InputError
+from afd.errors import InputError, out_of_memory
 from afd.ops.backend import fast_bf16
 
 FLOOR, OURS, AUTO = "floor", "afd", "afd auto"

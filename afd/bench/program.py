@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from rich.console import Console
 
 from afd.attacks.capture import guard
 from afd.bench import compare, show
@@ -18,6 +17,10 @@ from afd.bench.place import slug
 from afd.bench.show import Column
 from afd.errors import InputError, at_least, one_of
 from afd.evaluation.place import device_named
+from afd.extras import needed_by
+
+with needed_by("a benchmark"):
+    from rich.console import Console
 
 Say = Callable[[str], None]
 RESULTS = Path("benchmarks/results")

@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Drawing
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.segment import Segments
-from rich.table import Table
-
 from afd.bench.document import Case, Document, Figure
+from afd.extras import needed_by
+
+with needed_by("a benchmark's tables and pictures"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Drawing
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.segment import Segments
+    from rich.table import Table
 
 WIDEST = 240  # of a table, in characters
 COLUMNS_OF_PANELS = 3

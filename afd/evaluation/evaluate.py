@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from afd._version import __version__
 from afd.data import Images
@@ -31,7 +30,11 @@ from afd.evaluation.state import Store
 from afd.evaluation.subject import Subject, check_fit, check_metadata
 from afd.evaluation.tables import robustbench, table_1, table_2
 from afd.evaluation.verification import other_batch_size, verify
+from afd.extras import needed_by
 from afd.nn.modes import local
+
+with needed_by("an evaluation's report"):
+    from rich.console import Console
 
 STATE = "state"
 WRITTEN = (files.FILE, "curves.png", "divergence.png", "examples.png", "report.html")

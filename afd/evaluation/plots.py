@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
+
+from afd.extras import needed_by
+
+with needed_by("an evaluation's pictures"):
+    from matplotlib.figure import Figure
 
 NORM_SIGNS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from afd.errors import InputError
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.epsilon import Epsilon, ascending
-from afd.evaluation.extras import require
 from afd.evaluation.target import diameter
+from afd.extras import require
 
 Scope = Literal["all", "correct", "survivors", "remaining"]
 Role = Literal["score", "transfer", "probe"]

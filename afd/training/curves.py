@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from afd.errors import InputError
+from afd.extras import needed_by
+
+with needed_by("the picture of learning curves"):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 LOG = "log.jsonl"
 LOSSES = {"task": "cross-entropy", "discriminator": "discriminator's loss", "features": "features' loss"}

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from afd import data, methods
 from afd.attacks import APGD, PGD, AttackFactory
@@ -16,6 +14,7 @@ from afd.config import MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import CropAndFlip
 from afd.evaluation.place import device_named
+from afd.extras import needed_by
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
 from afd.training.checkpoint import load_checkpoint
@@ -27,6 +26,10 @@ from afd.training.schedule import SCHEDULES, Schedule, step
 from afd.training.trainer import Trainer
 from afd.training.validation import shared_accuracy
 from afd.training.weights import save_weights
+
+with needed_by("afd.training.train"):
+    from rich.console import Console
+    from rich.table import Table
 
 TEST_STEPS = 40
 EVAL_BATCH = 500

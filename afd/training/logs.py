@@ -7,13 +7,19 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
+from afd.extras import needed_by
 from afd.training.reports import Callback, EpochReport, Report
 
 
-def tensorboard(folder: Path) -> Callback:
-    """Scalars of every interval and epoch, by round; the file is begun with the first report."""
+def tensorboard(folder: Path | str) -> Callback:
+    """Scalars of every interval and epoch, by round; the file is begun with the first report.
+
+    Raises:
+        ExtraMissingError: TensorBoard is not installed.
+    """
+    with needed_by("the callback tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+
     writer: SummaryWriter | None = None
 
     def write(report: Report) -> None:
@@ -27,9 +33,9 @@ def tensorboard(folder: Path) -> Callback:
     return write
 
 
-def json_lines(path: Path) -> Callback:
+def json_lines(path: Path | str) -> Callback:
     """One JSON object a report: its fields, and "kind" ("interval" or "epoch")."""
-    begun = False
+    path, begun = Path(path), False
 
     def write(report: Report) -> None:
         nonlocal begun
