@@ -25,7 +25,7 @@ OPS += ("spectral_norm", "spectral_linear", "projection_logits")
 # From the ground up; a room may import from lower floors and from itself.
 FLOORS = (
     {"_version", "errors"},
-    {"files"},
+    {"extras", "files", "namesake", "process"},
     {"_C"},
     {"ops", "config"},
     {"data", "nn"},
@@ -34,7 +34,9 @@ FLOORS = (
     {"evaluation"},
     {"training"},
     {"bench", "demo", "evaluate", "info"},
-    {"", "cli"},  # "" is afd/__init__.py
+    {""},  # afd/__init__.py
+    {"parsing"},
+    {"cli"},
     {"__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd.attacks import PGD
+from afd.bench import at_work
 from afd.bench.document import Candidate, Case, Figure
 from afd.bench.models import lenet
 from afd.bench.peers import PEERS, adapted
@@ -70,6 +71,7 @@ class AgreementBench(Benchmark):
         """A case for each norm."""
         del say
         at_least("images", self.images, 1)
+        at_work.begin("training a LeNet on MNIST")
         sets = load("mnist", self.data)
         model = trained(sets.train.images().to(device), sets.train.labels.to(device))
         x, y = (part[: self.images].to(device) for part in (sets.test.images(), sets.test.labels))
@@ -79,6 +81,7 @@ class AgreementBench(Benchmark):
     def agreement(self, norm: str, model: nn.Module, x: Tensor, y: Tensor) -> Case:
         """Both libraries on the same images."""
         eps = RADII[norm]
+        at_work.begin(f"{norm}: both libraries attack {len(x)} images")
         request = Request("apgd", norm, eps, alpha=eps, steps=self.steps)
         runs = {"afd": ours(model, request, self.precision), self.peer: adapted(self.peer, model, request)}
         left, other = (standing(model, run, x, y) for run in runs.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -15,6 +14,7 @@ import torch
 from afd.bench.place import device_name, versions
 from afd.bench.timing import Timing
 from afd.errors import AfdError
+from afd.files import write_whole
 from afd.training.settings import commit
 
 FORMAT, VERSION = "afd-bench", 1
@@ -121,10 +121,7 @@ class Document:
 
     def write(self, path: Path) -> None:
         """Writes JSON, whole or not at all; folders are made."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        beside.write_text(json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n")
-        beside.replace(path)
+        write_whole(path, json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=2) + "\n")
 
 
 def now() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from afd.bench.document import Case, Document, Figure
 from afd.extras import needed_by
+from afd.pictures import save
 
 with needed_by("a benchmark's tables and pictures"):
     from matplotlib.axes import Axes
@@ -106,7 +107,7 @@ def chart(path: Path, document: Document) -> None:
     for axes, (name, case) in zip(panels.flat, cases.items(), strict=False):
         _bars(axes, name, case)
     figure.suptitle(f"{title(document)}\nbars: medians, whiskers: p20 to p80", fontsize=9)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _bars(axes: Axes, name: str, case: Case) -> None:

@@ -66,7 +66,7 @@ def run(out: Path, console: Console, runs: dict[str, TrainConfig] = RUNS) -> dic
 
 def asked() -> Callable[[], object]:
     """What the command line of the demo asks for."""
-    parser = argparse.ArgumentParser(prog="afd.demo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="afd.demo", usage=argparse.SUPPRESS, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for checkpoints, logs and curves.png")
     out = parser.parse_args().out
     require("tensorboard", "the demo")

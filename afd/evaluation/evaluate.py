@@ -12,7 +12,7 @@ import torch
 
 from afd._version import __version__
 from afd.data import Images
-from afd.errors import AfdError, InputError, InputTypeError
+from afd.errors import InputError, InputTypeError
 from afd.evaluation import results as files
 from afd.evaluation.examples import examples
 from afd.evaluation.features import DomainWatch, divergences, feature_summary, has_features
@@ -31,6 +31,7 @@ from afd.evaluation.subject import Subject, check_fit, check_metadata
 from afd.evaluation.tables import robustbench, table_1, table_2
 from afd.evaluation.verification import other_batch_size, verify
 from afd.extras import needed_by
+from afd.files import FolderError, make_folder, write_whole
 from afd.nn.modes import local
 
 with needed_by("an evaluation's report"):
@@ -38,10 +39,6 @@ with needed_by("an evaluation's report"):
 
 STATE = "state"
 WRITTEN = (files.FILE, "curves.png", "divergence.png", "examples.png", "report.html")
-
-
-class FolderError(AfdError):
-    """The output folder cannot be used."""
 
 
 @ordinary_modes()
@@ -90,8 +87,7 @@ def evaluate(
         FolderError, StateError: `out` holds something else.
         AttackFailedError: an attack raised; what was computed is kept.
     """
-    _whole("batch-size", batch_size, 1)
-    _whole("seed", seed, 0)
+    check_numbers(seed, batch_size)
     if len(images) == 0:
         raise InputError("images is empty; an evaluation needs at least one image")
     if surrogate is None and any(stage.role == "transfer" for stage in protocol.stages):
@@ -143,7 +139,7 @@ def evaluate(
         plot_sweeps(out / "curves.png", [content])
         if content["divergence"]:
             plot_divergence(out / "divergence.png", content)
-        (out / "report.html").write_text(report(content, out, tables_of(content)), encoding="utf-8")
+        write_whole(out / "report.html", report(content, out, tables_of(content)))
         files.write(out, content)
     place.wait()
     if place.leads and not keep_images:
@@ -161,6 +157,12 @@ def _check_stages(protocol: Protocol) -> None:
             f"protocol {protocol.name} lacks the stages {', '.join(sorted(missing))}; add those of "
             "afd.evaluation.protocols.probes"
         )
+
+
+def check_numbers(seed: int, batch_size: int) -> None:
+    """Raises InputError, InputTypeError unless an evaluation can use them."""
+    _whole("batch-size", batch_size, 1)
+    _whole("seed", seed, 0)
 
 
 def _whole(name: str, value: int, least: int) -> None:
@@ -186,10 +188,7 @@ def prepare(out: Path, *, overwrite: bool) -> None:
         raise FolderError(f"out is {out}, which holds a finished evaluation; name another folder, or pass --overwrite")
     elif out.exists() and any(out.iterdir()) and not (out / STATE).is_dir():
         raise FolderError(f"out is {out}, which exists and holds no evaluation; name another folder, or --overwrite")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FolderError(f"out is {out}, which cannot be made: {error}") from error
+    make_folder(out)
 
 
 def fingerprint(

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from afd.extras import needed_by
+from afd.pictures import save
 
 with needed_by("an evaluation's pictures"):
     from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def plot_curves(
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    figure.savefig(path)
+    save(figure, path)
 
 
 def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -76,7 +77,7 @@ def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
     figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9, frameon=False)
     data = results[0]["data"]
     figure.suptitle(f"{data['name']}, {data['images']} {data['split']} images; dotted: chance", fontsize=10)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _line(axes: Any, results: dict[str, Any], name: str, colour: str) -> None:
@@ -109,7 +110,7 @@ def plot_divergence(path: Path, results: dict[str, Any]) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, loc="upper left")
-    figure.savefig(path)
+    save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> Non
     if not examples:
         figure = Figure(figsize=(6, 1.2), dpi=110)
         figure.text(0.5, 0.5, f"{title}: no adversarial image was found", ha="center", va="center", fontsize=10)
-        figure.savefig(path)
+        save(figure, path)
         return
     columns = len(examples)
     figure = Figure(figsize=(1.35 * columns + 1.1, 4.9), dpi=130, layout="constrained")
@@ -159,7 +160,7 @@ def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> Non
     for row, text in enumerate(("clean", "attacked", f"difference × {gain:.3g}\n(grey: none)")):
         panels[row][0].set_ylabel(text, fontsize=10)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _show(axes: Any, image: Tensor) -> None:

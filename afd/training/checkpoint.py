@@ -28,7 +28,9 @@ class CheckpointError(AfdError):
     """A checkpoint that cannot be written or read; the message names the file and the reason."""
 
 
-def save_checkpoint(path: Path, state: dict[str, Any], metadata: dict[str, Any], previous: Path | None = None) -> None:
+def save_checkpoint(
+    path: Path | str, state: dict[str, Any], metadata: dict[str, Any], previous: Path | None = None
+) -> None:
     """Writes beside the target, flushes to disk, then renames: the file at `path` is always a whole one.
 
     Args:
@@ -40,6 +42,7 @@ def save_checkpoint(path: Path, state: dict[str, Any], metadata: dict[str, Any],
     Raises:
         CheckpointError: the file cannot be written (a full disk, say); what was at `path` is still there.
     """
+    path = Path(path)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -57,12 +60,13 @@ def save_checkpoint(path: Path, state: dict[str, Any], metadata: dict[str, Any],
         raise CheckpointError(f"cannot write checkpoint {path}: {error.strerror or error}{kept}") from error
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
+def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads (state, metadata); needs no code from the file (``weights_only=True``).
 
     Raises:
         CheckpointError: there is no such file, it is damaged, or it is no checkpoint of this version.
     """
+    path = Path(path)
     try:
         whole = path.read_bytes()
     except FileNotFoundError:

@@ -9,8 +9,10 @@ from typing import Any
 
 from afd.errors import InputError
 from afd.extras import needed_by
+from afd.pictures import check_format, save
 
 with needed_by("the picture of learning curves"):
+    from matplotlib.backend_bases import FigureCanvasBase
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -19,7 +21,7 @@ LOSSES = {"task": "cross-entropy", "discriminator": "discriminator's loss", "fea
 Entries = list[dict[str, Any]]
 
 
-def plot_curves(path: Path, runs: Mapping[str, Path]) -> None:
+def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
     """Writes a PNG of validation accuracies, losses and learning rate over the epochs, one colour a run.
 
     Accuracies are those after each epoch; losses are means of the intervals between two lines of the log.
@@ -29,8 +31,10 @@ def plot_curves(path: Path, runs: Mapping[str, Path]) -> None:
         runs: folders that `afd train` has written, by the names to show.
 
     Raises:
-        InputError: there is no run, or a folder holds no log of a whole epoch.
+        InputError: there is no run, a folder holds no log of a whole epoch, or the file's name ends in no format.
+        FileError: the file cannot be written.
     """
+    check_format(path, FigureCanvasBase.filetypes)
     logs = {name: read_log(folder) for name, folder in runs.items()}
     if not logs:
         raise InputError("runs is empty; there must be at least one run to draw")
@@ -56,28 +60,43 @@ def plot_curves(path: Path, runs: Mapping[str, Path]) -> None:
         axes.set(xlabel="epoch", xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(8 if axes is wide else 4, integer=True))
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
-def read_log(folder: Path) -> Entries:
+def read_log(folder: Path | str) -> Entries:
     """The lines that a run has logged.
 
     Raises:
-        InputError: there is no log, or no epoch in it.
+        InputError: there is no log, no epoch in it, or what no run has written.
     """
-    path = folder / LOG
+    path = Path(folder) / LOG
     if not path.is_file():
         raise InputError(f"there is no {LOG} in {folder}; a run's folder has one")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     entries: Entries = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, 1):
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:  # the process was killed while it wrote
             continue
+        if not _drawable(entry):
+            raise InputError(f"{path} holds in line {number} what is no report of a training")
+        entries.append(entry)
     if not _of_kind(entries, "epoch"):
         raise InputError(f"{path} holds no finished epoch; there is nothing to draw yet")
     return entries
+
+
+def _drawable(entry: Any) -> bool:
+    """Whether a line has what is drawn of it."""
+    if not (isinstance(entry, dict) and entry.get("kind") in ("interval", "epoch")):
+        return False
+    wanted = {"epoch", "losses", "learning_rates"} | ({"natural", "robust"} if entry["kind"] == "epoch" else set())
+    figures = [entry.get(name) for name in ("losses", "learning_rates")]
+    return wanted <= entry.keys() and all(isinstance(one, dict) and "task" in one for one in figures)
 
 
 def _draw_accuracies(axes: Any, epochs: Entries, colour: str, name: str) -> None:

@@ -71,6 +71,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     """
     config = config.settled()
     device = device_named(config.device)
+    build_method(config.method)  # its numbers are checked before data are read
     splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)

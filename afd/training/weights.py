@@ -7,6 +7,7 @@ model computes, an entry `afd.nn.classifier.MARKER` says so besides, which a mod
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from afd.files import write_whole
 from afd.nn import FeatureClassifier, FeatureSplit, split
 from afd.nn.classifier import MARKER, entrance_of, unwrapped
 from afd.nn.modes import without_wrappers
@@ -22,12 +24,15 @@ from afd.training.checkpoint import CheckpointError
 KEY = "afd"
 
 
-def save_weights(path: Path, model: nn.Module) -> None:
+def save_weights(path: Path | str, model: nn.Module) -> None:
     """Writes the state_dict of the user's own model inside `model`, on the CPU and contiguous.
 
     Without afd: ``model.load_state_dict(torch.load(path))``. The weights of a model that was trained with
     ``normalize=True`` have an entry more, by which that fails: what enters their feature layer must be divided by its
     length, as it is by the model that `load_weights` returns.
+
+    Raises:
+        FileError: the file cannot be written.
     """
     model = without_wrappers(model)
     inner = unwrapped(model)
@@ -46,11 +51,12 @@ def save_weights(path: Path, model: nn.Module) -> None:
             if entrance is not None:
                 facts = {"normalize": entrance.normalize, "feature_layer": name}
     state._metadata[KEY] = facts  # type: ignore[attr-defined]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path)
+    content = io.BytesIO()
+    torch.save(state, content)
+    write_whole(path, content.getbuffer())
 
 
-def load_weights(path: Path, model: nn.Module) -> Any:
+def load_weights(path: Path | str, model: nn.Module) -> Any:
     """Loads what `save_weights` wrote (or any state_dict of `model`) and returns the model split as it was trained.
 
     Raises:
