@@ -46,7 +46,7 @@ def evaluate(
     subject: Subject,
     images: Images,
     protocol: Protocol,
-    out: Path,
+    out: Path | str,
     *,
     surrogate: Subject | None = None,
     split: str = "test",
@@ -88,6 +88,7 @@ def evaluate(
         AttackFailedError: an attack raised; what was computed is kept.
     """
     check_numbers(seed, batch_size)
+    out = Path(out)
     if len(images) == 0:
         raise InputError("images is empty; an evaluation needs at least one image")
     if surrogate is None and any(stage.role == "transfer" for stage in protocol.stages):

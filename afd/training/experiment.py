@@ -15,6 +15,7 @@ from afd.data import Batches, Images, Splits
 from afd.data.augment import CropAndFlip
 from afd.evaluation.place import device_named
 from afd.extras import needed_by
+from afd.files import make_folder
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
 from afd.training.checkpoint import load_checkpoint
@@ -64,6 +65,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
 
     Raises:
         InputError: a setting out of its range.
+        FolderError: the folder cannot be used.
         DataError: data files missing or damaged.
         CheckpointError: a checkpoint cannot be written, read or gone on from.
         TrainingError: a loss stopped being finite.
@@ -73,6 +75,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     device = device_named(config.device)
     build_method(config.method)  # its numbers are checked before data are read
     splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
+    make_folder(config.out)
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)
     torch.manual_seed(config.seed)

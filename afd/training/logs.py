@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from afd.extras import needed_by
+from afd.files import make_folder, write_whole
 from afd.training.reports import Callback, EpochReport, Report
 
 
@@ -40,7 +41,7 @@ def json_lines(path: Path | str) -> Callback:
     def write(report: Report) -> None:
         nonlocal begun
         if not begun:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             _forget(path, report.round)
             begun = True
         kind = "epoch" if isinstance(report, EpochReport) else "interval"
@@ -74,4 +75,4 @@ def _forget(path: Path, since: int) -> None:
             continue
         if entry["round"] < since:
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    write_whole(path, "".join(kept))
