@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any
 
 from afd._version import __version__
-from afd.namesake import namesake
 
+TYPE_CHECKING = False  # as typing's, which takes milliseconds to import, in which Ctrl-C is not yet ours
 if TYPE_CHECKING:
+    from typing import Any
+
     from afd import attacks, data, errors, evaluation, methods, nn, ops, training
     from afd.training import Trainer
 
@@ -21,10 +22,13 @@ __all__ = [
     "Trainer", "__version__", "attacks", "data", "errors", "evaluation", "methods", "nn", "ops", "training",
 ]  # fmt: skip
 
-# the command says it in its own words
+# the command says it in its own words, and only when it has taken Ctrl-C
 _command = "".join(getattr(sys, "argv", [])[:1])
-if _command != "-m" and not _command.endswith("/afd") and (_found := namesake()) is not None:
-    warnings.warn(_found.told, UserWarning, stacklevel=2)
+if _command != "-m" and not _command.endswith("/afd"):
+    from afd.namesake import namesake
+
+    if (_found := namesake()) is not None:
+        warnings.warn(_found.told, UserWarning, stacklevel=2)
 
 
 if not TYPE_CHECKING:  # which would take it for an answer to every name

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
-
 from afd import process
+
+TYPE_CHECKING = False  # as typing's, which would be imported before Ctrl-C is taken
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 
 def main() -> NoReturn:

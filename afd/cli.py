@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from afd import extras, process
 from afd._version import __version__
-from afd.process import Work
 
 if TYPE_CHECKING:
     from afd.bench.program import Benchmark
     from afd.config import TrainConfig
+    from afd.process import Work
 
 
 def train(words: Sequence[str]) -> Work:

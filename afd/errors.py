@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterable
 
+MOST = 2**31 - 1  # of what counts something
+
 
 class AfdError(Exception):
     """Something a user can mend: input, data files, checkpoints."""
@@ -49,10 +51,11 @@ def at_least(argument: str, value: float, least: float) -> None:
         raise InputError(f"{argument} is {value}; it must be a finite number >= {least}")
 
 
-def at_most(argument: str, value: float, most: float) -> None:
-    """Raises InputError unless `value` is a number <= most."""
-    if not value <= most:
-        raise InputError(f"{argument} is {value}; it must be at most {most}")
+def count(argument: str, value: int, least: int) -> None:
+    """Raises InputError unless `value` is in [least, 2**31): what counts something, and more than anybody waits for."""
+    at_least(argument, value, least)
+    if value > MOST:
+        raise InputError(f"{argument} is {value}; it must be at most {MOST}")
 
 
 def in_levels(length: float) -> str:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,6 +78,19 @@ def make_folder(folder: Path) -> None:
         raise FolderError(f"{folder} cannot be made: {error.strerror or error}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise FolderError(f"{folder} cannot be written to: permission denied")
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and tries it: some that look as if they could be written to refuse every file.
+
+    Raises:
+        FolderError: no file can be made there.
+    """
+    make_folder(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise FolderError(f"{folder} cannot be written to: {error.strerror or error}") from error
 
 
 def sweep(folder: Path, name: str | None = None) -> None:

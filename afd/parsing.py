@@ -19,7 +19,7 @@ with needed_by("the command afd"):
     import tyro as tyro
     from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-BAR, ANSI = re.compile("─{3,}"), re.compile(r"\x1b\[[0-9;]*m")
+BAR, ANSI = re.compile("[─-]{10,}"), re.compile(r"\x1b\[[0-9;]*m")
 NUMBERS = tyro.constructors.ConstructorRegistry()
 
 
@@ -115,11 +115,14 @@ def _read(read: Callable[..., Any], words: Sequence[str]) -> Any:
 
 def in_a_line(box: str) -> str:
     """What stands in a box that tyro draws around a mistake: what is wrong, what may be meant, where to read more."""
-    rows = [" ".join(ANSI.sub("", row).strip("│| ").split()) for row in box.splitlines() if "│" in row]
-    first, *others = [part.strip().split("\n") for part in BAR.split("\n".join(rows))]
+    plain = [ANSI.sub("", row) for row in box.splitlines()]
+    framed = [row.strip("│") for row in plain if row.startswith("│")]
+    rows = [" ".join(row.split()) for row in framed or plain]  # a terminal without these letters has no frame
+    parts = [part.strip().split("\n") for part in BAR.split("\n".join(rows))]
+    first, *others = parts if framed else parts[1:]  # but the title as a part of its own
     told = [" ".join(first).removeprefix("Error parsing ").rstrip(". ")]
     if "Got errors: " in told[0]:  # of each type that the option may have; the last says most
-        told[0] = f"{told[0].partition(':')[0]}: {told[0].rpartition(' - ')[2].rpartition('>: ')[2]}"
+        told[0] = f"{told[0].partition(':')[0]}: {told[0].rpartition(' - ')[2].rpartition('>: ')[2]}".replace("[bold]", "").replace("[/bold]", "")
     for title, *more in others:
         if title.startswith("Perhaps you meant"):
             told.append(" ".join([title, *more[:1]]).replace("Perhaps you meant: ", "perhaps you meant "))
@@ -127,4 +130,4 @@ def in_a_line(box: str) -> str:
             told.append(title[0].lower() + title[1:])
         elif more_is_at := re.search(r"afd[a-z ]* --help", title):
             told.append(f"see {more_is_at[0]}")
-    return "; ".join(filter(None, told)) or " ".join(box.split())
+    return "; ".join(told)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable
-from types import FrameType, TracebackType
-from typing import Any, NoReturn
 
-from afd.errors import AfdError, out_of_memory
+TYPE_CHECKING = False  # as typing's: what is imported here is imported before Ctrl-C is ours
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
+    from typing import Any, NoReturn
+
+    Work = Callable[[], object]
 
 INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE  # as shells count a program that wrote to a closed pipe
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
 STANDARD_FORMAT = warnings.formatwarning
-
-Work = Callable[[], object]
 
 
 def run(ask: Callable[[], Work], name: str) -> NoReturn:
@@ -66,6 +66,8 @@ def carry_out(ask: Callable[[], Work], name: str, starting: Callable[[], None] =
         name: as of `run`.
         starting: called before the work.
     """
+    from afd.errors import AfdError
+
     before, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         work = ask()
@@ -102,6 +104,8 @@ def _warning(
 
 def _refused(error: Exception) -> str | None:
     """What the machine has refused, in a line; None for any other error, whose traceback may be wanted."""
+    from afd.errors import out_of_memory
+
     first = (str(error).splitlines() or [""])[0]
     if out_of_memory(error):
         return f"out of memory; a smaller batch, width or model takes less ({first or type(error).__name__})"
@@ -122,9 +126,10 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 
 def _end(_number: int = signal.SIGINT, _frame: FrameType | None = None) -> NoReturn:
     """Ends the process from wherever it is, without another line of Python."""
-    with contextlib.suppress(OSError):
+    try:
         os.write(2, b"afd: interrupted\n")
-    os._exit(INTERRUPTED)
+    finally:  # also where nobody can be told
+        os._exit(INTERRUPTED)
 
 
 def _unraisable(told: Any) -> None:
@@ -145,5 +150,4 @@ def _read_by_nobody() -> None:
     """What is still to be written goes nowhere, so that Python's own end does not stumble over it."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(nowhere, stream.fileno())
+        os.dup2(nowhere, stream.fileno())

@@ -25,7 +25,7 @@ from afd.bench.program import Benchmark, Say
 from afd.bench.request import Request, Run, ours
 from afd.bench.show import Column
 from afd.data import load
-from afd.errors import at_least, one_of
+from afd.errors import count, one_of
 from afd.extras import needed_by
 
 with needed_by("afd bench agreement"):
@@ -70,7 +70,8 @@ class AgreementBench(Benchmark):
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each norm."""
         del say
-        at_least("images", self.images, 1)
+        count("images", self.images, 1)
+        count("steps", self.steps, 1)
         at_work.begin("training a LeNet on MNIST")
         sets = load("mnist", self.data)
         model = trained(sets.train.images().to(device), sets.train.labels.to(device))

@@ -26,7 +26,7 @@ from afd.bench.peers import PEERS
 from afd.bench.program import Benchmark, Say, listed
 from afd.bench.request import ATTACKS, NORMS, requests
 from afd.bench.show import Column, mebibytes
-from afd.errors import InputError, at_least
+from afd.errors import InputError, at_least, count
 from afd.evaluation.target import check_radius
 
 RADII = {  # by channels: the usual ones of MNIST and of CIFAR-10
@@ -104,7 +104,7 @@ class AttackBench(Benchmark):
         """A case for each attack in each norm."""
         attacks, norms = listed("attack", self.attack, ATTACKS), listed("norm", self.norm, NORMS)
         against = listed("against", self.against, PEERS)
-        at_least("steps", self.steps, 1)
+        count("steps", self.steps, 1)
         wanted = requests(attacks, norms, self.steps, self.radii(norms, image_shape(self.model, self.shape)))
         at_work.begin(f"building {self.model}")
         target = subject(self.model, self.batch, self.shape, device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from afd.errors import InputError, at_least, out_of_memory
+from afd.errors import InputError, count, out_of_memory
 from afd.evaluation.subject import from_factory
 from afd.nn import build_model
 
@@ -90,7 +90,7 @@ def subject(
     """
     size = image_shape(name, shape)
     if batch is not None:
-        at_least("batch", batch, 1)
+        count("batch", batch, 1)
     torch.manual_seed(0)
     if name in MODELS:
         build, _, own_batch = MODELS[name]

@@ -16,10 +16,10 @@ from afd.bench.at_work import AtWork, begin, telling
 from afd.bench.document import Case, Document, Figure
 from afd.bench.place import device_name, slug
 from afd.bench.show import Column
-from afd.errors import InputError, at_least, one_of
+from afd.errors import InputError, count, one_of
 from afd.evaluation.place import device_named
 from afd.extras import needed_by
-from afd.files import make_folder
+from afd.files import check_writable
 
 with needed_by("a benchmark"):
     from rich.console import Console
@@ -68,7 +68,7 @@ class Benchmark(ABC):
 
     def check(self) -> None:
         """Raises InputError, before anything is built, if an option has a value that is not allowed."""
-        at_least("rounds", self.rounds, 1)
+        count("rounds", self.rounds, 1)
 
     def file(self, device: torch.device) -> Path:
         """Where the figures go.
@@ -99,7 +99,7 @@ def run(benchmark: Benchmark, console: Console) -> Document:
     device = device_named(benchmark.device)
     old = compare.earlier(benchmark.compare, benchmark.name, device) if benchmark.compare else None
     out = benchmark.file(device)
-    make_folder(out.parent)
+    check_writable(out.parent)
     with telling(console, f"bench {benchmark.name}") as told:
         begin("starting")
         return _measured(benchmark, device, out, old, told)

@@ -31,7 +31,7 @@ from afd.bench.round_candidates import (
 )
 from afd.bench.show import Column
 from afd.bench.timing import Timing, interleaved
-from afd.errors import at_least
+from afd.errors import count
 
 RELEASED = "released"
 PRECISIONS, SCHEDULES = ("fp32", "auto"), ("simultaneous", "alternating")
@@ -100,8 +100,8 @@ class RoundBench(Benchmark):
         Raises:
             RecordingError: a round could not be recorded; after all others have been timed.
         """
-        at_least("batch", self.batch, 1)
-        at_least("steps", self.steps, 1)
+        count("batch", self.batch, 1)
+        count("steps", self.steps, 1)
         schedules = listed("schedules", self.schedules, SCHEDULES)
         precisions = listed("precisions", self.precisions, PRECISIONS)
         at_work.begin(f"building {self.case}")

@@ -19,7 +19,7 @@ from afd.data import Batches
 from afd.evaluation import accuracy_curve
 from afd.evaluation.plots import plot_curves
 from afd.extras import needed_by, require
-from afd.files import make_folder
+from afd.files import check_writable
 from afd.training import train
 from afd.training.experiment import TEST_STEPS, test_attack
 
@@ -71,7 +71,7 @@ def asked() -> Callable[[], object]:
     out = parser.parse_args().out
     require("tensorboard", "the demo")
     require("sklearn", "the demo")
-    make_folder(out)
+    check_writable(out)
     torch.set_num_threads(1)  # operations are tiny: a second thread hardly helps, and stalls them on a busy machine
     return partial(run, out, Console())
 

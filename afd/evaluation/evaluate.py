@@ -31,7 +31,7 @@ from afd.evaluation.subject import Subject, check_fit, check_metadata
 from afd.evaluation.tables import robustbench, table_1, table_2
 from afd.evaluation.verification import other_batch_size, verify
 from afd.extras import needed_by
-from afd.files import FolderError, make_folder, write_whole
+from afd.files import FolderError, check_writable, write_whole
 from afd.nn.modes import local
 
 with needed_by("an evaluation's report"):
@@ -189,7 +189,7 @@ def prepare(out: Path, *, overwrite: bool) -> None:
         raise FolderError(f"out is {out}, which holds a finished evaluation; name another folder, or pass --overwrite")
     elif out.exists() and any(out.iterdir()) and not (out / STATE).is_dir():
         raise FolderError(f"out is {out}, which exists and holds no evaluation; name another folder, or --overwrite")
-    make_folder(out)
+    check_writable(out)
 
 
 def fingerprint(

@@ -15,7 +15,7 @@ from afd.data import Batches, Images, Splits
 from afd.data.augment import CropAndFlip
 from afd.evaluation.place import device_named
 from afd.extras import needed_by
-from afd.files import make_folder
+from afd.files import check_writable
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
 from afd.training.checkpoint import load_checkpoint
@@ -75,7 +75,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     device = device_named(config.device)
     build_method(config.method)  # its numbers are checked before data are read
     splits = splits or data.load(config.data.name, config.data.root, validation=config.data.validation)
-    make_folder(config.out)
+    check_writable(config.out)
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)
     torch.manual_seed(config.seed)
