@@ -66,7 +66,7 @@ def curves(words: Sequence[str]) -> Work:
     from afd.parsing import parsed, tyro
     from afd.training.curves import named, plot_curves
 
-    def drawn(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("curves.png")) -> Work:
+    def drawn(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("curves.png")) -> Any:
         """Draw the learning curves of runs in one picture.
 
         Args:
@@ -90,7 +90,7 @@ def info(words: Sequence[str]) -> Work:
     from afd import info as information
     from afd.parsing import parsed
 
-    def shown() -> Work:
+    def shown() -> Any:
         """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
         return lambda: print("\n".join(information.lines()))
 

@@ -122,7 +122,8 @@ def in_a_line(box: str) -> str:
     first, *others = parts if framed else parts[1:]  # but the title as a part of its own
     told = [" ".join(first).removeprefix("Error parsing ").rstrip(". ")]
     if "Got errors: " in told[0]:  # of each type that the option may have; the last says most
-        told[0] = f"{told[0].partition(':')[0]}: {told[0].rpartition(' - ')[2].rpartition('>: ')[2]}".replace("[bold]", "").replace("[/bold]", "")
+        option, last = told[0].partition(":")[0], told[0].rpartition(" - ")[2].rpartition(">: ")[2]
+        told[0] = re.sub(r"\[/?bold\]", "", f"{option}: {last}")
     for title, *more in others:
         if title.startswith("Perhaps you meant"):
             told.append(" ".join([title, *more[:1]]).replace("Perhaps you meant: ", "perhaps you meant "))

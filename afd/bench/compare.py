@@ -17,7 +17,7 @@ from afd.bench.show import duration
 from afd.bench.timing import Timing
 from afd.extras import needed_by
 
-with needed_by("a benchmark's tables"):
+with needed_by("a benchmark"):
     from rich import box
     from rich.table import Table
 

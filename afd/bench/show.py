@@ -11,7 +11,7 @@ from afd.bench.document import Case, Document, Figure
 from afd.extras import needed_by
 from afd.pictures import save
 
-with needed_by("a benchmark's tables and pictures"):
+with needed_by("a benchmark"):
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Drawing
     from rich import box

@@ -34,7 +34,7 @@ from afd.extras import needed_by
 from afd.files import FolderError, check_writable, write_whole
 from afd.nn.modes import local
 
-with needed_by("an evaluation's report"):
+with needed_by("the report of an evaluation"):
     from rich.console import Console
 
 STATE = "state"

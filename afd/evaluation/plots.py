@@ -14,7 +14,7 @@ from torch import Tensor
 from afd.extras import needed_by
 from afd.pictures import save
 
-with needed_by("an evaluation's pictures"):
+with needed_by("the pictures of an evaluation"):
     from matplotlib.figure import Figure
 
 NORM_SIGNS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}

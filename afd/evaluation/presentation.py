@@ -8,7 +8,7 @@ from afd.evaluation.plots import NORM_SIGNS
 from afd.evaluation.tables import Table, percent
 from afd.extras import needed_by
 
-with needed_by("the tables of an evaluation"):
+with needed_by("the report of an evaluation"):
     from rich.console import Console
     from rich.table import Table as Grid
 

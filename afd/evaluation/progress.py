@@ -6,7 +6,7 @@ from types import TracebackType
 
 from afd.extras import needed_by
 
-with needed_by("the bar of an evaluation"):
+with needed_by("the report of an evaluation"):
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -7,7 +7,7 @@ from types import TracebackType
 from afd.extras import needed_by
 from afd.training.reports import EpochReport, Report
 
-with needed_by("the bar of a training"):
+with needed_by("afd.training.train"):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
