@@ -27,7 +27,7 @@ FLOORS = (
     {"_version", "errors"},
     {"extras", "files", "namesake", "process"},
     {"_C"},
-    {"ops", "config"},
+    {"ops", "config", "pictures"},
     {"data", "nn"},
     {"attacks"},
     {"methods"},

@@ -100,7 +100,7 @@ def test_a_missing_extra_is_named_before_anything_runs(missing, images, natural,
         autoattack("Linf", ascending(["0.1"]), reference), autoattack_reference("Linf", ascending(["0.1"]), reference),
     ]}  # fmt: skip
     for protocol in protocols[missing]:
-        with pytest.raises(ExtraMissingError, match=rf"needs {missing}, .* pip install 'afd\[evaluate\]'"):
+        with pytest.raises(ExtraMissingError, match=rf"needs {missing}, .* pip install 'afd-torch\[evaluate\]'"):
             evaluate(Subject("natural", "test", natural), images, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

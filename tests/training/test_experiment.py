@@ -208,5 +208,5 @@ def test_eps_may_be_a_fraction():
     assert fraction("0.5/255") == 0.5 / 255
     assert fraction("1e-2") == 0.01
     for text in ("8/0", "a/b", "", "1/2/3", "/"):
-        with pytest.raises(ValueError, match="is neither a number such as 0.3 nor a fraction such as 8/255"):
+        with pytest.raises(ValueError, match=r"is neither a number such as 0\.3 nor a fraction such as 8/255"):
             fraction(text)
