@@ -11,7 +11,7 @@ import torch
 from afd import data
 from afd.config import PRESETS
 from afd.data import Images
-from afd.errors import InputError, at_least
+from afd.errors import InputError
 from afd.evaluation import results as files
 from afd.evaluation.epsilon import Epsilon, ascending
 from afd.evaluation.evaluate import check_numbers, evaluate, prepare, tables_of
@@ -87,8 +87,6 @@ def run(config: EvaluateConfig, console: Console | None = None) -> None:
         raise InputError("model is missing; name a checkpoint or package.module:function, or folders with --compare")
     radii = ascending(config.eps) if config.eps else None
     check_numbers(config.seed, config.batch_size)
-    if config.images is not None:
-        at_least("images", config.images, 1)
     if radii and config.norm == "Linf":
         check_radius(radii[-1], "Linf", values=1)
     with placed(config.device) as place:
