@@ -71,7 +71,7 @@ def _exact(text: str) -> Fraction:
         number = Decimal(text)
     except InvalidOperation:
         raise ValueError(text) from None
-    if not number.is_finite() or abs(number.adjusted()) > 300 or len(text) > 300:
+    if not number.is_finite() or abs(number.adjusted()) > 5000 or len(text) > 5000:
         raise ValueError(text)
     return Fraction(number)
 
