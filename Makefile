@@ -78,6 +78,8 @@ clean:
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	if $(BIN)/pip show afd 2>/dev/null | grep -q '^Summary: Adversarial Feature Desensitization'; then \
+		$(BIN)/pip uninstall --quiet --yes afd; fi  # what this library was called before
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,lint]"
 	touch $@
 

@@ -1,7 +1,29 @@
-"""``python -m afd`` is the ``afd`` command."""
+"""``afd`` and ``python -m afd``: takes Ctrl-C first, then imports what the command needs."""
 
-import sys
+from __future__ import annotations
 
-from afd.cli import main
+from afd import process
 
-sys.exit(main())
+TYPE_CHECKING = False  # as typing's, which would be imported before Ctrl-C is taken
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+
+def main() -> NoReturn:
+    """The process's own command."""
+    process.run(_asked, "afd")
+
+
+def _asked() -> process.Work:
+    import sys
+
+    from afd.namesake import apart
+
+    apart()
+    from afd import cli  # only now: it may lie under the other one's files
+
+    return cli.asked(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

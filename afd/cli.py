@@ -1,130 +1,146 @@
 """The commands ``afd train | evaluate | bench | curves | info`` (or ``python -m afd``).
 
-A mistake ends in one line and exit status 2.
+A mistake ends in one line and exit status 2. Each command imports what it needs, when it is asked for.
 """
 
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
-import tyro
-from rich.console import Console
+from afd import extras, process
+from afd._version import __version__
 
-from afd import info as information
-from afd.attacks import CaptureWarning, ModelWarning
-from afd.bench.agreement import AgreementBench
-from afd.bench.attacks import AttackBench
-from afd.bench.discriminator import DiscriminatorBench
-from afd.bench.kernels import KernelBench
-from afd.bench.program import run as run_benchmark
-from afd.bench.rounds import RoundBench
-from afd.config import NUMBER, TrainConfig
-from afd.errors import AfdError
-from afd.evaluate import EvaluateConfig
-from afd.evaluate import run as run_evaluation
-from afd.training import StoppedError
-from afd.training import train as run_training
-from afd.training.curves import named, plot_curves
-from afd.training.distributed import leave
+if TYPE_CHECKING:
+    from afd.bench.program import Benchmark
+    from afd.config import TrainConfig
+    from afd.process import Work
 
 
-def train(config: Annotated[TrainConfig, tyro.conf.arg(name="")]) -> None:
-    """Train a classifier and measure its best checkpoint.
+def train(words: Sequence[str]) -> Work:
+    """Train a classifier and measure its best checkpoint."""
+    from afd.config import TrainConfig
+    from afd.parsing import parsed
 
-    Args:
-        config: the run.
-    """
-    run_training(config)
-    leave()
+    config: TrainConfig = parsed(TrainConfig, "train", words, train.__doc__)
+    for warning in config.settled().warnings():
+        print(f"afd: warning: {warning}", file=sys.stderr)
+    from afd.training.distributed import leave
+    from afd.training.experiment import train as run
 
+    extras.require("tensorboard", "afd train")
+    if config.data.name == "digits":
+        extras.require("sklearn", "the data set digits")
 
-def evaluate(config: Annotated[EvaluateConfig, tyro.conf.arg(name="")]) -> None:
-    """Attack a trained classifier, look for self-deception, and write a report.
+    def work() -> None:
+        run(config)
+        leave()
 
-    Args:
-        config: the evaluation.
-    """
-    run_evaluation(config)
-
-
-def curves(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("curves.png")) -> None:
-    """Draw the learning curves of runs in one picture.
-
-    Args:
-        runs: folders that `afd train` has written, as FOLDER or NAME=FOLDER.
-        out: PNG to write.
-    """
-    plot_curves(out, named(runs))
-    print(f"written to {out}")
+    return work
 
 
-Work = (
-    Annotated[AttackBench, tyro.conf.subcommand("attacks")]
-    | Annotated[KernelBench, tyro.conf.subcommand("kernels")]
-    | Annotated[RoundBench, tyro.conf.subcommand("round")]
-    | Annotated[DiscriminatorBench, tyro.conf.subcommand("discriminator")]
-    | Annotated[AgreementBench, tyro.conf.subcommand("agreement")]
-)
+def evaluate(words: Sequence[str]) -> Work:
+    """Attack a trained classifier, look for self-deception, and write a report."""
+    from afd.evaluate import EvaluateConfig, run
+    from afd.parsing import parsed
+
+    return partial(run, parsed(EvaluateConfig, "evaluate", words, evaluate.__doc__))
 
 
-def bench(work: Annotated[Work, tyro.conf.arg(name="")]) -> None:
-    """Measure attacks, kernels and training rounds beside what else does the same work.
+def bench(words: Sequence[str]) -> Work:
+    """Measure attacks, kernels and training rounds beside what else does the same work."""
+    with extras.needed_by("afd bench"):
+        from rich.console import Console
 
-    Args:
-        work: the benchmark.
-    """
-    run_benchmark(work, Console())
+    from afd.bench.program import run
+    from afd.parsing import parsed
+
+    return partial(run, parsed(benchmarks(), "bench", words, bench.__doc__), Console())
 
 
-def info() -> None:
+def curves(words: Sequence[str]) -> Work:
+    """Draw the learning curves of runs in one picture."""
+    from afd.parsing import parsed, tyro
+    from afd.training.curves import named, plot_curves
+
+    def drawn(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("curves.png")) -> Any:
+        """Draw the learning curves of runs in one picture.
+
+        Args:
+            runs: folders that `afd train` has written, as FOLDER or NAME=FOLDER.
+            out: PNG to write.
+        """
+
+        def work() -> None:
+            plot_curves(out, named(runs))
+            print(f"written to {out}")
+
+        return work
+
+    drawn.__annotations__ = {"runs": tyro.conf.Positional[tuple[str, ...]], "out": Path}
+    made: Work = parsed(drawn, "curves", words, curves.__doc__)
+    return made
+
+
+def info(words: Sequence[str]) -> Work:
     """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
-    print("\n".join(information.lines()))
+    from afd import info as information
+    from afd.parsing import parsed
+
+    def shown() -> Any:
+        """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
+        return lambda: print("\n".join(information.lines()))
+
+    made: Work = parsed(shown, "info", words, info.__doc__)
+    return made
 
 
-def in_a_line(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """A warning as text: afd's own in words alone, for here no line of the user's code is behind it."""
-    if category in {CaptureWarning, ModelWarning}:
-        return f"afd: warning: {message}\n"
-    return STANDARD_FORMAT(message, category, filename, lineno, line)
+COMMANDS = {"train": train, "evaluate": evaluate, "bench": bench, "curves": curves, "info": info}
 
 
-STANDARD_FORMAT = warnings.formatwarning
-NUMBERS = tyro.constructors.ConstructorRegistry()
+def benchmarks() -> Any:
+    """All benchmarks as one type for the parser."""
+    from afd.bench.agreement import AgreementBench
+    from afd.bench.attacks import AttackBench
+    from afd.bench.discriminator import DiscriminatorBench
+    from afd.bench.kernels import KernelBench
+    from afd.bench.rounds import RoundBench
+    from afd.parsing import tyro
 
-
-@NUMBERS.primitive_rule
-def number(kind: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[float] | None:
-    """Every option that is a number may be written as a fraction."""
-    return NUMBER if kind.type is float else None
+    kinds: tuple[type[Benchmark], ...] = (AttackBench, KernelBench, RoundBench, DiscriminatorBench, AgreementBench)
+    return Union[tuple(Annotated[kind, tyro.conf.subcommand(kind.name)] for kind in kinds)]  # noqa: UP007
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
-    before, warnings.formatwarning = warnings.formatwarning, in_a_line
-    try:
-        tyro.extras.subcommand_cli_from_dict(
-            {"train": train, "evaluate": evaluate, "bench": bench, "curves": curves, "info": info},
-            prog="afd",
-            description="Adversarial Feature Desensitization: train, evaluate, measure speed, see what is built.",
-            args=arguments,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-            registry=NUMBERS,
-        )
-    except StoppedError as stopped:
-        print(f"afd: {stopped}", file=sys.stderr)
-        return stopped.status
-    except AfdError as error:
-        print(f"afd: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("afd: interrupted; what was finished (epochs, evaluated batches) is kept", file=sys.stderr)
-        return 130
-    finally:
-        warnings.formatwarning = before
-    return 0
+    """Runs one command in somebody's process, whose signals are left alone; returns the exit status.
+
+    Args:
+        arguments: of the command line; those of this process by default.
+    """
+    return process.carry_out(partial(asked, sys.argv[1:] if arguments is None else arguments), "afd")
+
+
+def asked(words: Sequence[str]) -> Work:
+    """The work that words ask for, with all that it needs imported.
+
+    Raises:
+        AfdError: they ask for none that can be done.
+        SystemExit: they ask for help, which was shown.
+    """
+    if list(words) == ["--version"]:
+        return partial(print, f"afd {__version__}")
+    return COMMANDS[words[0]](words[1:]) if words and words[0] in COMMANDS else overview(words)
+
+
+def overview(words: Sequence[str]) -> Work:
+    """Shows the commands, or says that there is no such one."""
+    from afd.parsing import UsageError, show_commands
+
+    if not words:
+        raise UsageError(f"the command is missing; allowed are {', '.join(COMMANDS)} (afd --help says more)")
+    described = f"Adversarial Feature Desensitization {__version__}: train, evaluate, measure speed, see what is built."
+    show_commands(described, {name: str(command.__doc__) for name, command in COMMANDS.items()}, words)
+    raise UsageError(f"the command is {words[0]!r}; allowed are {', '.join(COMMANDS)}")

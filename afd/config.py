@@ -11,34 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
-from tyro.conf import arg
+from afd.errors import InputError, at_least, count, in_levels
+from afd.extras import needed_by
 
-from afd.errors import InputError, at_least
+with needed_by("afd.config"):
+    from tyro.conf import arg
 
-
-def fraction(text: str) -> float:
-    """A number written as "0.3" or "8/255".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    numerator, slash, denominator = text.partition("/")
-    return float(numerator) / float(denominator) if slash else float(numerator)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float))
-
-
-NUMBER = tyro.constructors.PrimitiveConstructorSpec(
-    nargs=1,
-    metavar="FLOAT|P/Q",
-    instance_from_str=lambda words: fraction(words[0]),
-    is_instance=_is_number,
-    str_from_instance=lambda value: [f"{value:g}"],
-)
-Number = Annotated[float, NUMBER]
+GREY = 0.5  # the Linf radius from which any image may become the same grey as any other
+Number = float  # which the command line also takes as a fraction
 
 
 @dataclass(frozen=True)
@@ -195,28 +175,42 @@ class TrainConfig:
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
         at_least("eps-warmup", self.eps_warmup, 0)
-        at_least("save-every", self.save_every, 0)
-        at_least("log-every", self.log_every, 1)
+        count("save-every", self.save_every, 0)
+        count("log-every", self.log_every, 1)
         assert model.width is not None
         assert attack.eps is not None
         assert attack.steps is not None
         assert self.epochs is not None
-        at_least("batch-size", data.batch_size, 1)
+        count("batch-size", data.batch_size, 1)
         if data.limit is not None:
-            at_least("limit", data.limit, 1)
-        at_least("width", model.width, 1)
+            count("limit", data.limit, 1)
+        count("width", model.width, 1)
         at_least("eps", attack.eps, 0)
-        at_least("attack-steps", attack.steps, 0)
-        at_least("eval-steps", attack.eval_steps, 0)
+        count("attack-steps", attack.steps, 0)
+        count("eval-steps", attack.eval_steps, 0)
         at_least("alpha", attack.step_size(attack.steps), 0)
-        at_least("epochs", self.epochs, 1)
+        for name, length in (("eps", attack.eps), ("alpha", attack.alpha)):
+            if length is not None and length > 1:
+                raise InputError(f"{name} is {length:g}; images lie in [0, 1], so it is at most 1{in_levels(length)}")
+        count("epochs", self.epochs, 1)
         at_least("seed", self.seed, 0)
         if self.overwrite and self.resume == "auto":
             raise InputError("resume is auto and overwrite is set; a run is gone on with or discarded, not both")
+        if self.seed >= 2**62:
+            raise InputError(f"seed is {self.seed}; it must be in [0, 2**62)")
         if not 0 < data.validation < 1:
             raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
         if any(not 0 < share <= 1 for share in self.milestones):
             raise InputError(f"milestones are {self.milestones}; each must be a share of the epochs, in (0, 1]")
+
+    def warnings(self) -> list[str]:
+        """What is allowed, of a settled config, and yet hardly meant."""
+        if self.method.name == "natural" or self.attack.eps is None or self.attack.eps < GREY:
+            return []
+        return [
+            f"eps is {self.attack.eps:g}: from {GREY} on, any image may become the same grey as any other, and nothing "
+            f"can be learnt{in_levels(self.attack.eps)}"
+        ]
 
     def as_json(self) -> dict[str, Any]:
         """Plain types only, for a checkpoint's metadata."""

@@ -7,6 +7,8 @@ import sys
 import warnings
 from collections.abc import Iterable
 
+MOST = 2**31 - 1  # of what counts something
+
 
 class AfdError(Exception):
     """Something a user can mend: input, data files, checkpoints."""
@@ -45,5 +47,24 @@ def one_of(argument: str, value: object, allowed: Iterable[str]) -> None:
 
 def at_least(argument: str, value: float, least: float) -> None:
     """Raises InputError unless `value` is a finite number >= least."""
-    if not (math.isfinite(value) and value >= least):
+    if not ((isinstance(value, int) or math.isfinite(value)) and value >= least):
         raise InputError(f"{argument} is {value}; it must be a finite number >= {least}")
+
+
+def count(argument: str, value: int, least: int) -> None:
+    """Raises InputError unless `value` is in [least, 2**31): what counts something, and more than anybody waits for."""
+    at_least(argument, value, least)
+    if value > MOST:
+        raise InputError(f"{argument} is {value}; it must be at most {MOST}")
+
+
+def in_levels(length: float) -> str:
+    """The question whether a length was thought of in grey levels, where it may have been."""
+    return f"; did you mean {length:g}/255?" if 1 <= length <= 255 else ""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that a device has no more memory; the CPU's allocator has no error class of its own."""
+    said = any(words in str(error) for words in ("DefaultCPUAllocator", "not enough memory"))
+    own = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+    return own or (isinstance(error, RuntimeError) and said)

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from tyro.conf import Positional
 
 from afd import data
 from afd.config import PRESETS
@@ -16,7 +14,7 @@ from afd.data import Images
 from afd.errors import InputError
 from afd.evaluation import results as files
 from afd.evaluation.epsilon import Epsilon, ascending
-from afd.evaluation.evaluate import evaluate, prepare, tables_of
+from afd.evaluation.evaluate import check_numbers, evaluate, prepare, tables_of
 from afd.evaluation.html import comparison
 from afd.evaluation.place import Place, placed
 from afd.evaluation.plots import plot_sweeps
@@ -24,8 +22,15 @@ from afd.evaluation.presentation import present, present_table
 from afd.evaluation.protocols import named
 from afd.evaluation.subject import Subject, SubjectError, from_factory
 from afd.evaluation.tables import table_1, table_2
+from afd.evaluation.target import check_radius
+from afd.extras import needed_by
+from afd.files import write_whole
 from afd.nn import ProjectionDiscriminator, build_model
 from afd.training import load_checkpoint
+
+with needed_by("afd evaluate"):
+    from rich.console import Console
+    from tyro.conf import Positional
 
 QUICK_IMAGES = 1000
 
@@ -81,6 +86,9 @@ def run(config: EvaluateConfig, console: Console | None = None) -> None:
     if not config.model:
         raise InputError("model is missing; name a checkpoint or package.module:function, or folders with --compare")
     radii = ascending(config.eps) if config.eps else None
+    check_numbers(config.seed, config.batch_size)
+    if radii and config.norm == "Linf":
+        check_radius(radii[-1], "Linf", values=1)
     with placed(config.device) as place:
         subject = load(config.model, place.device)
         surrogate = load(config.transfer_from, place.device) if config.transfer_from else None
@@ -111,9 +119,9 @@ def compare(config: EvaluateConfig, console: Console) -> None:
     prepare(config.out, overwrite=config.overwrite)
     tables = [table_1(found), table_2(found)]
     plot_sweeps(config.out / "curves.png", found)
-    (config.out / "report.html").write_text(comparison(found, config.out, tables), encoding="utf-8")
+    write_whole(config.out / "report.html", comparison(found, config.out, tables))
     text = "\n".join(f"{table.title}\n\n{table.markdown()}\n" for table in tables)
-    (config.out / "tables.md").write_text(text, encoding="utf-8")
+    write_whole(config.out / "tables.md", text)
     for table in tables:
         present_table(table, console)
     console.print(f"{config.out / 'report.html'} written", soft_wrap=True, markup=False, highlight=False)

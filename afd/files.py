@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import os
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from afd.errors import AfdError
 
@@ -95,21 +94,6 @@ def append_whole(path: Path | str, content: bytes | str) -> None:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_picture(path: Path | str, figure: Any) -> None:
-    """Writes a Matplotlib figure, whole or not at all, in the format that the file's name ends in (PNG without one).
-
-    Raises:
-        FileError: there is no such format, or the file cannot be written; what was at `path` is still there.
-    """
-    path = Path(path)
-    drawn = io.BytesIO()
-    try:
-        figure.savefig(drawn, format=path.suffix[1:] or "png")
-    except ValueError as error:
-        raise FileError(f"cannot write {path}: {error}") from error
-    write_whole(path, drawn.getbuffer())
-
-
 def make_folder(folder: Path) -> None:
     """Makes a folder that can be written to, or finds it made.
 
@@ -126,6 +110,19 @@ def make_folder(folder: Path) -> None:
         raise FolderError(f"{folder} cannot be made: {error.strerror or error}") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise FolderError(f"{folder} cannot be written to: permission denied")
+
+
+def check_writable(folder: Path) -> None:
+    """Makes a folder and tries it: some that look as if they could be written to refuse every file.
+
+    Raises:
+        FolderError: no file can be made there.
+    """
+    make_folder(folder)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise FolderError(f"{folder} cannot be written to: {error.strerror or error}") from error
 
 
 def sweep(folder: Path, name: str | None = None) -> None:

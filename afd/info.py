@@ -7,6 +7,7 @@ import platform
 import torch
 
 from afd._version import __version__
+from afd.namesake import namesake
 from afd.ops import backend, native
 
 
@@ -22,6 +23,8 @@ def facts() -> dict[str, str]:
         found["CPU threads"] = f"{build['cpu_threads']} ({build['cpu_threads_from']})"
         cuda = build["cuda_runtime"]
         found["CUDA kernels"] = f"CUDA {cuda}: sm_{build['cuda_architectures']}" if cuda else "not compiled in"
+    if (other := namesake()) is not None:
+        found["name taken"] = other.told
     found["AFD_BACKEND"] = backend.choice()
     found["CPU tensors"] = backend.explain(torch.device("cpu"))
     found["CUDA tensors"] = backend.explain(torch.device("cuda", 0))

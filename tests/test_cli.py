@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from afd import cli, demo
+from afd import info
 from afd.attacks import CaptureWarning
 from afd.bench.agreement import AgreementBench
 from afd.bench.attacks import AttackBench
@@ -29,7 +29,7 @@ def test_a_warning_of_ours_is_a_line_and_others_are_as_ever(capsys, monkeypatch)
         warnings.warn("something else", UserWarning, stacklevel=1)
         return []
 
-    monkeypatch.setattr(cli.information, "lines", warns)
+    monkeypatch.setattr(info, "lines", warns)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4])))
@@ -81,10 +81,13 @@ def test_every_option_of_a_benchmark_has_a_help_line(work, capsys):
 
 
 def test_no_command_shows_the_commands(capsys):
-    with pytest.raises(SystemExit):
-        main([])
-    out = capsys.readouterr()
-    assert "train" in out.out + out.err
+    assert main([]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("afd: error: the command is missing; allowed are train, evaluate, bench, curves, info (")
+    with pytest.raises(SystemExit) as shown:
+        main(["--help"])
+    assert not shown.value.code
+    assert "Train a classifier" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -115,8 +118,10 @@ def test_the_demo_reaches_its_bars(tmp_path):
     """Natural: at least 97% clean without robustness; AFD: at least 97% clean and 70% under PGD-40 at 0.2."""
     from rich.console import Console
 
-    curves = demo.run(tmp_path, Console(quiet=True))
-    at = demo.EPSILONS.index(0.2)
+    from afd.demo import digits
+
+    curves = digits.run(tmp_path, Console(quiet=True))
+    at = digits.EPSILONS.index(0.2)
     assert curves["natural"][at] < 0.2
     assert curves["AFD-WGAN"][0] >= 0.97
     assert curves["AFD-WGAN"][at] >= 0.70

@@ -173,10 +173,11 @@ def test_a_table_is_of_one_kind_of_device(tables, tmp_path):
 
 
 def test_every_benchmark_command_in_the_readme_is_understood(tables):
-    from afd import cli
+    from afd.cli import benchmarks
+    from afd.parsing import parsed
 
     commands = re.findall(r"^afd bench (.+?)(?:  +#.*)?$", README, re.MULTILINE)
     assert len(commands) >= 4
     for command in commands:
-        made = cli.tyro.cli(cli.Work, args=command.split(), registry=cli.NUMBERS)
+        made = parsed(benchmarks(), "bench", command.split(), "")
         assert made.name == command.split()[0]

@@ -25,16 +25,18 @@ OPS += ("spectral_norm", "spectral_linear", "projection_logits")
 # From the ground up; a room may import from lower floors and from itself.
 FLOORS = (
     {"_version", "errors"},
-    {"files", "processes"},
+    {"extras", "files", "namesake", "process", "processes"},
     {"_C"},
-    {"ops", "config"},
+    {"ops", "config", "pictures"},
     {"data", "nn"},
     {"attacks"},
     {"methods"},
     {"evaluation"},
     {"training"},
     {"bench", "demo", "evaluate", "info"},
-    {"", "cli"},  # "" is afd/__init__.py
+    {""},  # afd/__init__.py
+    {"parsing"},
+    {"cli"},
     {"__main__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

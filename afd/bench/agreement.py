@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tyro.conf import Suppress
 
 from afd.attacks import PGD
+from afd.bench import at_work
 from afd.bench.document import Candidate, Case, Figure
 from afd.bench.models import lenet
 from afd.bench.peers import PEERS, adapted
@@ -25,7 +25,11 @@ from afd.bench.program import Benchmark, Say
 from afd.bench.request import Request, Run, ours
 from afd.bench.show import Column
 from afd.data import load
-from afd.errors import at_least, one_of
+from afd.errors import count, one_of
+from afd.extras import needed_by
+
+with needed_by("afd bench agreement"):
+    from tyro.conf import Suppress
 
 RADII = {"Linf": 0.15, "L2": 1.5, "L1": 8.0}
 
@@ -66,7 +70,9 @@ class AgreementBench(Benchmark):
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each norm."""
         del say
-        at_least("images", self.images, 1)
+        count("images", self.images, 1)
+        count("steps", self.steps, 1)
+        at_work.begin("training a LeNet on MNIST")
         sets = load("mnist", self.data)
         model = trained(sets.train.images().to(device), sets.train.labels.to(device))
         x, y = (part[: self.images].to(device) for part in (sets.test.images(), sets.test.labels))
@@ -76,6 +82,7 @@ class AgreementBench(Benchmark):
     def agreement(self, norm: str, model: nn.Module, x: Tensor, y: Tensor) -> Case:
         """Both libraries on the same images."""
         eps = RADII[norm]
+        at_work.begin(f"{norm}: both libraries attack {len(x)} images")
         request = Request("apgd", norm, eps, alpha=eps, steps=self.steps)
         runs = {"afd": ours(model, request, self.precision), self.peer: adapted(self.peer, model, request)}
         left, other = (standing(model, run, x, y) for run in runs.values())

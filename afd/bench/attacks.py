@@ -11,20 +11,23 @@ the candidates named after it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from afd.bench import at_work
 from afd.bench.arithmetic import tf32
 from afd.bench.contest import fitting
 from afd.bench.document import Case, Figure
-from afd.bench.models import subject
+from afd.bench.models import image_shape, subject
 from afd.bench.peers import PEERS
 from afd.bench.program import Benchmark, Say, listed
 from afd.bench.request import ATTACKS, NORMS, requests
 from afd.bench.show import Column, mebibytes
-from afd.errors import InputError, at_least
+from afd.errors import InputError, at_least, count
+from afd.evaluation.target import check_radius
 
 RADII = {  # by channels: the usual ones of MNIST and of CIFAR-10
     1: {"Linf": 0.3, "L2": 2.0, "L1": 10.0},
@@ -82,27 +85,29 @@ class AttackBench(Benchmark):
         asked = [PEERS[name] for name in listed("against", self.against, PEERS)]
         return sorted({peer.package for peer in asked if peer.installed} - {"torch"})
 
-    def radii(self, norms: Sequence[str], usual: Mapping[str, float]) -> Mapping[str, float]:
-        """By norm.
+    def radii(self, norms: Sequence[str], shape: tuple[int, ...]) -> Mapping[str, float]:
+        """By norm, for images of a shape.
 
         Raises:
-            InputError: a radius for several norms, which measure differently, or one below 0.
+            InputError: a radius for several norms, which measure differently, or one below 0 or longer than images are
+                apart.
         """
         if self.eps is None:
-            return usual
+            return RADII[1 if shape[0] == 1 else 3]
         if len(norms) > 1:
             raise InputError(f"eps is {self.eps:g} for {', '.join(norms)}; ask for one norm at a time")
         at_least("eps", self.eps, 0)
+        check_radius(self.eps, norms[0], math.prod(shape))
         return {norms[0]: self.eps}
 
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each attack in each norm."""
         attacks, norms = listed("attack", self.attack, ATTACKS), listed("norm", self.norm, NORMS)
         against = listed("against", self.against, PEERS)
-        at_least("steps", self.steps, 1)
+        count("steps", self.steps, 1)
+        wanted = requests(attacks, norms, self.steps, self.radii(norms, image_shape(self.model, self.shape)))
+        at_work.begin(f"building {self.model}")
         target = subject(self.model, self.batch, self.shape, device)
-        radii = self.radii(norms, RADII[1 if target.x.shape[1] == 1 else 3])
-        wanted = requests(attacks, norms, self.steps, radii)
         for request in wanted:
             with tf32(False):
                 target, found = fitting(target, request, against, self.rounds, say)

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.table import Table
 
 from afd.bench.document import Document, DocumentError, Figure, machine, read
 from afd.bench.place import device_name
 from afd.bench.show import duration
 from afd.bench.timing import Timing
+from afd.extras import needed_by
+
+with needed_by("a benchmark"):
+    from rich import box
+    from rich.table import Table
 
 FEWEST_ROUNDS = 5
 

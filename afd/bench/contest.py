@@ -12,16 +12,17 @@ from torch import Tensor
 
 from afd.attacks import engine, execution
 from afd.attacks.joining import Joining
+from afd.bench import at_work
 from afd.bench.arithmetic import matmul_rate, pass_flops, tf32
 from afd.bench.document import Candidate, Case, Figure
 from afd.bench.host import HostReads
-from afd.bench.memory import out_of_memory, peak_bytes
+from afd.bench.memory import peak_bytes
 from afd.bench.models import Subject
 from afd.bench.peers import PEERS, PeerMissingError, adapted
 from afd.bench.program import Say
 from afd.bench.request import NotOfferedError, Request, Run, ours
 from afd.bench.timing import Timing, interleaved
-from afd.errors import InputError
+from afd.errors import InputError, out_of_memory
 from afd.ops.backend import fast_bf16
 
 FLOOR, OURS, AUTO = "floor", "afd", "afd auto"
@@ -99,7 +100,9 @@ def case(target: Subject, request: Request, against: Sequence[str], rounds: int,
     entrants = contestants(target, request, against, say)
     device, x, y = target.x.device, target.x, target.y
     facts: dict[str, dict[str, Figure]] = {}
+    at_work.begin(f"{request.name}, {target.size}")
     for name, entrant in list(entrants.items()):
+        at_work.now(f"two untimed calls of {name}")
         try:
             facts[name] = untimed(target, entrant.run, attacks=name != FLOOR)
         except NotOfferedError as error:
@@ -107,6 +110,7 @@ def case(target: Subject, request: Request, against: Sequence[str], rounds: int,
             del entrants[name]
     calls = {name: partial(entrant.run, x, y) for name, entrant in entrants.items()}
     times = interleaved(calls, rounds, warmup=0, device=device)
+    at_work.now("counting its arithmetic, and timing matrix products")
     flops = pass_flops(target.model, x, y)
     speeds = _speeds(times, entrants, len(x) * request.steps, request.passes * flops, device)
     images = {name: {"images_per_second": len(x) / taken.p50} for name, taken in times.items()}

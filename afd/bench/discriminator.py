@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from afd.bench import at_work
 from afd.bench.clocks import Calls, clock
 from afd.bench.document import Candidate, Case, Figure
 from afd.bench.program import Benchmark, Say, listed, reached
@@ -67,6 +68,7 @@ class DiscriminatorBench(Benchmark):
         for batch in BATCHES:
             for classes in CLASSES:
                 name = f"batch {batch}, {classes} classes"
+                at_work.begin(name)
                 sets = timer.sets([footprint(batch, classes)])
                 with backend.use("native"):
                     taken = timer.take(name, updates(batch, classes, sets, against, device), self.rounds)

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from afd.bench import spectral_works, works
+from afd.bench import at_work, spectral_works, works
 from afd.bench.clocks import Calls, Clock, clock, share_of_copy
 from afd.bench.document import Candidate, Case, Figure
 from afd.bench.program import Benchmark, Say, listed, reached
@@ -98,6 +98,7 @@ def several(op: Op, size: str, device: torch.device, timer: Clock) -> Iterator[t
 
 def case(sets: Sequence[Work], against: Collection[str], rounds: int, timer: Clock, say: Say) -> Case:
     """All ways to do one op's work, on the same sets of inputs, timed in turn."""
+    at_work.begin(sets[0].name)
     name, bytes_moved = sets[0].name, sets[0].bytes_moved
     with backend.use("native"):
         taken = timer.take(name, ways(sets, against, say), rounds)
@@ -136,6 +137,7 @@ def _compiled(sets: Sequence[Work], say: Say) -> list[Call] | None:
     """The eager formulation under torch.compile, compiled once; None, with a word, where there is no compiler."""
     from torch._dynamo.exc import TorchDynamoException  # takes a second to import
 
+    at_work.now("compiling")
     torch.compiler.reset()  # earlier cases do not count towards the limit of recompilations
     calls: list[Call] = [torch.compile(work.eager) for work in sets]
     try:

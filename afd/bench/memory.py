@@ -47,9 +47,3 @@ def _silent_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether it says that a device has no more memory; the CPU's allocator has no error class of its own."""
-    said = "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and said)

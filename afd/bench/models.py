@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from afd.errors import InputError, at_least
+from afd.errors import InputError, count, out_of_memory
 from afd.evaluation.subject import from_factory
 from afd.nn import build_model
 
@@ -59,6 +59,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
 }
 
 
+def image_shape(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The shape of an image that a model is timed on.
+
+    Raises:
+        InputError: the model has no such name, or the shape a side below 1.
+    """
+    if name not in MODELS and ":" not in name:
+        raise InputError(f"model is {name!r}; allowed are {', '.join(MODELS)}, and package.module:factory")
+    found = shape or (MODELS[name][1] if name in MODELS else (3, 32, 32))
+    if min(found) < 1:
+        raise InputError(f"shape is {'x'.join(map(str, found))}; each side must be at least 1")
+    return found
+
+
 def subject(
     name: str, batch: int | None = None, shape: tuple[int, ...] | None = None, device: torch.device | str = "cpu"
 ) -> Subject:
@@ -74,21 +88,23 @@ def subject(
         InputError: unknown name, no image, or a model that does not take images of that shape.
         SubjectError: a factory that cannot be imported or called, or returns no model.
     """
-    if name not in MODELS and ":" not in name:
-        raise InputError(f"model is {name!r}; allowed are {', '.join(MODELS)}, and package.module:factory")
+    size = image_shape(name, shape)
+    if batch is not None:
+        count("batch", batch, 1)
     torch.manual_seed(0)
     if name in MODELS:
-        build, own_shape, own_batch = MODELS[name]
+        build, _, own_batch = MODELS[name]
         model = build().to(device).eval()
     else:
-        model, own_shape, own_batch = from_factory(name, torch.device(device)).model, (3, 32, 32), 128
+        model, own_batch = from_factory(name, torch.device(device)).model, 128
     images = own_batch if batch is None else batch
-    at_least("batch", images, 1)
-    x = torch.rand(images, *(shape or own_shape), device=device)
+    x = torch.rand(images, *size, device=device)
     try:
         with torch.no_grad():
             y = torch.cat([model(part).argmax(1) for part in x.split(128)])
     except (RuntimeError, ValueError, IndexError) as error:
-        size, reason = "x".join(map(str, shape or own_shape)), str(error).split("\n", 1)[0]
-        raise InputError(f"shape is {size}, which model {name} does not take: {reason}") from error
+        if out_of_memory(error):
+            raise
+        told, reason = "x".join(map(str, size)), str(error).split("\n", 1)[0]
+        raise InputError(f"shape is {told}, which model {name} does not take: {reason}") from error
     return Subject(name, model, x, y)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from afd.bench import by_hand
 from afd.bench.request import NORMS, NotOfferedError, Request, Run
 from afd.errors import AfdError, one_of
+from afd.extras import how_to_add
 
 
 class PeerMissingError(AfdError):
@@ -147,5 +148,5 @@ def adapted(name: str, model: nn.Module, request: Request) -> Run:
     one_of("against", name, PEERS)
     peer = PEERS[name]
     if not peer.installed:
-        raise PeerMissingError(f"{name} is not installed; add it with: pip install {peer.package}")
+        raise PeerMissingError(f"{name} is not installed; add it with: {how_to_add(peer.module, peer.package)}")
     return peer.adapt(model, request)

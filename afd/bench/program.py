@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from rich.console import Console
 
 from afd.attacks.capture import guard
 from afd.bench import compare, show
+from afd.bench.at_work import AtWork, begin, telling
 from afd.bench.document import Case, Document, Figure
-from afd.bench.place import slug
+from afd.bench.place import device_name, slug
 from afd.bench.show import Column
-from afd.errors import InputError, at_least, one_of
+from afd.errors import InputError, count, one_of
 from afd.evaluation.place import device_named
+from afd.extras import needed_by
+from afd.files import check_writable
+
+with needed_by("a benchmark"):
+    from rich.console import Console
 
 Say = Callable[[str], None]
 RESULTS = Path("benchmarks/results")
@@ -61,6 +66,21 @@ class Benchmark(ABC):
         """Libraries beside torch whose versions matter."""
         return ()
 
+    def check(self) -> None:
+        """Raises InputError, before anything is built, if an option has a value that is not allowed."""
+        count("rounds", self.rounds, 1)
+
+    def file(self, device: torch.device) -> Path:
+        """Where the figures go.
+
+        Raises:
+            InputError: that is a folder.
+        """
+        out = self.out or RESULTS / f"{slug(f'{self.name} {self.subject} {device_name(device)}')}.json"
+        if out.is_dir() or not out.name:
+            raise InputError(f"out is {str(out)!r}; it must be the name of a JSON file")
+        return out
+
     def remarks(self, cases: Mapping[str, Case]) -> Iterable[str]:
         """Lines below the table, such as which bars are reached."""
         del cases
@@ -72,26 +92,35 @@ def run(benchmark: Benchmark, console: Console) -> Document:
 
     Raises:
         InputError: an option has a value that is not allowed, or the device is not there.
+        FolderError: the folder of the file cannot be used.
         DocumentError: the earlier run cannot be compared with this one.
     """
-    at_least("rounds", benchmark.rounds, 1)
+    benchmark.check()
     device = device_named(benchmark.device)
     old = compare.earlier(benchmark.compare, benchmark.name, device) if benchmark.compare else None
+    out = benchmark.file(device)
+    check_writable(out.parent)
+    with telling(console, f"bench {benchmark.name}") as told:
+        begin("starting")
+        return _measured(benchmark, device, out, old, told)
+
+
+def _measured(benchmark: Benchmark, device: torch.device, out: Path, old: Document | None, told: AtWork) -> Document:
+    console = told.console
 
     def say(line: str) -> None:
+        told.clear()
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     cases: dict[str, Case] = {}
     begun = Document.here(benchmark.name, device, benchmark.rounds, benchmark.settings, cases, benchmark.packages)
-    out = benchmark.out or RESULTS / f"{slug(f'{benchmark.name} {benchmark.subject} {begun.device}')}.json"
-    if out.is_dir() or not out.name:
-        raise InputError(f"out is {str(out)!r}; it must be the name of a JSON file")
     with guard(device):
         for name, case in benchmark.measure(device, say):
             cases[name] = case
             begun.holding(cases, finished=False).write(out)
     document = begun.holding(cases, finished=True)
     document.write(out)
+    told.clear()
     show.whole(console, show.table(document, benchmark.columns))
     for line in benchmark.remarks(cases):
         say(line)

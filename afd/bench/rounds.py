@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from afd.bench import at_work
 from afd.bench.document import Candidate, Figure
 from afd.bench.document import Case as Measured
 from afd.bench.peers import PEERS
@@ -30,7 +31,7 @@ from afd.bench.round_candidates import (
 )
 from afd.bench.show import Column
 from afd.bench.timing import Timing, interleaved
-from afd.errors import at_least
+from afd.errors import count
 
 RELEASED = "released"
 PRECISIONS, SCHEDULES = ("fp32", "auto"), ("simultaneous", "alternating")
@@ -55,6 +56,7 @@ def measure(
 ) -> Iterator[tuple[str, dict[str, Timing]]]:
     """Times of whole rounds, then of what comes after the attack, by candidate."""
     for i, part in enumerate((WHOLE, OUTSIDE)):
+        at_work.begin(part)
         calls = {name: parts[i] for name, parts in played.items()}
         yield part, interleaved(calls, rounds, warmup, device)
 
@@ -98,10 +100,11 @@ class RoundBench(Benchmark):
         Raises:
             RecordingError: a round could not be recorded; after all others have been timed.
         """
-        at_least("batch", self.batch, 1)
-        at_least("steps", self.steps, 1)
+        count("batch", self.batch, 1)
+        count("steps", self.steps, 1)
         schedules = listed("schedules", self.schedules, SCHEDULES)
         precisions = listed("precisions", self.precisions, PRECISIONS)
+        at_work.begin(f"building {self.case}")
         chosen = case(self.case, self.batch, self.steps, device)
         played = candidates(chosen, schedules, precisions, graphs=device.type == "cuda")
         refused = left_out(played, say)

@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Drawing
-from rich import box
-from rich.console import Console
-from rich.measure import Measurement
-from rich.segment import Segments
-from rich.table import Table
-
 from afd.bench.document import Case, Document, Figure
-from afd.files import write_picture
+from afd.extras import needed_by
+from afd.pictures import save
+
+with needed_by("a benchmark"):
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Drawing
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.segment import Segments
+    from rich.table import Table
 
 WIDEST = 240  # of a table, in characters
 COLUMNS_OF_PANELS = 3
@@ -105,7 +107,7 @@ def chart(path: Path, document: Document) -> None:
     for axes, (name, case) in zip(panels.flat, cases.items(), strict=False):
         _bars(axes, name, case)
     figure.suptitle(f"{title(document)}\nbars: medians, whiskers: p20 to p80", fontsize=9)
-    write_picture(path, figure)
+    save(figure, path)
 
 
 def _bars(axes: Axes, name: str, case: Case) -> None:

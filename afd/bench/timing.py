@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from afd.bench import at_work
+
 Call = Callable[[], object]
 Candidates = Mapping[str, Call]
 Reading = Callable[[], float]  # seconds, once they are known
@@ -38,7 +40,8 @@ def interleaved(
     On CUDA the times are those between events on the current stream.
     """
     for _ in range(warmup):
-        for call in candidates.values():
+        for name, call in candidates.items():
+            at_work.now(f"warming up, {name}")
             call()
     taken = in_turn(candidates, rounds, between_events if device.type == "cuda" else _on_cpu, seed)
     return {name: Timing.of(seconds) for name, seconds in taken.items()}
@@ -54,9 +57,10 @@ def in_turn(
     """
     order, shuffler = list(candidates), random.Random(seed)
     readings: dict[str, list[Reading]] = {name: [] for name in candidates}
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
         shuffler.shuffle(order)
         for name in order:
+            at_work.now(f"round {number} of {rounds}, {name}")
             readings[name].append(clock(candidates[name]))
     return {name: [read() for read in taken] for name, taken in readings.items()}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from afd.data.errors import DataError
+from afd.extras import needed_by
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Source:
 
 def default_root() -> Path:
     """The user's cache folder of this library."""
-    import pooch
+    with needed_by("the cache folder of data sets (name a folder of yours with --data-root, or root= in Python)"):
+        import pooch
 
     return Path(pooch.os_cache("afd"))
 
@@ -116,14 +118,16 @@ def _obtain(source: Source, root: Path, home: Path, *, download: bool) -> None:
 
 
 def _retrieve(url: str, md5: str, folder: Path) -> Path:
-    import pooch
+    with needed_by(f"fetching {url}"):
+        import pooch
 
     name = url.rpartition("/")[2]
     return Path(pooch.retrieve(url, known_hash=f"md5:{md5}", fname=name, path=folder))
 
 
 def _checked(path: Path, md5: str) -> Path:
-    import pooch
+    with needed_by(f"checking {path}"):
+        import pooch
 
     found = pooch.file_hash(str(path), alg="md5")
     if found != md5:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from afd.attacks import Attack
 from afd.attacks.inputs import outside_inference
-from afd.evaluation.extras import require
 from afd.evaluation.foreign import PlainLogits, lent
 from afd.evaluation.target import Target
+from afd.extras import require
 
 TARGET_CLASSES = 9  # of the standard version; fewer where the model has fewer others
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from itertools import pairwise
 from typing import Self
@@ -31,7 +32,7 @@ class Epsilon:
             InputError: it is none of these, negative or not finite.
         """
         try:
-            exact = Fraction(value if isinstance(value, Fraction) else str(value))
+            exact = value if isinstance(value, Fraction) else _fraction(str(value))
         except (ValueError, ZeroDivisionError):
             raise InputError(f"eps is {value!r}; it must be a number such as 0.3 or a fraction such as 8/255") from None
         if exact < 0:
@@ -53,6 +54,26 @@ class Epsilon:
     def as_json(self) -> dict[str, str | float]:
         """The exact fraction, the float that the attack used, and how it is printed."""
         return {"fraction": str(self.exact), "float": float(self), "text": str(self)}
+
+
+def _fraction(text: str) -> Fraction:
+    """Of "0.3", "8/255" or "0.5/255".
+
+    Raises:
+        ValueError, ZeroDivisionError: it is none of these, or of too many digits to compute with.
+    """
+    top, slash, bottom = text.partition("/")
+    return _exact(top) / _exact(bottom) if slash else _exact(top)
+
+
+def _exact(text: str) -> Fraction:
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        raise ValueError(text) from None
+    if not number.is_finite() or abs(number.adjusted()) > 5000 or len(text) > 5000:
+        raise ValueError(text)
+    return Fraction(number)
 
 
 def ascending(values: Iterable[str | float | Fraction | Epsilon]) -> tuple[Epsilon, ...]:

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from afd._version import __version__
 from afd.data import Images
-from afd.errors import AfdError, InputError, InputTypeError
+from afd.errors import InputError, InputTypeError
 from afd.evaluation import results as files
 from afd.evaluation.examples import examples
 from afd.evaluation.features import DomainWatch, divergences, feature_summary, has_features
@@ -31,14 +30,15 @@ from afd.evaluation.state import Store
 from afd.evaluation.subject import Subject, check_fit, check_metadata
 from afd.evaluation.tables import robustbench, table_1, table_2
 from afd.evaluation.verification import other_batch_size, verify
+from afd.extras import needed_by
+from afd.files import FolderError, check_writable, write_whole
 from afd.nn.modes import local
+
+with needed_by("the report of an evaluation"):
+    from rich.console import Console
 
 STATE = "state"
 WRITTEN = (files.FILE, "curves.png", "divergence.png", "examples.png", "report.html")
-
-
-class FolderError(AfdError):
-    """The output folder cannot be used."""
 
 
 @ordinary_modes()
@@ -46,7 +46,7 @@ def evaluate(
     subject: Subject,
     images: Images,
     protocol: Protocol,
-    out: Path,
+    out: Path | str,
     *,
     surrogate: Subject | None = None,
     split: str = "test",
@@ -87,8 +87,8 @@ def evaluate(
         FolderError, StateError: `out` holds something else.
         AttackFailedError: an attack raised; what was computed is kept.
     """
-    _whole("batch-size", batch_size, 1)
-    _whole("seed", seed, 0)
+    check_numbers(seed, batch_size)
+    out = Path(out)
     if len(images) == 0:
         raise InputError("images is empty; an evaluation needs at least one image")
     if surrogate is None and any(stage.role == "transfer" for stage in protocol.stages):
@@ -140,7 +140,7 @@ def evaluate(
         plot_sweeps(out / "curves.png", [content])
         if content["divergence"]:
             plot_divergence(out / "divergence.png", content)
-        (out / "report.html").write_text(report(content, out, tables_of(content)), encoding="utf-8")
+        write_whole(out / "report.html", report(content, out, tables_of(content)))
         files.write(out, content)
     place.wait()
     if place.leads and not keep_images:
@@ -158,6 +158,12 @@ def _check_stages(protocol: Protocol) -> None:
             f"protocol {protocol.name} lacks the stages {', '.join(sorted(missing))}; add those of "
             "afd.evaluation.protocols.probes"
         )
+
+
+def check_numbers(seed: int, batch_size: int) -> None:
+    """Raises InputError, InputTypeError unless an evaluation can use them."""
+    _whole("batch-size", batch_size, 1)
+    _whole("seed", seed, 0)
 
 
 def _whole(name: str, value: int, least: int) -> None:
@@ -183,10 +189,7 @@ def prepare(out: Path, *, overwrite: bool) -> None:
         raise FolderError(f"out is {out}, which holds a finished evaluation; name another folder, or pass --overwrite")
     elif out.exists() and any(out.iterdir()) and not (out / STATE).is_dir():
         raise FolderError(f"out is {out}, which exists and holds no evaluation; name another folder, or --overwrite")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FolderError(f"out is {out}, which cannot be made: {error}") from error
+    check_writable(out)
 
 
 def fingerprint(

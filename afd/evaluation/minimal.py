@@ -12,9 +12,9 @@ from torch import Tensor
 
 from afd.attacks import Attack
 from afd.attacks.inputs import outside_inference
-from afd.evaluation.extras import require
 from afd.evaluation.foreign import lent
 from afd.evaluation.target import BOUNDS, Target
+from afd.extras import require
 
 
 def ddn(target: Target, *, steps: int, init_epsilon: float = 1.0, gamma: float = 0.05) -> Attack:

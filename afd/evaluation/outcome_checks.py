@@ -12,6 +12,7 @@ from afd.evaluation.outcome import Outcome
 from afd.evaluation.protocol import Stage
 from afd.evaluation.protocols import PROBED
 from afd.evaluation.verification import Verification
+from afd.extras import how_to_add
 
 NEEDED = ("probe-noise", "probe-fgsm", "probe-pgd-20", "probe-pgd-40", "probe-far")  # stages of every protocol
 
@@ -148,7 +149,7 @@ def _square(seen: Probes) -> Check:
                 alone &= ~seen.reached(stage)
         extra.append((100 * float(alone.double().mean()), 100 / len(alone)))
     if not extra:
-        return skipped(name, "pyautoattack is not installed; add it with: pip install 'afd[evaluate]'")
+        return skipped(name, f"pyautoattack is not installed; add it with: {how_to_add('pyautoattack')}")
     points, one = max(extra)
     return judge(name, points, "points", allowed=0.2, fails_above=1, one=one, meaning=meaning)
 

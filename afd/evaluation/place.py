@@ -88,6 +88,20 @@ def placed(device: str) -> Iterator[Place]:
             processes.leave()
 
 
+def counted(name: str, default: int, least: int = 0) -> int:
+    """The whole number in an environment variable, such as torchrun sets.
+
+    Raises:
+        InputError: it is none.
+    """
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    if not text.strip().isdecimal() or int(text) < least:
+        raise InputError(f"the environment variable {name} is {text!r}; it must be a whole number >= {least}")
+    return int(text)
+
+
 def device_named(name: str) -> torch.device:
     """The torch device of a name, "auto" taking CUDA where there is one; each process of a machine has its own GPU.
 
@@ -100,12 +114,14 @@ def device_named(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"device is {name!r}; allowed are auto, cpu, cuda, cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise InputError(f"device is {name!r}; allowed are auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device is {name!r}, but torch sees no CUDA device; allowed here are auto and cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device is {name!r}; torch sees CUDA devices 0 to {torch.cuda.device_count() - 1}")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return device
+    if device.type == "cpu":
+        return torch.device("cpu")
+    index = counted("LOCAL_RANK", 0) if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        told = name if device.index is not None else f"{name} of the process with LOCAL_RANK {index}"
+        raise InputError(f"device is {told!r}; torch sees CUDA devices 0 to {torch.cuda.device_count() - 1}")
+    return torch.device("cuda", index)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table as Grid
-
 from afd.evaluation.plots import NORM_SIGNS
 from afd.evaluation.tables import Table, percent
+from afd.extras import needed_by
+
+with needed_by("the report of an evaluation"):
+    from rich.console import Console
+    from rich.table import Table as Grid
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red", "skipped": "dim"}
 

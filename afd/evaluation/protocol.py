@@ -9,8 +9,8 @@ from typing import Any, Literal
 from afd.errors import InputError
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.epsilon import Epsilon, ascending
-from afd.evaluation.extras import require
-from afd.evaluation.target import diameter
+from afd.evaluation.target import check_radius
+from afd.extras import require
 
 Scope = Literal["all", "correct", "survivors", "remaining"]
 Role = Literal["score", "transfer", "probe"]
@@ -126,12 +126,8 @@ class Protocol:
         The paper's sweeps, which are those of other data sets too, and the probes are left alone.
         """
         for stage in self.stages:
-            widest, largest = diameter(stage.norm, pixels), stage.epsilons[-1]
-            if self.name != "paper" and stage.role != "probe" and float(largest) > widest:
-                raise InputError(
-                    f"eps is {largest} in {stage.norm}; no two images in [0, 1] are further apart than {widest:g}, so "
-                    "name a smaller radius (such as 8/255)"
-                )
+            if self.name != "paper" and stage.role != "probe":
+                check_radius(stage.epsilons[-1], stage.norm, pixels)
 
     def order(self) -> list[tuple[Stage, tuple[int, ...]]]:
         """(stage, radii by position) in the order in which one batch meets them.

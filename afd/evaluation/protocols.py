@@ -7,9 +7,9 @@ from fractions import Fraction
 
 from afd.errors import InputError, one_of
 from afd.evaluation.epsilon import Epsilon, ascending
-from afd.evaluation.extras import installed
 from afd.evaluation.protocol import Protocol, Stage
 from afd.evaluation.target import NORMS
+from afd.extras import installed
 
 NAMES = ("quick", "autoattack", "paper")
 PROBED = 200  # images that the probes attack

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from afd.errors import AfdError
+from afd.files import make_folder, write_whole
 
 FINGERPRINT = "run.json"
 
@@ -58,11 +59,11 @@ class Store:
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         wanted = json.dumps(fingerprint, indent=1, sort_keys=True)
         path = folder / FINGERPRINT
         if not path.exists():
-            _write(path, wanted.encode())
+            write_whole(path, wanted)
         elif (found := json.loads(path.read_text())) != json.loads(wanted):
             differing = sorted(key for key in {*found, *fingerprint} if found.get(key) != json.loads(wanted).get(key))
             raise StateError(
@@ -85,11 +86,14 @@ class Store:
             raise StateError(f"{path} is damaged ({error}); delete it, and what it held is computed again") from error
 
     def save(self, key: str, unit: Unit) -> None:
-        """Writes beside, then renames: a unit's file is whole, or not there."""
-        path = self._path(key)
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-        torch.save({name: _cpu(value) for name, value in vars(unit).items()}, beside)
-        beside.replace(path)
+        """Writes a unit's file, whole or not at all.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        content = io.BytesIO()
+        torch.save({name: _cpu(value) for name, value in vars(unit).items()}, content)
+        write_whole(self._path(key), content.getbuffer())
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.pt"
@@ -97,9 +101,3 @@ class Store:
 
 def _cpu(value: Any) -> Any:
     return value.cpu() if isinstance(value, Tensor) else value
-
-
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    beside.write_bytes(content)
-    beside.replace(path)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.errors import InputTypeError, one_of
+from afd.errors import InputError, InputTypeError, in_levels, one_of
+from afd.evaluation.epsilon import Epsilon
 from afd.ops import checks
 
 NORMS = ("Linf", "L2", "L1")
@@ -75,6 +76,16 @@ def diameter(norm: str, values: int) -> float:
     """
     one_of("norm", norm, NORMS)
     return float({"Linf": 1, "L2": math.sqrt(values), "L1": values}[norm])
+
+
+def check_radius(eps: float | Epsilon, norm: str, values: int) -> None:
+    """Raises InputError if a radius exceeds the distance of any two images of so many values in [0, 1]."""
+    widest = diameter(norm, values)
+    if float(eps) > widest:
+        raise InputError(
+            f"eps is {eps} in {norm}; no two images in [0, 1] are further apart than {widest:g}"
+            + (in_levels(float(eps)) if norm == "Linf" else ", so name a smaller radius")
+        )
 
 
 def within(lengths: Tensor, eps: float) -> Tensor:

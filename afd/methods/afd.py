@@ -80,9 +80,15 @@ class AFD:
         one_of("schedule", self.schedule, SCHEDULES)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         check_factories(self.optimizers, PLAYERS)
-        check_update(self.label_smoothing, self.clip, self.micro_batches)
+        check_update(
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            label_smoothing=self.label_smoothing,
+            clip=self.clip,
+            micro_batches=self.micro_batches,
+        )
         at_least("lr", self.lr, 1e-12)
-        for name in ("lr_discriminator", "lr_features", "momentum", "weight_decay", "penalty"):
+        for name in ("lr_discriminator", "lr_features", "penalty"):
             at_least(name, getattr(self, name), 0.0)
         at_least("discriminator_rounds", self.discriminator_rounds, 1)
 

@@ -58,7 +58,13 @@ class Natural:
         at_least("lr", self.lr, 1e-12)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         check_factories(self.optimizers, ["task"])
-        check_update(self.label_smoothing, self.clip, self.micro_batches)
+        check_update(
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            label_smoothing=self.label_smoothing,
+            clip=self.clip,
+            micro_batches=self.micro_batches,
+        )
 
     def build(self, model: Split, execution: Execution = Execution(), wrap: Wrap = unwrapped) -> NaturalRound:  # noqa: B008  (frozen)
         """A round that trains `model`."""

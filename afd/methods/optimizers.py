@@ -42,8 +42,14 @@ def check_factories(factories: Mapping[str, OptimizerFactory], players: Iterable
             raise InputError(f"optimizers has the key {name!r}; allowed are {', '.join(names)}")
 
 
-def check_update(label_smoothing: float, clip: float | None, micro_batches: int) -> None:
+def check_update(
+    *, momentum: float, weight_decay: float, label_smoothing: float, clip: float | None, micro_batches: int
+) -> None:
     """Raises InputError unless the settings of an update that all methods share are in range."""
+    at_least("momentum", momentum, 0.0)
+    if momentum >= 1:
+        raise InputError(f"momentum is {momentum}; it must be below 1")
+    at_least("weight_decay", weight_decay, 0.0)
     at_least("label_smoothing", label_smoothing, 0.0)
     if label_smoothing >= 1:
         raise InputError(f"label_smoothing is {label_smoothing}; it must be below 1")

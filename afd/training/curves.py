@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from afd.errors import InputError
-from afd.files import write_picture
+from afd.extras import needed_by
+from afd.pictures import check_format, save
 from afd.training.logs import logged
+
+with needed_by("the picture of learning curves"):
+    from matplotlib.backend_bases import FigureCanvasBase
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 LOG = "log.jsonl"
 LOSSES = {"task": "cross-entropy", "discriminator": "discriminator's loss", "features": "features' loss"}
@@ -28,9 +31,10 @@ def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
         runs: folders that `afd train` has written, by the names to show.
 
     Raises:
-        InputError: there is no run, or a folder holds no log of a whole epoch.
+        InputError: there is no run, a folder holds no log of a whole epoch, or the file's name ends in no format.
         FileError, FolderError: the picture cannot be written.
     """
+    check_format(path, FigureCanvasBase.filetypes)
     logs = {name: read_log(folder) for name, folder in runs.items()}
     if not logs:
         raise InputError("runs is empty; there must be at least one run to draw")
@@ -56,23 +60,34 @@ def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
         axes.set(xlabel="epoch", xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(8 if axes is wide else 4, integer=True))
         axes.grid(alpha=0.3)
-    write_picture(path, figure)
+    save(figure, path)
 
 
 def read_log(folder: Path | str) -> Entries:
     """The lines that a run has logged.
 
     Raises:
-        InputError: there is no log, or no epoch in it.
+        InputError: there is no log, no epoch in it, or what no run has written.
         FileError: it cannot be read, or holds something else.
     """
     path = Path(folder) / LOG
     if not path.is_file():
         raise InputError(f"there is no {LOG} in {folder}; a run's folder has one")
     entries = logged(path)
+    if not all(map(_drawable, entries)):
+        raise InputError(f"{path} holds lines that are no reports of a training")
     if not _of_kind(entries, "epoch"):
         raise InputError(f"{path} holds no finished epoch; there is nothing to draw yet")
     return entries
+
+
+def _drawable(entry: Any) -> bool:
+    """Whether a line has what is drawn of it."""
+    if not (isinstance(entry, dict) and entry.get("kind") in ("interval", "epoch")):
+        return False
+    wanted = {"epoch", "losses", "learning_rates"} | ({"natural", "robust"} if entry["kind"] == "epoch" else set())
+    figures = [entry.get(name) for name in ("losses", "learning_rates")]
+    return wanted <= entry.keys() and all(isinstance(one, dict) and "task" in one for one in figures)
 
 
 def _draw_accuracies(axes: Any, epochs: Entries, colour: str, name: str) -> None:

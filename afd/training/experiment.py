@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from afd import data, methods
 from afd.attacks import APGD, PGD, Attack, AttackFactory
@@ -20,6 +18,7 @@ from afd.data import Batches, Images, Splits
 from afd.data.augment import CropAndFlip
 from afd.errors import AfdError
 from afd.evaluation.place import device_named
+from afd.extras import needed_by
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
 from afd.training.checkpoint import CheckpointError, OtherKindError, load_checkpoint
@@ -34,6 +33,10 @@ from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
 from afd.training.validation import shared_accuracy
 from afd.training.weights import load_weights, save_weights
+
+with needed_by("afd.training.train"):
+    from rich.console import Console
+    from rich.table import Table
 
 TEST_STEPS = 40
 EVAL_BATCH = 500
@@ -76,12 +79,16 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     """
     config = config.settled()
     device = device_named(config.device)
-    if splits is None:
-        splits = data.load(config.data.name, config.data.root, validation=config.data.validation)
-    splits = splits.limited(config.data.limit)
+    build_method(config.method)  # its numbers are checked before data are read
+    for file in (config.weights, Path(config.resume) if config.resume and config.resume != "auto" else None):
+        if file is not None and not file.is_file():
+            raise CheckpointError(f"there is no checkpoint {file}")
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)
     with run_folder(config.out, config.resume, group, overwrite=config.overwrite) as folder:
+        if splits is None:
+            splits = data.load(config.data.name, config.data.root, validation=config.data.validation)
+        splits = splits.limited(config.data.limit)
         return _train_in(folder, dataclasses.replace(config, out=folder), console, splits, group, device)
 
 

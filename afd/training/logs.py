@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from afd.extras import needed_by
 from afd.files import FileError, append_whole, write_whole
-from afd.training import events
 from afd.training.reports import Callback, EpochReport, Report
 
 
@@ -18,9 +18,13 @@ def tensorboard(folder: Path | str) -> Callback:
     Each report is written before the callback returns, the whole of it or nothing: TensorBoard's own writer leaves that
     to a thread, which dies with a traceback of its own when the disk is full.
 
-    Raises (the callback):
-        FileError, FolderError: it cannot be written (a full disk, say).
+    Raises:
+        ExtraMissingError: TensorBoard is not installed.
+        FileError, FolderError: raised by the callback, which cannot write (a full disk, say).
     """
+    with needed_by("the callback tensorboard"):
+        from afd.training import events
+
     path: Path | None = None
 
     def write(report: Report) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
-
+from afd.extras import needed_by
 from afd.training.reports import EpochReport, Losses, Report
+
+with needed_by("afd.training.train"):
+    from rich.console import Console, Group, RenderableType
+    from rich.live import Live
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
 
 FIRST, EVERY = 5.0, 60.0  # seconds without a line, in a log that is no terminal: at the beginning, and later on
 PEEK = 1.0  # seconds between two looks at the losses

@@ -57,7 +57,7 @@ class Released:
         return "norm" in self.network
 
 
-def load_released(path: Path) -> Released:
+def load_released(path: Path | str) -> Released:
     """Reads a checkpoint of the released code; needs no code from the file.
 
     Raises:

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from afd.bench import arithmetic
-from afd.bench.memory import out_of_memory, peak_bytes
+from afd.bench.memory import peak_bytes
+from afd.errors import out_of_memory
 
 CPU = torch.device("cpu")
 

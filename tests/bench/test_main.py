@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from afd.bench import __main__ as command
+from afd import process
+from afd.bench import command
 from afd.errors import InputError
 
 
@@ -34,14 +35,14 @@ def test_words_are_read_as_the_options_are_annotated():
 )
 def test_a_mistake_is_one_line_and_status_2(words, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["afd.bench", *words])
-    assert command.main() == 2
+    assert process.carry_out(command.asked, "afd.bench") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"afd.bench: error: {said}")
 
 
 def test_a_benchmark_refuses_what_it_cannot_measure(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["afd.bench", "kernels", "sizes=vast", f"out={tmp_path / 'k.json'}"])
-    assert command.main() == 2
+    assert process.carry_out(command.asked, "afd.bench") == 2
     assert capsys.readouterr().err.startswith("afd.bench: error: sizes is 'vast'; allowed are ")
     with pytest.raises(InputError, match=r"^rounds is 0"):
         command.run(command.built("kernels", "rounds=0"), command.Console())

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from afd import extras
 from afd.attacks import PGD
 from afd.bench.peers import Request, adapted
-from afd.evaluation import extras
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.epsilon import Epsilon, ascending
 from afd.evaluation.evaluate import evaluate
-from afd.evaluation.extras import ExtraMissingError
 from afd.evaluation.protocols import autoattack, autoattack_reference, paper
 from afd.evaluation.subject import Subject
 from afd.evaluation.target import Target, distance
+from afd.extras import ExtraMissingError
 
 EXTERNAL = {
     "ddn": ("L2", {"steps": 100}),
@@ -100,7 +100,7 @@ def test_a_missing_extra_is_named_before_anything_runs(missing, images, natural,
         autoattack("Linf", ascending(["0.1"]), reference), autoattack_reference("Linf", ascending(["0.1"]), reference),
     ]}  # fmt: skip
     for protocol in protocols[missing]:
-        with pytest.raises(ExtraMissingError, match=rf"needs {missing}, .* pip install 'afd\[evaluate\]'"):
+        with pytest.raises(ExtraMissingError, match=rf"needs {missing}, .* pip install 'afd-torch\[evaluate\]'"):
             evaluate(Subject("natural", "test", natural), images, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -9,14 +9,14 @@ import torch
 from ambient import MODES
 from torch import nn
 
+from afd import extras
 from afd.attacks import Report
 from afd.data import Images
 from afd.errors import InputError, InputTypeError, ModelWarning
-from afd.evaluation import catalogue, extras
+from afd.evaluation import catalogue
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.epsilon import Epsilon, ascending
 from afd.evaluation.evaluate import FolderError, evaluate
-from afd.evaluation.extras import ExtraMissingError
 from afd.evaluation.features import feature_summary
 from afd.evaluation.place import Place, device_named
 from afd.evaluation.protocol import Protocol, Stage
@@ -25,6 +25,7 @@ from afd.evaluation.runner import Runner
 from afd.evaluation.state import Store
 from afd.evaluation.subject import Subject, SubjectError, check_fit
 from afd.evaluation.target import Target
+from afd.extras import ExtraMissingError
 
 COUNT = 230  # more than the checks that look at the first images look at
 RADII = ascending(["0.0525", "0.2025"])
@@ -399,7 +400,7 @@ def test_a_radius_that_is_no_float_is_refused():
 
 def test_a_folder_that_cannot_be_made_is_named(bright, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FolderError, match="which cannot be made"):
+    with pytest.raises(FolderError, match="cannot be made: a part of the path is a file"):
         evaluated(Brightest(), bright, tmp_path / "file" / "out")
 
 

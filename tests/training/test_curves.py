@@ -19,7 +19,7 @@ def drawn(monkeypatch):
     figures = []
     save = Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *at, **how: (figures.append(figure), save(figure, *at, **how))
+        Figure, "savefig", lambda figure, *told, **more: (figures.append(figure), save(figure, *told, **more))
     )
     return figures
 

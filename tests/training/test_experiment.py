@@ -9,6 +9,7 @@ from afd import data
 from afd.attacks import CaptureWarning
 from afd.cli import main
 from afd.evaluation import accuracy
+from afd.parsing import fraction
 from afd.training import experiment
 from afd.training.checkpoint import load_checkpoint
 
@@ -121,6 +122,26 @@ def test_natural_training(tmp_path):
         (["--ema", "1"], "ema is 1.0; it must be in [0, 1)"),
         (["--device", "tpu9"], "device is 'tpu9'; allowed are auto, cpu, cuda"),
         (["--data", "mnist", "--data-root", "{here}"], "{here}"),
+        (["--eps", "8"], "eps is 8; images lie in [0, 1], so it is at most 1; did you mean 8/255?"),
+        (["--alpha", "2"], "alpha is 2; images lie in [0, 1], so it is at most 1; did you mean 2/255?"),
+        (["--eps", "8/0"], "--eps: '8/0' is neither a number such as 0.3 nor a fraction such as 8/255"),
+        (["--epochs", "2.5"], "--epochs: '2.5' is no whole number"),
+        (["--epochs", str(10**20)], "epochs is 100000000000000000000; it must be at most 2147483647"),
+        (["--batch-size", "1" + 400 * "0"], "it must be at most 2147483647"),
+        (["--seed", str(10**20)], "seed is 100000000000000000000; it must be in [0, 2**62)"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--width", str(10**9)], "out of memory; a smaller batch, width or model takes less"),
+        (["--device", "meta"], "device is 'meta'; allowed are auto, cpu"),
+        (["--device", "cpu:7"], "device is 'cpu:7'; allowed are auto, cpu"),
+        (["--device="], "device is ''; allowed are auto, cpu"),
+        (["--method", "natural", "--momentum", "1"], "momentum is 1.0; it must be below 1"),
+        (["--method", "natural", "--weight-decay", "nan"], "weight_decay is nan"),
+        (["--label-smoothing", "nan"], "label_smoothing is nan"),
+        (["--clip", "0"], "clip is 0.0"),
+        (["--penalty", "inf"], "penalty is inf"),
+        (["--micro-batches", "0"], "micro_batches is 0"),
+        (["--discriminator-rounds", "0"], "discriminator_rounds is 0"),
+        (["--lr", "nan"], "lr is nan"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, capsys, monkeypatch, arguments, message):
@@ -134,7 +155,32 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, monkeypatch, arguments, mess
     assert error.startswith("afd: error: ")
     assert error.count("\n") == 1
     assert message.format(here=here) in error
-    assert not out.exists()
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_numbers_are_checked_before_data_are_read(monkeypatch, tmp_path):
+    def read(*_, **__):
+        raise AssertionError("data were read")
+
+    monkeypatch.setattr(data, "load", read)
+    for wrong in (["--lr", "nan"], ["--device", "meta"], ["--penalty", "-1"], ["--eps", "8"]):
+        assert main(["train", "--out", str(tmp_path / "out"), *wrong]) == 2
+
+
+@pytest.mark.parametrize("out", ["{here}/file", "{here}/file/below", "/proc/nowhere", "/proc"])
+def test_a_folder_that_cannot_be_used_is_named_before_training(out, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    out = out.format(here=tmp_path)
+    assert run(out) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"afd: error: {out} ")
+    assert told.count("\n") == 1
+
+
+def test_a_radius_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, capsys):
+    assert run(tmp_path, "--epochs", "1", "--eps", "1") == 0
+    assert "afd: warning: eps is 1: from 0.5 on, any image may become the same grey" in capsys.readouterr().err
+    assert experiment.TrainConfig().settled().warnings() == []
 
 
 @pytest.mark.parametrize(
@@ -149,18 +195,23 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, monkeypatch, arguments, mess
     ],
 )
 def test_words_that_are_not_allowed_are_refused_by_the_parser(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["train", *arguments])
-    assert stop.value.code == 2
-    assert arguments[0].lstrip("-") in capsys.readouterr().err
+    assert main(["train", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("afd: error: ")
+    assert told.count("\n") == 1
+    assert arguments[0] in told
+    assert told.endswith("; see afd train --help\n")
 
 
 def test_eps_may_be_a_fraction():
     assert experiment.TrainConfig().settled().attack.eps == 0.2
-    from afd.config import fraction
-
     assert fraction("8/255") == 8 / 255
     assert fraction("0.3") == 0.3
+    assert fraction("0.5/255") == 0.5 / 255
+    assert fraction("1e-2") == 0.01
+    for text in ("8/0", "a/b", "", "1/2/3", "/"):
+        with pytest.raises(ValueError, match=r"is neither a number such as 0\.3 nor a fraction such as 8/255"):
+            fraction(text)
 
 
 def test_a_limit_holds_for_every_part_and_for_the_run_that_goes_on(tmp_path, capsys):

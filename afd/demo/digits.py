@@ -1,16 +1,15 @@
-"""``make demo``: trains a natural and an AFD network on real digits and shows what each is worth under attack."""
+"""Trains a natural and an AFD network on real digits and shows what each is worth under attack."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from afd import data
@@ -19,8 +18,14 @@ from afd.config import AttackConfig, DataConfig, MethodConfig, TrainConfig
 from afd.data import Batches
 from afd.evaluation import accuracy_curve
 from afd.evaluation.plots import plot_curves
+from afd.extras import needed_by, require
+from afd.files import check_writable
 from afd.training import train
 from afd.training.experiment import TEST_STEPS, test_attack
+
+with needed_by("the demo"):
+    from rich.console import Console
+    from rich.table import Table
 
 EPSILONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 RUNS = {
@@ -60,13 +65,16 @@ def run(out: Path, console: Console, runs: dict[str, TrainConfig] = RUNS) -> dic
     return curves
 
 
-def main() -> None:
-    """The command line of the demo."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def asked() -> Callable[[], object]:
+    """What the command line of the demo asks for."""
+    parser = argparse.ArgumentParser(prog="afd.demo", usage=argparse.SUPPRESS, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for checkpoints, logs and curves.png")
     out = parser.parse_args().out
+    require("tensorboard", "the demo")
+    require("sklearn", "the demo")
+    check_writable(out)
     torch.set_num_threads(1)  # operations are tiny: a second thread hardly helps, and stalls them on a busy machine
-    run(out, Console())
+    return partial(run, out, Console())
 
 
 def _attack(config: TrainConfig, eps: float, model: nn.Module) -> Attack:
@@ -84,7 +92,3 @@ def _settings(config: TrainConfig) -> str:
         f"{common}, discriminator {method.lr_discriminator:g}, features {method.lr_features:g}, {method.loss},"
         f" {method.schedule}, {config.attack.name.upper()}-{config.attack.steps} at eps {config.attack.eps:g}"
     )
-
-
-if __name__ == "__main__":
-    main()

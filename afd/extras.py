@@ -1,0 +1,78 @@
+"""Packages that parts of afd need beside torch and numpy. A missing one is named with the line that adds it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from afd.errors import AfdError
+
+DISTRIBUTION = "afd-torch"  # what pip calls this library
+EXTRAS = {  # modules, by the extra that brings them
+    "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch"),
+    "evaluate": ("foolbox", "pyautoattack"),
+}
+PACKAGES = {"sklearn": "scikit-learn"}  # what pip calls a module, where that is not its name
+EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}
+
+
+class ExtraMissingError(AfdError, ImportError):
+    """A package of an extra is not installed, or fails; the message says how to add it."""
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def require(module: str, purpose: str) -> None:
+    """Imports a module of an extra, so that what is missing is said before anything starts.
+
+    Args:
+        module: of one of `EXTRAS`.
+        purpose: what needs it, to begin the sentence with.
+
+    Raises:
+        ExtraMissingError: it is not installed, or cannot be imported.
+    """
+    if not installed(module):
+        raise ExtraMissingError(_missing(module, purpose))
+    with needed_by(purpose, module):
+        importlib.import_module(module)
+
+
+@contextmanager
+def needed_by(purpose: str, module: str | None = None) -> Iterator[None]:
+    """Around imports from packages of extras: names the one that is missing, or that fails.
+
+    Args:
+        purpose: what needs it, to begin the sentence with.
+        module: what is imported, if the imports alone do not say.
+
+    Raises:
+        ExtraMissingError: an import has failed.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a package raises where it does not fit what else is installed
+        found = (getattr(error, "name", None) or "").partition(".")[0]
+        if isinstance(error, ImportError) and found in EXTRA_OF and not installed(found):
+            raise ExtraMissingError(_missing(found, purpose)) from error
+        named = module or found or "a package"
+        raise ExtraMissingError(
+            f"{purpose} needs {named}, which is installed but fails with {type(error).__name__}: {error}"
+        ) from error
+
+
+def how_to_add(module: str, package: str | None = None) -> str:
+    """The command that installs a module: with the extra that has it, or alone, as what pip calls its package."""
+    if module in EXTRA_OF:
+        return f"pip install '{DISTRIBUTION}[{EXTRA_OF[module]}]'"
+    return f"pip install {package or module}"
+
+
+def _missing(module: str, purpose: str) -> str:
+    package = PACKAGES.get(module, module)
+    return f"{purpose} needs {package}, which is not installed; add it with: {how_to_add(module)}"
