@@ -77,8 +77,9 @@ def carry_out(ask: Callable[[], Work], name: str, starting: Callable[[], None] =
         kind = "" if hasattr(error, "status") else "error: "  # one that was stopped has done nothing wrong
         print(f"{name}: {kind}{error}", file=sys.stderr)
         return getattr(error, "status", 2)
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; what was finished (epochs, evaluated batches) is kept", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        kept = str(interrupt) or "what was finished (epochs, evaluated batches) is kept"
+        print(f"{name}: interrupted; {kept}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         raise
