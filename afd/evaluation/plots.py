@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,24 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from afd.errors import one_of
+from afd.files import write_whole
+
 NORM_SIGNS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure in the format that the file's name ends with, PNG by default, whole or not at all.
+
+    Raises:
+        InputError: no such format.
+        FileError: it cannot be written.
+    """
+    kind, known = path.suffix[1:].lower() or "png", figure.canvas.get_supported_filetypes()
+    one_of("the ending of the picture's name", kind, known)
+    file = io.BytesIO()
+    figure.savefig(file, format=kind)
+    write_whole(path, file.getbuffer())
 
 
 def plot_curves(
@@ -37,7 +55,7 @@ def plot_curves(
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    figure.savefig(path)
+    save(figure, path)
 
 
 def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -72,7 +90,7 @@ def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
     figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9, frameon=False)
     data = results[0]["data"]
     figure.suptitle(f"{data['name']}, {data['images']} {data['split']} images; dotted: chance", fontsize=10)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _line(axes: Any, results: dict[str, Any], name: str, colour: str) -> None:
@@ -105,7 +123,7 @@ def plot_divergence(path: Path, results: dict[str, Any]) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, loc="upper left")
-    figure.savefig(path)
+    save(figure, path)
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> Non
     if not examples:
         figure = Figure(figsize=(6, 1.2), dpi=110)
         figure.text(0.5, 0.5, f"{title}: no adversarial image was found", ha="center", va="center", fontsize=10)
-        figure.savefig(path)
+        save(figure, path)
         return
     columns = len(examples)
     figure = Figure(figsize=(1.35 * columns + 1.1, 4.9), dpi=130, layout="constrained")
@@ -155,7 +173,7 @@ def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> Non
     for row, text in enumerate(("clean", "attacked", f"difference × {gain:.3g}\n(grey: none)")):
         panels[row][0].set_ylabel(text, fontsize=10)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def _show(axes: Any, image: Tensor) -> None:

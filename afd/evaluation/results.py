@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections import Counter
 from pathlib import Path
@@ -19,6 +18,8 @@ from afd.evaluation.outcome import Outcome, normalised_area
 from afd.evaluation.protocol import Stage
 from afd.evaluation.subject import Subject
 from afd.evaluation.target import NORMS
+from afd.files import write_whole
+from afd.nn.classifier import unwrapped
 
 FORMAT, VERSION = "afd-evaluation", 1
 FILE = "results.json"
@@ -95,10 +96,10 @@ def describe(subject: Subject) -> dict[str, Any]:
 
 def architecture(subject: Subject) -> str:
     """What a table calls the network."""
-    model = subject.config.get("model", {})
+    model = subject.said("network", "recipe") or subject.said("config", "model")
     if isinstance(model, dict) and {"name", "width"} <= set(model):
         return f"{model['name']} (width {model['width']})"
-    return type(subject.model).__name__
+    return type(unwrapped(subject.model)).__name__
 
 
 def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
@@ -129,11 +130,12 @@ def device_name(device: torch.device) -> str:
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, whole or not at all."""
-    path = folder / FILE
-    beside = path.with_name(f".{FILE}.{os.getpid()}.part")
-    beside.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    beside.replace(path)
+    """Writes results.json, whole or not at all.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    write_whole(folder / FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -48,7 +48,10 @@ class FeatureClassifier(nn.Module):
 
     Attributes:
         plain_layout: whether training passes must show it images in torch's usual layout, whatever `Execution` says.
+        recipe: what `afd.nn.build_model` made it from, in plain JSON; None if that did not.
     """
+
+    recipe: dict[str, Any] | None = None
 
     def __init__(self, encoder: nn.Module, num_features: int, num_classes: int, normalize: bool = True) -> None:
         super().__init__()

@@ -28,6 +28,10 @@ class CheckpointError(AfdError):
     """A checkpoint that cannot be written or read; the message names the file and the reason."""
 
 
+class OtherFileError(CheckpointError):
+    """A file that torch reads, but no checkpoint of ours: weights alone, perhaps."""
+
+
 def save_checkpoint(path: Path, state: dict[str, Any], metadata: dict[str, Any], previous: Path | None = None) -> None:
     """Writes beside the target, flushes to disk, then renames: the file at `path` is always a whole one.
 
@@ -76,7 +80,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> tuple[dic
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged or of another kind: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not an afd checkpoint")
+        raise OtherFileError(f"{path} is not an afd checkpoint")
     if content["version"] != VERSION:
         raise CheckpointError(f"checkpoint {path} has format version {content['version']}; this afd reads {VERSION}")
     if not sound:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from afd.errors import InputError
+from afd.evaluation.plots import save
 
 LOG = "log.jsonl"
 LOSSES = {"task": "cross-entropy", "discriminator": "discriminator's loss", "features": "features' loss"}
@@ -54,8 +55,7 @@ def plot_curves(path: Path, runs: Mapping[str, Path]) -> None:
         axes.set(xlabel="epoch", xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(8 if axes is wide else 4, integer=True))
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save(figure, path)
 
 
 def read_log(folder: Path) -> Entries:
