@@ -301,6 +301,13 @@ def entrance_of(layer: nn.Module) -> Entrance | None:
     return next((hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, Entrance)), None)
 
 
+def unscaled(model: nn.Module) -> None:
+    """Takes away what earlier splits of a model scale before its layers, the entries of its state_dict included."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and entrance_of(layer) is not None:
+            _entrance_at(layer, False)
+
+
 def _entrance_at(layer: nn.Linear, normalize: bool | None) -> Entrance:
     """The layer's entrance: the one it has from an earlier split, with its setting renewed, or a new one."""
     entrance = entrance_of(layer)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from afd.files import write_whole
 from afd.nn import FeatureClassifier, FeatureSplit, split
 from afd.nn.build import recipe_of
-from afd.nn.classifier import MARKER, entrance_of, unwrapped
+from afd.nn.classifier import MARKER, entrance_of, unscaled, unwrapped
 from afd.nn.modes import without_wrappers
 from afd.training.checkpoint import CheckpointError
 
@@ -113,8 +113,7 @@ def load_state(state: Mapping[str, Any], facts: Mapping[str, Any], model: nn.Mod
     for name in marked:  # said again by `split` below
         del state[name]
     try:
-        if not isinstance(inner, FeatureClassifier):
-            split(inner, facts.get("feature_layer"), False)  # takes away the entry of an earlier split
+        unscaled(inner)
         inner.load_state_dict(_without_prefixes(state, inner))
         if isinstance(model, FeatureClassifier):
             normalize = facts.get("normalize")

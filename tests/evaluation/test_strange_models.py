@@ -399,7 +399,7 @@ def test_a_radius_that_is_no_float_is_refused():
 
 def test_a_folder_that_cannot_be_made_is_named(bright, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FolderError, match="which cannot be made"):
+    with pytest.raises(FolderError, match="cannot be made: a part of the path is a file"):
         evaluated(Brightest(), bright, tmp_path / "file" / "out")
 
 
