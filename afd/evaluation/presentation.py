@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
+from afd.evaluation.advice import advised
+from afd.evaluation.html import VERDICTS
 from afd.evaluation.plots import NORM_SIGNS
 from afd.evaluation.tables import Table, percent
 
@@ -33,6 +36,13 @@ def present(results: dict[str, Any], console: Console) -> None:
         colour = COLOURS[check["verdict"]]
         signs.add_row(check["name"], f"[{colour}]{check['verdict']}[/]", number, meaning)
     console.print(signs)
+    todo = advised(results["checks"], results["protocol"]["name"])
+    if not todo:
+        return
+    told = Grid("check", "what to do next", title=VERDICTS[results["verdict"]], title_justify="left")
+    for name, verdict, words in todo:
+        told.add_row(f"[{COLOURS[verdict]}]{escape(name)}[/]", escape(words))
+    console.print(told)
 
 
 def present_table(found: Table, console: Console) -> None:
