@@ -1,5 +1,6 @@
 """An evaluation that is killed, stopped or out of room, at any moment, and the same command again: the same results."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,17 +14,30 @@ import pytest
 import torch
 
 import afd.nn
+from afd import files as writing
+from afd.evaluation import protocols
 from afd.evaluation import results as files
+from afd.evaluation.epsilon import Epsilon
+from afd.evaluation.evaluate import evaluate
+from afd.evaluation.protocol import Protocol, Stage
+from afd.evaluation.subject import Subject
 from afd.training.checkpoint import save_checkpoint
 
 # starts evaluations as children of a process that has imported everything, so that a kill hits the work itself
 SERVER = """
-import os, signal, sys, traceback
-import matplotlib.figure, afd.cli, afd.evaluation.protocols, afd.data
+import dataclasses, os, signal, sys, traceback
+import matplotlib.figure, afd.cli, afd.evaluate, afd.evaluation.protocols, afd.data
 import torch
 torch.set_num_threads(1)
 afd.evaluation.protocols.installed = lambda _: False
 afd.data.load("digits")
+named = afd.evaluate.named
+def quicker(*arguments, **options):
+    found = named(*arguments, **options)
+    fewer = lambda stage: {key: min(value, 6) for key, value in stage.settings.items()}
+    stages = (dataclasses.replace(stage, settings=fewer(stage)) for stage in found.stages)
+    return dataclasses.replace(found, stages=tuple(stages))
+afd.evaluate.named = quicker
 print("ready", flush=True)
 for line in sys.stdin:
     log, *words = line.split()
@@ -36,6 +50,7 @@ for line in sys.stdin:
         except BaseException:
             traceback.print_exc()
             status = 99
+        sys.stdout.flush()
         os._exit(status)
     print(child, flush=True)
     sys.stdin.readline()  # a number that nobody waits for yet is no other process's
@@ -63,24 +78,24 @@ class Evaluations:
         child = int(self.process.stdout.readline())
         if kill is not None:
             time.sleep(after)
-            os.kill(
-                child, kill
-            )  # a child that has ended is a zombie until the server waits for it, or its number unused
+            os.kill(child, kill)
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
         return int(self.process.stdout.readline()), self.log.read_text(errors="replace")
 
 
 @pytest.fixture
-def evaluations(tmp_path, robust):
-    network = {"recipe": afd.nn.build.recipe_of(robust), "normalize": True}
+def evaluations(tmp_path, natural):
+    network = {"recipe": afd.nn.build.recipe_of(natural), "normalize": True}
     metadata = {"network": network, "config": {"data": {"name": "digits"}, "attack": {"eps": 0.15}}}
-    save_checkpoint(tmp_path / "net.pt", {"model": robust.state_dict()}, metadata)
+    save_checkpoint(tmp_path / "net.pt", {"model": natural.state_dict()}, metadata)
     server = Evaluations(tmp_path)
     yield server
     server.process.stdin.close()
     server.process.wait()
 
 
-WORDS = ("net.pt", "--images", "60", "--batch-size", "15", "--eps", "0.1", "0.15")
+WORDS = ("net.pt", "--images", "40", "--batch-size", "10", "--eps", "0.05", "0.1")
 
 
 def told(folder):
@@ -94,27 +109,26 @@ def left_in(folder):
 
 
 def check_kills(evaluations, folder, out, rounds, seed, wanted, duration):
-    """Ends evaluations at random moments, each again and again until the same command has finished it."""
-    generator, kinds, ended = random.Random(seed), [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 0
-    while ended < rounds:
-        kill = kinds[ended % 3]
-        status, said = evaluations.run(*WORDS, *out(ended), kill=kill, after=generator.uniform(0.0, 1.05 * duration))
-        finished = status == 0
-        if not finished:
-            ended += 1
+    """Ends evaluations at random moments, each until one signal of every kind was sent, and then finishes it."""
+    generator = random.Random(seed)
+    for number in range(rounds):
+        for kill in generator.sample([signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 3):
+            status, said = evaluations.run(*WORDS, *out(number), kill=kill, after=generator.uniform(0.0, duration))
+            if status == 0:
+                break
             assert status in (-kill, 128 + kill), (status, said)
             assert "Traceback" not in said
             if status == 128 + kill:
                 line = said.strip().splitlines()[-1]
-                assert line.startswith((f"afd: {kill.name}: ", "afd: interrupted"))
+                assert line.startswith((f"afd: {kill.name}: ", "afd: interrupted"))  # the second before it has begun
                 assert "the same command" in line or "report is written" in line or "interrupted" in line
-        if ended % 4 == 0 or finished:
-            status, said = (0, said) if finished else evaluations.run(*WORDS, *out(ended))
-            assert status == 0, said
-            report = next(line for line in said.splitlines() if line.endswith("report.html written"))
-            at = folder / report.removesuffix("/report.html written")
-            assert told(at) == wanted
-            assert left_in(at) == ["curves.png", "examples.png", "report.html", "results.json"]
+        else:
+            status, said = evaluations.run(*WORDS, *out(number))
+        assert status == 0, said
+        report = next(line for line in said.splitlines() if line.endswith("report.html written"))
+        at = folder / report.removesuffix("/report.html written")
+        assert told(at) == wanted
+        assert left_in(at) == ["curves.png", "examples.png", "report.html", "results.json"]
 
 
 @pytest.fixture
@@ -127,14 +141,14 @@ def whole(evaluations, tmp_path):
 
 
 def test_a_killed_evaluation_goes_on_to_the_same_results(evaluations, whole, tmp_path):
-    check_kills(evaluations, tmp_path, lambda ended: ("--out", f"out{ended // 4}"), 4, 1, *whole)
+    check_kills(evaluations, tmp_path, lambda number: ("--out", f"out{number}"), 1, 1, *whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbered", [True, False])
 def test_an_evaluation_killed_at_many_moments_goes_on_to_the_same_results(evaluations, whole, tmp_path, numbered):
-    out = (lambda _: ()) if numbered else (lambda ended: ("--out", f"out{ended // 4}"))
-    check_kills(evaluations, tmp_path, out, 24, 2, *whole)
+    out = (lambda _: ()) if numbered else (lambda number: ("--out", f"out{number}"))
+    check_kills(evaluations, tmp_path, out, 8, 2, *whole)
 
 
 WRITES = ("run.json", "pgd-20.0.0.pt", "examples.png", "curves.png", "report.html", "results.json")
@@ -164,8 +178,6 @@ class Killed(BaseException):
 
 def disturb(patch, name, how):
     """Has the write of the first file of that name fail."""
-    from afd import files as writing
-
     real = os.replace, os.fsync
 
     def replace(self, target):
@@ -187,13 +199,10 @@ def disturb(patch, name, how):
 @pytest.fixture
 def cheaply(tmp_path, natural, images):
     """evaluate() of a few images into a folder of that name."""
-    from afd.evaluation import protocols
-    from afd.evaluation.epsilon import Epsilon, ascending
-    from afd.evaluation.evaluate import evaluate
-    from afd.evaluation.subject import Subject
-
-    few, eps = images.take(torch.arange(20)), Epsilon.of("0.15")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocols, "installed", lambda _: False)
-        protocol = protocols.named("quick", data="digits", norm="Linf", epsilons=ascending(["0.15"]), trained_at=eps)
-        yield lambda out: evaluate(Subject("natural", "test", natural), few, protocol, tmp_path / out, batch_size=10)
+    eps = Epsilon.of("0.15")
+    few, score = images.take(torch.arange(10)), Stage("pgd-20", "pgd", "Linf", (eps,), {"steps": 2})
+    probes = (stage for stage in protocols.probes("Linf", eps) if stage.attack != "square")
+    quick = (dataclasses.replace(stage, settings=dict.fromkeys(stage.settings, 1)) for stage in probes)
+    protocol = Protocol("quick", "Linf", eps, (score, *quick))
+    subject = Subject("natural", "test", natural)
+    return lambda out: evaluate(subject, few, protocol, tmp_path / out, batch_size=10)
