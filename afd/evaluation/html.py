@@ -26,7 +26,7 @@ p { margin: .4rem 0; } .soft { color: var(--soft); } .wide { overflow-x: auto; }
 .skipped { color: var(--soft); }
 .verdict.pass, .verdict.warn, .verdict.fail { border-color: currentColor; }
 .verdict p, .verdict li { color: var(--ink); } .verdict ul { margin: .2rem 0; padding-left: 1.2rem; }
-.verdict li { margin: .3rem 0; }
+.verdict li { margin: .3rem 0; } .verdict code { white-space: nowrap; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0; }
 .figure { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem 1.1rem; min-width: 9rem; }
 .figure b { display: block; font-size: 1.6rem; font-variant-numeric: tabular-nums; }
