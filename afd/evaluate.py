@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from afd import data
 from afd.config import PRESETS
 from afd.data import Images
-from afd.errors import InputError
+from afd.errors import AfdError, InputError
 from afd.evaluation import results as files
 from afd.evaluation.epsilon import Epsilon, ascending
-from afd.evaluation.evaluate import check_numbers, evaluate, prepare, tables_of
+from afd.evaluation.evaluate import check_numbers, evaluate, tables_of
+from afd.evaluation.folder import REPORT, TABLES, Output, comparison_folder
 from afd.evaluation.html import comparison
 from afd.evaluation.place import Place, placed
 from afd.evaluation.plots import plot_sweeps
 from afd.evaluation.presentation import present, present_table
 from afd.evaluation.protocols import named
-from afd.evaluation.subject import Subject, SubjectError, from_factory
+from afd.evaluation.subject import Subject, from_factory, said
 from afd.evaluation.tables import table_1, table_2
 from afd.evaluation.target import check_radius
 from afd.extras import needed_by
 from afd.files import write_whole
-from afd.nn import ProjectionDiscriminator, build_model
-from afd.training import load_checkpoint
+from afd.training.rebuild import Rebuilt, rebuild
+from afd.training.signals import StoppedError, on_signals
 
 with needed_by("afd evaluate"):
     from rich.console import Console
@@ -39,8 +41,11 @@ QUICK_IMAGES = 1000
 class EvaluateConfig:
     """One evaluation: which model, on which images, attacked how, and where the report goes."""
 
-    model: Positional[str] = ""
-    """A checkpoint, or package.module:function, a function that returns a classifier."""
+    checkpoint: Positional[str] = ""
+    """A checkpoint, a run's folder (its best.pt), or package.module:function, a function that returns a classifier."""
+    model: str = ""
+    """package.module:function, a function that builds the network which the checkpoint's weights are loaded into. For
+    checkpoints that do not name their network, one of your own, and for files of weights."""
     protocol: Literal["quick", "autoattack", "paper"] = "quick"
     """quick: PGD-20 and APGD-CE; autoattack: the standard version; paper: eight attacks over their sweeps of eps."""
     data: Literal["digits", "mnist", "cifar10", "cifar100"] | None = None
@@ -57,6 +62,8 @@ class EvaluateConfig:
     """autoattack: run pyautoattack whole, instead of our engine and its FAB-T and Square."""
     transfer_from: str = ""
     """paper: a second checkpoint or function, on which transfer (black-box) attacks are made."""
+    transfer_model: str = ""
+    """As --model, for the network of --transfer-from."""
     compare: tuple[Path, ...] = ()
     """Folders of finished evaluations to put side by side, beside the published figures; no model then."""
     batch_size: int = 250
@@ -65,12 +72,29 @@ class EvaluateConfig:
     """Of all attacks."""
     device: str = "auto"
     """torch device; auto takes CUDA where there is one. Under torchrun, processes share the batches."""
-    out: Path = Path("runs/evaluation")
-    """Folder of the report. An evaluation that was stopped goes on when it is run again."""
+    out: Path | None = None
+    """Folder of the report. Default: a new one, runs/evaluations/0001 and so on, and `latest` beside it leads to the
+    newest. An evaluation that was stopped goes on when it is run again."""
     overwrite: bool = False
-    """Discard a report or an unfinished evaluation in that folder."""
+    """Replace a report, or an unfinished evaluation of something else, in the folder --out."""
     keep_images: bool = False
     """Leave every adversarial image in the folder's state."""
+
+
+class EvaluationStoppedError(StoppedError):
+    """A signal ended an evaluation; `status` is the exit status that shells expect of it."""
+
+    def __init__(self, number: int, standing: str) -> None:
+        AfdError.__init__(self, f"{signal.Signals(number).name}: {standing}")
+        self.status = 128 + number
+
+
+class _Halt(KeyboardInterrupt):
+    """A signal came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def run(config: EvaluateConfig, console: Console | None = None) -> None:
@@ -78,118 +102,119 @@ def run(config: EvaluateConfig, console: Console | None = None) -> None:
 
     Raises:
         AfdError: an option, model, data set or folder that cannot be used; the message says why.
+        EvaluationStoppedError: SIGINT or SIGTERM came; the message says how to go on.
     """
-    console = console or Console()
-    if config.compare:
-        compare(config, console)
-        return
-    if not config.model:
-        raise InputError("model is missing; name a checkpoint or package.module:function, or folders with --compare")
+    output = Output(config.out, config.overwrite)
+    try:
+        with on_signals(_halt):
+            if config.compare:
+                compare(config, console or Console())
+            else:
+                _evaluate(config, output, console or Console())
+    except KeyboardInterrupt as stop:
+        raise EvaluationStoppedError(getattr(stop, "number", signal.SIGINT), output.standing()) from None
+
+
+def _halt(number: int) -> None:
+    raise _Halt(number)
+
+
+def _evaluate(config: EvaluateConfig, output: Output, console: Console) -> None:
+    _check(config)
     radii = ascending(config.eps) if config.eps else None
     check_numbers(config.seed, config.batch_size)
     if radii and config.norm == "Linf":
         check_radius(radii[-1], "Linf", values=1)
     with placed(config.device) as place:
-        subject = load(config.model, place.device)
-        surrogate = load(config.transfer_from, place.device) if config.transfer_from else None
+        subject = load(config.checkpoint, place.device, config.model)
+        surrogate = load(config.transfer_from, place.device, config.transfer_model) if config.transfer_from else None
         images = test_images(config, subject, place)
         protocol = named(
             config.protocol, data=images.name, norm=config.norm, epsilons=radii,
             trained_at=trained_at(subject, images.name), reference=config.reference, transfer=surrogate is not None,
         )  # fmt: skip
         results = evaluate(
-            subject, images, protocol, config.out, surrogate=surrogate, seed=config.seed, batch_size=config.batch_size,
-            place=place, overwrite=config.overwrite, keep_images=config.keep_images, console=console,
+            subject, images, protocol, output, surrogate=surrogate, seed=config.seed, batch_size=config.batch_size,
+            place=place, keep_images=config.keep_images, console=console,
         )  # fmt: skip
     if results is not None:
         present(results, console)
         for table in tables_of(results):
             present_table(table, console)
-        console.print(f"{config.out / 'report.html'} written", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"{output.folder}/{REPORT} written", soft_wrap=True, markup=False, highlight=False)
+
+
+def _check(config: EvaluateConfig) -> None:
+    """Raises InputError where options do not go together."""
+    if not config.checkpoint:
+        told = f"model is {config.model}, but checkpoint is missing" if config.model else "model is missing"
+        raise InputError(f"{told}; name a checkpoint or package.module:function, or folders with --compare")
+    if config.transfer_model and not config.transfer_from:
+        raise InputError(f"transfer-model is {config.transfer_model}, but transfer-from is missing")
+    if config.overwrite and config.out is None:
+        raise InputError("overwrite is set, but out is not; the numbered folders are never overwritten")
 
 
 def compare(config: EvaluateConfig, console: Console) -> None:
-    """Puts finished evaluations side by side: tables 1 and 2, curves, and a report in `config.out`."""
-    if config.model:
-        raise InputError(f"model is {config.model!r}, but compare takes folders of finished evaluations only")
+    """Puts finished evaluations side by side: tables 1 and 2, curves, and a report."""
+    if config.checkpoint:
+        raise InputError(f"model is {config.checkpoint!r}, but compare takes folders of finished evaluations only")
     found = [files.read(path) for path in config.compare]
     names = {one["data"]["name"] for one in found}
     if len(names) > 1:
         raise InputError(f"compare names evaluations of {', '.join(sorted(names))}; all must be of one data set")
-    prepare(config.out, overwrite=config.overwrite)
     tables = [table_1(found), table_2(found)]
-    plot_sweeps(config.out / "curves.png", found)
-    write_whole(config.out / "report.html", comparison(found, config.out, tables))
-    text = "\n".join(f"{table.title}\n\n{table.markdown()}\n" for table in tables)
-    write_whole(config.out / "tables.md", text)
+    with comparison_folder(config.out, overwrite=config.overwrite) as out:
+        plot_sweeps(out / "curves.png", found)
+        write_whole(out / REPORT, comparison(found, out, tables))
+        write_whole(out / TABLES, "\n".join(f"{table.title}\n\n{table.markdown()}\n" for table in tables))
     for table in tables:
         present_table(table, console)
-    console.print(f"{config.out / 'report.html'} written", soft_wrap=True, markup=False, highlight=False)
+    console.print(f"{out}/{REPORT} written", soft_wrap=True, markup=False, highlight=False)
 
 
-def load(spec: str, device: torch.device) -> Subject:
-    """A model from a checkpoint file or from ``package.module:function``.
+def load(spec: str, device: torch.device, function: str = "") -> Subject:
+    """A model from a checkpoint or from ``package.module:function``.
+
+    Args:
+        spec: either of the two.
+        device: where to put it.
+        function: ``package.module:function`` that builds the network of a checkpoint; "" for one that is named there.
 
     Raises:
+        InputError: a function for a function.
         SubjectError, CheckpointError: it is neither, or cannot be loaded.
     """
     if not Path(spec).exists() and ":" in spec:
+        if function:
+            raise InputError(f"model is {function}, but {spec} is a function already; it goes with a checkpoint")
         return from_factory(spec, device)
-    return from_checkpoint(Path(spec), device)
+    own = from_factory(function, torch.device("cpu")).model if function else None
+    rebuilt = rebuild(Path(spec), device, own)
+    return Subject(name_of(rebuilt), str(rebuilt.path), rebuilt.network, rebuilt.discriminator, rebuilt.metadata)
 
 
-def from_checkpoint(path: Path, device: torch.device) -> Subject:
-    """The model of a checkpoint of ours, with its discriminator if it has one. All that knows the format is here.
-
-    Raises:
-        CheckpointError: there is no such checkpoint, or it is damaged.
-        SubjectError: its weights do not fit the network that it names, or it names none.
-    """
-    state, metadata = load_checkpoint(path, device)
-    config: Any = metadata.get("config")
-    try:
-        shape, classes = SHAPES[config["data"]["name"]]
-        network, width, normalize = (config["model"][key] for key in ("name", "width", "normalize"))
-        method, loss = config["method"]["name"], config["method"]["loss"]
-    except (KeyError, TypeError) as error:
-        raise SubjectError(
-            f"checkpoint {path} does not say which network it holds, for `afd train` did not write it; name "
-            "package.module:function, a function that builds the network and loads the weights that "
-            "afd.training.load_checkpoint(path) returns"
-        ) from error
-    model = build_model(network, shape, classes, width)
-    model.normalize = normalize
-    average = state.get("average")
-    discriminator = None
-    try:
-        model.load_state_dict(average["weights"] if average else state["model"])
-        if "discriminator" in state.get("players", {}):
-            discriminator = ProjectionDiscriminator(model.num_features, classes)
-            discriminator.load_state_dict(state["players"]["discriminator"])
-            discriminator.to(device).eval()
-    except RuntimeError as error:
-        network = f"{network} of width {width} for {config['data']['name']}"
-        reason = " ".join(str(error).split())[:300]
-        raise SubjectError(f"checkpoint {path} does not hold the weights of a {network}: {reason}") from error
-    name = "natural" if method == "natural" else f"AFD-{loss.upper()}"
-    return Subject(name, str(path), model.to(device).eval(), discriminator, metadata)
-
-
-SHAPES = {
-    "digits": ((1, 8, 8), 10),
-    "mnist": ((1, 28, 28), 10),
-    "cifar10": ((3, 32, 32), 10),
-    "cifar100": ((3, 32, 32), 100),
-}
+def name_of(rebuilt: Rebuilt) -> str:
+    """What tables call a model: the method that trained it, else its file."""
+    method = said(rebuilt.metadata, "config", "method") or said(rebuilt.metadata, "run", "method")
+    name, loss = said({"": method}, "", "name"), said({"": method}, "", "loss")
+    if not isinstance(name, str):
+        return rebuilt.path.stem
+    if name.lower() == "natural":
+        return "natural"
+    return f"AFD-{loss.upper()}" if name.lower() == "afd" and isinstance(loss, str) else name
 
 
 def test_images(config: EvaluateConfig, subject: Subject, place: Place) -> Images:
     """The first test images of the data set that was named, or that the subject was trained on."""
-    trained_on: dict[str, Any] = subject.config.get("data", {})
-    name = config.data or trained_on.get("name")
-    if name is None:
-        raise InputError(f"data is missing; {subject.source} does not say what it classifies, so name it with --data")
-    root = config.data_root or trained_on.get("root")
+    trained_on = subject.said("config", "data", "name")
+    name = config.data or (trained_on if isinstance(trained_on, str) else None)
+    if name not in data.datasets.NAMES:
+        found = "does not say what it classifies" if name is None else f"was trained on {name!r}, of which afd knows no"
+        found += "" if name is None else " test images"
+        raise InputError(f"data is missing; {subject.source} {found}, so name it with --data")
+    known = subject.said("config", "data", "root") if name == trained_on else None
+    root = config.data_root or (known if isinstance(known, str) else None)
     test = data.load(name, root, download=place.leads).test
     count = config.images
     if count is None:
@@ -200,9 +225,12 @@ def test_images(config: EvaluateConfig, subject: Subject, place: Place) -> Image
 
 
 def trained_at(subject: Subject, data_name: str) -> Epsilon:
-    """The radius that a checkpoint was trained at, or its data set's usual one."""
-    eps = subject.config.get("attack", {}).get("eps")
-    return exactly(PRESETS[data_name].eps if eps is None else eps)
+    """The L∞ radius that a checkpoint was trained at, or its data set's usual one."""
+    for run in ("config", "run"):
+        eps, norm = (subject.said(run, "attack", name) for name in ("eps", "norm"))
+        if isinstance(eps, (int, float)) and 0 < eps < float("inf") and norm in (None, "Linf"):
+            return exactly(float(eps))
+    return exactly(PRESETS[data_name].eps)
 
 
 def exactly(eps: float) -> Epsilon:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from afd.errors import InputError, InputTypeError
 from afd.evaluation import results as files
 from afd.evaluation.examples import examples
 from afd.evaluation.features import DomainWatch, divergences, feature_summary, has_features
+from afd.evaluation.folder import REPORT, Output, agreed
 from afd.evaluation.foreign import ordinary_modes
 from afd.evaluation.html import report
 from afd.evaluation.model_checks import model_checks
@@ -26,19 +29,17 @@ from afd.evaluation.progress import Bar
 from afd.evaluation.protocol import Protocol
 from afd.evaluation.protocols import PROBED
 from afd.evaluation.runner import Runner
-from afd.evaluation.state import Store
 from afd.evaluation.subject import Subject, check_fit, check_metadata
 from afd.evaluation.tables import robustbench, table_1, table_2
 from afd.evaluation.verification import other_batch_size, verify
 from afd.extras import needed_by
-from afd.files import FolderError, check_writable, write_whole
+from afd.files import FileError, FolderError, write_whole
 from afd.nn.modes import local
 
 with needed_by("the report of an evaluation"):
     from rich.console import Console
 
-STATE = "state"
-WRITTEN = (files.FILE, "curves.png", "divergence.png", "examples.png", "report.html")
+__all__ = ["FolderError", "evaluate", "fingerprint", "tables_of", "watcher"]
 
 
 @ordinary_modes()
@@ -46,7 +47,7 @@ def evaluate(
     subject: Subject,
     images: Images,
     protocol: Protocol,
-    out: Path | str,
+    out: Path | str | Output,
     *,
     surrogate: Subject | None = None,
     split: str = "test",
@@ -59,21 +60,22 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Attacks a model as a protocol says and writes results.json, curves.png, examples.png and report.html.
 
-    What has been computed lies in ``out/state`` until the end: an evaluation that was stopped goes on from there when
-    it is run again, and comes to the same result.
+    What has been computed lies in the folder's ``state`` until the end: an evaluation that was stopped goes on from
+    there when it is run again, and comes to the same result. Meanwhile no other process may use the folder.
 
     Args:
         subject: the model.
         images: what to attack.
         protocol: how.
-        out: folder of the report; must be new, or hold an unfinished run of this very evaluation.
+        out: folder of the report; must be new, or hold an unfinished run of this very evaluation. Or how one is to be
+            found.
         surrogate: the model that transfer stages attack.
         split: which part of the data the images are, for the report.
         seed: of all attacks.
         batch_size: images that are attacked together.
         place: device and share of the work; by default alone, on the device of the images.
-        overwrite: discard a report or an unfinished evaluation in `out`.
-        keep_images: leave every adversarial image in ``out/state``.
+        overwrite: discard a report, or an unfinished evaluation of another kind, in a folder `out`.
+        keep_images: leave every adversarial image in the folder's ``state``.
         console: where to print; by default nowhere.
 
     Returns:
@@ -84,11 +86,11 @@ def evaluate(
             itself as one; a radius larger than the images' range; a protocol whose attacks need more classes.
         SubjectError: a model does not fit the images.
         ExtraMissingError: an attack comes from a library that is not installed.
-        FolderError, StateError: `out` holds something else.
+        FolderError, StateError: the folder holds something else, or another process uses it.
+        FileError: a file cannot be written, as on a full disk; what was computed is kept.
         AttackFailedError: an attack raised; what was computed is kept.
     """
     check_numbers(seed, batch_size)
-    out = Path(out)
     if len(images) == 0:
         raise InputError("images is empty; an evaluation needs at least one image")
     if surrogate is None and any(stage.role == "transfer" for stage in protocol.stages):
@@ -111,41 +113,62 @@ def evaluate(
             raise InputError(
                 f"transfer-from is {surrogate.source}, which holds the model's own weights; name another model"
             )
-    if place.leads:
-        prepare(out, overwrite=overwrite)
-    place.wait()
+    output = out if isinstance(out, Output) else Output(Path(out), overwrite)
     settings = {"seed": seed, "batch_size": batch_size}
-    store = Store(out / STATE, fingerprint(subject, surrogate, images, protocol, settings))
+    wanted = fingerprint(subject, surrogate, images, protocol, settings)
+    agreed(place, lambda: output.check(wanted))
     probed = torch.arange(min(PROBED, len(images)), device="cpu")
     found = model_checks(subject, images.images(probed), images.labels[probed.to(place.device)])
     featured = has_features(subject.model, images.images(probed[:2]))
-    with Bar(console) as bar:
-        runner = Runner(
-            model=local(subject.model), surrogate=None if surrogate is None else local(surrogate.model), images=images,
-            classes=classes, protocol=protocol, store=store, place=place, seed=seed, batch_size=batch_size, meter=bar,
-            watch=watcher(subject, protocol),
-        )  # fmt: skip
-        outcome = runner.run()
-        second_look = verify(runner)
-    if place.leads:
-        content = files.summary(
-            outcome, subject=subject, surrogate=surrogate, images=images, split=split,
-            checks=[finite_check(outcome), *found, *outcome_checks(outcome, classes), verification_check(second_look)],
-            features=feature_summary(subject.model, images, batch_size) if featured else None,
-            divergence=divergences(outcome),
-            settings={**settings, "processes": place.processes, "kept_images": keep_images},
-        )  # fmt: skip
-        title, shown = examples(runner)
-        plot_examples(out / "examples.png", shown, title=title)
-        plot_sweeps(out / "curves.png", [content])
-        if content["divergence"]:
-            plot_divergence(out / "divergence.png", content)
-        write_whole(out / "report.html", report(content, out, tables_of(content)))
-        files.write(out, content)
-    place.wait()
-    if place.leads and not keep_images:
-        shutil.rmtree(out / STATE)
+    with _told_to_go_on(), output.held(wanted, place) as store:
+        assert output.folder is not None
+        if output.written:
+            content = files.read(output.folder)
+        else:
+            with Bar(console) as bar:
+                runner = Runner(
+                    model=local(subject.model), surrogate=None if surrogate is None else local(surrogate.model),
+                    images=images, classes=classes, protocol=protocol, store=store, place=place, seed=seed,
+                    batch_size=batch_size, meter=bar, watch=watcher(subject, protocol),
+                )  # fmt: skip
+                outcome = runner.run()
+                second_look = verify(runner)
+            if place.leads:
+                checks = [finite_check(outcome), *found, *outcome_checks(outcome, classes)]
+                content = files.summary(
+                    outcome, subject=subject, surrogate=surrogate, images=images, split=split,
+                    checks=[*checks, verification_check(second_look)],
+                    features=feature_summary(subject.model, images, batch_size) if featured else None,
+                    divergence=divergences(outcome),
+                    settings={**settings, "processes": place.processes, "kept_images": keep_images},
+                )  # fmt: skip
+                write(output.folder, content, runner)
+        place.wait()
+        if place.leads:
+            output.close(keep_state=keep_images)
     return content if place.leads else None
+
+
+def write(folder: Path, content: dict[str, Any], runner: Runner) -> None:
+    """Writes pictures and report, and last of all results.json, which says that they are there."""
+    title, shown = examples(runner)
+    plot_examples(folder / "examples.png", shown, title=title)
+    plot_sweeps(folder / "curves.png", [content])
+    if content["divergence"]:
+        plot_divergence(folder / "divergence.png", content)
+    write_whole(folder / REPORT, report(content, folder, tables_of(content)))
+    files.write(folder, content)
+
+
+@contextmanager
+def _told_to_go_on() -> Iterator[None]:
+    """Says of a file that cannot be written, as on a full disk, that nothing else is lost."""
+    try:
+        yield
+    except FileError as error:
+        raise FileError(
+            f"{error}; what was computed before is kept, and the same command goes on from there when that is mended"
+        ) from error
 
 
 def _check_stages(protocol: Protocol) -> None:
@@ -173,39 +196,24 @@ def _whole(name: str, value: int, least: int) -> None:
         raise InputError(f"{name} is {value}; it must be in [{least}, 2**62)")
 
 
-def prepare(out: Path, *, overwrite: bool) -> None:
-    """Makes the folder ready for a new evaluation, or for going on with an unfinished one.
-
-    Raises:
-        FolderError: it holds a finished report, or something else, and `overwrite` is not set.
-    """
-    if out.exists() and not out.is_dir():
-        raise FolderError(f"out is {out}, which is a file; it must be a folder")
-    if overwrite:
-        shutil.rmtree(out / STATE, ignore_errors=True)
-        for name in WRITTEN:
-            (out / name).unlink(missing_ok=True)
-    elif (out / files.FILE).exists():
-        raise FolderError(f"out is {out}, which holds a finished evaluation; name another folder, or pass --overwrite")
-    elif out.exists() and any(out.iterdir()) and not (out / STATE).is_dir():
-        raise FolderError(f"out is {out}, which exists and holds no evaluation; name another folder, or --overwrite")
-    check_writable(out)
-
-
 def fingerprint(
     subject: Subject, surrogate: Subject | None, images: Images, protocol: Protocol, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """What must be the same for an unfinished evaluation to go on."""
     pixels = hashlib.sha256(images.pixels.cpu().contiguous().numpy().tobytes())
     pixels.update(images.labels.cpu().numpy().tobytes())
-    return {
+    facts = {
         "weights": subject.digest(),
+        "network": subject.structure(),
         "weights to transfer from": None if surrogate is None else surrogate.digest(),
+        "network to transfer from": None if surrogate is None else surrogate.structure(),
         "images": pixels.hexdigest(),
         "protocol": protocol.as_json(),
         "settings": settings,
         "versions": {"afd": __version__, "torch": torch.__version__},
     }
+    plain: dict[str, Any] = json.loads(json.dumps(facts))  # as it is read back
+    return plain
 
 
 def watcher(subject: Subject, protocol: Protocol) -> DomainWatch | None:

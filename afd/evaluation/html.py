@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from afd.evaluation.advice import advised
 from afd.evaluation.plots import NORM_SIGNS
 from afd.evaluation.tables import Results, Table, percent
 
@@ -23,7 +24,9 @@ p { margin: .4rem 0; } .soft { color: var(--soft); } .wide { overflow-x: auto; }
 .verdict strong { font-size: 1.05rem; }
 .pass { color: var(--good); } .warn { color: var(--warn); } .fail { color: var(--bad); }
 .skipped { color: var(--soft); }
-.verdict.pass, .verdict.warn, .verdict.fail { border-color: currentColor; } .verdict span { color: var(--ink); }
+.verdict.pass, .verdict.warn, .verdict.fail { border-color: currentColor; }
+.verdict p, .verdict li { color: var(--ink); } .verdict ul { margin: .2rem 0; padding-left: 1.2rem; }
+.verdict li { margin: .3rem 0; } .verdict code { white-space: nowrap; }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.2rem 0; }
 .figure { border: 1px solid var(--line); border-radius: .5rem; padding: .7rem 1.1rem; min-width: 9rem; }
 .figure b { display: block; font-size: 1.6rem; font-variant-numeric: tabular-nums; }
@@ -119,12 +122,21 @@ def comparison(results: Sequence[Results], folder: Path, tables: Sequence[Table]
 
 
 def verdict(results: Results, *, named: bool = False) -> str:
-    """The overall verdict, with the checks that did not pass."""
+    """The overall verdict, with the checks that did not pass and what to do about each."""
     kind = results["verdict"]
-    bad = [check["name"] for check in results["checks"] if check["verdict"] in ("warn", "fail")]
     who = f"{results['subject']['name']}: " if named else ""
-    found = f" <span>{escape('; '.join(bad))}.</span>" if bad else ""
-    return f'<div class="verdict {kind}"><strong>{escape(who)}{VERDICTS[kind]}</strong>{found}</div>'
+    found = [
+        f"<li><b class='{verdict}'>{escape(name)}</b> {code(words)}</li>"
+        for name, verdict, words in advised(results["checks"], results["protocol"]["name"])
+    ]
+    todo = f"<p>What to do next:</p><ul>{''.join(found)}</ul>" if found else ""
+    return f'<div class="verdict {kind}"><strong>{escape(who)}{VERDICTS[kind]}</strong>{todo}</div>'
+
+
+def code(text: str) -> str:
+    """Plain text in which `backquotes` stand around code."""
+    parts = [escape(part) for part in text.split("`")]
+    return "".join(f"<code>{part}</code>" if number % 2 else part for number, part in enumerate(parts))
 
 
 def attacks(results: Results, roles: tuple[str, ...]) -> str:

@@ -146,7 +146,7 @@ def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> Non
         save(figure, path)
         return
     columns = len(examples)
-    figure = Figure(figsize=(1.35 * columns + 1.1, 4.9), dpi=130, layout="constrained")
+    figure = Figure(figsize=(max(1.35 * columns + 1.1, 5.6), 4.9), dpi=130, layout="constrained")
     panels = figure.subplots(3, columns, squeeze=False)
     largest = max(float((one.attacked - one.clean).abs().max()) for one in examples)
     gain = 0.5 / max(largest, 1e-12)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from afd.evaluation.advice import advised
+from afd.evaluation.html import VERDICTS
 from afd.evaluation.plots import NORM_SIGNS
 from afd.evaluation.tables import Table, percent
 from afd.extras import needed_by
 
 with needed_by("the report of an evaluation"):
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table as Grid
 
 COLOURS = {"pass": "green", "warn": "yellow", "fail": "red", "skipped": "dim"}
@@ -35,6 +38,13 @@ def present(results: dict[str, Any], console: Console) -> None:
         colour = COLOURS[check["verdict"]]
         signs.add_row(check["name"], f"[{colour}]{check['verdict']}[/]", number, meaning)
     console.print(signs)
+    todo = advised(results["checks"], results["protocol"]["name"])
+    if not todo:
+        return
+    told = Grid("check", "what to do next", title=VERDICTS[results["verdict"]], title_justify="left")
+    for name, verdict, words in todo:
+        told.add_row(f"[{COLOURS[verdict]}]{escape(name)}[/]", escape(words))
+    console.print(told)
 
 
 def present_table(found: Table, console: Console) -> None:

@@ -19,6 +19,7 @@ from afd.evaluation.protocol import Stage
 from afd.evaluation.subject import Subject
 from afd.evaluation.target import NORMS
 from afd.files import write_whole
+from afd.nn.classifier import unwrapped
 
 FORMAT, VERSION = "afd-evaluation", 1
 FILE = "results.json"
@@ -95,10 +96,10 @@ def describe(subject: Subject) -> dict[str, Any]:
 
 def architecture(subject: Subject) -> str:
     """What a table calls the network."""
-    model = subject.config.get("model", {})
+    model = subject.said("network", "recipe") or subject.said("config", "model")
     if isinstance(model, dict) and {"name", "width"} <= set(model):
         return f"{model['name']} (width {model['width']})"
-    return type(subject.model).__name__
+    return type(unwrapped(subject.model)).__name__
 
 
 def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class Runner:
     def unit(self, batch: Batch, stage: Stage, positions: tuple[int, ...], broken: Tensor) -> Unit:
         """One unit, from the store or computed now; `broken` [N] is what its stage broke at smaller radii."""
         key = key_of(stage, positions, batch.number)
-        if (unit := self.store.load(key)) is not None:
+        if (unit := self.store.load_or_forget(key)) is not None:
             return unit
         rows = self.rows(batch, stage, broken).nonzero().squeeze(1)
         started = time.perf_counter()

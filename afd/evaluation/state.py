@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
-import zipfile
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 
 from afd.errors import AfdError
-from afd.files import make_folder, write_whole
+from afd.files import write_whole
 
 FINGERPRINT = "run.json"
+UNIT = ".pt"
 
 
 class StateError(AfdError):
@@ -46,57 +46,108 @@ class Unit:
     seconds: float
 
 
+class DamagedUnitError(StateError):
+    """The file of a unit cannot be read; what it held must be computed again."""
+
+
 class Store:
     """The units of one evaluation in a folder.
 
     Args:
         folder: where they lie; made if need be.
-        fingerprint: what makes this run this run: subject, data, protocol, seed, batch size.
+        fingerprint: what makes this run this run, in plain JSON: subject, data, protocol, seed, batch size.
 
     Raises:
-        StateError: the folder holds the state of a run with another fingerprint.
+        StateError: the folder holds the state of a run with another fingerprint, or one that cannot be read.
+        FileError, FolderError: it cannot be written to.
     """
 
     def __init__(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         self.folder = folder
-        make_folder(folder)
-        wanted = json.dumps(fingerprint, indent=1, sort_keys=True)
-        path = folder / FINGERPRINT
-        if not path.exists():
-            write_whole(path, wanted)
-        elif (found := json.loads(path.read_text())) != json.loads(wanted):
-            differing = sorted(key for key in {*found, *fingerprint} if found.get(key) != json.loads(wanted).get(key))
+        if not self.check(folder, fingerprint):
+            write_whole(folder / FINGERPRINT, json.dumps(fingerprint, indent=1, sort_keys=True))
+
+    @staticmethod
+    def check(folder: Path, fingerprint: dict[str, Any]) -> bool:
+        """Whether the folder holds units of this evaluation, or may hold some one day.
+
+        Raises:
+            StateError: it holds those of another one, or nobody can say of which.
+        """
+        found = saved_fingerprint(folder)
+        if found is None:
+            return False
+        differing = sorted(key for key in {*found, *fingerprint} if found.get(key) != fingerprint.get(key))
+        if differing:
             raise StateError(
                 f"{folder} holds an unfinished evaluation that differs in {', '.join(differing)}; "
                 "run it with the same options, name another folder with --out, or discard it with --overwrite"
             )
+        return True
 
     def load(self, key: str) -> Unit | None:
         """The unit of that key, or None if it has not been done.
 
         Raises:
-            StateError: its file is damaged.
+            DamagedUnitError: its file is damaged.
         """
         path = self._path(key)
         if not path.exists():
             return None
         try:
             return Unit(**torch.load(path, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, EOFError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise StateError(f"{path} is damaged ({error}); delete it, and what it held is computed again") from error
+        except Exception as error:  # on damaged bytes the unpickler stumbles in any way it can
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DamagedUnitError(f"{path} is damaged ({reason}); delete it, and it is computed again") from error
+
+    def load_or_forget(self, key: str) -> Unit | None:
+        """As `load`, but for a damaged file it says so, and finds nothing."""
+        try:
+            return self.load(key)
+        except DamagedUnitError:
+            print(f"afd: warning: {self._path(key)} is damaged; what it held is computed again", file=sys.stderr)
+            return None
 
     def save(self, key: str, unit: Unit) -> None:
-        """Writes a unit's file, whole or not at all.
+        """Writes a unit's file: it is whole, or not there.
 
         Raises:
-            FileError: it cannot be written.
+            FileError: it cannot be written, as on a full disk.
         """
-        content = io.BytesIO()
-        torch.save({name: _cpu(value) for name, value in vars(unit).items()}, content)
-        write_whole(self._path(key), content.getbuffer())
+        file = io.BytesIO()
+        torch.save({name: _cpu(value) for name, value in vars(unit).items()}, file)
+        write_whole(self._path(key), file.getbuffer())
 
     def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.pt"
+        return self.folder / f"{key}{UNIT}"
+
+
+def saved_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """What evaluation the state in a folder is of; None where there is no state.
+
+    Raises:
+        StateError: there are units, but what they are of is missing or damaged.
+    """
+    path = folder / FINGERPRINT
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        reason = "is missing"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        reason = "is damaged"
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror or error}") from error
+    else:
+        if isinstance(found, dict):
+            return found
+        reason = "is damaged"
+    units = len(list(folder.glob(f"*{UNIT}")))
+    if units:
+        raise StateError(
+            f"{path} {reason}, so that nobody can say which evaluation the {units} results beside it are of; name "
+            "another folder with --out, or discard them with --overwrite"
+        )
+    return None
 
 
 def _cpu(value: Any) -> Any:

@@ -7,7 +7,7 @@ import importlib
 import io
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from afd.data import Images
 from afd.errors import AfdError
 from afd.evaluation.predictions import predict
+from afd.nn.classifier import unwrapped
+from afd.nn.modes import without_wrappers
 
 
 class SubjectError(AfdError):
@@ -44,11 +46,9 @@ class Subject:
     metadata: dict[str, Any] = field(default_factory=dict)
     training_modules: int = 0
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The settings of `afd train` that its checkpoint holds; empty if it was trained otherwise."""
-        found = self.metadata.get("config")
-        return found if isinstance(found, dict) else {}
+    def said(self, *names: str) -> Any:
+        """What its metadata says under these names; see `said`."""
+        return said(self.metadata, *names)
 
     def digest(self) -> str:
         """SHA-256 over the names and values of its parameters and buffers, so that a result names its weights."""
@@ -60,6 +60,26 @@ class Subject:
             found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return found.hexdigest()
+
+    def structure(self) -> str:
+        """SHA-256 over what else the model is made of: the kinds of its modules, and whether it scales its features."""
+        inner = unwrapped(self.model)
+        kinds = [(name, type(module).__qualname__) for name, module in inner.named_modules()]
+        scaled = getattr(without_wrappers(self.model), "normalize", None)
+        return hashlib.sha256(f"{kinds} {scaled if isinstance(scaled, bool) else None}".encode()).hexdigest()
+
+
+def said(metadata: Mapping[str, Any], *names: str) -> Any:
+    """What stands in nested dicts under these names; None where one of them is missing, or no dict.
+
+    A run's own config may hold anything under the names that `afd train` uses.
+    """
+    found: Any = metadata
+    for name in names:
+        if not isinstance(found, Mapping):
+            return None
+        found = found.get(name)
+    return found
 
 
 def _saved(value: Any) -> bytes:

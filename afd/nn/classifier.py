@@ -48,7 +48,10 @@ class FeatureClassifier(nn.Module):
 
     Attributes:
         plain_layout: whether training passes must show it images in torch's usual layout, whatever `Execution` says.
+        recipe: what `afd.nn.build_model` made it from, in plain JSON; None if that did not.
     """
+
+    recipe: dict[str, Any] | None = None
 
     def __init__(self, encoder: nn.Module, num_features: int, num_classes: int, normalize: bool = True) -> None:
         super().__init__()
@@ -296,6 +299,13 @@ torch.fx.wrap("unit_length")  # a symbolic trace of the model must not look into
 def entrance_of(layer: nn.Module) -> Entrance | None:
     """The entrance that a layer has from an earlier split, if it has."""
     return next((hook for hook in layer._forward_pre_hooks.values() if isinstance(hook, Entrance)), None)
+
+
+def unscaled(model: nn.Module) -> None:
+    """Takes away what earlier splits of a model scale before its layers, the entries of its state_dict included."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and entrance_of(layer) is not None:
+            _entrance_at(layer, False)
 
 
 def _entrance_at(layer: nn.Linear, normalize: bool | None) -> Entrance:

@@ -32,8 +32,8 @@ class CheckpointError(AfdError):
     """A checkpoint that cannot be written or read; the message names the file and the reason."""
 
 
-class OtherKindError(CheckpointError):
-    """A file that torch can read, but which is no checkpoint of ours."""
+class OtherFileError(CheckpointError):
+    """A file that torch reads, but no checkpoint of ours: weights alone, perhaps."""
 
 
 def save_checkpoint(
@@ -99,7 +99,7 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tup
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"checkpoint {path} is damaged or of another kind: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise OtherKindError(f"{path} is not an afd checkpoint")
+        raise OtherFileError(f"{path} is not an afd checkpoint")
     if content["version"] != VERSION:
         raise CheckpointError(f"checkpoint {path} has format version {content['version']}; this afd reads {VERSION}")
     if not sound:

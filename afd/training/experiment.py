@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,18 +20,19 @@ from afd.evaluation.place import device_named
 from afd.extras import needed_by
 from afd.nn import FeatureClassifier, build_model
 from afd.training import distributed
-from afd.training.checkpoint import CheckpointError, OtherKindError, load_checkpoint
+from afd.training.checkpoint import CheckpointError, load_checkpoint
 from afd.training.curves import plot_curves
 from afd.training.distributed import Group
 from afd.training.folder import discard_records, run_folder
 from afd.training.logs import json_lines, tensorboard
 from afd.training.progress import Terminal
+from afd.training.rebuild import rebuild, weights_in
 from afd.training.reports import TrainingError
 from afd.training.schedule import SCHEDULES, Schedule, step
 from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
 from afd.training.validation import shared_accuracy
-from afd.training.weights import load_weights, save_weights
+from afd.training.weights import save_weights
 
 with needed_by("afd.training.train"):
     from rich.console import Console
@@ -114,7 +114,7 @@ def _train_in(
         trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
         group.wait()  # for the files
         state, metadata = load_checkpoint(best, device)
-        model.load_state_dict(weights_in(state))
+        model.load_state_dict(weights_in(best, state))
         if group.leads:
             terminal.began("drawing", None, 0, None)
             plot_curves(folder / "curves.png", {name: folder})
@@ -165,23 +165,9 @@ def begin_with(model: FeatureClassifier, path: Path) -> None:
     Raises:
         CheckpointError: it cannot be read, or does not fit the model.
     """
-    try:
-        state, _ = load_checkpoint(path)
-    except OtherKindError:
-        load_weights(path, model)
-        return
-    try:
-        model.load_state_dict(weights_in(state))
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} does not fit the network that is to begin with it: {reason}") from error
-
-
-def weights_in(state: dict[str, Any]) -> dict[str, Any]:
-    """The weights that a checkpoint's accuracies are of: the average, where there is one."""
-    average = state.get("average")
-    weights: dict[str, Any] = average["weights"] if average else state["model"]
-    return weights
+    normalize = model.normalize
+    rebuild(path, model=model)
+    model.normalize = normalize
 
 
 def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:

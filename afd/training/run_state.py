@@ -18,6 +18,7 @@ from afd.training import settings
 from afd.training.checkpoint import CheckpointError
 from afd.training.keeper import Keeper
 from afd.training.reports import EpochReport
+from afd.training.weights import facts_of
 
 if TYPE_CHECKING:
     from afd.training.trainer import Trainer
@@ -26,6 +27,7 @@ FACTS = (
     "method", "attack", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
 )  # fmt: skip
 
+NETWORK = "network"  # of the metadata: what `weights.facts_of` says
 SCALED_FOR = "scaled for"  # what features of length 1 are given to, by `normalize`
 SCALED = {None: "discriminator", True: "discriminator and feature layer", False: "nothing"}
 
@@ -62,6 +64,7 @@ def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     metadata = {
         "run": facts(trainer),
         "config": trainer.config,
+        NETWORK: facts_of(trainer.network),
         "report": dataclasses.asdict(trainer.history[-1]) if trainer.history else None,
         "commit": settings.commit(),
         "position": dataclasses.asdict(trainer.position),

@@ -185,9 +185,11 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, robust):
     for config in (None, {"lr": 0.1}, {"data": {"name": "mine"}}):
         save_checkpoint(tmp_path / "python.pt", {"model": robust.state_dict()}, {"config": config})
         told = failed(capsys, tmp_path / "python.pt", "--data", "digits", "--out", out)
-        assert "python.pt does not say which network it holds" in told
+        assert "python.pt does not say which network it holds; name a function that builds it with --model" in told
     other = checkpoint(tmp_path / "other.pt", robust, width=4)
-    assert "does not hold the weights of a convnet of width 4 for digits" in failed(capsys, other, "--out", out)
+    assert "does not hold the weights of a convnet of width 4 for 1x8x8 images and 10 classes" in failed(
+        capsys, other, "--out", out
+    )
     root = tmp_path / "none"
     root.mkdir()
     (tmp_path / "words.pt").write_text("no checkpoint")
@@ -264,7 +266,10 @@ def test_compare_puts_models_side_by_side_with_the_published(folder, tmp_path, c
     for path in ("curves.png", "report.html"):
         assert (out / path).exists()
     assert "holds no results.json" in failed(capsys, "--compare", folder, "--out", tmp_path / "c")
-    assert "exists and holds no evaluation" in failed(capsys, *both)
+    assert "holds a finished evaluation" in failed(capsys, *both)
+    (out / "tables.md").unlink()  # as a kill leaves it
+    assert main(["evaluate", *both]) == 0
+    assert (out / "tables.md").read_text(encoding="utf-8") == text
 
 
 def test_compare_prints_published_figures_for_mnist(folder):

@@ -16,7 +16,7 @@ from afd.evaluation.place import Place
 from afd.evaluation.protocol import Protocol, Stage
 from afd.evaluation.protocols import probes
 from afd.evaluation.runner import AttackFailedError, Runner
-from afd.evaluation.state import StateError, Store
+from afd.evaluation.state import StateError, Store, saved_fingerprint
 from afd.evaluation.subject import Subject
 from afd.evaluation.target import distance, shorten, within
 
@@ -258,11 +258,31 @@ def test_state_of_another_run_is_refused(data, tmp_path):
         runner(data, protocol(WEAK), tmp_path)
 
 
-def test_a_damaged_unit_is_named(data, tmp_path):
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda whole: whole[: len(whole) // 2], lambda _: b"no tensors"])
+def test_a_damaged_unit_is_computed_again_and_said(data, tmp_path, capsys, damage):
+    whole = runner(data, protocol(PGD), tmp_path).run()
+    unit = tmp_path / "pgd.0.1.pt"
+    unit.write_bytes(damage(unit.read_bytes()))
+    again = runner(data, protocol(PGD), tmp_path).run()
+    assert "pgd.0.1.pt is damaged; what it held is computed again" in capsys.readouterr().err
+    assert torch.equal(again.found["pgd"], whole.found["pgd"])
+    assert Store(tmp_path, {"protocol": protocol(PGD).as_json()}).load("pgd.0.1") is not None
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"protocol": {"na'])
+def test_units_of_nobody_knows_which_evaluation_are_not_taken_for_ours(data, tmp_path, content):
     runner(data, protocol(PGD), tmp_path).run()
-    (tmp_path / "pgd.0.1.pt").write_bytes(b"no tensors")
-    with pytest.raises(StateError, match=r"pgd\.0\.1\.pt is damaged"):
-        runner(data, protocol(PGD), tmp_path).run()
+    (tmp_path / "run.json").unlink()
+    if content is not None:
+        (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(StateError, match=r"run\.json is (missing|damaged), so that nobody can say .* --overwrite"):
+        runner(data, protocol(PGD), tmp_path)
+
+
+def test_a_fingerprint_that_was_cut_short_before_any_unit_is_written_again(tmp_path):
+    (tmp_path / "run.json").write_text('{"protocol": ')
+    Store(tmp_path, {"protocol": 1})
+    assert saved_fingerprint(tmp_path) == {"protocol": 1}
 
 
 def test_processes_share_the_batches_and_find_the_same(data, tmp_path, monkeypatch):

@@ -1,0 +1,319 @@
+"""Whatever a trainer writes is evaluated as what was trained: the report has the figure that is measured in Python."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import afd.nn
+from afd import evaluate as command
+from afd.attacks import PGD
+from afd.cli import main
+from afd.data import Images
+from afd.errors import AfdError
+from afd.evaluate import EvaluateConfig, load, name_of, trained_at
+from afd.evaluation import accuracy, protocols
+from afd.evaluation import results as files
+from afd.evaluation.epsilon import Epsilon
+from afd.evaluation.subject import Subject
+from afd.methods import AFD, Execution, Natural
+from afd.nn.build import from_recipe, recipe_of
+from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights
+from afd.training.rebuild import rebuild
+
+CPU = torch.device("cpu")
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+
+
+def some(name="digits", classes=10, count=40):
+    """Images of a data set's shape whose classes are their brightness, so that a few steps teach something."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % classes
+    noise = torch.rand(count, *SHAPES[name], generator=generator)
+    pixels = (noise * 40 + labels.view(-1, 1, 1, 1) * 20).to(torch.uint8)
+    return Images(pixels, labels, 255.0, classes, name)
+
+
+def batches(images):
+    return [(images.images(rows), images.labels[rows]) for rows in torch.arange(len(images)).split(20)]
+
+
+class LeNet(nn.Module):
+    """A network of one's own, with a view that channels-last tensors do not have."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.body, self.head = nn.Linear(6 * 16, 12), nn.Linear(12, classes)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(self.norm(self.conv(x)).relu(), 2)
+        return self.head(self.body(x.reshape(len(x), -1)).relu())
+
+
+def small(name="digits", network="convnet", width=2, normalize=True):
+    torch.manual_seed(0)
+    model = afd.nn.build_model(network, SHAPES[name], 10, width)
+    model.normalize = normalize
+    return model
+
+
+def lenet():
+    torch.manual_seed(0)
+    return LeNet()
+
+
+GAME = {"lr": 0.05, "lr_discriminator": 0.01, "lr_features": 0.01}
+# name: (data, model, method, further settings of the trainer, whether the checkpoint names its network)
+CASES = {
+    "natural": ("digits", small, Natural(lr=0.05), {}, True),
+    "afd": ("digits", small, AFD(**GAME), {}, True),
+    "hinge": ("digits", small, AFD("hinge", hidden=7, **GAME), {}, True),
+    "dcgan, alternating": ("digits", small, AFD("dcgan", "alternating", **GAME), {}, True),
+    "average": ("digits", small, Natural(lr=0.05), {"ema": 0.5}, True),
+    "features as they are": ("digits", lambda: small(normalize=False), AFD(**GAME), {}, True),
+    "compiled": ("digits", lambda: torch.compile(small(), backend="eager"), Natural(lr=0.05), {}, True),
+    "mnist": ("mnist", lambda: small("mnist"), Natural(lr=0.05), {}, True),
+    "cifar, resnet18": ("cifar10", lambda: small("cifar10", "resnet18"), AFD(**GAME), {"ema": 0.5}, True),
+    "a config of one's own": (
+        "digits",
+        small,
+        Natural(),
+        {"config": {"data": "digits", "model": 3, "method": []}},
+        True,
+    ),
+    "lenet": ("digits", lenet, Natural(lr=0.05), {"ema": 0.5}, False),
+    "lenet, features scaled": ("digits", lenet, AFD(**GAME), {"normalize": True, "ema": 0.5}, False),
+    "lenet, features not scaled": ("digits", lenet, AFD(**GAME), {"normalize": False}, False),
+    "lenet, another layer": ("digits", lenet, AFD(**GAME), {"feature_layer": "body", "normalize": True}, False),
+    "lenet, compiled": ("digits", lambda: torch.compile(lenet(), backend="eager"), Natural(), {}, False),
+}
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch):
+    """Twenty images of the trainers' data sets and one cheap attack: what is measured is the clean figure."""
+    monkeypatch.setattr(protocols, "installed", lambda _: False)
+    monkeypatch.setattr("afd.data.load", lambda name, *_, **__: type("Splits", (), {"test": some(name)}))
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A module of the user's, from which --model takes functions."""
+    names = f"import sys; sys.path.append({str(Path(__file__).parent)!r})\n"
+    (tmp_path / "mine_of_rebuild.py").write_text(
+        names + "import torch\nfrom test_rebuild import LeNet, lenet, small\nfrom afd.nn import ConvNet, FeatureSplit\n"
+        "def other():\n    torch.manual_seed(9)\n    return LeNet()\n"
+        "def split():\n    return FeatureSplit(LeNet(), 'head', True)\n"
+        "def few():\n    return LeNet(3)\n"
+        "def plain():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return "mine_of_rebuild:"
+
+
+def trained(case, folder):
+    data, build, method, settings, _ = CASES[case]
+    attack = PGD.partial(eps=0.05, alpha=0.05, steps=1)
+    trainer = Trainer(
+        build(), method, attack=attack if method.uses_attack else None, epochs=2, folder=folder,
+        execution=Execution(channels_last="lenet" not in case), **settings,
+    )  # fmt: skip
+    trainer.fit(batches(some(data)), batches(some(data)))
+    return trainer
+
+
+def clean_of(capsys, *words):
+    out = Path(f"report-{len(list(Path().glob('report-*')))}")
+    assert main(["evaluate", *map(str, words), "--images", "40", "--batch-size", "20", "--out", str(out)]) == 0, (
+        capsys.readouterr().err
+    )
+    return files.read(out)
+
+
+@pytest.mark.filterwarnings("ignore:model is compiled")
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_is_evaluated_as_what_was_trained(case, tmp_path, mine, monkeypatch, capsys):
+    trainer = trained(case, tmp_path / "run")
+    data, *_, named = CASES[case]
+    wanted = accuracy(trainer.evaluated, batches(some(data)))
+    function = [] if named else ["--model", f"{mine}other"]
+    monkeypatch.setattr("afd.evaluate.named", cheap)
+    results = clean_of(capsys, tmp_path / "run" / "last.pt", "--data", data, *function)
+    assert results["clean"] == wanted
+    subject = load(str(tmp_path / "run" / "last.pt"), CPU, *function[1:])
+    x = some(data).images()
+    same(subject.model(x), trainer.evaluated.eval()(x))
+    assert (subject.discriminator is not None) == isinstance(trainer.method, AFD)
+    if subject.discriminator is not None:
+        z, y = trainer.evaluated.features(x), some(data).labels
+        same(subject.discriminator(z, y), trainer.round.players["discriminator"].eval()(z, y))
+    if not named:
+        with pytest.raises(CheckpointError, match=r"does not say which network it holds; name .* --model"):
+            load(str(tmp_path / "run" / "last.pt"), CPU)
+
+
+def same(one, other):
+    """Equal but for the rounding of another memory layout."""
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def cheap(*_, trained_at, **__):
+    from afd.evaluation.protocol import Protocol, Stage
+
+    stages = [Stage("pgd", "pgd", "Linf", (trained_at,), {"steps": 1}, first=4)]
+    stages += [s for s in protocols.probes("Linf", trained_at) if s.attack in ("noise", "fgsm", "pgd")]
+    few = [dataclasses.replace(stage, settings=dict.fromkeys(stage.settings, 1), first=4) for stage in stages]
+    return Protocol("quick", "Linf", trained_at, tuple(few))
+
+
+@pytest.mark.parametrize("case", ["average", "lenet", "lenet, features scaled", "lenet, another layer"])
+def test_plain_weights_are_evaluated_as_what_was_trained(case, tmp_path, mine, monkeypatch, capsys):
+    trainer = trained(case, None)
+    save_weights(str(tmp_path / "model.pt"), trainer.evaluated)
+    wanted = accuracy(trainer.evaluated, batches(some()))
+    monkeypatch.setattr("afd.evaluate.named", cheap)
+    function = [] if CASES[case][-1] else ["--model", f"{mine}other"]
+    assert clean_of(capsys, tmp_path / "model.pt", "--data", "digits", *function)["clean"] == wanted
+    if function:
+        again = clean_of(capsys, tmp_path / "model.pt", "--data", "digits", "--model", f"{mine}split")
+        assert again["clean"] == wanted
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+def test_any_state_dict_of_any_model(wrap, tmp_path, mine):
+    """Without a linear layer before the logits, even, and under the names of a wrapper."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    torch.save(wrap(model).state_dict(), tmp_path / "any.pth")
+    x = some().images()
+    assert torch.equal(load(str(tmp_path / "any.pth"), CPU, f"{mine}plain").model(x), model(x))
+
+
+def test_a_runs_folder_stands_for_its_best_checkpoint(tmp_path):
+    trained("natural", tmp_path / "run")
+    assert load(str(tmp_path / "run"), CPU).source == str(tmp_path / "run" / "best.pt")
+    with pytest.raises(CheckpointError, match=r"is a folder without best\.pt"):
+        load(str(tmp_path), CPU)
+
+
+def test_what_does_not_fit_is_told_in_one_line(tmp_path, mine, capsys):
+    trained("lenet", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "best.pt"
+    save_weights(tmp_path / "w.pt", lenet())
+    torch.save({"epoch": 3, "state_dict": lenet().state_dict()}, tmp_path / "nested.pt")
+    torch.save({"E_state_dict": {}, "epoch": 3}, tmp_path / "released.pt")
+
+    def told(*words):
+        assert main(["evaluate", *map(str, words), "--out", "x"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("afd: error: ")
+        assert error.count("\n") == 1
+        assert len(error) < 700
+        return error
+
+    assert "does not load into a LeNet: Error(s) in loading" in told(checkpoint, "--model", f"{mine}few")
+    assert "does not load into a FeatureClassifier" in told(checkpoint, "--model", f"{mine}small")
+    assert "does not load into a Sequential" in told(tmp_path / "w.pt", "--model", f"{mine}plain")
+    assert "w.pt does not say which network it holds" in told(tmp_path / "w.pt", "--data", "digits")
+    assert "holds no state_dict of a model, but epoch, state_dict" in told(tmp_path / "nested.pt")
+    assert "see afd.training.released" in told(tmp_path / "released.pt")
+    assert "name it with --data" in told(checkpoint, "--model", f"{mine}lenet")
+    assert "does not take mnist's 1x28x28 images" in told(checkpoint, "--model", f"{mine}lenet", "--data", "mnist")
+    assert "is a function already" in told(f"{mine}lenet", "--model", f"{mine}lenet", "--data", "digits")
+    assert "has no 'nothing'" in told(checkpoint, "--model", f"{mine}nothing", "--data", "digits")
+    assert "checkpoint is missing" in told("--model", f"{mine}lenet")
+    assert "transfer-from is missing" in told(checkpoint, "--transfer-model", f"{mine}lenet")
+    assert "was trained on 'flowers', of which afd knows no" in told(flowers(tmp_path))
+    assert not Path("x").exists()
+
+
+def flowers(folder):
+    model = small()
+    network = {"recipe": recipe_of(model), "normalize": True}
+    save_checkpoint(
+        folder / "f.pt", {"model": model.state_dict()}, {"network": network, "config": {"data": {"name": "flowers"}}}
+    )
+    return folder / "f.pt"
+
+
+def test_a_model_that_was_changed_since_it_was_built_has_no_recipe():
+    built = small()
+    assert recipe_of(built) == {
+        "name": "convnet", "shape": [1, 8, 8], "classes": 10, "width": 2, "normalize": True,
+    }  # fmt: skip
+    assert recipe_of(copy.deepcopy(built)) == recipe_of(built)
+    changed = small()
+    changed.encoder.layers[1] = nn.GELU()
+    assert recipe_of(changed) is None
+    hooked = small()
+    hooked.encoder.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    assert recipe_of(hooked) is None
+    assert recipe_of(afd.nn.FeatureClassifier(nn.Flatten(), 64, 10)) is None
+    assert recipe_of(nn.Linear(2, 2)) is None
+
+
+def test_another_head_and_other_settings_are_in_the_recipe():
+    model = small(normalize=False)
+    model.classifier, model.num_classes = nn.Linear(128, 3), 3
+    again = from_recipe(recipe_of(model))
+    again.load_state_dict(model.state_dict())
+    x = some().images()
+    assert torch.equal(again(x), model(x))
+
+
+def test_asking_for_a_recipe_draws_no_random_numbers():
+    model, before = small(), torch.get_rng_state()
+    recipe_of(model)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("normalize", [True, False, None])
+def test_checkpoints_of_earlier_days_say_how_features_were_scaled(normalize, tmp_path, mine):
+    """They have no "network"; "scaled for" and the weights' marker say it."""
+    torch.manual_seed(0)
+    trainer = Trainer(lenet(), Natural(lr=0.05), epochs=1, folder=tmp_path / "run", normalize=normalize)
+    trainer.fit(batches(some()), batches(some()))
+    state, metadata = load_checkpoint(tmp_path / "run" / "last.pt")
+    del metadata["network"]
+    save_checkpoint(tmp_path / "old.pt", state, metadata)
+    x = some().images()
+    found = load(str(tmp_path / "old.pt"), CPU, f"{mine}other").model
+    same(found(x), trainer.network.eval()(x))
+    assert found.normalize is normalize
+
+
+def test_names_and_radii_follow_the_run(tmp_path):
+    for case, name in (("natural", "natural"), ("hinge", "AFD-HINGE"), ("dcgan, alternating", "AFD-DCGAN")):
+        trained(case, tmp_path / case)
+        rebuilt = rebuild(tmp_path / case)
+        assert name_of(rebuilt) == name
+        eps = "0.2" if case == "natural" else "0.05"
+        assert str(trained_at(Subject("", "", rebuilt.network, metadata=rebuilt.metadata), "digits")) == eps
+
+
+@pytest.mark.parametrize("attack", [{"eps": [0.1, 0.2]}, {"eps": "0.1"}, {"eps": 0.5, "norm": "L2"}, "pgd", None])
+def test_a_radius_that_is_none_in_linf_is_not_taken(attack):
+    subject = Subject("", "", nn.Identity(), metadata={"config": {"attack": attack}})
+    assert trained_at(subject, "digits") == Epsilon.of("0.2")
+
+
+@pytest.mark.parametrize("noted", ["digits", {"name": 3}, {"root": "x"}, 3, None, []])
+def test_a_config_of_ones_own_may_hold_anything(noted, tmp_path):
+    subject = Subject("", "p.pt", nn.Identity(), metadata={"config": {"data": noted}})
+    with pytest.raises(AfdError, match="name it with --data"):
+        command.test_images(EvaluateConfig("p.pt"), subject, type("Place", (), {"leads": True}))
+    found = command.test_images(EvaluateConfig("p.pt", data="digits"), subject, type("Place", (), {"leads": True}))
+    assert len(found) == 40
+
+
+def test_what_weights_belong_to_another_network_is_said_by_load_weights(tmp_path):
+    save_weights(tmp_path / "w.pt", lenet())
+    with pytest.raises(CheckpointError, match="does not load into a LeNet"):
+        load_weights(tmp_path / "w.pt", LeNet(3))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_weights(tmp_path / "none.pt", LeNet())
