@@ -62,7 +62,7 @@ def rebuild(path: Path, device: torch.device | str = "cpu", model: nn.Module | N
     try:
         state, metadata = load_checkpoint(path, "cpu")
     except OtherFileError:
-        weights, facts = readweights_in(path)
+        weights, facts = read_weights(path)
         return Rebuilt(_network(path, weights, facts, model).to(device).eval(), path=path)
     weights = weights_in(path, state)
     network = _network(path, weights, facts_in(metadata), model)
