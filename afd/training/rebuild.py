@@ -17,7 +17,7 @@ from afd.nn.build import from_recipe
 from afd.nn.classifier import MARKER
 from afd.training.checkpoint import CheckpointError, OtherFileError, load_checkpoint
 from afd.training.run_state import NETWORK, SCALED, SCALED_FOR
-from afd.training.weights import in_a_line, load_plainly, load_state
+from afd.training.weights import in_a_line, load_plainly, load_state, read_weights
 
 BEST = "best.pt"
 # images and classes of the data sets that `afd train` knows, for checkpoints that say no more of their network
