@@ -11,10 +11,10 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csr
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
-	$(BIN)/python -m afd.demo --out demo
+	$(BIN)/python -m afd.demo --out demo $(DEMO)
 
 test: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"

@@ -1,4 +1,4 @@
-"""Does speed cost strength? ``afd bench agreement --data DIR``: afd and pyautoattack break which images?
+"""Does speed cost strength? ``afd bench agreement``: afd and pyautoattack break which images?
 
 A LeNet-size net is trained on MNIST for an epoch, a little adversarially, so that about half of the test images can be
 broken. Both libraries then run APGD-CE with the same steps and restarts, and the table says how many images each
@@ -44,8 +44,8 @@ class AgreementBench(Benchmark):
         Column("broken by it alone", "broken_alone", "{}"),
     )
 
-    data: Path
-    """Folder with MNIST."""
+    data: Path | None = None
+    """Folder of MNIST's files; by default a cache folder, filled from the network."""
     rounds: Suppress[int] = 1  # the same seed finds the same points
     images: int = 1000
     """Of the test set."""

@@ -69,12 +69,15 @@ def asked() -> Callable[[], object]:
     """What the command line of the demo asks for."""
     parser = argparse.ArgumentParser(prog="afd.demo", usage=argparse.SUPPRESS, description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for checkpoints, logs and curves.png")
-    out = parser.parse_args().out
+    parser.add_argument("--quick", action="store_true", help="a twentieth of the epochs: to see that it runs")
+    words = parser.parse_args()
+    out: Path = words.out
     require("tensorboard", "the demo")
     require("sklearn", "the demo")
     check_writable(out)
     torch.set_num_threads(1)  # operations are tiny: a second thread hardly helps, and stalls them on a busy machine
-    return partial(run, out, Console())
+    shorter = {name: dataclasses.replace(config, epochs=(config.epochs or 0) // 20) for name, config in RUNS.items()}
+    return partial(run, out, Console(), shorter if words.quick else RUNS)
 
 
 def _attack(config: TrainConfig, eps: float, model: nn.Module) -> Attack:
