@@ -20,9 +20,12 @@ def _asked() -> process.Work:
     from afd.namesake import apart
 
     apart()
-    from afd import cli  # only now: it may lie under the other one's files
+    from afd import cli, threads  # only now: they may lie under the other one's files
 
-    return cli.asked(sys.argv[1:])
+    words = sys.argv[1:]
+    if words[:1] in (["train"], ["evaluate"]) and "--help" not in words:
+        threads.sleep_if_busy()
+    return cli.asked(words)
 
 
 if __name__ == "__main__":
