@@ -30,27 +30,35 @@ class Keeper:
         self.folder, self.warn, self.lock = folder, warn, FolderLock(folder)
         self.last, self.previous, self.best = (folder / f"{name}.pt" for name in ("last", "previous", "best"))
         self.newest: Path | None = None  # of this process: what was written or read last
+        self._written: tuple[int, int] | None = None  # which file ``last.pt`` was then
 
     @property
     def present(self) -> list[Path]:
         """The checkpoints that there are."""
         return [path for path in (self.last, self.previous, self.best) if path.exists()]
 
-    def check_free(self, resumed: Path | None) -> None:
-        """Finds the folder free for a run that is not the one it holds.
+    def check_free(self, resume: Path | str | None, overwrite: bool) -> None:
+        """Finds the folder free for a run that begins.
 
         Args:
-            resumed: the checkpoint that the run goes on from, if it goes on from one.
+            resume: what it goes on from: a checkpoint, "auto" for the newest in the folder, or None.
+            overwrite: whether it may discard the checkpoints of another run.
 
         Raises:
-            FolderError: it holds checkpoints, and the newest is not the one that is gone on from.
+            FolderError: it may not, and the folder holds checkpoints whose newest is not the one that is gone on from.
         """
-        if not self.present or (resumed is not None and resumed.resolve() == self.present[0].resolve()):
+        if overwrite or resume == "auto" or not self.present:
             return
-        raise FolderError(
-            f"folder is {self.folder}, which holds the checkpoints of a run; go on with it by resume='auto', name "
-            "another folder, or discard it with overwrite=True"
-        )
+        if resume is None or Path(resume).resolve() != self.present[0].resolve():
+            raise FolderError(
+                f"folder is {self.folder}, which holds the checkpoints of a run; go on with it by resume='auto', name "
+                "another folder, or discard it with overwrite=True"
+            )
+
+    def check_untouched(self) -> None:
+        """Raises FolderError if another run has written to the folder since this one did."""
+        if self._written is not None and self._written != _identity(self.last):
+            raise FolderError(f"another run has written to {self.folder} since this one did; name another folder")
 
     def discard(self) -> None:
         """Removes the checkpoints that there are."""
@@ -64,7 +72,7 @@ class Keeper:
             CheckpointError: a file cannot be written.
         """
         save_checkpoint(self.last, state, metadata, self.previous)
-        self.newest = self.last
+        self.newest, self._written = self.last, _identity(self.last)
         if best:
             save_checkpoint(self.best, state, metadata)
 
@@ -145,3 +153,12 @@ class Keeper:
             return None
         ends = metadata["history"] and metadata["position"]["batch"] == 0
         return EpochReport(**metadata["history"][-1]) if ends else None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one that has taken its place."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

@@ -121,6 +121,7 @@ class Trainer:
         self.best: EpochReport | None = None
         self.stopping, self.begun = Stop(self.group, self.device), False
         self._owed: bool | None = None  # a checkpoint that could not be written, and whether it is the best
+        self._generators: dict[str, Any] | None = None  # where they stood when `fit` ended
 
     def _build_round(self) -> None:
         self.round = self.method.build(self.network, self.execution, self.group.wrap)
@@ -211,8 +212,7 @@ class Trainer:
             with self.group.together():
                 if self.keeper is not None and self.group.leads:
                     stack.enter_context(self.keeper.lock.held())
-                    if not (self.begun or self.overwrite or self.resume == "auto"):
-                        self.keeper.check_free(None if self.resume is None else Path(self.resume))
+                    self.keeper.check_untouched() if self.begun else self.keeper.check_free(self.resume, self.overwrite)
             yield
 
     def _open(self, train: Loader, validation: Loader, rounds: int) -> dict[str, Any] | None:
@@ -227,7 +227,7 @@ class Trainer:
         if before is not None:
             if self._owed is not None:
                 self._save(best=self._owed)
-            return self._generators if self.position.batch else None
+            return self._generators
         with held(self._modules()):
             generators = run_state.resume(self)
             content = None if self.keeper is None else run_state.capture(self)
@@ -237,7 +237,8 @@ class Trainer:
                 if self.overwrite:
                     self.keeper.discard()
                 self.best = self.keeper.settle_best(self.history)
-        self.begun = True
+        self.best = self.group.gather(self.best)[0]
+        self.begun, self._generators = True, generators
         return generators
 
     def _follow_what_was_found(self) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from afd import Trainer
 from afd.attacks import PGD
-from afd.errors import InputError
+from afd.errors import AfdError, InputError
 from afd.files import FolderError
 from afd.methods import AFD, Natural
 from afd.training import CheckpointError, EpochReport, StoppedError, load_checkpoint
@@ -194,6 +194,7 @@ def test_for_more_epochs(tmp_path):
     run.fit(shuffled(), batches())
     run.fit(shuffled(), batches())  # nothing left: nothing done
     assert len(run.history) == 2
+    torch.rand(7)
     run.epochs = 5
     assert len(run.fit(shuffled(), batches())) == 5
     assert same(weights(run), weights(whole))
@@ -207,6 +208,20 @@ def test_epochs_may_grow_on_resume_and_it_is_said(tmp_path, capsys):
     assert "is of a run of 2 epochs; learning rates follow the schedule of 4 from here on" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"last\.pt is of another run: epochs is 4 there and 3 here"):
         trainer(tmp_path, epochs=3, resume="auto").fit(batches(), batches())
+
+
+def test_after_an_attack_that_cannot_be_made_a_resumed_run_is_still_exact(tmp_path, undisturbed):
+    first = trainer(tmp_path)
+    first.callbacks = [Once(6, first.stop)]
+    first.fit(shuffled(), batches())
+    torch.manual_seed(99)
+    run, attack = trainer(tmp_path, resume="auto"), first.attack
+    run.attack = lambda _: None
+    with pytest.raises(AfdError):
+        run.fit(shuffled(), batches())
+    run.attack = attack
+    run.fit(shuffled(), batches())
+    assert same(weights(run), undisturbed)
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
@@ -257,6 +272,15 @@ def test_two_trainers_do_not_share_a_folder(tmp_path):
     run.fit(batches(), batches())
     assert said == [f"{tmp_path} is in use by another run of this process; name another folder"]
     assert not (tmp_path / ".lock").exists()
+
+
+def test_a_folder_that_another_run_has_taken_meanwhile_is_not_taken_back(tmp_path):
+    run = trainer(tmp_path, epochs=1)
+    run.fit(batches(), batches())
+    trainer(tmp_path, overwrite=True, epochs=1).fit(batches(), batches())
+    run.epochs = 2
+    with pytest.raises(FolderError, match=r"another run has written to .* since this one did"):
+        run.fit(batches(), batches())
 
 
 # --- what is kept can be read ---------------------------------------------------------------------------------------
