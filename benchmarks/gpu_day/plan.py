@@ -90,7 +90,7 @@ def training(folder: Path | None, python: str, device: str) -> list[Step]:
         first = [Step(6, "cifar10-unpack", [f"{python} {{data}}/unpack_cifar10.py {{folder}}"], None, share=120)]
     network = TINY if device == "cpu" else CIFAR10 if name == "cifar10" else ""
     train = f"{python} -m afd train --data {name} {root} {network} --device {device} --graph"
-    train += " --lr-schedule one-cycle --precision auto --out {folder} --epochs "
+    train += " --lr-schedule one-cycle --precision auto --overwrite --out {folder} --epochs "
     judge = f"{python} -m afd evaluate {{work}}/{name}-train/best.pt --protocol quick --device {device}"
     judge += f" --out {{folder}} --images {1000 if device == 'cuda' else 16}"
     return [
