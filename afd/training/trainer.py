@@ -145,8 +145,8 @@ class Trainer:
     def fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
         """Runs all epochs, or what is left of them.
 
-        It may be called again: after a stop, an error or Ctrl-C it goes on with the next batch, and where `epochs` has
-        been raised since, it trains on (learning rates then follow the schedule of the new number).
+        It may be called again: after a stop, an error or Ctrl-C it goes on with the next batch, and with `epochs` raised
+        it trains on (learning rates then follow the schedule of the new number).
 
         Args:
             train: training batches of this process, with a length.
@@ -156,9 +156,8 @@ class Trainer:
             One report an epoch, those before a resumed checkpoint included.
 
         Precision, gradients and inference mode are those of `execution`, whatever mode the caller is in. Nothing is
-        trained before both loaders were looked at, everything a checkpoint holds was found to be readable again, and,
-        unless it is one of afd's own, the model was tried on images of validation: it may be found to have another
-        number of classes than its layers' widths made believe, and then gets a new round.
+        trained before both loaders were looked at, a checkpoint was found readable, and a model that is not afd's own
+        was tried on images: one of another number of classes than its layers' widths made believe gets a new round.
 
         Raises:
             InputError, InputTypeError: images are not finite floats in [0, 1], labels not int64 classes of the model; a
@@ -386,13 +385,12 @@ class Trainer:
             self._save(best=False)
         if self.stopping.reason == BY_CALLBACK:
             return
-        at, file = self.position, self.group.gather(self.keeper.newest if self.keeper else None)[0]
+        at, file = self.position, self.group.gather(self.keeper and self.keeper.newest)[0]
         raise StoppedError(self.stopping.reason, f"stopped in epoch {at.epoch} after round {at.round}", file)
 
     def _where_it_stood(self, number: int) -> str:
         shown = ", ".join(f"{name} {rate:g}" for name, rate in self.rates.of_round(number).items())
-        newest = self.keeper.newest if self.keeper else None
-        return f"learning rates were {shown}; last good checkpoint: {newest or 'none'}"
+        return f"learning rates were {shown}; last good checkpoint: {(self.keeper and self.keeper.newest) or 'none'}"
 
     def _tell(self, report: Report) -> None:
         if self.group.leads:
