@@ -145,8 +145,8 @@ class Trainer:
     def fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
         """Runs all epochs, or what is left of them.
 
-        It may be called again: after a stop, an error or Ctrl-C it goes on with the next batch, and with `epochs` raised
-        it trains on (learning rates then follow the schedule of the new number).
+        It may be called again: after a stop, an error or Ctrl-C it goes on with the next batch; with `epochs` raised it
+        trains on, and learning rates follow the schedule of the new number.
 
         Args:
             train: training batches of this process, with a length.
