@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+# A shell that starts this in the background has it ignore Ctrl-C, which the processes that tests start would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Kernels and thread pools warm up at their first call, so the time of one example says nothing.
 settings.register_profile("afd", deadline=None, max_examples=40, print_blob=True)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -265,12 +266,20 @@ def test_comparisons_have_folders_of_their_own(run):
     assert Path("runs/comparisons/latest/tables.md").exists()
     with pytest.raises(FolderError, match="holds a finished evaluation"), comparison_folder(folder, overwrite=False):
         pass
-    with (
-        FolderLock(folder).held(),
-        pytest.raises(FolderError, match="in use"),
-        comparison_folder(folder, overwrite=True),
-    ):
-        pass
+
+    def intrude():
+        try:
+            with comparison_folder(folder, overwrite=True):
+                said.append("taken")
+        except FolderError as error:
+            said.append(str(error))
+
+    said = []
+    with FolderLock(folder).held():
+        other = threading.Thread(target=intrude)
+        other.start()
+        other.join()
+    assert said == ["runs/comparisons/0001 is in use by another run of this process; name another folder"]
 
 
 def test_overwrite_needs_a_folder_that_was_named(capsys, tmp_path, monkeypatch):

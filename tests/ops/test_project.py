@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -62,12 +62,14 @@ def check_rows(got: Tensor, x_adv: Tensor, x: Tensor, eps, norm: str, bounds=(0.
     for out, point, image, radius in zip(*rows, radii, strict=True):
         want = exact(point, image, radius, norm, *bounds)
         rounding = 2e-7 + 1.2e-7 * np.abs(point - image)  # of the result, and of the difference of two floats
-        assert (np.abs(out - want) <= 1e-5 * np.abs(want) + rounding).all()
+        share = 0 if norm == "Linf" else 1e-6 * radius  # what the length may be off by, as it may fall on one element
+        assert (np.abs(out - want) <= 1e-5 * np.abs(want) + rounding + share).all()
         assert length(out - image, norm) <= radius + (1e-7 if norm == "Linf" else 1e-6 * radius)
         assert (out >= bounds[0]).all()
         assert (out <= bounds[1]).all()
 
 
+@example(shape=[1, 3, 3, 4], seed=0, norm="L1", spread=30.0, eps=16.0, per_sample=False, bounds=(0.0, 1.0))
 @given(
     shape=shapes,
     seed=st.integers(0, 2**32),

@@ -106,7 +106,7 @@ def test_a_format_that_there_is_not_is_one_line(tmp_path, capsys):
     folder = write(tmp_path / "run", 0.5)
     assert main(["curves", str(folder), "--out", str(tmp_path / "picture.mp3")]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(f"afd: error: cannot write {tmp_path / 'picture.mp3'}: Format 'mp3' is not supported")
+    assert told.startswith(f"afd: error: the picture is to be '{tmp_path / 'picture.mp3'}'; its name may end in .")
     assert told.count("\n") == 1
     assert main(["curves", str(folder), "--out", str(tmp_path / "picture.pdf")]) == 0
     assert (tmp_path / "picture.pdf").read_bytes().startswith(b"%PDF")
