@@ -135,9 +135,9 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 @dataclass
 class _Claim:
-    """A lock that is held: by which process and thread, in which open file, how many times."""
+    """A lock that is held: by which thread, in which open file, how many times."""
 
-    owner: tuple[int, int]
+    owner: int
     descriptor: int
     depth: int = 1
 
@@ -145,14 +145,14 @@ class _Claim:
 class FolderLock:
     """This process's claim on a folder, which ends with the process, however that ends.
 
-    One thread may take it several times. The operating system keeps it (a record lock, which worker processes do not
-    inherit), so nothing is left to clear after a kill.
+    One thread may take it several times. The operating system keeps it, so nothing is left to clear after a kill; a
+    process that is forked lets go of it at once, so that workers which outlive the process do not hold it.
 
     Args:
         folder: made when the lock is taken.
     """
 
-    _taken: dict[Path, _Claim] = {}  # noqa: RUF012  (by this process: record locks do not keep its threads apart)
+    _taken: dict[Path, _Claim] = {}  # noqa: RUF012  (by this process: its threads could wait for each other)
     _guard = threading.Lock()
 
     def __init__(self, folder: Path) -> None:
@@ -169,22 +169,40 @@ class FolderLock:
         path = self.folder.resolve() / LOCK
         with self._guard:
             claim = self._taken.get(path)
-            if claim is not None and claim.owner == _me():
-                claim.depth += 1
-            elif claim is not None and claim.owner[0] == os.getpid():
-                raise FolderError(f"{self.folder} is in use by another run of this process; name another folder")
-            else:  # free, or inherited by a fork
-                claim = self._taken[path] = _Claim(_me(), self._descriptor(path))
+            if claim is None:
+                claim = self._taken[path] = _Claim(threading.get_ident(), self._descriptor(path))
                 sweep(self.folder)
+            elif claim.owner == threading.get_ident():
+                claim.depth += 1
+            else:
+                raise FolderError(f"{self.folder} is in use by another run of this process; name another folder")
         try:
             yield
         finally:
             with self._guard:
                 claim.depth -= 1
-                if claim.depth == 0 and claim.owner == _me():
+                if claim.depth == 0 and self._taken.get(path) is claim:  # and not a fork's
                     del self._taken[path]
-                    path.unlink(missing_ok=True)
+                    if _is_at(claim.descriptor, path):
+                        path.unlink()
                     os.close(claim.descriptor)
+
+    def check(self) -> None:
+        """Raises FolderError if the folder that is held has been removed since, or is another one now."""
+        path = self.folder.absolute() / LOCK
+        with self._guard:
+            if not any(_is_at(claim.descriptor, path) for claim in self._taken.values()):
+                raise FolderError(
+                    f"{self.folder} was removed or replaced while it was in use; nothing is written there"
+                )
+
+    @classmethod
+    def let_go(cls) -> None:
+        """What a forked process does first: its parent holds the folders, and not it."""
+        cls._guard = threading.Lock()
+        for claim in cls._taken.values():
+            os.close(claim.descriptor)
+        cls._taken.clear()
 
     def _descriptor(self, path: Path) -> int:
         try:
@@ -196,7 +214,7 @@ class FolderLock:
         while True:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in LOCKLESS:
                     print(f"afd: warning: {self.folder} cannot be locked on this file system", file=sys.stderr)
@@ -219,6 +237,9 @@ class FolderLock:
                     raise
                 return descriptor
             os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=FolderLock.let_go)
 
 
 def new_folder(parent: Path) -> Path:
@@ -264,10 +285,6 @@ def _keep(path: Path, previous: Path) -> None:
         return
     beside.replace(previous)
     beside.unlink(missing_ok=True)  # where both were one file already, replace did nothing
-
-
-def _me() -> tuple[int, int]:
-    return os.getpid(), threading.get_ident()
 
 
 def _lives(process: int) -> bool:

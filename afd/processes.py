@@ -180,8 +180,8 @@ def _worded(told: str) -> str:
 
 
 def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An uncaught LostError without a traceback: the process that failed shows its own."""
-    if isinstance(error, LostError):
-        print(f"afd: error: {error}", file=sys.stderr)
+    """Without a traceback: that another process failed, which shows its own; or that this one was stopped."""
+    if isinstance(error, LostError) or (isinstance(error, AfdError) and hasattr(error, "status")):
+        print(f"afd: {'error: ' * isinstance(error, LostError)}{error}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

@@ -148,6 +148,26 @@ def test_a_killed_owner_leaves_it_free_even_if_its_workers_live_on(tmp_path):
         os.kill(worker, 9)
 
 
+def test_reading_the_folder_does_not_let_go_of_it(tmp_path):
+    with FolderLock(tmp_path).held():
+        assert (tmp_path / ".lock").read_text().startswith("process ")
+        assert "is in use by another process" in elsewhere(tmp_path)
+
+
+def test_a_folder_that_was_removed_is_noticed_and_another_owners_lock_stays(tmp_path):
+    folder = tmp_path / "run"
+    lock = FolderLock(folder)
+    with lock.held():
+        lock.check()
+        (folder / ".lock").unlink()
+        folder.rmdir()
+        with pytest.raises(FolderError, match="run was removed or replaced while it was in use"):
+            lock.check()
+        folder.mkdir()
+        (folder / ".lock").write_text("process 1, another one's")
+    assert (folder / ".lock").read_text() == "process 1, another one's"
+
+
 def test_numbers_go_on_from_the_largest_and_the_link_follows(tmp_path, capsys):
     runs = tmp_path / "runs"
     for expected in ("0001", "0002"):

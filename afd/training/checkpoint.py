@@ -66,13 +66,16 @@ def packed(state: dict[str, Any], metadata: dict[str, Any]) -> memoryview:
     Raises:
         CheckpointError: `load_checkpoint` could not read them; the message names the entry.
     """
-    described = {"afd": __version__, "torch": torch.__version__, **_jsonable(metadata, "")}
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "state": _readable(state, ""),
-        "metadata": json.dumps(described),
-    }
+    try:
+        described = {"afd": __version__, "torch": torch.__version__, **_jsonable(metadata, "")}
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "state": _readable(state, ""),
+            "metadata": json.dumps(described),
+        }
+    except RecursionError as error:
+        raise CheckpointError("a dict or list holds itself, or too many in each other, for a checkpoint") from error
     buffer = io.BytesIO()
     torch.save(content, buffer)
     _add_digest(buffer)
@@ -133,7 +136,9 @@ def _readable(value: Any, name: str) -> Any:
         parts = [_readable(one, _inside(name, number)) for number, one in enumerate(value)]
         if any(a is not b for a, b in zip(parts, value, strict=True)):
             value = kind(parts)
-    elif kind not in (str, int, float, bool, type(None), Tensor, torch.nn.Parameter) and not _survives(value):
+    elif kind in (Tensor, torch.nn.Parameter) and not vars(value):  # without attributes, which would be saved, too
+        pass
+    elif kind not in (str, int, float, bool, type(None)) and not _survives(value):
         raise CheckpointError(
             f"{name} is {_told(value)}, which a checkpoint cannot hold; it takes tensors, numbers, strings, and dicts "
             "and lists of them"

@@ -70,7 +70,9 @@ class Keeper:
 
         Raises:
             CheckpointError: a file cannot be written.
+            FolderError: the folder has been removed, or is another run's now.
         """
+        self.lock.check()
         save_checkpoint(self.last, state, metadata, self.previous)
         self.newest, self._written = self.last, _identity(self.last)
         if best:

@@ -23,6 +23,9 @@ from afd.training.weights import facts_of
 if TYPE_CHECKING:
     from afd.training.trainer import Trainer
 
+BUILT = ("method", "schedule", "ema", "execution", "feature_layer", "normalize", "validation_attack", "folder")
+"""Settings that a trainer has built on when it was made: a change of one would be followed by nobody."""
+
 FACTS = (
     "method", "attack", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
 )  # fmt: skip
@@ -69,9 +72,16 @@ def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
         "commit": settings.commit(),
         "position": dataclasses.asdict(trainer.position),
         "meter": {name: getattr(trainer.meter, name) for name in METERED},
+        "batches": trainer.stream.rounds,
         "history": [dataclasses.asdict(report) for report in trainer.history],
     }
     return state, metadata
+
+
+def built(trainer: Trainer) -> dict[str, Any]:
+    """The settings that must stay as they are, in plain terms."""
+    described: dict[str, Any] = settings.describe({name: getattr(trainer, name) for name in BUILT})
+    return {**described, "folder": None if trainer.folder is None else str(trainer.folder)}
 
 
 def facts(trainer: Trainer) -> dict[str, Any]:
@@ -97,6 +107,7 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     assert trainer.keeper is not None or trainer.resume != "auto"
     read = _read(trainer)
     if read is None:
+        trainer.warn(f"there is nothing to go on from in {trainer.folder}; the run begins anew")
         return None
     path, (state, metadata) = read
     _tell_what_was_scaled(trainer, path, state, metadata["run"])
@@ -105,6 +116,12 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     different = settings.differences(metadata["run"], here, FREE | {"epochs"} if grows else FREE)
     if different:
         raise CheckpointError(f"{path} is of another run: {'; '.join(different)}")
+    batches, played = metadata.get("batches", trainer.stream.rounds), metadata["position"]["batch"]
+    if played and batches != trainer.stream.rounds:
+        raise CheckpointError(
+            f"{path} lies in an epoch of {batches} batches, of which {played} were played; train has "
+            f"{trainer.stream.rounds}"
+        )
     if grows:
         trainer.warn(
             f"{path} is of a run of {metadata['run']['epochs']} epochs; learning rates follow the schedule of "
@@ -119,6 +136,7 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     for name, player in trainer.round.players.items():
         player.load_state_dict(state["players"][name])
     for name, optimizer in trainer.round.optimizers.items():
+        _check_alike(f"{path} is of another run: optimizers.{name}", state["optimizers"][name], optimizer.state_dict())
         optimizer.load_state_dict(state["optimizers"][name])
     for name, value in metadata["position"].items():
         setattr(trainer.position, name, value)
@@ -130,6 +148,16 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     trainer.stream.at_start = generators["at_start"]
     now: dict[str, Any] = generators["now"]
     return now
+
+
+def _check_alike(told: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises CheckpointError where an optimizer has other settings than it had; its rates now are the schedule's."""
+    groups = zip(there["param_groups"], here["param_groups"], strict=False)
+    for number, (old, new) in enumerate(groups):
+        for setting in sorted((old.keys() & new.keys()) - {"lr", "params"}):
+            one, other = settings.describe(old[setting]), settings.describe(new[setting])
+            if one != other:
+                raise CheckpointError(f"{told}.param_groups.{number}.{setting} is {one} there and {other} here")
 
 
 def _grows(there: Any, here: Any) -> bool:

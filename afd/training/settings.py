@@ -38,8 +38,13 @@ def differences(saved: Mapping[str, Any], here: Mapping[str, Any], free: Collect
     return [
         f"{name} is {left.get(name, absent)} there and {right.get(name, absent)} here"
         for name in sorted((left.keys() | right.keys()) - set(free))
-        if left.get(name, absent) != right.get(name, absent)
+        if _differ(left.get(name, absent), right.get(name, absent))
     ]
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two values do, of which a NaN is like any other."""
+    return bool(one != other) and repr(one) != repr(other)
 
 
 def commit() -> str | None:

@@ -34,6 +34,7 @@ from afd.training.meter import Meter, NotFiniteError
 from afd.training.reports import UNSEEN, Callback, EpochReport, IntervalReport, Progress, Report, TrainingError
 from afd.training.run_state import Position
 from afd.training.schedule import Rates, Schedule, schedule_named
+from afd.training.settings import differences
 from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
 from afd.training.stream import Stream
 from afd.training.validation import shared_accuracy
@@ -122,6 +123,7 @@ class Trainer:
         self.stopping, self.begun = Stop(self.group, self.device), False
         self._owed: bool | None = None  # a checkpoint that could not be written, and whether it is the best
         self._generators: dict[str, Any] | None = None  # where they stood when `fit` ended
+        self._built, self._fitting = run_state.built(self), False
 
     def _build_round(self) -> None:
         self.round = self.method.build(self.network, self.execution, self.group.wrap)
@@ -168,11 +170,20 @@ class Trainer:
             TrainingError: a loss stopped being finite.
             StoppedError: SIGTERM or SIGINT came; the round was finished and a checkpoint saved.
         """
-        with guard(self.device), isolated(self.device), all_or_none(StoppedError), self._claimed():
-            return self._fit(train, validation)
+        if self._fitting:
+            raise InputError("fit was called while it runs; a callback may call stop")
+        self._fitting = True
+        try:
+            with guard(self.device), isolated(self.device), all_or_none(StoppedError), self._claimed():
+                return self._fit(train, validation)
+        finally:
+            self._fitting = False
 
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
         check_settings(self)
+        changed = differences(self._built, run_state.built(self))
+        if changed:
+            raise InputError(f"changed since the trainer was made: {'; '.join(changed)}; make another trainer for that")
         look_at = partial(settle, self.network, self.execution)
         told = None if self.keeper is None else self.warn
         rounds = loaders.look(train, validation, self.epochs, look_at, self.group, told)
@@ -283,13 +294,17 @@ class Trainer:
                 self._save(best=False)
         self._report_interval(rounds)
 
+    @property
+    def _played(self) -> int:
+        """Rounds until here, had all epochs had as many as this one: what schedules are asked with."""
+        return (self.position.epoch - 1) * self.stream.rounds + self.position.batch
+
     def _play(self, x: Tensor, y: Tensor, warmup: Warmup | None) -> None:
         """One round, and the average."""
-        played = self.position.round
-        self.rates.set(played)
-        attack = None if warmup is None else warmup.at(played)
+        self.rates.set(self._played)
+        attack, seed = None if warmup is None else warmup.at(self._played), self.seed + self.position.round
         with held(self._held):
-            self.meter.add(self.plays(partial(self._attack_and_step, attack), attack, x, y, self.seed + played))
+            self.meter.add(self.plays(partial(self._attack_and_step, attack), attack, x, y, seed))
             if self.average is not None:
                 self.average.update_parameters(self.network)
 
@@ -319,7 +334,7 @@ class Trainer:
                 f"{error} in round {number} (epoch {at.epoch}); {self._where_it_stood(number)}"
             ) from None
         if losses:
-            rates = self.rates.of_round(at.round)
+            rates = self.rates.of_round(self._played)
             self._tell(IntervalReport(at.epoch, at.round, at.batch, rounds, losses, rates))
 
     def _close_epoch(self, validation: Loader) -> bool:
@@ -329,9 +344,11 @@ class Trainer:
         try:
             natural = self._measure(validation, None)
             robust = None if self.judge is None else self._measure(validation, self.judge)
-        except LeftError:
+        except BaseException as error:
             self.stream.restore(generators)  # validation begins anew when training goes on
-            return False
+            if isinstance(error, LeftError):
+                return False
+            raise
         report = EpochReport(
             self.position.epoch,
             self.position.round,
@@ -339,7 +356,7 @@ class Trainer:
             natural=natural,
             robust=robust,
             images_per_second=self.group.size * self.meter.speed,
-            learning_rates=self.rates.of_round(self.position.round),
+            learning_rates=self.rates.of_round(self._played),
         )
         best = self.best is None or report.rank >= self.best.rank
         self.history.append(report)

@@ -187,6 +187,51 @@ def test_another_number_of_batches_is_refused_in_mid_epoch_only():
     assert run.position.round == 15
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("ema", 0.9), ("method", Natural()), ("schedule", "cosine"), ("folder", "elsewhere")]
+)
+def test_a_setting_that_nobody_would_follow_is_refused(name, value):
+    run = trainer(epochs=1)
+    run.fit(batches(), batches())
+    setattr(run, name, value)
+    with pytest.raises(InputError, match=f"changed since the trainer was made: {name}"):
+        run.fit(batches(), batches())
+
+
+def test_fit_within_a_callback_is_refused():
+    run = trainer(epochs=1)
+    run.callbacks = [Once(2, lambda: run.fit(batches(), batches()))]
+    with pytest.raises(InputError, match="fit was called while it runs"):
+        run.fit(batches(), batches())
+    run.fit(batches(), batches())
+    assert run.position.round == 4
+
+
+def test_an_epoch_in_progress_is_resumed_with_as_many_batches(tmp_path):
+    run = trainer(tmp_path)
+    run.callbacks = [Once(6, run.stop)]
+    run.fit(batches(), batches())
+    for count in (1, 3, 8):
+        with pytest.raises(CheckpointError, match=f"epoch of 4 batches, of which 2 were played; train has {count}"):
+            trainer(tmp_path, resume="auto").fit(batches(count), batches())
+
+
+def test_the_schedule_ends_with_the_run_whatever_the_length_of_epochs(tmp_path):
+    asked = []
+
+    def schedule(progress):
+        asked.append(progress)
+        return 1 - progress
+
+    trainer(tmp_path, epochs=2, schedule=schedule).fit(batches(8), batches())
+    asked.clear()
+    run = trainer(tmp_path, epochs=4, schedule=schedule, resume="auto")
+    run.fit(batches(2), batches())
+    assert asked[0] == 0.5
+    assert sorted(asked) == asked
+    assert max(asked) == 0.875
+
+
 def test_for_more_epochs(tmp_path):
     whole = trainer(tmp_path / "whole", epochs=5, schedule=constant)
     whole.fit(shuffled(), batches())
@@ -283,6 +328,22 @@ def test_a_folder_that_another_run_has_taken_meanwhile_is_not_taken_back(tmp_pat
         run.fit(batches(), batches())
 
 
+def test_a_folder_that_is_removed_in_mid_run_is_not_another_runs(tmp_path):
+    import shutil
+
+    folder = tmp_path / "run"
+    run = trainer(folder)
+    run.callbacks = [Once(6, lambda: shutil.rmtree(folder))]
+    with pytest.raises(FolderError, match="was removed or replaced while it was in use"):
+        run.fit(batches(), batches())
+    assert not folder.exists()
+
+
+def test_nothing_to_go_on_from_is_said(tmp_path, capsys):
+    trainer(tmp_path, epochs=1, resume="auto").fit(batches(), batches())
+    assert f"there is nothing to go on from in {tmp_path}; the run begins anew" in capsys.readouterr().err
+
+
 # --- what is kept can be read ---------------------------------------------------------------------------------------
 
 
@@ -325,6 +386,46 @@ def test_another_number_of_numpys_is_another_run(tmp_path):
     trainer(tmp_path, config={"steps": np.int64(3)}).fit(batches(), batches())
     with pytest.raises(CheckpointError, match="steps is 3 there and 4 here"):
         trainer(tmp_path, config={"steps": np.int64(4)}, resume="auto").fit(batches(), batches())
+
+
+class Extra(nn.Linear):
+    """Says something of its own beside its weights."""
+
+    said = None
+
+    def get_extra_state(self):
+        return self.said
+
+    def set_extra_state(self, state):
+        self.said = state
+
+
+def test_tensors_with_attributes_and_dicts_that_hold_themselves_are_refused_by_name(tmp_path):
+    tagged, round_about = torch.zeros(2), {}
+    tagged.tag, round_about["self"] = np.float64(3), round_about
+    for extra, said in ((tagged, r"model\.1\._extra_state is a torch\.Tensor"), (round_about, "holds itself")):
+        model = nn.Sequential(nn.Linear(16, 8), Extra(8, 4))
+        model[1].said = extra
+        with pytest.raises(CheckpointError, match=said):
+            Trainer(model, Natural(), folder=tmp_path).fit(batches(), batches())
+    model[1].said = torch.zeros(2)
+    Trainer(model, Natural(), folder=tmp_path).fit(batches(), batches())
+
+
+def test_a_config_with_nan_goes_on(tmp_path):
+    run = trainer(tmp_path, config={"x": float("nan")})
+    run.callbacks = [Once(6, run.stop)]
+    run.fit(batches(), batches())
+    assert len(trainer(tmp_path, config={"x": float("nan")}, resume="auto").fit(batches(), batches())) == 3
+
+
+def test_another_rate_of_ones_own_optimizer_is_another_run(tmp_path):
+    def made(lr):
+        return Natural(optimizers={"task": lambda p: torch.optim.SGD(p, lr=lr, momentum=0.5)})
+
+    trainer(tmp_path, method=made(0.1)).fit(batches(), batches())
+    with pytest.raises(CheckpointError, match=r"optimizers\.task\..*initial_lr is 0\.1 there and 1e-05 here"):
+        trainer(tmp_path, method=made(1e-5), resume="auto").fit(batches(), batches())
 
 
 # --- the best epoch -------------------------------------------------------------------------------------------------
