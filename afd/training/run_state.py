@@ -107,7 +107,7 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
     assert trainer.keeper is not None or trainer.resume != "auto"
     read = _read(trainer)
     if read is None:
-        trainer.warn(f"there is nothing to go on from in {trainer.folder}; the run begins anew")
+        trainer.note(f"there is nothing to go on from in {trainer.folder}; the run begins anew")
         return None
     path, (state, metadata) = read
     _tell_what_was_scaled(trainer, path, state, metadata["run"])
@@ -123,7 +123,7 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
             f"{trainer.stream.rounds}"
         )
     if grows:
-        trainer.warn(
+        trainer.note(
             f"{path} is of a run of {metadata['run']['epochs']} epochs; learning rates follow the schedule of "
             f"{trainer.epochs} from here on"
         )

@@ -416,5 +416,9 @@ class Trainer:
 
     def warn(self, message: str) -> None:
         """Says what the user should know, once."""
+        self.note(f"warning: {message}")
+
+    def note(self, message: str) -> None:
+        """Says what the user may want to know."""
         if self.group.leads:
-            print(f"afd: warning: {message}", file=sys.stderr)
+            print(f"afd: {message}", file=sys.stderr)
