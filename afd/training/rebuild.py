@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.errors import AfdError
+from afd.errors import AfdError, in_a_line
 from afd.evaluation.subject import said
 from afd.nn import ProjectionDiscriminator
 from afd.nn.build import from_recipe
 from afd.nn.classifier import MARKER
+from afd.paths import check_source
 from afd.training.checkpoint import CheckpointError, OtherFileError, load_checkpoint
 from afd.training.run_state import NETWORK, SCALED, SCALED_FOR
-from afd.training.weights import in_a_line, load_plainly, load_state, read_weights
+from afd.training.weights import load_plainly, load_state, read_weights
 
 BEST = "best.pt"
 # images and classes of the data sets that `afd train` knows, for checkpoints that say no more of their network
@@ -92,6 +93,7 @@ def facts_in(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _file(path: Path) -> Path:
+    check_source("checkpoint", path)
     if not path.is_dir():
         return path
     if not (path / BEST).is_file():
