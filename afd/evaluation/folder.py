@@ -244,4 +244,3 @@ def _remove_state(state: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     (state / FINGERPRINT).unlink(missing_ok=True)
     state.rmdir()
-

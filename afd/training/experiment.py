@@ -21,6 +21,7 @@ from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.evaluation.place import device_named
 from afd.extras import needed_by
 from afd.nn import FeatureClassifier, build_model
+from afd.paths import check_source
 from afd.training import distributed
 from afd.training.checkpoint import CheckpointError, load_checkpoint
 from afd.training.curves import plot_curves
@@ -169,8 +170,9 @@ def _check_files(config: TrainConfig) -> None:
             continue
         if not file.exists():
             raise CheckpointError(f"there is no checkpoint {file}")
-        if not file.is_file():
-            raise InputError(f"{argument} is {file}, which is no file; name a checkpoint in it")
+        check_source(argument, file)
+        if file.is_dir():
+            raise InputError(f"{argument} is {file}, which is a folder; name a checkpoint in it")
         if config.overwrite and config.out is not None and is_discarded(file, config.out):
             raise InputError(f"{argument} is {file}, which overwrite would discard; name another folder")
 
@@ -191,7 +193,7 @@ def saying_how_to_go_on(trainer: Trainer, folder: Path) -> Iterator[None]:
     try:
         yield
     except StoppedError as stopped:
-        raise stopped.advised(go_on()) from None
+        raise stopped.advised(go_on() if saved() else "the same command begins it again") from None
     except TrainingError as error:
         weights = "that may begin with that checkpoint's weights (--weights)" if saved() else "from the beginning"
         raise TrainingError(f"{error}; {SMALLER_RATES}, in another run {weights}") from error
