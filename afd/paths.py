@@ -25,7 +25,7 @@ def check_path(argument: str, path: Path | str) -> None:
     if "\0" in text:
         raise InputError(f"{argument} is {text!r}; a path has no null byte")
     try:
-        os.stat(path)
+        Path(path).stat()
     except OSError as error:
         if error.errno in HOPELESS:
             shown = text if len(text) <= 80 else f"{text[:80]}…"
@@ -42,7 +42,7 @@ def check_target(argument: str, path: Path | str) -> None:
 
 
 def check_file_target(argument: str, path: Path | str) -> None:
-    """Raises InputError if no file can be written at a path: as `check_target`, or what is there is no ordinary file."""
+    """Raises InputError if no file can be written at a path: as `check_target`, or another thing is there."""
     check_target(argument, path)
     if Path(path).is_dir():
         raise InputError(f"{argument} is {path}, which is a folder; it must be the name of a file")

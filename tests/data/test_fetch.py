@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from afd.data import DataError, cifar, datasets, fetch, load, mnist
+from afd.errors import InputError
 
 Write = Callable[..., Path]
 
