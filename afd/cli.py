@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
@@ -148,7 +149,7 @@ def _refuse_empty(words: Sequence[str]) -> None:
     """Raises UsageError for a word that says nothing, as an unset variable of a shell leaves it."""
     from afd.parsing import UsageError
 
-    for before, word in zip(words, words[1:], strict=False):
+    for before, word in pairwise(words):
         option, equals, value = word.partition("=")
         if word and not (equals and not value and option.startswith("--")):
             continue

@@ -16,7 +16,7 @@ from afd.errors import AfdError, InputError
 from afd.evaluation import results as files
 from afd.evaluation.epsilon import Epsilon, ascending
 from afd.evaluation.evaluate import check_numbers, evaluate, tables_of
-from afd.evaluation.folder import REPORT, TABLES, Output, comparison_folder
+from afd.evaluation.folder import REPORT, TABLES, Output, check_folder, comparison_folder
 from afd.evaluation.html import comparison
 from afd.evaluation.place import Place, placed
 from afd.evaluation.plots import plot_sweeps
@@ -153,6 +153,8 @@ def _check(config: EvaluateConfig) -> None:
     for name, spec in (("checkpoint", config.checkpoint), ("transfer-from", config.transfer_from)):
         if spec:
             check_source(name, spec)
+    if config.out is not None:
+        check_folder(config.out)
     if config.data_root is not None:
         check_path("data-root", config.data_root)
     if config.transfer_model and not config.transfer_from:

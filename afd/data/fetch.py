@@ -150,11 +150,12 @@ def _checked(path: Path, md5: str) -> Path:
 def _advice(source: Source, root: Path, reason: object) -> str:
     """What is missing, where it was looked for, why it could not be fetched, and the two ways to get it."""
     places = ", ".join(map(str, _places(source, root)))
+    reason = " ".join(str(reason).split())
     addresses = ", ".join(source.url + name for name in source.md5)
     home = f"{root / source.folders[0]}{f', or {source.instead} into {root}' if source.instead else ''}"
     return (
         f"the files of {source.name} ({', '.join(source.files)}) are not all in one of {places}, "
-        f"and they could not be fetched: {' '.join(str(reason).split())}. Either allow the network, so that they come from {addresses}, "
+        f"and they could not be fetched: {reason}. Either allow the network, so that they come from {addresses}, "
         f"or put the files into {home} "
         f"(for files that lie elsewhere, name their folder with --data-root, or root= in Python)"
     )

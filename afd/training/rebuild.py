@@ -66,7 +66,9 @@ def rebuild(path: Path, device: torch.device | str = "cpu", model: nn.Module | N
         weights, facts = read_weights(path)
         return Rebuilt(_network(path, weights, facts, model).to(device).eval(), path=path)
     except CheckpointError as error:
-        if isinstance(error.__cause__, LookupError | TypeError | AttributeError):  # whose words tell a user nothing
+        if isinstance(
+            error.__cause__, LookupError | TypeError | AttributeError | EOFError
+        ):  # whose words tell a user nothing
             raise CheckpointError(f"checkpoint {path} is damaged, or no file that torch.save has written") from error
         raise
     weights = weights_in(path, state)
