@@ -5,9 +5,12 @@ A mistake ends in one line and exit status 2. Each command imports what it needs
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
@@ -64,6 +67,7 @@ def bench(words: Sequence[str]) -> Work:
 def curves(words: Sequence[str]) -> Work:
     """Draw the learning curves of runs in one picture."""
     from afd.parsing import parsed, tyro
+    from afd.paths import check_file_target
     from afd.training.curves import named, plot_curves
 
     def drawn(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("curves.png")) -> Any:
@@ -75,6 +79,7 @@ def curves(words: Sequence[str]) -> Work:
         """
 
         def work() -> None:
+            check_file_target("out", out)
             plot_curves(out, named(runs))
             print(f"written to {out}")
 
@@ -98,6 +103,7 @@ def info(words: Sequence[str]) -> Work:
     return made
 
 
+NAME = re.compile(r"^[a-z]+(_[a-z]+)+(?= is )")  # of an argument, at the beginning of an error
 COMMANDS = {"train": train, "evaluate": evaluate, "bench": bench, "curves": curves, "info": info}
 
 
@@ -132,7 +138,43 @@ def asked(words: Sequence[str]) -> Work:
     """
     if list(words) == ["--version"]:
         return partial(print, f"afd {__version__}")
-    return COMMANDS[words[0]](words[1:]) if words and words[0] in COMMANDS else overview(words)
+    if not words or words[0] not in COMMANDS:
+        return overview(words)
+    _refuse_empty(words)
+    with spelled():
+        return _spelling(COMMANDS[words[0]](words[1:]))
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Raises UsageError for a word that says nothing, as an unset variable of a shell leaves it."""
+    from afd.parsing import UsageError
+
+    for before, word in pairwise(words):
+        option, equals, value = word.partition("=")
+        if word and not (equals and not value and option.startswith("--")):
+            continue
+        name = (option if word else before).removeprefix("--") if (word or before.startswith("--")) else "a word"
+        raise UsageError(f"{name} is ''; it must not be empty (a variable that is not set?)")
+
+
+@contextmanager
+def spelled() -> Iterator[None]:
+    """Names of arguments in errors are spelled as options are."""
+    from afd.errors import InputError
+
+    try:
+        yield
+    except InputError as error:
+        error.args = (NAME.sub(lambda found: found[0].replace("_", "-"), str(error)),)
+        raise
+
+
+def _spelling(work: Work) -> Work:
+    def spelt() -> None:
+        with spelled():
+            work()
+
+    return spelt
 
 
 def overview(words: Sequence[str]) -> Work:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from afd.errors import InputError, at_least, count, in_levels
 from afd.extras import needed_by
+from afd.paths import check_path, check_target
 
 with needed_by("afd.config"):
     from tyro.conf import arg
@@ -174,6 +175,7 @@ class TrainConfig:
         data, model, attack = self.data, self.model, self.attack
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
+        self._check_paths()
         at_least("eps-warmup", self.eps_warmup, 0)
         count("save-every", self.save_every, 0)
         count("log-every", self.log_every, 1)
@@ -202,6 +204,15 @@ class TrainConfig:
             raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
         if any(not 0 < share <= 1 for share in self.milestones):
             raise InputError(f"milestones are {self.milestones}; each must be a share of the epochs, in (0, 1]")
+
+    def _check_paths(self) -> None:
+        if self.out is not None:
+            check_target("out", self.out)
+        for name, path in (("weights", self.weights), ("resume", self.resume), ("data-root", self.data.root)):
+            if path is not None:
+                check_path(name, path)
+        if self.overwrite and self.out is None:
+            raise InputError("overwrite is set, but out is not; the numbered folders are never overwritten")
 
     def warnings(self) -> list[str]:
         """What is allowed, of a settled config, and yet hardly meant."""

@@ -63,6 +63,12 @@ def in_levels(length: float) -> str:
     return f"; did you mean {length:g}/255?" if 1 <= length <= 255 else ""
 
 
+def in_a_line(error: BaseException, longest: int = 300) -> str:
+    """What an error says, without line breaks, cut where it grows long."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= longest else f"{said[:longest]}…"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether it says that a device has no more memory; the CPU's allocator has no error class of its own."""
     said = any(words in str(error) for words in ("DefaultCPUAllocator", "not enough memory"))

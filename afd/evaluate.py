@@ -16,7 +16,7 @@ from afd.errors import AfdError, InputError
 from afd.evaluation import results as files
 from afd.evaluation.epsilon import Epsilon, ascending
 from afd.evaluation.evaluate import check_numbers, evaluate, tables_of
-from afd.evaluation.folder import REPORT, TABLES, Output, comparison_folder
+from afd.evaluation.folder import REPORT, TABLES, Output, check_folder, comparison_folder
 from afd.evaluation.html import comparison
 from afd.evaluation.place import Place, placed
 from afd.evaluation.plots import plot_sweeps
@@ -27,6 +27,7 @@ from afd.evaluation.tables import table_1, table_2
 from afd.evaluation.target import check_radius
 from afd.extras import needed_by
 from afd.files import write_whole
+from afd.paths import check_path, check_source
 from afd.training.rebuild import Rebuilt, rebuild
 from afd.training.signals import StoppedError, on_signals
 
@@ -149,6 +150,13 @@ def _check(config: EvaluateConfig) -> None:
     if not config.checkpoint:
         told = f"model is {config.model}, but checkpoint is missing" if config.model else "model is missing"
         raise InputError(f"{told}; name a checkpoint or package.module:function, or folders with --compare")
+    for name, spec in (("checkpoint", config.checkpoint), ("transfer-from", config.transfer_from)):
+        if spec:
+            check_source(name, spec)
+    if config.out is not None:
+        check_folder(config.out)
+    if config.data_root is not None:
+        check_path("data-root", config.data_root)
     if config.transfer_model and not config.transfer_from:
         raise InputError(f"transfer-model is {config.transfer_model}, but transfer-from is missing")
     if config.overwrite and config.out is None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE  # as shells count a program that wrote to a closed pipe
 REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR)
+UNFIT = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EINVAL)  # of a path
 STANDARD_FORMAT = warnings.formatwarning
 
 
@@ -75,7 +76,7 @@ def carry_out(ask: Callable[[], Work], name: str, starting: Callable[[], None] =
         work()
     except AfdError as error:
         kind = "" if hasattr(error, "status") else "error: "  # one that was stopped has done nothing wrong
-        print(f"{name}: {kind}{error}", file=sys.stderr)
+        print(f"{name}: {kind}{_line(error)}", file=sys.stderr)
         return getattr(error, "status", 2)
     except KeyboardInterrupt as interrupt:
         kept = str(interrupt) or "what was finished (epochs, evaluated batches) is kept"
@@ -112,7 +113,19 @@ def _refused(error: Exception) -> str | None:
         return f"out of memory; a smaller batch, width or model takes less ({first or type(error).__name__})"
     if isinstance(error, OSError) and error.errno in REFUSED:
         return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in UNFIT and error.filename:
+        shown = str(error.filename)
+        return f"{shown[:80]}{'…' if len(shown) > 80 else ''}: {error.strerror}"
+    if isinstance(error, RuntimeError) and first.startswith("Symlink loop"):  # pathlib's
+        return first
+    if isinstance(error, ValueError) and first == "embedded null byte":
+        return "a path has a null byte"
     return None
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one line, whoever's words are in it."""
+    return " ".join(part.strip() for part in str(error).splitlines() if part.strip())
 
 
 def _start() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -111,6 +112,45 @@ def test_a_mistake_in_a_benchmark_is_one_line(arguments, message, capsys, monkey
     err = capsys.readouterr().err
     assert err.startswith(message)
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "steps is 0"),
+        (["--attack", "foo"], "attack is 'foo'"),
+        (["--model", "nope"], "model is 'nope'"),
+        (["--model", "os:getcwd"], "model os:getcwd returned a str"),
+        (["--batch", "0"], "batch is 0"),
+        (["--norm", "L7"], "norm is 'L7'"),
+        (["--eps", "-1"], "eps is -1"),
+        (["--shape", "3", "0", "3"], "shape is 3x0x3"),
+        (["--out", ""], "out is ''; it must not be empty"),
+        (["--out", "x" * 300], "File name too long"),
+        (["--out", "loop"], "out is loop: Too many levels of symbolic links"),
+        (["--out", "pipe"], "out is pipe, which is a device or pipe"),
+        (["--compare", "pipe"], "compare is pipe, which is a device or pipe"),
+        (["--compare", "a\0b"], "a path has no null byte"),
+    ],
+)
+def test_a_mistake_in_a_benchmark_is_found_before_anything_begins(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["bench", "attacks", *arguments]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("afd: error: ")
+    assert message in told.err
+    assert told.err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loop", "pipe"]
+
+
+def test_a_benchmark_that_ends_before_its_first_case_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "attacks", "--model", "torch.nn:Flatten", "--shape", "1", "1", "1", "--eps", "8", "--batch", "1",
+                 "--against", "eager"]) == 2  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from afd.bench.show import Column
 from afd.data import load
 from afd.errors import count, one_of
 from afd.extras import needed_by
+from afd.paths import check_path
 
 with needed_by("afd bench agreement"):
     from tyro.conf import Suppress
@@ -67,11 +68,18 @@ class AgreementBench(Benchmark):
         one_of("peer", self.peer, PEERS)
         return [PEERS[self.peer].package]
 
+    def check(self) -> None:
+        """Counts, the peer and the data's folder, too."""
+        super().check()
+        count("images", self.images, 1)
+        count("steps", self.steps, 1)
+        one_of("peer", self.peer, PEERS)
+        if self.data is not None:
+            check_path("data", self.data)
+
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each norm."""
         del say
-        count("images", self.images, 1)
-        count("steps", self.steps, 1)
         at_work.begin("training a LeNet on MNIST")
         sets = load("mnist", self.data)
         model = trained(sets.train.images().to(device), sets.train.labels.to(device))

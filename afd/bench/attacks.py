@@ -14,19 +14,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+from torch import nn
 
 from afd.bench import at_work
 from afd.bench.arithmetic import tf32
 from afd.bench.contest import fitting
 from afd.bench.document import Case, Figure
-from afd.bench.models import image_shape, subject
+from afd.bench.models import MODELS, image_shape, subject
 from afd.bench.peers import PEERS
 from afd.bench.program import Benchmark, Say, listed
-from afd.bench.request import ATTACKS, NORMS, requests
+from afd.bench.request import ATTACKS, NORMS, Request, requests
 from afd.bench.show import Column, mebibytes
 from afd.errors import InputError, at_least, count
+from afd.evaluation.subject import from_factory
 from afd.evaluation.target import check_radius
 
 RADII = {  # by channels: the usual ones of MNIST and of CIFAR-10
@@ -85,6 +88,30 @@ class AttackBench(Benchmark):
         asked = [PEERS[name] for name in listed("against", self.against, PEERS)]
         return sorted({peer.package for peer in asked if peer.installed} - {"torch"})
 
+    def check(self) -> None:
+        """The settings of all attacks, and a factory's model."""
+        super().check()
+        self._asked()
+        if self.batch is not None:
+            count("batch", self.batch, 1)
+        _ = self.own
+
+    @cached_property
+    def own(self) -> nn.Module | None:
+        """The model of the user's factory, if that is what was named."""
+        if self.model in MODELS:
+            return None
+        torch.manual_seed(0)
+        return from_factory(self.model, torch.device("cpu")).model
+
+    def _asked(self) -> tuple[list[Request], list[str]]:
+        """The attacks and the peers."""
+        attacks, norms = listed("attack", self.attack, ATTACKS), listed("norm", self.norm, NORMS)
+        against = listed("against", self.against, PEERS)
+        count("steps", self.steps, 1)
+        shape = image_shape(self.model, self.shape)
+        return requests(attacks, norms, self.steps, self.radii(norms, shape)), against
+
     def radii(self, norms: Sequence[str], shape: tuple[int, ...]) -> Mapping[str, float]:
         """By norm, for images of a shape.
 
@@ -102,12 +129,9 @@ class AttackBench(Benchmark):
 
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each attack in each norm."""
-        attacks, norms = listed("attack", self.attack, ATTACKS), listed("norm", self.norm, NORMS)
-        against = listed("against", self.against, PEERS)
-        count("steps", self.steps, 1)
-        wanted = requests(attacks, norms, self.steps, self.radii(norms, image_shape(self.model, self.shape)))
+        wanted, against = self._asked()
         at_work.begin(f"building {self.model}")
-        target = subject(self.model, self.batch, self.shape, device)
+        target = subject(self.model, self.batch, self.shape, device, self.own)
         for request in wanted:
             with tf32(False):
                 target, found = fitting(target, request, against, self.rounds, say)

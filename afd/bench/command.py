@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from afd.bench.attacks import AttackBench
@@ -42,6 +43,8 @@ def built(name: str, *words: str) -> Benchmark:
 
 
 def _value(key: str, text: str, kind: Any) -> Any:
+    if kind is Path and not text:
+        raise InputError(f"{key} is ''; it must name a file or folder")
     try:
         return tuple(map(int, text.split(","))) if get_origin(kind) is tuple else kind(text)
     except ValueError as error:

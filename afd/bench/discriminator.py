@@ -12,7 +12,7 @@ weights are as cold as another network leaves them; only torch.compile's, which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from afd.bench.document import Candidate, Case, Figure
 from afd.bench.program import Benchmark, Say, listed, reached
 from afd.bench.show import Column
 from afd.bench.timing import Call
+from afd.evaluation.place import device_named
 from afd.nn import ProjectionDiscriminator
 from afd.ops import backend
 
@@ -60,10 +61,18 @@ class DiscriminatorBench(Benchmark):
         """The width of its layers."""
         return {"width": WIDTH}
 
+    def check(self) -> None:
+        """The peers of its device, too."""
+        super().check()
+        self._asked(device_named(self.device))
+
+    def _asked(self, device: torch.device) -> Sequence[str]:
+        allowed = AGAINST[device.type]
+        return allowed if self.against is None else listed("against", self.against, allowed)
+
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each batch and number of classes; on a GPU, the power iteration too."""
-        allowed = AGAINST[device.type]
-        against = allowed if self.against is None else listed("against", self.against, allowed)
+        against = self._asked(device)
         timer = clock(device, say, WARMUP)
         for batch in BATCHES:
             for classes in CLASSES:

@@ -15,6 +15,7 @@ from afd.bench.place import device_name, versions
 from afd.bench.timing import Timing
 from afd.errors import AfdError
 from afd.files import write_whole
+from afd.paths import check_source
 from afd.training.settings import commit
 
 FORMAT, VERSION = "afd-bench", 1
@@ -148,11 +149,12 @@ def read(path: Path, benchmark: str | None = None) -> Document:
     Raises:
         DocumentError: it is missing, no such document, of another version, or of another benchmark.
     """
+    check_source("compare", path)
     try:
         found = json.loads(path.read_text())
     except OSError as error:
         raise DocumentError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DocumentError(f"{path} is not JSON: {error}") from error
     kind = (found.pop("format", None), found.pop("version", None)) if isinstance(found, dict) else (None, None)
     if kind != (FORMAT, VERSION):

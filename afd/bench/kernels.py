@@ -69,10 +69,22 @@ class KernelBench(Benchmark):
         """Sizes."""
         return self.sizes
 
+    def check(self) -> None:
+        """The names, too."""
+        super().check()
+        self._asked()
+
+    def _asked(self) -> tuple[list[str], list[str], list[str]]:
+        """Sizes, ops and ways to do them."""
+        return (
+            listed("sizes", self.sizes, SIZES),
+            listed("ops", self.ops, OPS),
+            listed("against", self.against, AGAINST),
+        )
+
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each op, norm, size and dtype."""
-        sizes, names = listed("sizes", self.sizes, SIZES), listed("ops", self.ops, OPS)
-        against, timer = listed("against", self.against, AGAINST), clock(device, say, WARMUP)
+        (sizes, names, against), timer = self._asked(), clock(device, say, WARMUP)
         for size in sizes:
             for name in names:
                 for sets in several(OPS[name], size, device, timer):

@@ -74,7 +74,11 @@ def image_shape(name: str, shape: tuple[int, ...] | None) -> tuple[int, ...]:
 
 
 def subject(
-    name: str, batch: int | None = None, shape: tuple[int, ...] | None = None, device: torch.device | str = "cpu"
+    name: str,
+    batch: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    device: torch.device | str = "cpu",
+    own: nn.Module | None = None,
 ) -> Subject:
     """A model by name with random images.
 
@@ -83,6 +87,7 @@ def subject(
         batch: number of images; None for the model's own (128 for a factory).
         shape: of one image, [C, H, W]; None for the model's own (3x32x32 for a factory).
         device: where to.
+        own: what the factory has returned already, if it was called.
 
     Raises:
         InputError: unknown name, no image, or a model that does not take images of that shape.
@@ -96,7 +101,8 @@ def subject(
         build, _, own_batch = MODELS[name]
         model = build().to(device).eval()
     else:
-        model, own_batch = from_factory(name, torch.device(device)).model, 128
+        model = from_factory(name, torch.device(device)).model if own is None else own.to(device)
+        own_batch = 128
     images = own_batch if batch is None else batch
     x = torch.rand(images, *size, device=device)
     try:

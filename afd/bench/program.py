@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +21,7 @@ from afd.errors import InputError, count, one_of
 from afd.evaluation.place import device_named
 from afd.extras import needed_by
 from afd.files import check_writable
+from afd.paths import check_file_target, check_path, missing, remove_empty
 
 with needed_by("a benchmark"):
     from rich.console import Console
@@ -67,7 +69,7 @@ class Benchmark(ABC):
         return ()
 
     def check(self) -> None:
-        """Raises InputError, before anything is built, if an option has a value that is not allowed."""
+        """Raises InputError, before anything is timed or written, if an option has a value that is not allowed."""
         count("rounds", self.rounds, 1)
 
     def file(self, device: torch.device) -> Path:
@@ -77,8 +79,10 @@ class Benchmark(ABC):
             InputError: that is a folder.
         """
         out = self.out or RESULTS / f"{slug(f'{self.name} {self.subject} {device_name(device)}')}.json"
+        check_path("out", out)
         if out.is_dir() or not out.name:
             raise InputError(f"out is {str(out)!r}; it must be the name of a JSON file")
+        check_file_target("out", out)
         return out
 
     def remarks(self, cases: Mapping[str, Case]) -> Iterable[str]:
@@ -99,8 +103,10 @@ def run(benchmark: Benchmark, console: Console) -> Document:
     device = device_named(benchmark.device)
     old = compare.earlier(benchmark.compare, benchmark.name, device) if benchmark.compare else None
     out = benchmark.file(device)
-    check_writable(out.parent)
-    with telling(console, f"bench {benchmark.name}") as told:
+    with ExitStack() as stack:
+        stack.callback(remove_empty, missing(out.parent))
+        check_writable(out.parent)
+        told = stack.enter_context(telling(console, f"bench {benchmark.name}"))
         begin("starting")
         return _measured(benchmark, device, out, old, told)
 

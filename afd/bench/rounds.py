@@ -94,16 +94,24 @@ class RoundBench(Benchmark):
         """The released flow's attack."""
         return [PEERS["pyautoattack"].package]
 
+    def check(self) -> None:
+        """Counts and names, too."""
+        super().check()
+        count("batch", self.batch, 1)
+        count("steps", self.steps, 1)
+        self._asked()
+
+    def _asked(self) -> tuple[list[str], list[str]]:
+        """Schedules and precisions."""
+        return listed("schedules", self.schedules, SCHEDULES), listed("precisions", self.precisions, PRECISIONS)
+
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Measured]]:
         """Two cases: whole rounds, and what of them comes after the attack; then the first with the second's share.
 
         Raises:
             RecordingError: a round could not be recorded; after all others have been timed.
         """
-        count("batch", self.batch, 1)
-        count("steps", self.steps, 1)
-        schedules = listed("schedules", self.schedules, SCHEDULES)
-        precisions = listed("precisions", self.precisions, PRECISIONS)
+        schedules, precisions = self._asked()
         at_work.begin(f"building {self.case}")
         chosen = case(self.case, self.batch, self.steps, device)
         played = candidates(chosen, schedules, precisions, graphs=device.type == "cuda")

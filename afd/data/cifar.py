@@ -13,6 +13,7 @@ from afd.data import content, pickled
 from afd.data.errors import DataError
 from afd.data.fetch import Source, locate, which
 from afd.data.images import Images
+from afd.paths import check_target
 
 SHAPE = (3, 32, 32)  # the red plane, then green, then blue, each row by row
 PIXELS = 3 * 32 * 32
@@ -40,6 +41,7 @@ class Layout:
 
     def read(self, root: Path, *, download: bool) -> tuple[Images, Images]:
         """Training and test images, 3x32x32."""
+        check_target("data-root", root)
         source = which((self.source, self.pickled), root)
         paths = locate(source, root, download=download)
         read_one = self.read_file if source is self.source else self.read_pickle

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from afd.data.errors import DataError
 from afd.extras import needed_by
+from afd.paths import check_target
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def locate(source: Source, root: Path, *, download: bool) -> list[Path]:
     Raises:
         DataError: files are missing and could not be fetched, or what was fetched has another checksum.
     """
+    _check_root(root)
     home = root / source.folders[0]
     for folder in _places(source, root):
         if (found := _present(source, folder)) is not None:
@@ -73,6 +75,15 @@ def locate(source: Source, root: Path, *, download: bool) -> list[Path]:
     if found is None:
         raise DataError(_advice(source, root, "what was fetched does not hold all of them"))
     return found
+
+
+def _check_root(root: Path) -> None:
+    """Raises InputError or DataError unless a folder is, or can be, at a data root."""
+    check_target("data-root", root)
+    found = next((path for path in (root, *root.parents) if path.exists()), root)
+    if found.exists() and not found.is_dir():
+        told = "which is" if found == root else f"but {found} is"
+        raise DataError(f"data-root is {root}, {told} a file; it must be a folder")
 
 
 def _places(source: Source, root: Path) -> list[Path]:
@@ -95,25 +106,26 @@ def _either(folder: Path, name: str) -> Path | None:
 def _obtain(source: Source, root: Path, home: Path, *, download: bool) -> None:
     """Adds the missing files to `home`.
 
-    Everything is fetched, checked and unpacked in a temporary folder beside it and moved only then, whole file by whole
-    file: an interruption leaves nothing behind, and processes that fetch at the same time do not disturb each other.
+    Everything is fetched, checked and unpacked in a temporary folder on the same disk and moved only then, whole file
+    by whole file: an interruption leaves nothing behind, a root that is not there is made for files only, and processes
+    that fetch at the same time do not disturb each other.
     """
     local = [name for name in source.md5 if (root / name).is_file()]
     if not download and len(local) < len(source.md5):
         raise DataError("downloading is switched off")
-    root.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".fetch-", dir=root) as temporary:
+    nearest = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    with TemporaryDirectory(prefix=".fetch-", dir=nearest) as temporary:
         fetched = Path(temporary)
         for name, md5 in source.md5.items():
             archive = _checked(root / name, md5) if name in local else _retrieve(source.url + name, md5, fetched)
             if name.endswith(".tar.gz"):
                 with tarfile.open(archive) as tar:
                     tar.extractall(fetched, filter="data")  # refuses absolute paths, links outwards and devices
-        home.mkdir(parents=True, exist_ok=True)
         unpacked = fetched / home.name
         for name in source.files:
             path = _either(unpacked, name) or _either(fetched, name)
             if path is not None and _either(home, name) is None:
+                home.mkdir(parents=True, exist_ok=True)
                 path.replace(home / path.name)
 
 
@@ -138,6 +150,7 @@ def _checked(path: Path, md5: str) -> Path:
 def _advice(source: Source, root: Path, reason: object) -> str:
     """What is missing, where it was looked for, why it could not be fetched, and the two ways to get it."""
     places = ", ".join(map(str, _places(source, root)))
+    reason = " ".join(str(reason).split())
     addresses = ", ".join(source.url + name for name in source.md5)
     home = f"{root / source.folders[0]}{f', or {source.instead} into {root}' if source.instead else ''}"
     return (

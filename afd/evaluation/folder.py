@@ -16,6 +16,7 @@ from afd.evaluation import results as files
 from afd.evaluation.place import Place
 from afd.evaluation.state import FINGERPRINT, StateError, Store, saved_fingerprint
 from afd.files import LOCK, PART, FolderError, FolderLock, new_folder, point_to
+from afd.paths import check_target, missing, remove_empty
 
 PARENT = Path("runs/evaluations")
 STATE = "state"
@@ -145,29 +146,25 @@ def comparison_folder(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_folder(out: Path) -> None:
-    """Raises FolderError if a file is in the way."""
+    """Raises FolderError or InputError if a file is in the way, or no folder can be at that path."""
+    check_target("out", out)
     if out.exists() and not out.is_dir():
         raise FolderError(f"out is {out}, which is a file; it must be a folder")
 
 
 def numbered(parent: Path, stack: ExitStack) -> Path:
     """A new numbered folder, locked until the stack is left."""
-    stack.callback(_remove_empty, missing(parent / "0001")[1:])
+    stack.callback(remove_empty, missing(parent / "0001")[1:])
     folder = new_folder(parent)
-    stack.callback(_remove_empty, [folder / STATE, folder])
+    stack.callback(remove_empty, [folder / STATE, folder])
     stack.enter_context(FolderLock(folder).held())
     return folder
 
 
 def lock(out: Path, stack: ExitStack) -> None:
     """Makes a folder this process's own until the stack is left; removed then if it was made, and nothing is in it."""
-    stack.callback(_remove_empty, [out / STATE, *missing(out)] if missing(out) else [])
+    stack.callback(remove_empty, [out / STATE, *missing(out)] if missing(out) else [])
     stack.enter_context(FolderLock(out).held())
-
-
-def missing(folder: Path) -> list[Path]:
-    """A folder and those above it, as far as they are not there."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def contents(folder: Path) -> set[str]:
@@ -247,9 +244,3 @@ def _remove_state(state: Path) -> None:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     (state / FINGERPRINT).unlink(missing_ok=True)
     state.rmdir()
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

@@ -20,6 +20,7 @@ from afd.evaluation.subject import Subject
 from afd.evaluation.target import NORMS
 from afd.files import write_whole
 from afd.nn.classifier import unwrapped
+from afd.paths import check_source
 
 FORMAT, VERSION = "afd-evaluation", 1
 FILE = "results.json"
@@ -144,8 +145,10 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         ResultsError: there are none, or they are of another version.
     """
+    check_source("compare", path)
     file = path / FILE if path.is_dir() else path
-    if not file.exists():
+    check_source("compare", file)
+    if not file.is_file():
         raise ResultsError(f"{path} holds no {FILE}; compare takes folders that afd evaluate has finished")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))

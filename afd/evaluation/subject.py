@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from afd.data import Images
-from afd.errors import AfdError
+from afd.errors import AfdError, in_a_line
 from afd.evaluation.predictions import predict
 from afd.nn.classifier import unwrapped
 from afd.nn.modes import without_wrappers
@@ -94,7 +94,7 @@ def check_metadata(subject: Subject) -> None:
     try:
         json.dumps(subject.metadata)
     except (TypeError, ValueError) as error:
-        raise SubjectError(f"metadata of model {subject.source} must be plain JSON: {error}") from error
+        raise SubjectError(f"metadata of model {subject.source} must be plain JSON: {in_a_line(error)}") from error
 
 
 def from_factory(spec: str, device: torch.device) -> Subject:
@@ -104,14 +104,19 @@ def from_factory(spec: str, device: torch.device) -> Subject:
         SubjectError: it cannot be imported, is not callable, fails, or returns no nn.Module.
     """
     module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise SubjectError(f"model is {spec!r}; a function is named as package.module:function")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: a factory may lie beside the user
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise SubjectError(f"model {spec} cannot be imported: {error}") from error
-    except Exception as error:  # the user's own code: whatever it raises is told, with its traceback as the cause
-        raise SubjectError(f"model {spec} cannot be imported: {type(error).__name__}: {error}") from error
+        raise SubjectError(f"model {spec} cannot be imported: {in_a_line(error)}") from error
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the user's own code: whatever it raises is told, with its traceback as the cause
+        raise SubjectError(f"model {spec} cannot be imported: {_told(error)}") from error
     try:
         factory = getattr(module, attribute)
     except AttributeError as error:
@@ -120,18 +125,25 @@ def from_factory(spec: str, device: torch.device) -> Subject:
         raise SubjectError(f"model {spec} is a {type(factory).__name__}; it must be a function that returns a model")
     try:
         model = factory()
-    except Exception as error:  # the user's own code: whatever it raises is told, with its traceback as the cause
-        raise SubjectError(f"model {spec} failed with {type(error).__name__}: {error}") from error
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the user's own code: whatever it raises is told, with its traceback as the cause
+        raise SubjectError(f"model {spec} failed with {_told(error)}") from error
     if not isinstance(model, nn.Module):
         raise SubjectError(f"model {spec} returned a {type(model).__name__}; it must return a torch.nn.Module")
     training = sum(bool(getattr(module, "training", False)) for module in model.modules())
     try:
         model = model.to(device).eval()
-    except Exception as error:  # its own code again, or weights that are not there
-        raise SubjectError(
-            f"model {spec} cannot be put into evaluation mode on {device}: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:  # its own code again, or weights that are not there
+        raise SubjectError(f"model {spec} cannot be put into evaluation mode on {device}: {_told(error)}") from error
     return Subject(attribute, spec, model, training_modules=training)
+
+
+def _told(error: BaseException) -> str:
+    """Kind and words of an error of the user's code, in a line."""
+    kind, said = type(error).__name__, in_a_line(error)
+    return kind if said == kind else f"{kind}: {said}"
 
 
 def check_fit(subject: Subject, images: Images, sizes: Iterable[int] = (2,)) -> int:
@@ -152,8 +164,8 @@ def check_fit(subject: Subject, images: Images, sizes: Iterable[int] = (2,)) -> 
         probe = images.images(torch.arange(size, device="cpu"))
         try:
             classes = predict(subject.model, probe).num_classes
-        except Exception as error:  # the model's own code: whatever it raises is told, with its traceback as the cause
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except (Exception, SystemExit) as error:  # the model's own: whatever it raises is told, with its traceback
+            reason = in_a_line(error)
             verb = "is of no use for" if isinstance(error, AfdError) else "does not take"
             raise SubjectError(
                 f"model {subject.source} {verb} {images.name}'s {shape} images, {size} at a time: {reason}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from afd.errors import InputError
 from afd.extras import needed_by
+from afd.paths import check_path
 from afd.pictures import check_format, save
 from afd.training.logs import logged
 
@@ -116,9 +117,13 @@ def named(runs: Sequence[str]) -> dict[str, Path]:
     """Folders by name, of runs given as FOLDER or NAME=FOLDER.
 
     Raises:
-        InputError: two would have one name.
+        InputError: two would have one name, or one has no folder.
     """
     parts = [run.rpartition("=") for run in runs]
+    for run, (*_, folder) in zip(runs, parts, strict=True):
+        if not folder:
+            raise InputError(f"a run is {run!r}, without a folder; write NAME=FOLDER")
+        check_path("a run", folder)
     folders = {name if equals else Path(folder).resolve().name: Path(folder) for name, equals, folder in parts}
     if len(folders) < len(runs):
         raise InputError(f"runs are {', '.join(runs)}, of which two are called alike; write NAME=FOLDER")

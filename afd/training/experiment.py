@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,19 +17,20 @@ from afd.attacks import APGD, PGD, Attack, AttackFactory
 from afd.config import MethodConfig, TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import CropAndFlip
-from afd.errors import AfdError
+from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.evaluation.place import device_named
 from afd.extras import needed_by
 from afd.nn import FeatureClassifier, build_model
+from afd.paths import check_source
 from afd.training import distributed
 from afd.training.checkpoint import CheckpointError, load_checkpoint
 from afd.training.curves import plot_curves
 from afd.training.distributed import Group
-from afd.training.folder import discard_records, run_folder
+from afd.training.folder import discard_records, is_discarded, run_folder
 from afd.training.logs import json_lines, tensorboard
 from afd.training.progress import Terminal
 from afd.training.rebuild import rebuild, weights_in
-from afd.training.reports import TrainingError
+from afd.training.reports import Callback, Report, TrainingError
 from afd.training.schedule import SCHEDULES, Schedule, step
 from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
@@ -40,6 +43,7 @@ with needed_by("afd.training.train"):
 
 TEST_STEPS = 40
 EVAL_BATCH = 500
+SMALLER_RATES = "smaller learning rates may help (--lr, --lr-discriminator, --lr-features)"
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,10 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     """
     config = config.settled()
     device = device_named(config.device)
+    if config.sync_batchnorm and device.type != "cuda":
+        raise InputError(f"sync_batchnorm is True, but the device is {device}; torch offers it on CUDA only")
     build_method(config.method)  # its numbers are checked before data are read
-    for file in (config.weights, Path(config.resume) if config.resume and config.resume != "auto" else None):
-        if file is not None and not file.is_file():
-            raise CheckpointError(f"there is no checkpoint {file}")
+    _check_files(config)
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)
     with run_folder(config.out, config.resume, group, overwrite=config.overwrite) as folder:
@@ -103,21 +107,18 @@ def _train_in(
     trainer = trainer_for(config, model.to(device))
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
-    if config.overwrite and group.leads:
-        discard_records(folder)
     name = f"{config.data.name} {config.method.name}"
     assert config.epochs is not None
     best = folder / "best.pt"
     with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, folder):
-        trainer.callbacks = [terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
+        discard = [discarding_records(folder)] if config.overwrite else []
+        trainer.callbacks = [*discard, terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
         trainer.progress = terminal
         trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
         group.wait()  # for the files
         state, metadata = load_checkpoint(best, device)
         model.load_state_dict(weights_in(best, state))
         if group.leads:
-            terminal.began("drawing", None, 0, None)
-            plot_curves(folder / "curves.png", {name: folder})
             save_weights(folder / "model.pt", model)
         test = plain(splits.test, device)
 
@@ -135,28 +136,74 @@ def _train_in(
         )
     console.print(_summary(result, len(splits.test)))
     console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
+    if group.leads:
+        draw(folder / "curves.png", name)
     return result
+
+
+def draw(picture: Path, name: str) -> None:
+    """Draws the learning curves of the run in a picture's folder; where that fails, the run is no worse for it."""
+    try:
+        plot_curves(picture, {name: picture.parent})
+    except Exception as error:  # whatever a font, a library or a disk has against it
+        print(f"afd: warning: {picture} was not drawn: {in_a_line(error)}", file=sys.stderr)
+
+
+def discarding_records(folder: Path) -> Callback:
+    """Removes what an earlier run has written beside its checkpoints, once training has come to a first report."""
+    begun = False
+
+    def discard(_report: Report) -> None:
+        nonlocal begun
+        if not begun:
+            discard_records(folder)
+        begun = True
+
+    return discard
+
+
+def _check_files(config: TrainConfig) -> None:
+    """Raises CheckpointError or InputError if a file to begin with is not there, or would be discarded."""
+    resumed = Path(config.resume) if config.resume and config.resume != "auto" else None
+    for argument, file in (("weights", config.weights), ("resume", resumed)):
+        if file is None:
+            continue
+        if not file.exists():
+            raise CheckpointError(f"there is no checkpoint {file}")
+        check_source(argument, file)
+        if file.is_dir():
+            raise InputError(f"{argument} is {file}, which is a folder; name a checkpoint in it")
+        if config.overwrite and config.out is not None and is_discarded(file, config.out):
+            raise InputError(f"{argument} is {file}, which overwrite would discard; name another folder")
 
 
 @contextmanager
 def saying_how_to_go_on(trainer: Trainer, folder: Path) -> Iterator[None]:
-    """Adds to whatever ends training how to go on with it."""
-    go_on = f"go on with the same command and --resume auto --out {folder}"
+    """Adds to whatever ends training how to go on with it, if anything was saved."""
+
+    def saved() -> bool:
+        ours = trainer.begun or trainer.resume is not None  # else they are another run's, not discarded yet
+        return ours and trainer.keeper is not None and bool(trainer.keeper.present)
+
+    def go_on() -> str:
+        if saved():
+            return f"go on with the same command and --resume auto --out {shlex.quote(str(folder))}"
+        return "no checkpoint was saved, so there is nothing to go on from"
+
     try:
         yield
     except StoppedError as stopped:
-        raise stopped.advised(go_on) from None
+        raise stopped.advised(go_on() if saved() else "the same command begins it again") from None
     except TrainingError as error:
-        raise TrainingError(
-            f"{error}; smaller learning rates may help (--lr, --lr-discriminator, --lr-features), in another run that "
-            "may begin with that checkpoint's weights (--weights)"
-        ) from error
+        weights = "that may begin with that checkpoint's weights (--weights)" if saved() else "from the beginning"
+        raise TrainingError(f"{error}; {SMALLER_RATES}, in another run {weights}") from error
     except AfdError as error:
         if trainer.begun:
-            error.args = (f"{error}; {go_on}",)
+            hint = f"{SMALLER_RATES}; " if isinstance(error, ModelError) else ""
+            error.args = (f"{error}; {hint}{go_on()}",)
         raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what is not in a checkpoint is lost; {go_on}") from None
+        raise KeyboardInterrupt(f"what is not in a checkpoint is lost; {go_on()}") from None
 
 
 def begin_with(model: FeatureClassifier, path: Path) -> None:

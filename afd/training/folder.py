@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from afd.files import FolderError, FolderLock, new_folder, point_to
+from afd.paths import missing, remove_empty
 from afd.training.distributed import Group
 from afd.training.keeper import Keeper
 
@@ -38,9 +39,12 @@ def run_folder(out: Path | None, resume: str | None, group: Group, *, overwrite:
         with group.together():
             if group.leads:
                 numbered = out is None and not (resume == "auto" and LATEST.exists())
+                above = missing(ROOT) if numbered else []
+                stack.callback(remove_empty, above)
                 folder = new_folder(ROOT) if numbered else out or _latest()
-                if numbered or not folder.exists():
-                    stack.callback(_forget_if_empty, folder, _led_to())
+                made = [folder] if numbered else missing(folder)
+                if made:
+                    stack.callback(_forget_if_empty, made, _led_to())
                 stack.enter_context(FolderLock(folder).held())
                 if not overwrite:
                     _check_free(folder, resume)
@@ -54,6 +58,12 @@ def discard_records(folder: Path) -> None:
     for pattern in RECORDS:
         for path in folder.glob(pattern):
             path.unlink()
+
+
+def is_discarded(file: Path, folder: Path) -> bool:
+    """Whether a file goes with the run in a folder, when that is discarded."""
+    names = [*RECORDS, *(path.name for path in Keeper(folder, print).present)]
+    return file.resolve().parent == folder.resolve() and any(map(file.resolve().match, names))
 
 
 def _latest() -> Path:
@@ -77,11 +87,12 @@ def _check_free(folder: Path, resume: str | None) -> None:
         )
 
 
-def _forget_if_empty(folder: Path, before: Path | None) -> None:
-    """Takes back a folder that nothing was written to, and lets ``runs/latest`` lead where it led."""
-    if not folder.exists() or any(folder.iterdir()):
+def _forget_if_empty(made: list[Path], before: Path | None) -> None:
+    """Takes back a folder, and those above it, that nothing was written to; ``runs/latest`` leads where it led."""
+    folder = made[0]
+    remove_empty(made)
+    if folder.exists():
         return
-    folder.rmdir()
     if LATEST.is_symlink() and _latest() == folder:
         if before is not None:
             point_to(before)

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.errors import AfdError
+from afd.errors import AfdError, in_a_line
 from afd.evaluation.subject import said
 from afd.nn import ProjectionDiscriminator
 from afd.nn.build import from_recipe
 from afd.nn.classifier import MARKER
+from afd.paths import check_source
 from afd.training.checkpoint import CheckpointError, OtherFileError, load_checkpoint
 from afd.training.run_state import NETWORK, SCALED, SCALED_FOR
-from afd.training.weights import in_a_line, load_plainly, load_state, read_weights
+from afd.training.weights import load_plainly, load_state, read_weights
 
 BEST = "best.pt"
 # images and classes of the data sets that `afd train` knows, for checkpoints that say no more of their network
@@ -64,6 +65,12 @@ def rebuild(path: Path, device: torch.device | str = "cpu", model: nn.Module | N
     except OtherFileError:
         weights, facts = read_weights(path)
         return Rebuilt(_network(path, weights, facts, model).to(device).eval(), path=path)
+    except CheckpointError as error:
+        if isinstance(
+            error.__cause__, LookupError | TypeError | AttributeError | EOFError
+        ):  # whose words tell a user nothing
+            raise CheckpointError(f"checkpoint {path} is damaged, or no file that torch.save has written") from error
+        raise
     weights = weights_in(path, state)
     network = _network(path, weights, facts_in(metadata), model)
     discriminator = _discriminator(path, state)
@@ -92,6 +99,7 @@ def facts_in(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _file(path: Path) -> Path:
+    check_source("checkpoint", path)
     if not path.is_dir():
         return path
     if not (path / BEST).is_file():

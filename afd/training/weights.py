@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from afd.errors import in_a_line
 from afd.files import write_whole
 from afd.nn import FeatureClassifier, FeatureSplit, split
 from afd.nn.build import recipe_of
@@ -141,12 +142,6 @@ def load_plainly(state: Mapping[str, Any], model: nn.Module, source: str) -> nn.
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{source} does not load into a {type(inner).__name__}: {in_a_line(error)}") from error
     return without_wrappers(model)
-
-
-def in_a_line(error: Exception, longest: int = 300) -> str:
-    """What an error says, without line breaks, cut where it grows long."""
-    said = " ".join(str(error).split()) or type(error).__name__
-    return said if len(said) <= longest else f"{said[:longest]}…"
 
 
 def _without_prefixes(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:

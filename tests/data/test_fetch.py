@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from afd.data import DataError, cifar, datasets, fetch, load, mnist
+from afd.errors import InputError
 
 Write = Callable[..., Path]
 
@@ -100,8 +101,23 @@ def test_without_a_network(tmp_path: Path, no_network: None, name: str, download
 def test_a_root_that_cannot_be_written(tmp_path: Path, no_network: None) -> None:
     root = tmp_path / "file"
     root.write_text("not a folder")
-    with pytest.raises(DataError, match=r"could not be fetched: .*File exists"):
+    with pytest.raises(DataError, match=r"^data-root is .*file, which is a file; it must be a folder$"):
         load("mnist", root)
+
+
+def test_a_mistaken_root_is_not_made(tmp_path: Path, no_network: None) -> None:
+    with pytest.raises(DataError, match="could not be fetched"):
+        load("mnist", tmp_path / "mistaken" / "root")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_root_below_a_file_or_too_long_is_said_so(tmp_path: Path, no_network: None) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"below, but .*file is a file; it must be a folder$"):
+        load("cifar10", tmp_path / "file" / "below")
+    for name in ("mnist", "cifar10"):
+        with pytest.raises(InputError, match="File name too long"):
+            load(name, tmp_path / ("x" * 300))
 
 
 def test_checksums_are_of_the_published_files() -> None:

@@ -1,6 +1,7 @@
 """`afd evaluate` from the command line: a report from a checkpoint, and what it says to each mistake."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -194,6 +195,41 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, robust):
     root.mkdir()
     (tmp_path / "words.pt").write_text("no checkpoint")
     assert "damaged or of another kind" in failed(capsys, tmp_path / "words.pt", "--out", out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["/dev/zero"], "checkpoint is /dev/zero, which is a device or pipe"),
+        (["pipe"], "checkpoint is pipe, which is a device or pipe"),
+        (["--compare", "pipe"], "compare is pipe, which is a device or pipe"),
+        (["x" * 300], "File name too long"),
+        (["x" * 300 + ":y"], "File name too long"),
+        (["loop"], "checkpoint is loop: Too many levels of symbolic links"),
+        (["a\0b"], "a path has no null byte"),
+        (["--compare", "x" * 300], "File name too long"),
+        (["odd.pt"], "checkpoint odd.pt is damaged, or no file that torch.save has written"),
+        (["odd.pt", "--out", "x" * 300], "out is xxx"),
+        (["odd.pt", "--out", "dangling"], "out is dangling, a link that leads nowhere"),
+        (["odd.pt", "--out", ""], "out is ''; it must not be empty"),
+        (["odd.pt", "--transfer-from="], "transfer-from is ''; it must not be empty"),
+        (["os.path:"], "model is 'os.path:'; a function is named as package.module:function"),
+        (["made_to_leave:leaves"], "model made_to_leave:leaves failed with SystemExit: go away"),
+        (["made_to_leave:lines"], "model made_to_leave:lines failed with ValueError: one two"),
+        (["odd.pt", "--model", "made_to_leave:lines"], "failed with ValueError: one two"),
+    ],
+)
+def test_what_can_be_no_model_or_folder_is_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "odd.pt").write_bytes(b"abc" * 100)
+    source = "def leaves():\n    raise SystemExit('go\\naway')\n\n\ndef lines():\n    raise ValueError('one\\ntwo')\n"
+    (tmp_path / "made_to_leave.py").write_text(source)
+    assert message in failed(capsys, *words)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_data_of_another_shape_is_refused(folder, tmp_path, capsys, monkeypatch, splits):

@@ -1,5 +1,6 @@
 """Learning curves: what of a run's log ends up in the picture."""
 
+import os
 import re
 
 import pytest
@@ -100,6 +101,32 @@ def test_a_file_that_is_no_log_is_named(tmp_path, content):
     with pytest.raises(FileError, match="is no log of a run"):  # nor is it gone on with, which would discard the rest
         write(folder, 0.5)
     assert len((folder / "log.jsonl").read_bytes().splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a="], "a run is 'a=', without a folder"),
+        ([""], "a word is ''; it must not be empty"),
+        (["x" * 300], "File name too long"),
+        (["loop"], "a run is loop: Too many levels of symbolic links"),
+        (["run", "--out", "pipe"], "out is pipe, which is a device or pipe"),
+        (["run", "--out", "run"], "out is run, which is a folder"),
+        (["run", "--out", "x" * 300], "File name too long"),
+        (["run", "--out="], "out is ''; it must not be empty"),
+    ],
+)
+def test_a_path_that_can_be_none_is_one_line(words, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run", 0.5)
+    os.mkfifo(tmp_path / "pipe")
+    assert main(["curves", *words]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_format_that_there_is_not_is_one_line(tmp_path, capsys):

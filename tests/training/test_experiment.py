@@ -1,6 +1,8 @@
 """`afd train` from the command line to its files, on real digits."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -133,15 +135,25 @@ def test_natural_training(tmp_path):
         (["--width", str(10**9)], "out of memory; a smaller batch, width or model takes less"),
         (["--device", "meta"], "device is 'meta'; allowed are auto, cpu"),
         (["--device", "cpu:7"], "device is 'cpu:7'; allowed are auto, cpu"),
-        (["--device="], "device is ''; allowed are auto, cpu"),
+        (["--device="], "device is ''; it must not be empty"),
         (["--method", "natural", "--momentum", "1"], "momentum is 1.0; it must be below 1"),
-        (["--method", "natural", "--weight-decay", "nan"], "weight_decay is nan"),
-        (["--label-smoothing", "nan"], "label_smoothing is nan"),
+        (["--method", "natural", "--weight-decay", "nan"], "weight-decay is nan"),
+        (["--label-smoothing", "nan"], "label-smoothing is nan"),
         (["--clip", "0"], "clip is 0.0"),
         (["--penalty", "inf"], "penalty is inf"),
-        (["--micro-batches", "0"], "micro_batches is 0"),
-        (["--discriminator-rounds", "0"], "discriminator_rounds is 0"),
+        (["--micro-batches", "0"], "micro-batches is 0"),
+        (["--discriminator-rounds", "0"], "discriminator-rounds is 0"),
         (["--lr", "nan"], "lr is nan"),
+        (["--sync-batchnorm", "--device", "cpu"], "sync-batchnorm is True, but the device is cpu"),
+        (["--weights", ""], "weights is ''; it must not be empty"),
+        (["--resume="], "resume is ''; it must not be empty"),
+        (["--data-root", ""], "data-root is ''; it must not be empty"),
+        (["--weights", "x" * 300], "x…: File name too long"),
+        (["--resume", "x" * 300], "File name too long"),
+        (["--data-root", "x" * 300], "File name too long"),
+        (["--weights", "a\0b"], "a path has no null byte"),
+        (["--weights", "/tmp"], "weights is /tmp, which is a folder"),
+        (["--resume", "/dev/zero"], "resume is /dev/zero, which is a device or pipe"),
     ],
 )
 def test_mistakes_end_in_one_line(tmp_path, capsys, monkeypatch, arguments, message):
@@ -175,6 +187,68 @@ def test_a_folder_that_cannot_be_used_is_named_before_training(out, tmp_path, ca
     told = capsys.readouterr().err
     assert told.startswith(f"afd: error: {out} ")
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("", "out is ''; it must not be empty"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "null byte"),
+        ("loop", "out is loop: Too many levels of symbolic links"),
+        ("dangling", "out is dangling, a link that leads nowhere"),
+        ("dangling/below", "below dangling, a link that leads nowhere"),
+    ],
+)
+def test_a_path_that_can_be_none_is_one_line(out, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert run(out) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "loop"]
+
+
+def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, capsys, monkeypatch):
+    def drawn(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(experiment, "plot_curves", drawn)
+    assert run(tmp_path, "--method", "natural", "--limit", "30") == 0
+    told = capsys.readouterr()
+    assert "afd: warning: " in told.err
+    assert "curves.png was not drawn: [Errno 28] No space left on device\n" in told.err
+    assert "30 test images" in told.out
+    assert (tmp_path / "model.pt").is_file()
+
+
+def test_nothing_to_go_on_from_is_said_so(tmp_path, capsys):
+    out = tmp_path / "a run"
+    assert run(out, "--lr", "1e30", "--limit", "30") == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "smaller learning rates may help" in told
+    assert "--resume auto" not in told
+    assert not (out / "last.pt").exists()
+
+
+def test_what_is_to_be_pasted_is_quoted(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a run; of mine"
+    real = experiment.json_lines
+
+    def stopping(path):
+        def write(report):
+            real(path)(report)
+            if report.epoch == 1 and hasattr(report, "natural"):
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return write
+
+    monkeypatch.setattr(experiment, "json_lines", stopping)
+    assert run(out, "--limit", "30") == 128 + signal.SIGTERM
+    assert f"--resume auto --out '{out}'\n" in capsys.readouterr().err
 
 
 def test_a_radius_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, capsys):

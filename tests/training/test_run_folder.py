@@ -87,6 +87,27 @@ def test_a_mistake_leaves_no_folder_behind(out, here, capsys):
     assert not (here / "new" / "folder").exists()
 
 
+@pytest.mark.parametrize("out", [[], ["--out", "new/folder"]])
+def test_the_first_mistake_leaves_nothing_at_all(out, here):
+    assert train("--data", "mnist", "--data-root", str(here / "runs.txt" / "x"), *out) == 2
+    assert train("--weights", "nowhere.pt", *out) == 2
+    assert list(here.iterdir()) == []
+
+
+def test_overwrite_needs_a_folder_and_discards_late(here, capsys):
+    assert train("--overwrite") == 2
+    assert "overwrite is set, but out is not" in capsys.readouterr().err
+    assert train("--out", "one") == 0
+    before = sorted(path.name for path in (here / "one").iterdir())
+    for word, file in (("--weights", "model.pt"), ("--weights", "best.pt"), ("--resume", "last.pt")):
+        assert train("--out", "one", "--overwrite", word, f"one/{file}") == 2
+        assert f"{word[2:]} is one/{file}, which overwrite would discard; name another" in capsys.readouterr().err
+    torch.save({"a": torch.zeros(1)}, "other.pt")
+    assert train("--out", "one", "--overwrite", "--weights", "other.pt") == 2
+    assert train("--out", "one", "--overwrite", "--resume", "other.pt") == 2
+    assert sorted(path.name for path in (here / "one").iterdir()) == before
+
+
 def test_two_live_runs_do_not_share_a_folder(here):
     def start(seed):
         words = [sys.executable, "-m", "afd", "train", *QUICK, "--epochs", "500", "--out", "two", "--seed", str(seed)]
