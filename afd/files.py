@@ -103,7 +103,8 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise FolderError(f"{folder} is a file; it must be a folder") from None
+        kind = "a file" if folder.exists() else "a link that leads nowhere"
+        raise FolderError(f"{folder} is {kind}; it must be a folder") from None
     except NotADirectoryError:
         raise FolderError(f"{folder} cannot be made: a part of the path is a file") from None
     except OSError as error:

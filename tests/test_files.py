@@ -77,6 +77,9 @@ def test_a_file_that_cannot_be_written_is_named_and_nothing_half_written_stays(t
         write_whole(tmp_path / "file" / "a.txt", "text")
     with pytest.raises(FolderError, match=r"file/deeper cannot be made: a part of the path is a file"):
         make_folder(tmp_path / "file" / "deeper")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FolderError, match=r"link is a link that leads nowhere; it must be a folder"):
+        make_folder(tmp_path / "link")
 
 
 def elsewhere(folder):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import pickle
 import struct
+import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,7 +101,8 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tup
     try:
         content = torch.load(io.BytesIO(whole), map_location=device, weights_only=True)
     except Exception as error:  # on damaged bytes the unpickler stumbles in any way it can
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        told = isinstance(error, RuntimeError | pickle.UnpicklingError | zipfile.BadZipFile)
+        reason = str(error).splitlines()[0] if told and str(error) else "torch.save has not written what it holds"
         raise CheckpointError(f"checkpoint {path} is damaged or of another kind: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise OtherFileError(f"{path} is not an afd checkpoint")

@@ -70,6 +70,15 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         save_checkpoint(tmp_path / "file" / "last.pt", STATE, METADATA)
 
 
+@pytest.mark.parametrize("content", [b"", b"root:x:0:0:root:/root:/bin/bash\n", b"\x80\x02}q\x00."])
+def test_what_is_no_checkpoint_at_all_is_said_in_plain_words(content, tmp_path):
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(CheckpointError) as told:
+        load_checkpoint(tmp_path / "other")
+    assert "index" not in str(told.value)
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.parametrize("tenth", range(10))
 def test_truncated_files_are_refused(saved, tenth):
     whole = saved.read_bytes()
