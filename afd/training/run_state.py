@@ -12,12 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from afd._version import __version__
+from afd.errors import InputError
 from afd.nn import FeatureSplit
 from afd.nn.classifier import MARKER, unwrapped
+from afd.nn.modes import held
 from afd.training import settings
-from afd.training.checkpoint import CheckpointError
+from afd.training.checkpoint import CheckpointError, packed
 from afd.training.keeper import Keeper
+from afd.training.loaders import Loader
 from afd.training.reports import EpochReport
+from afd.training.stream import Stream
 from afd.training.weights import facts_of
 
 if TYPE_CHECKING:
@@ -91,6 +95,38 @@ def facts(trainer: Trainer) -> dict[str, Any]:
         run = {**run, SCALED_FOR: SCALED[trainer.network.normalize]}
     described: dict[str, Any] = settings.describe({"afd": __version__, "processes": trainer.group.size, **run})
     return described
+
+
+def begin(trainer: Trainer, train: Loader, validation: Loader, rounds: int) -> dict[str, Any] | None:
+    """Opens the training batches where the run begins or goes on; returns the random generators' state there, if any.
+
+    Raises:
+        InputError: an epoch in progress has another number of batches now.
+        CheckpointError: a checkpoint cannot be written, read or gone on from; or could not be read again.
+    """
+    before = trainer.stream if trainer.begun else None
+    if before is not None and trainer.position.batch and rounds != before.rounds:
+        raise InputError(
+            f"train has {rounds} batches, but the epoch in progress has {before.rounds}, of which "
+            f"{trainer.position.batch} were played; go on with as many"
+        )
+    trainer.stream = Stream(train, trainer.device, trainer.network.num_classes, rounds, validation, before)
+    if before is not None:
+        if trainer.owed is not None:
+            trainer.save(best=trainer.owed)
+        return trainer.generators
+    with held(trainer.modules()):
+        generators = resume(trainer)
+        content = None if trainer.keeper is None else capture(trainer)
+    with trainer.group.together():
+        if trainer.keeper is not None and content is not None and trainer.group.leads:
+            packed(*content)  # what cannot be kept is told now, and not after the first epoch
+            if trainer.overwrite:
+                trainer.keeper.discard()
+            trainer.best = trainer.keeper.settle_best(trainer.history)
+    trainer.best = trainer.group.gather(trainer.best)[0]
+    trainer.begun, trainer.generators = True, generators
+    return generators
 
 
 def resume(trainer: Trainer) -> dict[str, Any] | None:

@@ -25,7 +25,6 @@ from afd.nn.modes import held
 from afd.processes import all_or_none
 from afd.training import distributed, loaders, recording, run_state
 from afd.training.average import averaged
-from afd.training.checkpoint import packed
 from afd.training.foreign import check_attacked, device_of, settle, taken_in
 from afd.training.given import check_settings, made
 from afd.training.keeper import Keeper
@@ -121,8 +120,8 @@ class Trainer:
         self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
         self.best: EpochReport | None = None
         self.stopping, self.begun = Stop(self.group, self.device), False
-        self._owed: bool | None = None  # a checkpoint that could not be written, and whether it is the best
-        self._generators: dict[str, Any] | None = None  # where they stood when `fit` ended
+        self.owed: bool | None = None  # a checkpoint that could not be written, and whether it is the best
+        self.generators: dict[str, Any] | None = None  # where they stood when `fit` ended
         self._built, self._fitting = run_state.built(self), False
 
     def _build_round(self) -> None:
@@ -189,7 +188,7 @@ class Trainer:
         rounds = loaders.look(train, validation, self.epochs, look_at, self.group, told)
         self._follow_what_was_found()
         self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
-        generators = self._open(train, validation, rounds)
+        generators = run_state.begin(self, train, validation, rounds)
         warmup = None
         if self.attack is not None and self.method.uses_attack:
             attack = made("attack", self.attack(self.network))
@@ -207,7 +206,7 @@ class Trainer:
             if self.stopping.asked():
                 self._end_early()
         finally:
-            self._generators = self.stream.capture()  # for the next call
+            self.generators = self.stream.capture()  # for the next call
         if isinstance(self.network, FeatureSplit) and self.network.normalize:
             self.warn(
                 f"the model now scales what enters {self.network.feature_layer!r} to length 1, as normalize=True "
@@ -225,35 +224,9 @@ class Trainer:
                     self.keeper.check_untouched() if self.begun else self.keeper.check_free(self.resume, self.overwrite)
             yield
 
-    def _open(self, train: Loader, validation: Loader, rounds: int) -> dict[str, Any] | None:
-        """Where training begins or goes on; returns the state of the random generators there, in mid-epoch."""
-        before = self.stream if self.begun else None
-        if before is not None and self.position.batch and rounds != before.rounds:
-            raise InputError(
-                f"train has {rounds} batches, but the epoch in progress has {before.rounds}, of which "
-                f"{self.position.batch} were played; go on with as many"
-            )
-        self.stream = Stream(train, self.device, self.network.num_classes, rounds, validation, before)
-        if before is not None:
-            if self._owed is not None:
-                self._save(best=self._owed)
-            return self._generators
-        with held(self._modules()):
-            generators = run_state.resume(self)
-            content = None if self.keeper is None else run_state.capture(self)
-        with self.group.together():
-            if self.keeper is not None and content is not None and self.group.leads:
-                packed(*content)  # what cannot be kept is told now, and not after the first epoch
-                if self.overwrite:
-                    self.keeper.discard()
-                self.best = self.keeper.settle_best(self.history)
-        self.best = self.group.gather(self.best)[0]
-        self.begun, self._generators = True, generators
-        return generators
-
     def _follow_what_was_found(self) -> None:
         """Round and average as the model has turned out to be, when it was tried on images."""
-        with held(self._modules()):
+        with held(self.modules()):
             if self.network.num_classes != self._built_for:
                 self._build_round()
             if self.average is not None:
@@ -261,7 +234,7 @@ class Trainer:
                 if self.network.plain_layout:
                     lay_out_plainly(self.average.module)
 
-    def _modules(self, attack: Any = None) -> list[nn.Module]:
+    def modules(self, attack: Any = None) -> list[nn.Module]:
         """All that a round reads or writes: held at once, so that no two threads wait for each other."""
         other = getattr(attack, "model", None)
         models = (self.network, None if self.average is None else self.average.module, other)
@@ -269,7 +242,7 @@ class Trainer:
 
     def _train_epoch(self, rounds: int, warmup: Warmup | None, generators: dict[str, Any] | None) -> None:
         """What is left of an epoch."""
-        self._held = self._modules(None if warmup is None else warmup.attack)
+        self._held = self.modules(None if warmup is None else warmup.attack)
         with held(self._held):
             self.network.train()
         at, since = self.position, time.perf_counter()
@@ -291,7 +264,7 @@ class Trainer:
                 break
             if self.save_every and at.round % self.save_every == 0 and at.batch < rounds:
                 self._report_interval(rounds)
-                self._save(best=False)
+                self.save(best=False)
         self._report_interval(rounds)
 
     @property
@@ -366,7 +339,7 @@ class Trainer:
         try:
             self._tell(report)  # first: what is in the checkpoint is in the log
         finally:
-            self._save(best=best)
+            self.save(best=best)
         return True
 
     def _measure(self, validation: Loader, attack: Attack | None) -> float:
@@ -382,24 +355,25 @@ class Trainer:
         classes = self.network.num_classes
         return shared_accuracy(self.evaluated, validation, attack, self.group, self.device, classes, each)
 
-    def _save(self, *, best: bool) -> None:
+    def save(self, *, best: bool) -> None:
+        """Writes the checkpoint of this moment, if there is a folder; all processes must ask."""
         if self.keeper is None:
             return
-        self._owed = best
+        self.owed = best
         self.group.share_buffers(self.network)
         if not run_state.finite(self.network, self.round.players):
             played = self.position.round
             raise TrainingError(f"a weight stopped being finite by round {played}; {self._where_it_stood(played)}")
-        with held(self._modules()):
+        with held(self.modules()):
             state, metadata = run_state.capture(self)
         with self.group.together():
             if self.group.leads:
                 self.keeper.save(state, metadata, best=best)
-        self._owed = None
+        self.owed = None
 
     def _end_early(self) -> None:
         if self.position.batch:
-            self._save(best=False)
+            self.save(best=False)
         if self.stopping.reason == BY_CALLBACK:
             return
         at, file = self.position, self.group.gather(self.keeper and self.keeper.newest)[0]
