@@ -26,8 +26,8 @@ def sleep_if_busy() -> None:
         return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     print(
-        f"afd: other processes want {others} of {os.cpu_count()} cores, so threads sleep while they wait, and do not "
-        "spin (OMP_WAIT_POLICY=ACTIVE if they should)",
+        f"afd: this machine is busy ({others} threads of other processes, {os.cpu_count()} cores), so our threads sleep "
+        "while they wait (OMP_WAIT_POLICY=ACTIVE lets them spin)",
         file=sys.stderr,
     )
 

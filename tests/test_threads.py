@@ -31,7 +31,7 @@ def test_beside_others_they_sleep_and_it_is_said(machine, capsys):
     machine(running=3)
     threads.sleep_if_busy()
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
-    assert capsys.readouterr().err.startswith("afd: other processes want 2 of 4 cores, so threads sleep")
+    assert capsys.readouterr().err.startswith("afd: this machine is busy (2 threads of other processes, 4 cores)")
 
 
 @pytest.mark.parametrize(("running", "cores"), [(1, 4), (3, 2)])

@@ -20,7 +20,7 @@ from afd.evaluation import accuracy_curve
 from afd.evaluation.plots import plot_curves
 from afd.extras import needed_by, require
 from afd.files import check_writable
-from afd.training import train
+from afd.training import StoppedError, train
 from afd.training.experiment import TEST_STEPS, test_attack
 
 with needed_by("the demo"):
@@ -45,7 +45,10 @@ def run(out: Path, console: Console, runs: dict[str, TrainConfig] = RUNS) -> dic
     test = Batches(splits.test, len(splits.test))
     curves: dict[str, list[float]] = {}
     for name, config in runs.items():
-        result = train(dataclasses.replace(config, out=out / name.lower(), overwrite=True), console, splits)
+        try:
+            result = train(dataclasses.replace(config, out=out / name.lower(), overwrite=True), console, splits)
+        except StoppedError as stopped:
+            raise stopped.advised("the demo begins anew when it is run again") from None
         curves[name] = accuracy_curve(result.model, test, EPSILONS, partial(_attack, result.config, model=result.model))
     settled = {name: config.settled() for name, config in runs.items()}
     for name, config in settled.items():

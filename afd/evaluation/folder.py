@@ -206,7 +206,7 @@ def _check_free(out: Path, fingerprint: dict[str, Any]) -> None:
     if STATE in there:
         Store.check(out / STATE, fingerprint)
     elif there:
-        raise FolderError(f"out is {out}, which exists and holds no evaluation; name another folder, or --overwrite")
+        raise FolderError(f"out is {out}, which exists and holds no evaluation; name another folder")
 
 
 def _only_state_left(out: Path) -> bool:
