@@ -79,7 +79,7 @@ def carry_out(ask: Callable[[], Work], name: str, starting: Callable[[], None] =
         print(f"{name}: {kind}{_line(error)}", file=sys.stderr)
         return getattr(error, "status", 2)
     except KeyboardInterrupt as interrupt:
-        kept = str(interrupt) or "what it had written is kept"
+        kept = str(interrupt) or "what was finished is kept"
         print(f"{name}: interrupted; {kept}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:

@@ -26,7 +26,7 @@ def sleep_if_busy() -> None:
         return
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     print(
-        f"afd: this machine is busy ({others} threads of other processes, {os.cpu_count()} cores), so our threads sleep "
+        f"afd: this machine is busy ({others} threads of other processes, {os.cpu_count()} cores), so threads sleep "
         "while they wait (OMP_WAIT_POLICY=ACTIVE lets them spin)",
         file=sys.stderr,
     )
