@@ -71,6 +71,10 @@ class Stop:
         self.reason = 0
         self._agreement.forget()
 
+    def settle(self) -> None:
+        """Waits for what is still under way between the processes, so that nothing of it is left when they end."""
+        self._agreement.forget()
+
     def ask(self, number: int = BY_CALLBACK) -> None:
         """Asks to stop after the step in progress, because of that signal."""
         self.reason = number

@@ -203,6 +203,7 @@ class Trainer:
                     generators = None
                     if self.stopping.asked() or not self._close_epoch(validation):
                         break
+            self.stopping.settle()
             if self.stopping.asked():
                 self._end_early()
         finally:
