@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 BUILT = ("method", "schedule", "ema", "execution", "feature_layer", "normalize", "validation_attack", "folder")
 """Settings that a trainer has built on when it was made: a change of one would be followed by nobody."""
 
+UNCOMPARED = {
+    "lr",
+    "params",
+    "foreach",
+    "fused",
+    "capturable",
+}  # of an optimizer: the schedule's, or how it is computed
+
 FACTS = (
     "method", "attack", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
 )  # fmt: skip
@@ -190,7 +198,7 @@ def _check_alike(told: str, there: dict[str, Any], here: dict[str, Any]) -> None
     """Raises CheckpointError where an optimizer has other settings than it had; its rates now are the schedule's."""
     groups = zip(there["param_groups"], here["param_groups"], strict=False)
     for number, (old, new) in enumerate(groups):
-        for setting in sorted((old.keys() & new.keys()) - {"lr", "params"}):
+        for setting in sorted((old.keys() & new.keys()) - UNCOMPARED):
             one, other = settings.describe(old[setting]), settings.describe(new[setting])
             if one != other:
                 raise CheckpointError(f"{told}.param_groups.{number}.{setting} is {one} there and {other} here")
