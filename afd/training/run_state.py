@@ -36,7 +36,7 @@ UNCOMPARED = {
     "foreach",
     "fused",
     "capturable",
-}  # of an optimizer: the schedule's, or how it is computed
+}  # the schedule's, or how it is computed
 
 FACTS = (
     "method", "attack", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
