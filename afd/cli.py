@@ -19,16 +19,14 @@ from afd._version import __version__
 
 if TYPE_CHECKING:
     from afd.bench.program import Benchmark
-    from afd.config import TrainConfig
     from afd.process import Work
 
 
 def train(words: Sequence[str]) -> Work:
     """Train a classifier and measure its best checkpoint."""
-    from afd.config import TrainConfig
-    from afd.parsing import parsed
+    from afd.options import train_config
 
-    config: TrainConfig = parsed(TrainConfig, "train", words, train.__doc__)
+    config = train_config(words, train.__doc__)
     for warning in config.settled().warnings():
         print(f"afd: warning: {warning}", file=sys.stderr)
     from afd.training.distributed import leave

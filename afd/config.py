@@ -7,17 +7,27 @@ are the CLI's help lines.
 from __future__ import annotations
 
 import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from afd.errors import InputError, at_least, count, in_levels
+from afd.attacks.settings import AttackSettings, attack_named
+from afd.errors import InputError, at_least, count, in_a_line, in_levels
 from afd.extras import needed_by
+from afd.methods import Method
+from afd.methods.registry import classes_of, described, made
 from afd.paths import check_path, check_target
 
 with needed_by("afd.config"):
+    import tomli_w
     from tyro.conf import arg
 
+PATHS = ("out", "weights", "root")
+OUTCOME = ("out", "overwrite", "resume")
+STEPS = 10  # of a training attack that is not the method's own
 GREY = 0.5  # the Linf radius from which any image may become the same grey as any other
 Number = float  # which the command line also takes as a fraction
 
@@ -53,68 +63,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class AttackConfig:
-    """The Linf attack to train against; validation and test use PGD at the same radius."""
+class TestConfig:
+    """The ball in which PGD tests the trained network: that of the method's attack, where it has one."""
 
-    name: Annotated[Literal["pgd", "apgd"], arg(name="attack")] = "pgd"
-    """Training attack: projected gradient descent, or Auto-PGD as in the paper (it sets its own step sizes)."""
+    norm: Literal["Linf", "L2", "L1"] = "Linf"
+    """Norm of the ball."""
     eps: Number | None = None
-    """Radius of the Linf ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR."""
-    steps: Annotated[int | None, arg(name="attack-steps")] = None
-    """Steps of the training attack. Default: 10."""
-    alpha: Number | None = None
-    """Step size of PGD. Default: 2.5 eps / steps."""
-    eval_steps: int = 20
-    """Steps of the validation attack."""
-
-    def step_size(self, steps: int) -> float:
-        """The step size of an attack of `steps` steps."""
-        assert self.eps is not None
-        return self.alpha if self.alpha is not None else 2.5 * self.eps / max(steps, 1)
+    """Radius of the ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR; in L2 2 MNIST, 0.5 CIFAR; in L1 10 and 12."""
 
 
-@dataclass(frozen=True)
-class MethodConfig:
-    """How the network is trained."""
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How a run goes, whatever is trained."""
 
-    name: Annotated[Literal["natural", "afd"], arg(name="method")] = "afd"
-    """natural: cross-entropy on clean images; afd: adversarial feature desensitization."""
-    loss: Literal["dcgan", "wgan", "hinge"] = "wgan"
-    """Loss of the game between discriminator and features."""
-    schedule: Literal["simultaneous", "alternating"] = "simultaneous"
-    """simultaneous: the paper's Algorithm 1; alternating: the authors' released code."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """Optimizer of every player; adam: the released code's variant."""
-    lr: Number | None = None
-    """Learning rate of features and classifier (alpha). Default: 0.1 for sgd, 1e-4 for adam."""
-    lr_discriminator: Number | None = None
-    """Learning rate of the discriminator (beta). Default: 0.1 for sgd, 1e-3 for adam."""
-    lr_features: Number | None = None
-    """Learning rate of the features against the discriminator (gamma). Default: 0.5 for sgd, 1e-4 for adam."""
-    momentum: Number = 0.9
-    """Momentum of every SGD optimizer."""
-    weight_decay: Number | None = None
-    """Weight decay of features and classifier. Default: 1e-4 for sgd, 0 for adam."""
-    label_smoothing: Number = 0.0
-    """Share of the label that is spread over all classes."""
-    clip: Number | None = None
-    """Largest norm of each optimizer's gradient. Default: any."""
-    micro_batches: int = 1
-    """Parts of a batch that are passed one by one, to save memory."""
-    discriminator_rounds: int = 1
-    """The features answer the discriminator in every so many rounds."""
-    penalty: Number = 0.0
-    """Weight of the discriminator's gradient penalty."""
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One training run: data, network, attack, method, and where its results go."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    attack: AttackConfig = field(default_factory=AttackConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
     epochs: int | None = None
     """Passes over the training images. Default: 60 digits, 10 MNIST, 300 CIFAR."""
     lr_schedule: Literal["step", "cosine", "one-cycle"] = "step"
@@ -153,26 +114,41 @@ class TrainConfig:
     log_every: int = 50
     """Rounds between lines of the log."""
 
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """One training run: data, network, method with its attack, and where its results go."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: Method | None = None
+    """Training method. Default: AFD against the attack that the data set asks for."""
+    test: TestConfig = field(default_factory=TestConfig)
+
     def settled(self) -> TrainConfig:
         """The same run with every default of its data set written out.
 
         Raises:
-            InputError: a number out of its range.
+            InputError: a number out of its range, or no radius for such a ball.
         """
         preset = PRESETS[self.data.name]
+        method = method_for(self.data.name) if self.method is None else self.method
+        test = ball_of(method.attack) or self.test
+        if test.eps is None:
+            test = dataclasses.replace(test, eps=radius(self.data.name, test.norm))
         config = dataclasses.replace(
             self,
             data=_filled(self.data, augment=preset.augment),
             model=_filled(self.model, name=preset.model, width=preset.width),
-            attack=_filled(self.attack, eps=preset.eps, steps=10),
-            method=_filled(self.method, **RATES[self.method.optimizer]),
+            method=method,
+            test=test,
             epochs=preset.epochs if self.epochs is None else self.epochs,
         )
         config._check()
         return config
 
     def _check(self) -> None:
-        data, model, attack = self.data, self.model, self.attack
+        data, model, test = self.data, self.model, self.test
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
         self._check_paths()
@@ -180,20 +156,19 @@ class TrainConfig:
         count("save-every", self.save_every, 0)
         count("log-every", self.log_every, 1)
         assert model.width is not None
-        assert attack.eps is not None
-        assert attack.steps is not None
+        assert test.eps is not None
         assert self.epochs is not None
         count("batch-size", data.batch_size, 1)
         if data.limit is not None:
             count("limit", data.limit, 1)
         count("width", model.width, 1)
-        at_least("eps", attack.eps, 0)
-        count("attack-steps", attack.steps, 0)
-        count("eval-steps", attack.eval_steps, 0)
-        at_least("alpha", attack.step_size(attack.steps), 0)
-        for name, length in (("eps", attack.eps), ("alpha", attack.alpha)):
-            if length is not None and length > 1:
-                raise InputError(f"{name} is {length:g}; images lie in [0, 1], so it is at most 1{in_levels(length)}")
+        at_least("eps", test.eps, 0)
+        if test.norm == "Linf":
+            for name, length in (("eps", test.eps), ("alpha", getattr(self.attack, "alpha", None))):
+                if length is not None and length > 1:
+                    raise InputError(
+                        f"{name} is {length:g}; images lie in [0, 1], so it is at most 1{in_levels(length)}"
+                    )
         count("epochs", self.epochs, 1)
         at_least("seed", self.seed, 0)
         if self.overwrite and self.resume == "auto":
@@ -214,24 +189,69 @@ class TrainConfig:
         if self.overwrite and self.out is None:
             raise InputError("overwrite is set, but out is not; the numbered folders are never overwritten")
 
+    @property
+    def attack(self) -> Any:
+        """Settings of the training attack, if the method has one."""
+        return None if self.method is None else self.method.attack
+
     def warnings(self) -> list[str]:
         """What is allowed, of a settled config, and yet hardly meant."""
-        if self.method.name == "natural" or self.attack.eps is None or self.attack.eps < GREY:
+        test = self.test
+        if self.attack is None or test.norm != "Linf" or test.eps is None or test.eps < GREY:
             return []
         return [
-            f"eps is {self.attack.eps:g}: from {GREY} on, any image may become the same grey as any other, and nothing "
-            f"can be learnt{in_levels(self.attack.eps)}"
+            f"eps is {test.eps:g}: from {GREY} on, any image may become the same grey as any other, and nothing "
+            f"can be learnt{in_levels(test.eps)}"
         ]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain types only, for a checkpoint's metadata."""
-        plain = dataclasses.asdict(self)
-        for name in ("out", "weights"):
-            plain[name] = None if getattr(self, name) is None else str(getattr(self, name))
-        plain["data"]["root"] = None if self.data.root is None else str(self.data.root)
+        """Plain types only, for a checkpoint's metadata; `from_json` reads them."""
+        plain: dict[str, Any] = {
+            one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name != "method"
+        }
+        for name in ("data", "model", "test"):
+            plain[name] = dataclasses.asdict(plain[name])
+        for place, name in ((plain, "out"), (plain, "weights"), (plain["data"], "root")):
+            place[name] = None if place[name] is None else str(place[name])
         if self.data.limit is None:  # as in checkpoints of the time when there was none
             del plain["data"]["limit"]
-        return plain
+        return plain | {"method": None if self.method is None else described(self.method)}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> TrainConfig:
+        """The run that `as_json`, or a file of the same form, describes; numbers may be fractions as "8/255".
+
+        Raises:
+            InputError: it names what there is not.
+        """
+        given = dict(plain)
+        parts: dict[str, Any] = {"method": made(_numbers(given.pop("method")))} if given.get("method") else {}
+        given.pop("method", None)
+        for name, kind in (("data", DataConfig), ("model", ModelConfig), ("test", TestConfig)):
+            parts[name] = _of(kind, given.pop(name, {}), name)
+        return _of(cls, given | parts, "the run")
+
+    def as_toml(self) -> str:
+        """A file that `read` reads, and ``afd train --config`` repeats: all but where results go."""
+        plain = _stated({name: one for name, one in self.as_json().items() if name not in OUTCOME})
+        return f"# afd train --config run.toml repeats this run\n{tomli_w.dumps(plain)}"
+
+    @classmethod
+    def read(cls, path: Path) -> TrainConfig:
+        """The run that a TOML file describes.
+
+        Raises:
+            InputError: there is no such file, it is no TOML, or it names what there is not.
+        """
+        check_path("config", path)
+        if not path.is_file():
+            raise InputError(f"config is {path}; there is no such file")
+        try:
+            return cls.from_json(tomllib.loads(path.read_text()))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+            raise InputError(f"config is {path}, which cannot be read: {in_a_line(error)}") from error
+        except (InputError, TypeError) as error:
+            raise InputError(f"config is {path}: {in_a_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -253,14 +273,111 @@ PRESETS = {
 }
 
 
-# What an optimizer asks for where the user says nothing; those of adam are the released code's.
-RATES: dict[str, dict[str, float]] = {
-    "sgd": {"lr": 0.1, "lr_discriminator": 0.1, "lr_features": 0.5, "weight_decay": 1e-4},
-    "adam": {"lr": 1e-4, "lr_discriminator": 1e-3, "lr_features": 1e-4, "weight_decay": 0.0},
-}
+# Radii that are usual besides: MNIST's of Tramèr & Boneh (2019), CIFAR's of RobustBench and Croce & Hein (2021)
+RADII = {
+    ("mnist", "L2"): 2.0, ("mnist", "L1"): 10.0,
+    ("cifar10", "L2"): 0.5, ("cifar10", "L1"): 12.0,
+    ("cifar100", "L2"): 0.5, ("cifar100", "L1"): 12.0,
+}  # fmt: skip
 
 
-_Config = TypeVar("_Config", DataConfig, ModelConfig, AttackConfig, MethodConfig)
+def radius(data: str, norm: str) -> float:
+    """The radius that is usual for a data set.
+
+    Raises:
+        InputError: none is.
+    """
+    eps = PRESETS[data].eps if norm == "Linf" else RADII.get((data, norm))
+    if eps is None:
+        raise InputError(f"eps is missing; no radius is usual for {data} in {norm}")
+    return eps
+
+
+def method_for(
+    data: str, name: str = "afd", *, optimizer: str | None = None, attack: str | None = None, norm: str | None = None,
+    eps: float | None = None,
+) -> Method:  # fmt: skip
+    """A method with its own defaults, but for the ball of its attack, which the data set asks for.
+
+    Args:
+        data: name of the data set.
+        name: as in `afd.methods.registry`.
+        optimizer: whose rates it takes; by default its own.
+        attack: name of another attack than its own.
+        norm: of the ball; by default the attack's own.
+        eps: of the ball; by default the usual one.
+
+    Raises:
+        InputError: there is no such method or attack, or no radius is usual in such a ball.
+    """
+    core = classes_of(name)[0]
+    settings = {} if optimizer is None else {"optimizer": optimizer, **getattr(core, "rates", {}).get(optimizer, {})}
+    method = made({"name": name, **settings})
+    own = method.attack
+    if own is None:
+        return method
+    kind = type(own) if attack is None else attack_named(attack)
+    norm = own.norm if norm is None else norm
+    other_ball = norm != own.norm or PRESETS[data].eps != own.eps
+    if kind is type(own) and not other_ball and eps is None:
+        return method
+    settings["attack"] = _attack_in(kind, own, norm, radius(data, norm) if eps is None else eps)
+    return made({"name": name, **settings})
+
+
+def _attack_in(kind: type[AttackSettings], own: AttackSettings, norm: str, eps: float) -> AttackSettings:
+    """An attack in a ball: the method's own, its step size following the radius, or another one."""
+    other = kind is not type(own)
+    names = {one.name for one in dataclasses.fields(kind)}
+    fitting: dict[str, Any] = (
+        {"norm": norm, "eps": eps, "steps": STEPS} if other else {"norm": norm, "eps": eps, "alpha": None}
+    )
+    changes = {name: value for name, value in fitting.items() if name in names}
+    return kind(**changes) if other else dataclasses.replace(own, **changes)
+
+
+def ball_of(attack: Any) -> TestConfig | None:
+    """The ball of an attack's settings, if it has one."""
+    if not isinstance(attack, AttackSettings):
+        return None
+    return TestConfig(attack.norm, float(attack.eps))  # type: ignore[arg-type]
+
+
+def _stated(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What TOML can say: nothing is left out there."""
+    found = {name: _stated(one) if isinstance(one, Mapping) else one for name, one in plain.items()}
+    return {name: one for name, one in found.items() if one is not None and one != {}}
+
+
+_Config = TypeVar("_Config", DataConfig, ModelConfig)
+_Kind = TypeVar("_Kind")
+
+
+def _of(kind: type[_Kind], given: Mapping[str, Any], told: str) -> _Kind:
+    """A dataclass of what was read.
+
+    Raises:
+        InputError: it has no such field, or a path is none.
+    """
+    known = {one.name for one in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for name in given:
+        if name not in known:
+            raise InputError(f"{told} has no setting {name!r}; it has {', '.join(sorted(known))}")
+    values: dict[str, Any] = {
+        name: tuple(one) if isinstance(one, list) else one for name, one in _numbers(given).items()
+    }
+    return kind(**{name: Path(one) if name in PATHS and one is not None else one for name, one in values.items()})
+
+
+def _numbers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was read, with fractions such as "8/255" as numbers."""
+    found = {name: _numbers(one) if isinstance(one, Mapping) else one for name, one in given.items()}
+    return {name: _number(one) for name, one in found.items()}
+
+
+def _number(value: Any) -> Any:
+    fraction = re.fullmatch(r"\s*([0-9.]+)\s*/\s*([0-9.]+)\s*", value) if isinstance(value, str) else None
+    return value if fraction is None else float(fraction[1]) / float(fraction[2])
 
 
 def _filled(config: _Config, **defaults: Any) -> _Config:

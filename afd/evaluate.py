@@ -232,10 +232,14 @@ def test_images(config: EvaluateConfig, subject: Subject, place: Place) -> Image
     return test.take(torch.arange(count, device="cpu"))
 
 
+# where the metadata of a run speak of its attack: as the method's own, as one that was given to the trainer
+ATTACKS = (("method", "attack"), ("attack",))
+
+
 def trained_at(subject: Subject, data_name: str) -> Epsilon:
     """The L∞ radius that a checkpoint was trained at, or its data set's usual one."""
-    for run in ("config", "run"):
-        eps, norm = (subject.said(run, "attack", name) for name in ("eps", "norm"))
+    for path in (("config", "test"), *((run, *attack) for run in ("config", "run") for attack in ATTACKS)):
+        eps, norm = (subject.said(*path, name) for name in ("eps", "norm"))
         if isinstance(eps, (int, float)) and 0 < eps < float("inf") and norm in (None, "Linf"):
             return exactly(float(eps))
     return exactly(PRESETS[data_name].eps)

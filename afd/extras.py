@@ -11,7 +11,7 @@ from afd.errors import AfdError
 
 DISTRIBUTION = "afd-torch"  # what pip calls this library
 EXTRAS = {  # modules, by the extra that brings them
-    "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch"),
+    "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch", "tomli_w"),
     "evaluate": ("foolbox", "pyautoattack"),
 }
 PACKAGES = {"sklearn": "scikit-learn"}  # what pip calls a module, where that is not its name

@@ -14,7 +14,7 @@ from gpu_day.results import write
 from gpu_day.run import environment
 
 PACKAGES = (
-    "tyro", "docstring_parser", "typeguard", "pooch", "platformdirs",
+    "tyro", "tomli-w", "docstring_parser", "typeguard", "pooch", "platformdirs",
     "hypothesis", "sortedcontainers", "pytest-benchmark", "py-cpuinfo", "pytest-xdist", "execnet", "pytest-timeout",
     "foolbox", "eagerpy", "GitPython", "gitdb", "smmap", "requests", "urllib3", "certifi", "idna",
     "charset-normalizer", "tqdm", "six", "pyautoattack", "torchattacks", "setuptools", "pybind11",

@@ -27,15 +27,17 @@ FLOORS = (
     {"_version", "errors"},
     {"extras", "files", "namesake", "paths", "process", "processes", "threads"},
     {"_C"},
-    {"ops", "config", "pictures"},
+    {"ops", "pictures"},
     {"data", "nn"},
     {"attacks"},
     {"methods"},
+    {"config", "deprecated"},
     {"evaluation"},
     {"training"},
     {"bench", "demo", "evaluate", "info"},
     {""},  # afd/__init__.py
     {"parsing"},
+    {"options"},
     {"cli"},
     {"__main__"},
 )

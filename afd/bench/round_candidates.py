@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from afd.attacks import APGD
+from afd.attacks.settings import APGDSettings
 from afd.bench.peers import adapted
 from afd.bench.released import ReleasedRound
 from afd.bench.request import Request
 from afd.errors import AfdError
-from afd.methods import AFD, Execution, Round
+from afd.methods import AFD, Execution, Step
 from afd.nn import FeatureClassifier, build_model
-from afd.training.recording import Losses, Play, Recordings
+from afd.training.recording import Recordings
 
 LR = 1e-12
-SEED = 1  # of the attack's starts, where the round is recorded
+SEED = 1  # of the attack's starts
 WHOLE, OUTSIDE = "whole", "outside the attack"
 SETTLING = 40  # training passes after which BatchNorm's running statistics are the batch's
 
@@ -94,16 +94,15 @@ def released(case: Case) -> Played:
 
 def ours(case: Case, precision: str, schedule: str) -> Played:
     """afd's."""
-    model, round_ = built(case, precision, schedule)
-    attack = APGD(model, eps=case.eps, steps=case.steps, precision=precision)
+    model, step = built(case, precision, schedule)
 
     def whole() -> None:
         model.train()
-        round_.step(case.x, case.y, attack(case.x, case.y))
+        step(case.x, case.y, seed=SEED)
 
     def outside() -> None:
         model.train()
-        round_.step(case.x, case.y, case.x_adv)
+        step(case.x, case.y, x_adv=case.x_adv)
 
     return whole, outside
 
@@ -114,29 +113,23 @@ def recorded(case: Case, precision: str, schedule: str) -> Played:
     Raises:
         RecordingError: by the calls, which would otherwise go on without their graph.
     """
-    model, round_ = built(case, precision, schedule)
+    model, step = built(case, precision, schedule)
     model.train()
-    attack = APGD(model, eps=case.eps, steps=case.steps, precision=precision, look=False)
-    recordings = Recordings(model, round_, case.x.device)
+    recordings = Recordings(model, step, case.x.device)
 
-    def whole(x: Tensor, y: Tensor, seed: Any) -> Losses:
-        return round_.step(x, y, attack(x, y, seed=seed))
-
-    def outside(x: Tensor, y: Tensor, _seed: Any) -> Losses:
-        return round_.step(x, y, case.x_adv)
-
-    def played(part: str, play: Play, made: APGD | None) -> None:
-        recordings(play, made, case.x, case.y, SEED)
+    def played(part: str, x_adv: Tensor | None) -> None:
+        recordings(case.x, case.y, seed=SEED, x_adv=x_adv)
         if recordings.refused:
             name = f"the {schedule} round in {precision} ({part})"
             raise RecordingError(f"{name} cannot be recorded as one CUDA graph; the warning above says why")
 
-    return partial(played, WHOLE, whole, attack), partial(played, OUTSIDE, outside, None)
+    return partial(played, WHOLE, None), partial(played, OUTSIDE, case.x_adv)
 
 
-def built(case: Case, precision: str, schedule: str) -> tuple[FeatureClassifier, Round]:
-    """A copy of the network, and the round that trains it."""
+def built(case: Case, precision: str, schedule: str) -> tuple[FeatureClassifier, Step]:
+    """A copy of the network, and the step that attacks and trains it."""
     execution = Execution(precision)
     model = execution.prepare(copy.deepcopy(case.model))
     rates: dict[str, Any] = {"lr": LR, "lr_discriminator": LR, "lr_features": LR}
-    return model, AFD(schedule=schedule, **rates).build(model, execution)
+    attack = APGDSettings(eps=case.eps, steps=case.steps)
+    return model, AFD(schedule=schedule, attack=attack, **rates).build(model, execution)

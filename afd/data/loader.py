@@ -102,13 +102,17 @@ class Batches:
 
     def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The epoch's batches from number `batch` on, counted from 0, without serving those before."""
+        return ((x, y) for x, y, _ in self.with_index(batch))
+
+    def with_index(self, batch: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As `starting_at`, and which of the images each batch holds, int64 [B]."""
         device = self.images.device
         order = self._order().to(device)
         draws = None if self.augment is None else self._draws().to(device)
         for joint in torch.split(order, self.batch_size)[batch : len(self)]:
             rows = len(joint) // self.world_size
             index = joint[self.rank * rows : (self.rank + 1) * rows]
-            yield self._load(index, draws), self.images.labels.index_select(0, index)
+            yield self._load(index, draws), self.images.labels.index_select(0, index), index
 
     def _load(self, index: Tensor, draws: Tensor | None) -> Tensor:
         """The images at these positions as they are served."""

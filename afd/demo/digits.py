@@ -14,12 +14,13 @@ from torch import nn
 
 from afd import data
 from afd.attacks import Attack
-from afd.config import AttackConfig, DataConfig, MethodConfig, TrainConfig
+from afd.config import DataConfig, TrainConfig, method_for
 from afd.data import Batches
 from afd.evaluation import accuracy_curve
 from afd.evaluation.plots import plot_curves
 from afd.extras import needed_by, require
 from afd.files import check_writable
+from afd.methods import AFD, Natural
 from afd.training import StoppedError, train
 from afd.training.experiment import TEST_STEPS, test_attack
 
@@ -29,8 +30,8 @@ with needed_by("the demo"):
 
 EPSILONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 RUNS = {
-    "natural": TrainConfig(method=MethodConfig(name="natural"), data=DataConfig(batch_size=32), epochs=30),
-    "AFD-WGAN": TrainConfig(data=DataConfig(batch_size=32), attack=AttackConfig(eps=0.2), epochs=60),
+    "natural": TrainConfig(method=Natural(), data=DataConfig(batch_size=32), epochs=30),
+    "AFD-WGAN": TrainConfig(method=method_for("digits", "afd"), data=DataConfig(batch_size=32), epochs=60),
 }
 
 
@@ -61,7 +62,7 @@ def run(out: Path, console: Console, runs: dict[str, TrainConfig] = RUNS) -> dic
         table.add_row(f"{eps:g}", *(f"{curve[i]:.1%}" for curve in curves.values()))
     console.print(table)
     picture = out / "curves.png"
-    trained_at = max(config.attack.eps or 0.0 for config in settled.values())
+    trained_at = max(config.test.eps or 0.0 for config in settled.values())
     plot_curves(picture, EPSILONS, curves, title=f"digits, L∞ PGD-{TEST_STEPS}, seed 0", trained_at=trained_at)
     seconds = time.perf_counter() - started
     console.print(f"{picture} written; {seconds:.0f} s in all", soft_wrap=True, markup=False, highlight=False)
@@ -85,16 +86,17 @@ def asked() -> Callable[[], object]:
 
 def _attack(config: TrainConfig, eps: float, model: nn.Module) -> Attack:
     """The test attack at another radius."""
-    attack = dataclasses.replace(config.attack, eps=eps)
-    return test_attack(dataclasses.replace(config, attack=attack), TEST_STEPS)(model)
+    return dataclasses.replace(test_attack(config, TEST_STEPS), eps=eps).build(model)
 
 
 def _settings(config: TrainConfig) -> str:
     method = config.method
+    assert isinstance(method, Natural | AFD)
     common = f"seed {config.seed}, {config.epochs} epochs, batch {config.data.batch_size}, SGD lr {method.lr:g}"
-    if method.name == "natural":
+    if isinstance(method, Natural):
         return common
+    attack = method.attack
     return (
         f"{common}, discriminator {method.lr_discriminator:g}, features {method.lr_features:g}, {method.loss},"
-        f" {method.schedule}, {config.attack.name.upper()}-{config.attack.steps} at eps {config.attack.eps:g}"
+        f" {method.schedule}, {type(attack).__name__.removesuffix('Settings')}-{attack['steps']} at eps {attack.eps:g}"
     )

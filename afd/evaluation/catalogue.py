@@ -14,9 +14,10 @@ from torch import Tensor
 
 from afd import ops
 from afd.attacks import APGD, FGSM, MIM, PGD, Attack
+from afd.attacks.strangers import BOUNDS
 from afd.evaluation import autoattack, minimal
 from afd.evaluation.predictions import predict
-from afd.evaluation.target import BOUNDS, Target, per_row
+from afd.evaluation.target import Target, per_row
 
 Builder = Callable[..., Attack]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from afd.attacks import Attack
 from afd.attacks.inputs import outside_inference
+from afd.attacks.strangers import BOUNDS
 from afd.evaluation.foreign import lent
-from afd.evaluation.target import BOUNDS, Target
+from afd.evaluation.target import Target
 from afd.extras import require
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from afd.attacks.engine import evaluating, judged, loss_gradient
 from afd.attacks.losses import cross_entropy
+from afd.attacks.strangers import inside
 from afd.evaluation.checks import Check, judge, skipped
 from afd.evaluation.subject import Subject
-from afd.evaluation.target import inside
 from afd.nn.modes import local
 
 REPEATS = 3

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 from afd.attacks import Attack
 from afd.attacks.base import GradientAttack
 from afd.attacks.inputs import check_form, largest_label
+from afd.attacks.strangers import BOUNDS, attacked_by, inside
 from afd.data.items import images_and_labels
 from afd.data.numbers import number
 from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, warn_caller
 from afd.evaluation.predictions import predict
-from afd.evaluation.target import BOUNDS, check_returned, inside, per_row
+from afd.evaluation.target import per_row
 
 
 def accuracy(
@@ -78,24 +78,6 @@ def accuracy(
     return float(correct) / seen
 
 
-def attacked_by(attack: Attack, x: Tensor, y: Tensor, **settings: Any) -> Tensor:
-    """What an attack makes of a batch, of which it is given a copy; found to have the form of images like x, detached.
-
-    Args:
-        attack: afd's or somebody else's.
-        x: images [N, ...]; not modified.
-        y: labels [N]; not modified.
-        settings: `seed` and `first_sample`, which it is called with.
-
-    Raises:
-        InputTypeError, InputError: what it returned is not like x; or it does not take the settings.
-    """
-    _check_takes(attack, x, y, settings)
-    x_adv = attack(x.clone(), y.clone(), **settings)
-    check_returned(x_adv, x)
-    return x_adv.detach()
-
-
 def accuracy_curve(
     model: nn.Module,
     batches: Iterable[Any],
@@ -146,22 +128,6 @@ def _check_attack(attack: Any) -> None:
     if attack is not None and not callable(attack):
         told = repr(attack) if isinstance(attack, str) else f"a {type(attack).__name__}"
         raise InputTypeError(f"attack is {told}; it must be an attack of the model, such as PGD(model, eps=...)")
-
-
-def _check_takes(attack: Any, x: Tensor, y: Tensor, settings: dict[str, Any]) -> None:
-    """Raises InputTypeError if an attack cannot be called with the settings, as far as its signature says."""
-    if isinstance(attack, GradientAttack):
-        return
-    try:
-        signature = inspect.signature(attack)
-    except (TypeError, ValueError):  # compiled code has none
-        return
-    try:
-        signature.bind(x, y, **settings)
-    except TypeError as error:
-        kind = getattr(attack, "__name__", type(attack).__name__)
-        wanted = ", ".join(f"{name}=..." for name in settings)
-        raise InputTypeError(f"the attack {kind} cannot be called as attack(x, y, {wanted}): {error}") from error
 
 
 def _check_values(model: Any) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from afd.attacks import Attack, ModelWarning, Report
+from afd.attacks.strangers import check_returned, inside
 from afd.data import Images
 from afd.errors import AfdError
 from afd.evaluation.catalogue import ATTACKS
@@ -20,7 +21,7 @@ from afd.evaluation.place import Place
 from afd.evaluation.predictions import Predictions, predict
 from afd.evaluation.protocol import Protocol, Stage
 from afd.evaluation.state import Store, Unit
-from afd.evaluation.target import Target, check_returned, distance, inside, per_row, shorten, within
+from afd.evaluation.target import Target, distance, per_row, shorten, within
 from afd.evaluation.units import Batch, Shortened, key_of, label, work
 
 Watch = Callable[[Tensor, Tensor], dict[str, int]]

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from afd.errors import InputError, InputTypeError, in_levels, one_of
+from afd.errors import InputError, in_levels, one_of
 from afd.evaluation.epsilon import Epsilon
-from afd.ops import checks
 
 NORMS = ("Linf", "L2", "L1")
-BOUNDS = (0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -34,25 +31,6 @@ class Target:
     eps: float
     seed: int
     classes: int
-
-
-def check_returned(x_adv: Any, x: Tensor) -> None:
-    """Checks the form of what an attack made of images x [N, ...].
-
-    Raises:
-        InputTypeError: it is no plain tensor, or has another dtype than x.
-        InputError: it has another shape or device than x.
-    """
-    if not isinstance(x_adv, Tensor):
-        raise InputTypeError(f"the attack returned a {type(x_adv).__name__}; it must return images like x")
-    if x_adv.layout is not torch.strided or x_adv.is_quantized:
-        raise InputTypeError(f"the attack returned a tensor of layout {x_adv.layout} or quantised; it must be plain")
-    checks.iterate("what the attack returned", x_adv, x)
-
-
-def inside(x: Tensor, bounds: tuple[float, float] = BOUNDS) -> Tensor:
-    """Whether all values of an image lie within bounds, bool [N] from images [N, ...]; false for NaN."""
-    return ((x >= bounds[0]) & (x <= bounds[1])).flatten(1).all(1)
 
 
 def distance(x_adv: Tensor, x: Tensor, norm: str) -> Tensor:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from afd.attacks.strangers import inside
 from afd.evaluation.runner import Runner
-from afd.evaluation.target import distance, inside, within
+from afd.evaluation.target import distance, within
 
 
 @dataclass(frozen=True)

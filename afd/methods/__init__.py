@@ -1,10 +1,25 @@
-"""Training methods: settings that build a round, and the rounds themselves."""
+"""Training methods: settings that build a step, and the steps themselves."""
 
 from __future__ import annotations
 
 from afd.methods.afd import AFD
-from afd.methods.base import Method, Round
+from afd.methods.base import Batch, Method, Step
 from afd.methods.execution import Execution
-from afd.methods.natural import Natural
+from afd.methods.registry import METHODS, WRAPPERS
+from afd.methods.supervised import AT, Natural, Supervised, SupervisedStep, TrainedModel, Wrapper
 
-__all__ = ["AFD", "Execution", "Method", "Natural", "Round"]
+__all__ = [
+    "AFD",
+    "AT",
+    "METHODS",
+    "WRAPPERS",
+    "Batch",
+    "Execution",
+    "Method",
+    "Natural",
+    "Step",
+    "Supervised",
+    "SupervisedStep",
+    "TrainedModel",
+    "Wrapper",
+]

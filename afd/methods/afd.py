@@ -11,28 +11,29 @@ where L_C is the cross-entropy on x alone and L_D, L_F come from `afd.methods.lo
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
 
+from afd.attacks.settings import AttackSettings, PGDSettings
 from afd.errors import at_least, one_of
 from afd.methods.alternating import AlternatingRound
 from afd.methods.base import unwrapped
-from afd.methods.execution import Execution, Wrap, as_torch_starts, feature_dtype
+from afd.methods.execution import Execution, Wrap, as_split, as_torch_starts, feature_dtype
 from afd.methods.game import Game
 from afd.methods.losses import game_loss
-from afd.methods.optimizers import OPTIMIZERS, OptimizerFactory, check_factories, check_update, optimizer_for
+from afd.methods.optimized import Optimized
+from afd.methods.optimizers import optimizer_for
 from afd.methods.simultaneous import JointRound, SimultaneousRound
 from afd.nn import ProjectionDiscriminator, Split
 
 SCHEDULES = ("simultaneous", "alternating")
-PLAYERS = ("task", "discriminator", "features")
 
 
 @dataclass(frozen=True)
-class AFD:
+class AFD(Optimized):
     """Settings of the game; the defaults are the paper's. `AFD.adam` has those of its Adam variant.
 
     Attributes:
@@ -41,18 +42,13 @@ class AFD:
         lr: α, of features and classifier on the cross-entropy.
         lr_discriminator: β.
         lr_features: γ, of the features on L_F.
-        momentum: of all SGD optimizers.
         weight_decay: on θ and φ.
-        optimizer: "sgd" or "adam", of all players.
-        optimizers: the user's own optimizers instead, as {player: factory}; the players are "task" (θ, φ on L_C),
-            "discriminator" and "features" (θ on L_F).
-        label_smoothing: of L_C, as in `torch.nn.CrossEntropyLoss`.
-        clip: largest norm of each optimizer's gradient; None for any.
-        micro_batches: parts of the batch that are passed one by one, to save memory; updates are those of the whole
-            batch (BatchNorm apart).
+        optimizers: as in `Optimized`; the players are "task" (θ, φ on L_C), "discriminator" and "features" (θ on L_F).
+        label_smoothing: of L_C.
         discriminator_rounds: the features answer the discriminator in every so many rounds (1: each).
         penalty: weight λ of the gradient penalty in L_D; 0 leaves it out.
         hidden: width of the discriminator; by default that of the features.
+        attack: that makes x'.
 
     Raises:
         InputError: unknown loss, schedule or optimizer, or a number out of range.
@@ -60,34 +56,23 @@ class AFD:
 
     loss: str = "wgan"
     schedule: str = "simultaneous"
-    lr: float = 0.1
     lr_discriminator: float = 0.1
     lr_features: float = 0.5
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    optimizer: str = "sgd"
-    optimizers: Mapping[str, OptimizerFactory] = field(default_factory=dict)
-    label_smoothing: float = 0.0
-    clip: float | None = None
-    micro_batches: int = 1
     discriminator_rounds: int = 1
     penalty: float = 0.0
     hidden: int | None = None
-    uses_attack: ClassVar[bool] = True
+    attack: AttackSettings = PGDSettings()
+    validation_attack: AttackSettings | str | None = "pgd-20"
+
+    players: ClassVar[tuple[str, ...]] = ("task", "discriminator", "features")
+    rates: ClassVar[Mapping[str, Mapping[str, float]]] = {
+        "adam": {"lr": 1e-4, "lr_discriminator": 1e-3, "lr_features": 1e-4, "weight_decay": 0.0}
+    }
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         game_loss(self.loss)
         one_of("schedule", self.schedule, SCHEDULES)
-        one_of("optimizer", self.optimizer, OPTIMIZERS)
-        check_factories(self.optimizers, PLAYERS)
-        check_update(
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            label_smoothing=self.label_smoothing,
-            clip=self.clip,
-            micro_batches=self.micro_batches,
-        )
-        at_least("lr", self.lr, 1e-12)
         for name in ("lr_discriminator", "lr_features", "penalty"):
             at_least(name, getattr(self, name), 0.0)
         at_least("discriminator_rounds", self.discriminator_rounds, 1)
@@ -95,15 +80,20 @@ class AFD:
     @classmethod
     def adam(cls, **settings: Any) -> AFD:
         """The Adam variant: rates 1e-4 for (θ, φ) and θ, 1e-3 for ψ, no weight decay; `settings` override."""
-        rates = {"lr": 1e-4, "lr_discriminator": 1e-3, "lr_features": 1e-4, "weight_decay": 0.0}
-        return cls(**{"optimizer": "adam", **rates, **settings})
+        return cls(**{"optimizer": "adam", **cls.rates["adam"], **settings})
 
-    def build(self, model: Split, execution: Execution = Execution(), wrap: Wrap = unwrapped) -> Game:  # noqa: B008  (frozen)
-        """A round that trains `model` against a fresh discriminator, which is on the model's device.
+    def build(
+        self,
+        model: nn.Module | Split,
+        execution: Execution = Execution(),
+        wrap: Wrap = unwrapped,
+    ) -> Game:
+        """A step that trains `model` against a fresh discriminator, which is on the model's device.
 
         Raises:
             InputError: no parameter of the model is trainable.
         """
+        model = as_split(model)
         passes = execution.passes(model)
         weight = next(passes.parameters())
         with as_torch_starts():  # drawn alike on whatever device, and in float32 whatever the default is
@@ -113,10 +103,10 @@ class AFD:
         if self.schedule == "simultaneous":
             one_rule = self.optimizer == "sgd" and not {"task", "features"} & self.optimizers.keys()
             kind = JointRound if one_rule else SimultaneousRound
-        return kind(wrap(passes), wrap(discriminator), self)
+        return kind(self, model, execution, wrap(passes), wrap(discriminator))
 
     def optimizer_of(self, player: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """The optimizer that one of `PLAYERS` moves its parameters by."""
+        """The optimizer that a player's parameters are moved by."""
         rates = {"task": self.lr, "discriminator": self.lr_discriminator, "features": self.lr_features}
         return optimizer_for(
             parameters,

@@ -7,10 +7,10 @@ backwards of F: the discriminator's step needs no gradient of θ, and both it an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from afd.errors import InputError, ModelError
 from afd.methods.base import Part
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class AlternatingRound(Game):
     """The three steps of the released code; in micro-batches, F(x') is computed once more instead of kept."""
 
-    def __init__(self, passes: nn.Module, discriminator: nn.Module, settings: AFD) -> None:
-        super().__init__(passes, discriminator, settings)
+    def __init__(self, settings: AFD, *parts: Any) -> None:
+        super().__init__(settings, *parts)
         self.optimizers["features"] = settings.optimizer_of("features", self.theta_phi)
 
     def play(self, batch: Sequence[Part]) -> Tensor:
@@ -43,7 +43,7 @@ class AlternatingRound(Game):
 
     def answer(self, batch: Sequence[Part], task: Tensor) -> Tensor:
         """The steps of the discriminator and of the features, after that on L_C."""
-        kept = self.features(batch[0].x_adv) if len(batch) == 1 else None
+        kept = self.features(batch[0].attacked) if len(batch) == 1 else None
         discriminator = torch.stack([self.gather_discriminator(part, kept) for part in batch]).sum(0)
         self.take_step("discriminator")
         features = torch.stack([self.gather_features(part, kept) for part in batch]).sum(0)
@@ -67,7 +67,7 @@ class AlternatingRound(Game):
     def gather_discriminator(self, part: Part, kept: Tensor | None) -> Tensor:
         """Adds the gradients of L_D, at features without a graph."""
         z = self.look(part.x)
-        z_adv = self.look(part.x_adv) if kept is None else kept.detach()
+        z_adv = self.look(part.attacked) if kept is None else kept.detach()
         with self.gathering(self.discriminator, part):
             loss = self.discriminator_loss(*self.judge(z, z_adv, part), z, z_adv)
             self.backward(loss, part, self.psi)
@@ -76,7 +76,7 @@ class AlternatingRound(Game):
     def gather_features(self, part: Part, kept: Tensor | None) -> Tensor:
         """Adds the gradients of L_F where the features answer in this round."""
         with self.gathering(self.passes, part):
-            z_adv = self.features(part.x_adv) if kept is None else kept
+            z_adv = self.features(part.attacked) if kept is None else kept
             features = self.loss.features(self.score(z_adv, part))
             if self.features_answer and self.features_learn:
                 self.backward(features, part, self.theta_phi)

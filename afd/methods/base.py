@@ -1,62 +1,201 @@
-"""What the trainer asks of a training method: settings that build a round, and a round that takes one step."""
+"""What a training method is: settings that build a step, and the step itself, which a trainer or any loop may call."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from afd.methods.execution import Execution, Wrap
+from afd.attacks.inputs import outside_inference
+from afd.methods.attacking import Attacks, judge_of
+from afd.methods.execution import Execution, Wrap, explained, isolated
 from afd.nn import Split
 
 
-class Round(Protocol):
-    """One method at work on one model: its extra networks, its optimizers and the step itself."""
+@dataclass(frozen=True)
+class Batch:
+    """What one step trains on.
 
-    players: dict[str, nn.Module]  # trained beside the model, saved with it
-    optimizers: dict[str, Optimizer]
-    rounds: int  # played so far
+    Attributes:
+        x: images [N, ...] in [0, 1].
+        y: classes [N] int64, soft labels [N, K] floating, or None.
+        index: of the images in their data set, [N] int64; None if the loader has none.
+        seed: of this step, for attacks; a tensor [] where a recorded step reads it.
+        first_sample: index of the first row among those of all processes, so that their attacks start apart.
+    """
 
-    def step(self, x: Tensor, y: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
-        """Updates everything once from images [N, C, H, W], labels [N] and attacked images; returns detached losses."""
+    x: Tensor
+    y: Tensor | None = None
+    index: Tensor | None = None
+    seed: int | Tensor = 0
+    first_sample: int = 0
 
-    def course(self) -> Hashable:
-        """Which way the next step goes: those that go the same way do the same work, whatever the batch holds."""
-
-
-class Method(Protocol):
-    """The settings of a training method."""
-
-    uses_attack: ClassVar[bool]  # whether `step` wants attacked images (else it is given x again)
-
-    def build(self, model: Split, execution: Execution = ..., wrap: Wrap = ...) -> Round:
-        """A round that trains `model`, its passes run by `execution`, each trained module handed through `wrap`."""
+    def __len__(self) -> int:
+        return len(self.x)
 
 
 @dataclass(frozen=True)
-class Part:
-    """Rows of a batch whose gradients are taken together: what share of the batch, and whether first or last of it."""
+class Part(Batch):
+    """Rows of a batch whose gradients are taken together.
 
-    x: Tensor
-    y: Tensor
-    x_adv: Tensor
-    share: float
-    first: bool
-    last: bool
+    Attributes:
+        rows: which they are.
+        share: of the batch.
+        first: whether they are its first.
+        last: whether they are its last.
+        x_adv: attacked copies of x, where the whole batch was attacked before.
+    """
+
+    rows: slice = field(default_factory=lambda: slice(None))
+    share: float = 1.0
+    first: bool = True
+    last: bool = True
+    x_adv: Tensor | None = None
+
+    @property
+    def classes(self) -> Tensor:
+        """y of a method that asks for classes."""
+        assert self.y is not None
+        return self.y
+
+    @property
+    def attacked(self) -> Tensor:
+        """x_adv of a method that attacks its batch beforehand."""
+        assert self.x_adv is not None
+        return self.x_adv
 
 
-def parts(x: Tensor, y: Tensor, x_adv: Tensor, count: int) -> Iterator[Part]:
+def parts(batch: Batch, count: int, x_adv: Tensor | None = None) -> Iterator[Part]:
     """The batch in at most `count` parts of nearly equal size, whose gradients add up to the batch's."""
-    if count < len(y) and len(y.chunk(count)[-1]) == 1:  # which BatchNorm could not be shown
-        count = max(1, min(count, len(y) // 2))
-        pieces = list(zip(*(tensor.tensor_split(count) for tensor in (x, y, x_adv)), strict=True))
-    else:
-        pieces = list(zip(x.chunk(count), y.chunk(count), x_adv.chunk(count), strict=True))
-    for i, (rows, labels, attacked) in enumerate(pieces):
-        yield Part(rows, labels, attacked, len(labels) / len(y), first=i == 0, last=i + 1 == len(pieces))
+    start = 0
+    for size in _sizes(len(batch), count):
+        rows = slice(start, start + size)
+        x, y, index, attacked = (None if one is None else one[rows] for one in (batch.x, batch.y, batch.index, x_adv))
+        assert x is not None
+        yield Part(
+            x, y, index, batch.seed, batch.first_sample + start, rows, size / len(batch),
+            first=start == 0, last=rows.stop == len(batch), x_adv=attacked,
+        )  # fmt: skip
+        start += size
+
+
+def _sizes(images: int, count: int) -> list[int]:
+    size = -(-images // count)
+    sizes = [size] * (images // size) + [images % size] * (images % size > 0)
+    if count < images and sizes[-1] == 1:  # which BatchNorm could not be shown
+        count = max(1, min(count, images // 2))
+        size, more = divmod(images, count)
+        sizes = [size + 1] * more + [size] * (count - more)
+    return sizes
+
+
+class Method(ABC):
+    """The settings of a training method: a frozen dataclass with its authors' defaults.
+
+    Attributes:
+        attack: that it trains against; None if it attacks nothing.
+        validation_attack: by which robust accuracy is measured after each epoch: "pgd-20" for so many steps of PGD in
+            the ball of `attack`, settings of another attack, or None to measure clean accuracy alone.
+        labels: whether it asks for labels: the training batches of one that does not may be images alone.
+    """
+
+    attack: Any = None
+    validation_attack: Any = None
+    labels: ClassVar[bool] = True
+
+    @abstractmethod
+    def build(self, model: nn.Module | Split, execution: Execution = ..., wrap: Wrap = ...) -> Step:
+        """A step that trains `model` in place; it needs no trainer.
+
+        Args:
+            model: any classifier that `afd.nn.split` takes, on its device; the caller sets its mode.
+            execution: how its passes run.
+            wrap: each trained module is handed through it, as DistributedDataParallel wants it.
+        """
+
+    def judge(self, seed: int = 0) -> Any:
+        """Settings of the attack by which robust accuracy is measured, if any: `validation_attack` in full.
+
+        Raises:
+            InputError: it is a PGD in the ball of an attack that has none.
+        """
+        return judge_of(self.validation_attack, self.attack, seed)
+
+
+class Step(ABC):
+    """One method at work on one model: a call takes one step on one batch.
+
+    Attributes:
+        method: its settings.
+        network: the model that is trained.
+        players: networks that are trained beside it and saved with it.
+        optimizers: of all of them, by name; "task" moves the model.
+        attacks: that it makes, built on the network.
+        steps: taken so far.
+    """
+
+    players: dict[str, nn.Module]
+    optimizers: dict[str, Optimizer]
+
+    def __init__(self, method: Any, network: Split, execution: Execution) -> None:
+        self.method, self.network = method, network
+        self.attacks = Attacks(network, execution.precision)
+        self.players, self.optimizers, self.steps = {}, {}, 0
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        seed: int | Tensor | None = None,
+        first_sample: int = 0,
+        x_adv: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Updates everything once.
+
+        Args:
+            x: images [N, ...] in [0, 1], on the model's device.
+            y: classes [N] int64, or what else the method takes (`Batch`).
+            index: of the images in their data set, [N] int64.
+            seed: of the attack's starts; by default the number of steps taken before.
+            first_sample: as in `Batch`.
+            x_adv: attacked copies of x, to train on instead of attacking.
+
+        Returns:
+            The losses by name, detached, on the device: reading them waits for it.
+
+        Gradients, precision and inference mode are those of the step, whatever mode the caller is in; the mode of the
+        model, training or evaluation, is the caller's.
+        """
+        batch = Batch(x, y, index, self.steps if seed is None else seed, first_sample)
+        self.steps += 1
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        with isolated(x.device), explained(getattr(self.method, "micro_batches", 1)), self.attacks.given(x_adv):
+            return self.update(_outside_inference(batch))
+
+    @abstractmethod
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """All updates of one step, from gradients that are zero; returns the losses by name, detached."""
+
+    def adopt(self, method: Any) -> None:
+        """Goes on with other numbers of the same method, those that grow on the device, say."""
+        self.method = method
+
+    def kind(self) -> Hashable:
+        """Which way the next step goes: those that go the same way do the same work, whatever the batch holds."""
+        return None
+
+
+def _outside_inference(batch: Batch) -> Batch:
+    x, y, index = (None if one is None else outside_inference(one) for one in (batch.x, batch.y, batch.index))
+    assert x is not None
+    return replace(batch, x=x, y=y, index=index)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

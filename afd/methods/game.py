@@ -6,69 +6,66 @@ update; its other passes use the norms as they stand. (The released code passes 
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from afd.attacks.inputs import outside_inference
-from afd.methods.base import Part, parts
-from afd.methods.execution import alone, explained, isolated, unsynchronised
+from afd.errors import InputError
+from afd.methods.base import Batch, Part, Step, parts
+from afd.methods.execution import Execution, alone, unsynchronised
 from afd.methods.losses import game_loss, gradient_penalty
 from afd.methods.optimizers import reaching, take_step, trainable
+from afd.nn import Split
 
 if TYPE_CHECKING:
     from afd.methods.afd import AFD
 
 
-class Game(ABC):
-    """One round a `step`: the losses L_C, L_D, L_F and the optimizers of (θ, φ) and ψ.
+class Game(Step):
+    """One round a step: the losses L_C, L_D, L_F and the optimizers of (θ, φ) and ψ.
 
     Args:
+        settings: of the game.
+        network: F and C.
+        execution: of their passes.
         passes: x -> (features, logits), or x, False -> (features,); its parameters are θ and φ.
         discriminator: (features, labels) -> scores [N].
-        settings: of the game.
     """
 
-    def __init__(self, passes: nn.Module, discriminator: nn.Module, settings: AFD) -> None:
+    def __init__(
+        self, settings: AFD, network: Split, execution: Execution, passes: nn.Module, discriminator: nn.Module
+    ) -> None:
+        super().__init__(settings, network, execution)
         self.passes, self.discriminator, self.settings = passes, discriminator, settings
-        self.players: dict[str, nn.Module] = {"discriminator": alone(discriminator)}
+        self.players = {"discriminator": alone(discriminator)}
         self.loss = game_loss(settings.loss)
         self.theta_phi, self.psi = trainable(passes), trainable(discriminator)
-        self.optimizers: dict[str, Optimizer] = {
+        self.optimizers = {
             "task": settings.optimizer_of("task", self.theta_phi),
             "discriminator": settings.optimizer_of("discriminator", self.psi),
         }
-        self.rounds = 0
         self.features_learn = True  # whether a parameter of F is trainable, as the pass of L_C has found
 
-    def step(self, x: Tensor, y: Tensor, x_adv: Tensor) -> dict[str, Tensor]:
-        """One round.
-
-        Args:
-            x: images [N, C, H, W] in [0, 1].
-            y: labels [N] int64.
-            x_adv: attacked copies of x.
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """Attacks the batch and plays one round on it.
 
         Returns:
             L_C, L_D and L_F as "task", "discriminator" and "features", detached.
         """
-        self.rounds += 1
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad()
+        if batch.y is None or batch.y.dim() != 1:
+            told = "None" if batch.y is None else f"soft labels {list(batch.y.shape)}"
+            raise InputError(f"y is {told}; the discriminator is conditioned on classes [N]")
+        x_adv = self.attacks(self.method.attack, batch)
         names = ("task", "discriminator", "features")
-        with isolated(x.device), explained(self.settings.micro_batches):
-            x, y, x_adv = (outside_inference(tensor) for tensor in (x, y, x_adv))
-            return dict(zip(names, self.play(list(parts(x, y, x_adv, self.settings.micro_batches))), strict=True))
+        return dict(zip(names, self.play(list(parts(batch, self.settings.micro_batches, x_adv))), strict=True))
 
-    def course(self) -> bool:
-        """Whether θ will move on L_F in the next round."""
-        return (self.rounds + 1) % self.settings.discriminator_rounds == 0
+    def kind(self) -> bool:
+        """Whether θ will move on L_F in the next step."""
+        return (self.steps + 1) % self.settings.discriminator_rounds == 0
 
     @abstractmethod
     def play(self, batch: Sequence[Part]) -> Tensor:
@@ -77,11 +74,11 @@ class Game(ABC):
     @property
     def features_answer(self) -> bool:
         """Whether θ moves on L_F in this round."""
-        return self.rounds % self.settings.discriminator_rounds == 0
+        return self.steps % self.settings.discriminator_rounds == 0
 
     def task_loss(self, logits: Tensor, part: Part) -> Tensor:
         """L_C."""
-        return reaching(F.cross_entropy(logits, part.y, label_smoothing=self.settings.label_smoothing))
+        return reaching(self.settings.cross_entropy(logits, part.y))
 
     def judge(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Scores of natural and attacked features, in the pass of the discriminator that its update rests on.
@@ -89,13 +86,13 @@ class Game(ABC):
         Only the first part of a batch takes a power iteration: one a round, and all parts see the same norms.
         """
         self.discriminator.train(part.first)
-        natural, attacked = self.discriminator(torch.cat([z, z_adv]), part.y.repeat(2)).chunk(2)
+        natural, attacked = self.discriminator(torch.cat([z, z_adv]), part.classes.repeat(2)).chunk(2)
         self.discriminator.eval()
         return natural, attacked
 
     def score(self, z: Tensor, part: Part) -> Tensor:
         """Scores in a pass that neither updates the discriminator nor its norms."""
-        scores: Tensor = alone(self.discriminator)(z, part.y)
+        scores: Tensor = alone(self.discriminator)(z, part.classes)
         return scores
 
     def discriminator_loss(self, natural: Tensor, attacked: Tensor, z: Tensor, z_adv: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ One forward of x and one of x', one backward through each. The discriminator run
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from afd.methods.base import Part
 from afd.methods.execution import unsynchronised
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class SimultaneousRound(Game):
     """Any optimizers: the gradients of θ from L_C and from L_F are gathered apart, and each player steps on its own."""
 
-    def __init__(self, passes: nn.Module, discriminator: nn.Module, settings: AFD) -> None:
-        super().__init__(passes, discriminator, settings)
+    def __init__(self, settings: AFD, *parts: Any) -> None:
+        super().__init__(settings, *parts)
         self.own_optimizer()
 
     def own_optimizer(self) -> None:
@@ -48,13 +48,13 @@ class SimultaneousRound(Game):
         z, task = self.gather_task(part)
         if self.features_answer and self.features_learn:
             with self.gathering(self.passes, part):
-                (z_adv,) = self.passes(part.x_adv, False)
+                (z_adv,) = self.passes(part.attacked, False)
                 pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
                 self.gradients.swap()
                 self.backward_features(z_adv, pull)
                 self.gradients.swap()
         else:
-            _, *game = self.gather_discriminator(z, self.look(part.x_adv), part)
+            _, *game = self.gather_discriminator(z, self.look(part.attacked), part)
         return weighted(part, [task, *game])
 
     def gather_task(self, part: Part) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ class JointRound(SimultaneousRound):
             z, task = self._task(part)
         with self.gathering(self.passes, part):
             # the logits come along, so that the classifier, whose gradient was gathered above, does not count as unused
-            z_adv, logits = self.passes(part.x_adv)
+            z_adv, logits = self.passes(part.attacked)
             pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
             share = self.settings.lr_features / self.settings.lr
             self.backward_features(z_adv, share * pull, logits)

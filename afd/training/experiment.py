@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,16 @@ from pathlib import Path
 import torch
 
 from afd import data, methods
-from afd.attacks import APGD, PGD, Attack, AttackFactory
-from afd.config import MethodConfig, TrainConfig
+from afd.attacks import Attack
+from afd.attacks.settings import PGDSettings
+from afd.config import TrainConfig
 from afd.data import Batches, Images, Splits
 from afd.data.augment import CropAndFlip
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.evaluation.place import device_named
 from afd.extras import needed_by
+from afd.files import write_whole
+from afd.methods.registry import spelled
 from afd.nn import FeatureClassifier, build_model
 from afd.paths import check_source
 from afd.training import distributed
@@ -62,8 +65,8 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     """Trains as `config` says, prints as it goes, and measures the best checkpoint on the test images.
 
     The best epoch is the one with the highest robust (for natural training: clean) accuracy on the validation images.
-    Its weights are also written as a plain state_dict, ``model.pt``, and the learning curves as ``curves.png``. Under
-    torchrun, every process calls this.
+    Its weights are also written as a plain state_dict, ``model.pt``, the learning curves as ``curves.png``, and the
+    run itself as ``run.toml``, which ``afd train --config`` repeats. Under torchrun, every process calls this.
 
     Args:
         config: the run; its unset fields are settled by its data set.
@@ -85,7 +88,6 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
     device = device_named(config.device)
     if config.sync_batchnorm and device.type != "cuda":
         raise InputError(f"sync_batchnorm is True, but the device is {device}; torch offers it on CUDA only")
-    build_method(config.method)  # its numbers are checked before data are read
     _check_files(config)
     group = distributed.join()
     console = (console or Console()) if group.leads else Console(quiet=True)
@@ -107,12 +109,13 @@ def _train_in(
     trainer = trainer_for(config, model.to(device))
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
-    name = f"{config.data.name} {config.method.name}"
+    name = _name(config)
     assert config.epochs is not None
     best = folder / "best.pt"
     with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, folder):
-        discard = [discarding_records(folder)] if config.overwrite else []
-        trainer.callbacks = [*discard, terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
+        discard = [at_first(lambda: discard_records(folder))] if config.overwrite else []
+        first = [*discard, at_first(lambda: write_whole(folder / "run.toml", config.as_toml()))]
+        trainer.callbacks = [*first, terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
         trainer.progress = terminal
         trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
         group.wait()  # for the files
@@ -132,7 +135,7 @@ def _train_in(
             checkpoint=best,
             epoch=metadata["report"]["epoch"],
             natural=measure("test", None),
-            robust=measure(f"test under PGD-{TEST_STEPS}", test_attack(config, TEST_STEPS)(model)),
+            robust=measure(f"test under PGD-{TEST_STEPS}", test_attack(config, TEST_STEPS).build(model)),
         )
     console.print(_summary(result, len(splits.test)))
     console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
@@ -149,17 +152,17 @@ def draw(picture: Path, name: str) -> None:
         print(f"afd: warning: {picture} was not drawn: {in_a_line(error)}", file=sys.stderr)
 
 
-def discarding_records(folder: Path) -> Callback:
-    """Removes what an earlier run has written beside its checkpoints, once training has come to a first report."""
+def at_first(act: Callable[[], object]) -> Callback:
+    """Acts once training has come to a first report, and not before: a run that never begins leaves no trace."""
     begun = False
 
-    def discard(_report: Report) -> None:
+    def callback(_report: Report) -> None:
         nonlocal begun
         if not begun:
-            discard_records(folder)
+            act()
         begun = True
 
-    return discard
+    return callback
 
 
 def _check_files(config: TrainConfig) -> None:
@@ -219,13 +222,11 @@ def begin_with(model: FeatureClassifier, path: Path) -> None:
 
 def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
     """The trainer that a settled config describes, without callbacks."""
-    method = build_method(config.method)
+    assert config.method is not None
     assert config.epochs is not None
     return Trainer(
         model,
-        method,
-        attack=training_attack(config),
-        validation_attack=test_attack(config, config.attack.eval_steps) if method.uses_attack else None,
+        config.method,
         epochs=config.epochs,
         schedule=schedule_for(config),
         eps_warmup=config.eps_warmup,
@@ -248,15 +249,6 @@ def schedule_for(config: TrainConfig) -> Schedule:
     return step(config.milestones) if config.lr_schedule == "step" else SCHEDULES[config.lr_schedule]
 
 
-def build_method(config: MethodConfig) -> methods.Method:
-    """The method that a settled config describes."""
-    settings = dataclasses.asdict(config)
-    if settings.pop("name") == "natural":
-        known = {field.name for field in dataclasses.fields(methods.Natural)}
-        return methods.Natural(**{name: value for name, value in settings.items() if name in known})
-    return methods.AFD(**settings)
-
-
 def model_for(config: TrainConfig, images: Images) -> FeatureClassifier:
     """A fresh model of the config's kind that fits the images."""
     assert config.model.name is not None
@@ -271,7 +263,7 @@ def train_batches(
     config: TrainConfig,
     images: Images,
     device: torch.device,
-    group: Group = Group(),  # noqa: B008  (frozen)
+    group: Group = Group(),
 ) -> Batches:
     """Shuffled (and augmented) training batches, this process's rows of them."""
     return Batches(
@@ -292,27 +284,22 @@ def plain(images: Images, device: torch.device) -> Batches:
     return Batches(images, EVAL_BATCH, device=device)
 
 
-def training_attack(config: TrainConfig) -> AttackFactory:
-    """The attack to train against."""
-    attack, precision = config.attack, config.precision
-    assert attack.eps is not None
-    assert attack.steps is not None
-    if attack.name == "apgd":
-        return APGD.partial(eps=attack.eps, steps=attack.steps, precision=precision)
-    return PGD.partial(eps=attack.eps, alpha=attack.step_size(attack.steps), steps=attack.steps, precision=precision)
+def test_attack(config: TrainConfig, steps: int) -> PGDSettings:
+    """PGD in the ball of a settled config, as used in validation and test: random start, step 2.5 eps / steps."""
+    assert config.test.eps is not None
+    return PGDSettings(norm=config.test.norm, eps=config.test.eps, steps=steps, seed=config.seed)
 
 
-def test_attack(config: TrainConfig, steps: int) -> AttackFactory:
-    """PGD at the config's eps, as used in validation and test: random start, step 2.5 eps / steps."""
-    eps = config.attack.eps
-    assert eps is not None
-    return PGD.partial(eps=eps, alpha=2.5 * eps / max(steps, 1), steps=steps, seed=config.seed)
+def _name(config: TrainConfig) -> str:
+    assert config.method is not None
+    return f"{config.data.name} {spelled(config.method)}"
 
 
 def _summary(result: Result, images: int) -> Table:
     config = result.config
-    table = Table(title=f"{config.data.name} {config.method.name}: {images} test images", title_justify="left")
-    for column in ("best epoch", "natural", f"PGD-{TEST_STEPS} at eps {config.attack.eps:g}", "seed"):
+    table = Table(title=f"{_name(config)}: {images} test images", title_justify="left")
+    ball = f"eps {config.test.eps:g}" + ("" if config.test.norm == "Linf" else f" in {config.test.norm}")
+    for column in ("best epoch", "natural", f"PGD-{TEST_STEPS} at {ball}", "seed"):
         table.add_column(column)
     table.add_row(str(result.epoch), f"{result.natural:.2%}", f"{result.robust:.2%}", str(config.seed))
     return table

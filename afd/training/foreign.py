@@ -11,7 +11,6 @@ from torch.nn.parameter import is_lazy
 
 from afd.attacks.inputs import outside_inference
 from afd.errors import AfdError, InputError, InputTypeError, warn_caller
-from afd.evaluation.target import inside
 from afd.methods import Execution
 from afd.methods.execution import TrainingPass, isolated, lay_out_plainly, needs_plain_layout
 from afd.nn import ConvNet, FeatureClassifier, FeatureSplit, ResNet18
@@ -112,17 +111,3 @@ def _try(network: nn.Module, execution: Execution, x: Tensor) -> None:
         lay_out_plainly(network)
         with torch.no_grad():
             look(passes.shown(x))
-
-
-def check_attacked(x_adv: Tensor) -> None:
-    """Checks the values that somebody else's attack made; waits for the device.
-
-    Raises:
-        InputError: there are some out of [0, 1], or not finite.
-    """
-    wrong = int((~inside(x_adv)).sum())
-    if wrong:
-        raise InputError(
-            f"the attack returned {wrong} of {len(x_adv)} images out of [0, 1] or not finite; it must return "
-            "images like x"
-        )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from afd.attacks.base import GradientAttack
 from afd.data.numbers import number, whole
 from afd.errors import InputError, InputTypeError
-from afd.methods import Execution
+from afd.methods import Execution, Method
 
 if TYPE_CHECKING:
     from afd.training.trainer import Trainer
@@ -33,8 +33,6 @@ def check_settings(trainer: Trainer) -> None:
         raise InputTypeError(f"execution is {_told(trainer.execution)}; it must be an afd.methods.Execution")
     for name in ("attack", "validation_attack"):
         check_factory(name, getattr(trainer, name))
-    if trainer.method.uses_attack and trainer.attack is None:
-        raise InputError(f"attack is None; the method {type(trainer.method).__name__} trains against one")
     if not isinstance(trainer.callbacks, Sequence) or not all(map(callable, trainer.callbacks)):
         raise InputTypeError(f"callbacks is {_told(trainer.callbacks)}; it must be a list of functions of a report")
     if trainer.normalize is not None and not isinstance(trainer.normalize, bool):
@@ -72,21 +70,10 @@ def check_factory(name: str, factory: Any) -> None:
         )
 
 
-def made(name: str, attack: Any) -> Any:
-    """What a factory made of the model, if that is an attack.
-
-    Raises:
-        InputTypeError: it is not.
-    """
-    if isinstance(attack, type) or not callable(attack):
-        raise InputTypeError(f"{name} made {_told(attack)} of the model; it must make an attack (x, y) -> images")
-    return attack
-
-
 def _check_method(method: Any) -> None:
     if isinstance(method, type):
         raise InputTypeError(f"method is the class {method.__name__}; it must have settings: {method.__name__}(...)")
-    if not callable(getattr(method, "build", None)) or not hasattr(method, "uses_attack"):
+    if not isinstance(method, Method):
         raise InputTypeError(f"method is {_told(method)}; it must be a training method, such as AFD(...) or Natural()")
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sized
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from afd.attacks.inputs import check_batch
+from afd.attacks.inputs import check_batch, check_beside, check_images, largest_label
 from afd.data import Batches
 from afd.data.items import images_and_labels
 from afd.errors import AfdError, InputError, InputTypeError
@@ -21,7 +21,7 @@ Loader = Iterable[Any]
 """Any re-iterable of batches: a DataLoader, `Batches`, a list.
 
 A batch is what `afd.data.items.images_and_labels` reads: (images [N, ...] in [0, 1], labels [N] int64, ...), a dict or
-an object. Where the loader has a ``set_epoch(epoch)``, or a sampler or data set of it has, that is called before each
+an object; a training batch may have soft labels [N, K] or, for a method that asks for none, none. Where the loader has a ``set_epoch(epoch)``, or a sampler or data set of it has, that is called before each
 pass. What a loader draws at random is drawn again when a run is resumed, as far as `loader_state` finds its generators.
 """
 
@@ -48,6 +48,7 @@ def look(
     classes: Callable[[Tensor], int],
     group: Group,
     warn: Callable[[str], None] | None = None,
+    labels: bool = True,
 ) -> int:
     """Looks at both loaders, which are as if nobody had; returns the rounds in an epoch.
 
@@ -61,6 +62,7 @@ def look(
         group: of the processes.
         warn: told, where the run may be resumed, if the batches would then be others; None to not look for that, which
             takes a second reading of the first training batch.
+        labels: whether training batches must have labels.
 
     Raises:
         InputError, InputTypeError: a loader is empty or can be read only once, a batch is not as described in `Loader`,
@@ -73,7 +75,7 @@ def look(
     try:
         counts.append(rounds_in(train))
         _look_at("validation", validation, epochs, classes)
-        _look_at("train", train, epochs, classes)
+        _look_at("train", train, epochs, classes, labels)
         counts.append(len(validation) if isinstance(validation, Sized) else None)
         doubt = None if warn is None else _doubt(train)
     except Exception as error:  # of the user's loaders, too: nobody may wait for a process that has given up
@@ -118,7 +120,17 @@ def _doubt(train: Loader) -> str | None:
     )
 
 
-def checked(name: str, item: Any, num_classes: int | None, loader: Loader) -> tuple[Tensor, Tensor]:
+@overload
+def checked(
+    name: str, item: Any, num_classes: int | None, loader: Loader, labels: Literal[True] = True
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def checked(
+    name: str, item: Any, num_classes: int | None, loader: Loader, labels: bool
+) -> tuple[Tensor, Tensor | None]: ...
+def checked(
+    name: str, item: Any, num_classes: int | None, loader: Loader, labels: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """Images and labels of a batch, their values found to be allowed; `Batches` were looked at when they were made.
 
     Args:
@@ -126,12 +138,13 @@ def checked(name: str, item: Any, num_classes: int | None, loader: Loader) -> tu
         item: what the loader yielded.
         num_classes: labels are below it; None if nobody knows.
         loader: that yielded it.
+        labels: whether it must have some.
 
     Raises:
         InputTypeError, InputError: it is not as described in `Loader`.
     """
     try:
-        x, y = images_and_labels(item)
+        x, y = images_and_labels(item, labels)
         if isinstance(loader, Batches):
             largest = loader.images.num_classes - 1
         else:
@@ -139,7 +152,7 @@ def checked(name: str, item: Any, num_classes: int | None, loader: Loader) -> tu
                 raise InputError(f"x has shape {list(x.shape)}; it must be a batch of images [N, ...]")
             if not len(x):
                 raise InputError(f"x has shape {list(x.shape)}; a batch must hold at least one image")
-            largest = check_batch(x, y, BOUNDS)
+            largest = _largest(x, y, num_classes, soft=name == "train")
         if num_classes is not None and largest >= num_classes:
             raise InputError(f"y holds the label {largest}; the model has classes 0 ... {num_classes - 1}")
     except AfdError as error:
@@ -147,7 +160,19 @@ def checked(name: str, item: Any, num_classes: int | None, loader: Loader) -> tu
     return x, y
 
 
-def _look_at(name: str, loader: Loader, epochs: int, classes: Callable[[Tensor], int]) -> None:
+def _largest(x: Tensor, y: Tensor | None, num_classes: int | None, *, soft: bool) -> int:
+    """The largest label of a batch, -1 of one without labels, or with soft ones [N, K] where these are allowed."""
+    if y is not None and not (soft and y.dim() == 2 and y.is_floating_point()):
+        return check_batch(x, y, BOUNDS)
+    check_images(x, y=y)
+    if y is not None:
+        check_beside("y", y, x)
+        if num_classes is not None and y.shape[1] != num_classes:
+            raise InputError(f"y has shape {list(y.shape)}; soft labels of this model are [{len(x)}, {num_classes}]")
+    return largest_label(x, y, BOUNDS)
+
+
+def _look_at(name: str, loader: Loader, epochs: int, classes: Callable[[Tensor], int], labels: bool = True) -> None:
     """Checks the first batch; of a list, all of them."""
     if isinstance(loader, type) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
         raise InputTypeError(f"{name} is a {type(loader).__name__}; it must be a loader or a list of batches")
@@ -160,9 +185,9 @@ def _look_at(name: str, loader: Loader, epochs: int, classes: Callable[[Tensor],
         items = list(loader if isinstance(loader, list | tuple) else islice(loader, 1))
         if not items:
             raise InputError(f"{name} holds no images")
-        num_classes = classes(checked(name, items[0], None, loader)[0])
+        num_classes = classes(checked(name, items[0], None, loader, labels)[0])
         for item in items:
-            checked(name, item, num_classes, loader)
+            checked(name, item, num_classes, loader, labels)
         if not isinstance(loader, Batches | DataLoader | list | tuple) and epochs > 1 and not list(islice(loader, 1)):
             raise InputError(f"{name} is a {type(loader).__name__} that has no batches in a second pass")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from afd.errors import AfdError, in_a_line
 from afd.evaluation.subject import said
+from afd.methods.registry import METHODS, known
 from afd.nn import ProjectionDiscriminator
 from afd.nn.build import from_recipe
 from afd.nn.classifier import MARKER
@@ -71,12 +72,23 @@ def rebuild(path: Path, device: torch.device | str = "cpu", model: nn.Module | N
         ):  # whose words tell a user nothing
             raise CheckpointError(f"checkpoint {path} is damaged, or no file that torch.save has written") from error
         raise
+    check_method(path, metadata)
     weights = weights_in(path, state)
     network = _network(path, weights, facts_in(metadata), model)
     discriminator = _discriminator(path, state)
     if discriminator is not None:
         discriminator.to(device).eval()
     return Rebuilt(network.to(device).eval(), discriminator, metadata, path)
+
+
+def check_method(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a checkpoint is of a method that nobody knows here, whose networks may mean anything.
+
+    Somebody's own class, ``package.module:Class``, need not be there to look at what it has trained.
+    """
+    name = said(metadata, "method") or said(metadata, "config", "method", "name")
+    if name is not None and not (isinstance(name, str) and known(name)):
+        raise CheckpointError(f"checkpoint {path} is of the method {name!r}; known are {', '.join(METHODS)}")
 
 
 def facts_in(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from afd._version import __version__
 from afd.errors import InputError
+from afd.methods.registry import spelled
 from afd.nn import FeatureSplit
 from afd.nn.classifier import MARKER, unwrapped
 from afd.nn.modes import held
@@ -27,7 +28,9 @@ from afd.training.weights import facts_of
 if TYPE_CHECKING:
     from afd.training.trainer import Trainer
 
-BUILT = ("method", "schedule", "ema", "execution", "feature_layer", "normalize", "validation_attack", "folder")
+BUILT = (
+    "method", "schedule", "ema", "execution", "feature_layer", "normalize", "attack", "validation_attack", "folder",
+)  # fmt: skip
 """Settings that a trainer has built on when it was made: a change of one would be followed by nobody."""
 
 UNCOMPARED = {
@@ -39,7 +42,7 @@ UNCOMPARED = {
 }  # the schedule's, or how it is computed
 
 FACTS = (
-    "method", "attack", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
+    "method", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
 )  # fmt: skip
 
 NETWORK = "network"  # of the metadata: what `weights.facts_of` says
@@ -72,11 +75,12 @@ def capture(trainer: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
     state = {
         "model": unwrapped(trainer.network).state_dict(),
         "average": None if trainer.average is None else _average_of(trainer),
-        "players": {name: player.state_dict() for name, player in trainer.round.players.items()},
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.round.optimizers.items()},
+        "players": {name: player.state_dict() for name, player in trainer.step.players.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in trainer.step.optimizers.items()},
         "generators": trainer.group.gather(generators),
     }
     metadata = {
+        "method": spelled(trainer.method),
         "run": facts(trainer),
         "config": trainer.config,
         NETWORK: facts_of(trainer.network),
@@ -98,7 +102,8 @@ def built(trainer: Trainer) -> dict[str, Any]:
 
 def facts(trainer: Trainer) -> dict[str, Any]:
     """What must be the same in the run that goes on."""
-    run = {name: getattr(trainer, name) for name in FACTS} if trainer.config is None else trainer.config
+    own = {**{name: getattr(trainer, name) for name in FACTS}, "validation_attack": trainer.judging}
+    run = own if trainer.config is None else trainer.config
     if isinstance(trainer.network, FeatureSplit):
         run = {**run, SCALED_FOR: SCALED[trainer.network.normalize]}
     described: dict[str, Any] = settings.describe({"afd": __version__, "processes": trainer.group.size, **run})
@@ -118,7 +123,9 @@ def begin(trainer: Trainer, train: Loader, validation: Loader, rounds: int) -> d
             f"train has {rounds} batches, but the epoch in progress has {before.rounds}, of which "
             f"{trainer.position.batch} were played; go on with as many"
         )
-    trainer.stream = Stream(train, trainer.device, trainer.network.num_classes, rounds, validation, before)
+    trainer.stream = Stream(
+        train, trainer.device, trainer.network.num_classes, rounds, validation, before, trainer.method.labels
+    )
     if before is not None:
         if trainer.owed is not None:
             trainer.save(best=trainer.owed)
@@ -154,6 +161,11 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
         trainer.note(f"there is nothing to go on from in {trainer.folder}; the run begins anew")
         return None
     path, (state, metadata) = read
+    if "method" not in metadata:
+        raise CheckpointError(
+            f"{path} is of an afd in which attacks were not their method's own; its run cannot be gone on with, but "
+            "another may begin with its weights (--weights)"
+        )
     _tell_what_was_scaled(trainer, path, state, metadata["run"])
     here = facts(trainer)
     grows = _grows(metadata["run"].get("epochs"), here.get("epochs"))
@@ -177,14 +189,14 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
         trainer.average.n_averaged.copy_(state["average"]["rounds"])
         for name, wide in state["average"].get("wide", {}).items():
             trainer.average.wide[name].copy_(wide)
-    for name, player in trainer.round.players.items():
+    for name, player in trainer.step.players.items():
         player.load_state_dict(state["players"][name])
-    for name, optimizer in trainer.round.optimizers.items():
+    for name, optimizer in trainer.step.optimizers.items():
         _check_alike(f"{path} is of another run: optimizers.{name}", state["optimizers"][name], optimizer.state_dict())
         optimizer.load_state_dict(state["optimizers"][name])
     for name, value in metadata["position"].items():
         setattr(trainer.position, name, value)
-    trainer.round.rounds = trainer.position.round
+    trainer.step.steps = trainer.position.round
     for name, value in metadata["meter"].items():
         setattr(trainer.meter, name, value)
     trainer.history[:] = [EpochReport(**report) for report in metadata["history"]]

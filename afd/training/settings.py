@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from afd.methods.attacking import GivenAttack
+
 
 def describe(value: Any) -> Any:
     """`value` in terms of JSON: dataclasses and mappings by field, functions and classes by name."""
@@ -19,6 +21,8 @@ def describe(value: Any) -> Any:
         return value
     if isinstance(value, Tensor | np.generic | np.ndarray):
         return describe(value.tolist())
+    if isinstance(value, GivenAttack):
+        return describe(value.factory)
     if isinstance(value, functools.partial):
         return {"name": describe(value.func), **describe(value.keywords)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from afd.attacks.inputs import outside_inference
 from afd.data import Batches
-from afd.data.items import images_and_labels
+from afd.data.items import images_and_labels, index_in
 from afd.errors import InputError, warn_caller
 from afd.training import loader_state, rng
 from afd.training.loaders import Loader, checked
 
-Batch = tuple[Tensor, Tensor]
+Item = tuple[Tensor, Tensor | None, Tensor | None]  # images, labels, index
 
 
 @runtime_checkable
@@ -39,6 +39,7 @@ class Stream:
         rounds: batches of an epoch; what the loader has beyond is not asked for.
         validation: the other loader of the run, whose state is kept with this one's.
         earlier: the stream of an earlier part of this run in the same process, if there was one.
+        labels: whether batches must have labels.
     """
 
     def __init__(
@@ -49,8 +50,10 @@ class Stream:
         rounds: int,
         validation: Loader | None = None,
         earlier: Stream | None = None,
+        labels: bool = True,
     ) -> None:
         self.loader, self.device, self.num_classes, self.rounds = loader, device, num_classes, rounds
+        self.labels = labels
         self.at_start: dict[str, Any] | None = None if earlier is None else earlier.at_start
         self.loaders = {"train": loader, "validation": validation}
         # as a new process finds them
@@ -72,7 +75,7 @@ class Stream:
                 )
         rng.restore(state)
 
-    def epoch(self, epoch: int, played: int, now: dict[str, Any] | None) -> Iterator[Batch]:
+    def epoch(self, epoch: int, played: int, now: dict[str, Any] | None) -> Iterator[Item]:
         """The batches of an epoch after the first `played` ones.
 
         Args:
@@ -106,8 +109,12 @@ class Stream:
         for item in islice(batches, self.rounds - played):
             served += 1
             # the first epoch shows every batch once
-            x, y = checked("train", item, self.num_classes, self.loader) if epoch == 1 else images_and_labels(item)
-            yield self._here(x), self._here(y)
+            if epoch == 1:
+                x, y = checked("train", item, self.num_classes, self.loader, self.labels)
+            else:
+                x, y = images_and_labels(item, self.labels)
+            index = index_in(item, len(x))
+            yield self._here(x), None if y is None else self._here(y), None if index is None else self._here(index)
         if served < self.rounds:
             raise InputError(
                 f"train has a length of {self.rounds} batches, but had no more than {served} in epoch {epoch}; an "
@@ -128,7 +135,7 @@ def _told_of_epochs(loader: Any) -> Iterator[_KnowsEpochs]:
 
 def _from(loader: Loader, played: int) -> Iterator[Any]:
     if isinstance(loader, Batches):
-        return loader.starting_at(played)
+        return loader.with_index(played)
     batches = iter(loader)
     for _ in islice(batches, played):
         pass

@@ -14,10 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from afd.attacks import Attack, AttackFactory
-from afd.attacks.base import GradientAttack
 from afd.attacks.capture import guard
+from afd.deprecated import overridden
 from afd.errors import InputError
-from afd.evaluation.robustness import attacked_by
 from afd.methods import AFD, Execution, Method
 from afd.methods.execution import isolated, lay_out_plainly
 from afd.nn import FeatureSplit, split
@@ -25,8 +24,8 @@ from afd.nn.modes import held
 from afd.processes import all_or_none
 from afd.training import distributed, loaders, recording, run_state
 from afd.training.average import averaged
-from afd.training.foreign import check_attacked, device_of, settle, taken_in
-from afd.training.given import check_settings, made
+from afd.training.foreign import device_of, settle, taken_in
+from afd.training.given import check_settings
 from afd.training.keeper import Keeper
 from afd.training.loaders import Loader
 from afd.training.meter import Meter, NotFiniteError
@@ -37,9 +36,7 @@ from afd.training.settings import differences
 from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
 from afd.training.stream import Stream
 from afd.training.validation import shared_accuracy
-from afd.training.warmup import Warmup, unwatched
-
-LOOKS = 3  # rounds in which the values of somebody else's attacked images are looked at
+from afd.training.warmup import EpsWarmup
 
 
 @dataclass
@@ -50,9 +47,7 @@ class Trainer:
 
     Attributes:
         model: trained in place, on the device it is on; `afd.nn.split` says what it may be.
-        method: settings of the training method.
-        attack: the training attack, without its model, e.g. `PGD.partial(eps=0.3)`; not used by natural training.
-        validation_attack: likewise; measures robust accuracy after each epoch.
+        method: settings of the training method, its attack among them.
         epochs: passes over the training images.
         schedule: of all learning rates: "step" (a tenth after 1/2 and 5/6 of the run), "cosine", "one-cycle", or a
             function from progress in [0, 1) to a factor.
@@ -74,6 +69,9 @@ class Trainer:
         config: kept in the checkpoints; a resumed run must have the same, but for `epochs`, which may grow. Default:
             what the settings above say.
         progress: told of every batch in one process, to show it; None to show nothing.
+        attack: deprecated: overrides the method's own, as a function of the model, e.g. ``PGD.partial(eps=0.3)``;
+            robust accuracy is then not measured unless `validation_attack` says by what.
+        validation_attack: deprecated: overrides the method's own, likewise.
         best: the report of the epoch whose weights are in ``best.pt``: that of the highest score, of equals the last.
         history: the reports of all epochs.
         begun: whether `fit` has come as far as training.
@@ -81,8 +79,6 @@ class Trainer:
 
     model: nn.Module
     method: Method = field(default_factory=AFD)
-    attack: AttackFactory | None = None
-    validation_attack: AttackFactory | None = None
     epochs: int = 1
     schedule: str | Schedule = "step"
     eps_warmup: float = 0.0
@@ -99,10 +95,13 @@ class Trainer:
     resume: Path | str | None = None
     config: dict[str, Any] | None = None
     progress: Progress | None = None
+    attack: AttackFactory | None = None
+    validation_attack: AttackFactory | None = None
     stream: Stream = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self.method, self.judging = overridden(self.method, self.attack, self.validation_attack, self.seed)
         self.factor = schedule_named(self.schedule)
         self.group = distributed.join()
         inner = taken_in(self.model)
@@ -111,11 +110,10 @@ class Trainer:
             self.device = device_of(network)
             with isolated(self.device):
                 self.network = self.execution.prepare(network)
-                self._build_round()
+                self._build_step()
                 self.average = None if self.ema is None else averaged(self.network, self.ema)
         # one for all epochs: what it has recorded stays
-        made_judge = self.validation_attack
-        self.judge = None if made_judge is None else made("validation_attack", made_judge(self.evaluated))
+        self.judge = None if self.judging is None else self.judging.build(self.evaluated)
         self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
         self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
         self.best: EpochReport | None = None
@@ -124,8 +122,8 @@ class Trainer:
         self.generators: dict[str, Any] | None = None  # where they stood when `fit` ended
         self._built, self._fitting = run_state.built(self), False
 
-    def _build_round(self) -> None:
-        self.round = self.method.build(self.network, self.execution, self.group.wrap)
+    def _build_step(self) -> None:
+        self.step = self.method.build(self.network, self.execution, self.group.wrap)
         self._built_for = self.network.num_classes
 
     @property
@@ -185,21 +183,17 @@ class Trainer:
             raise InputError(f"changed since the trainer was made: {'; '.join(changed)}; make another trainer for that")
         look_at = partial(settle, self.network, self.execution)
         told = None if self.keeper is None else self.warn
-        rounds = loaders.look(train, validation, self.epochs, look_at, self.group, told)
+        rounds = loaders.look(train, validation, self.epochs, look_at, self.group, told, labels=self.method.labels)
         self._follow_what_was_found()
-        self.rates = Rates(self.round.optimizers, self.factor, max(1, self.epochs * rounds))
+        self.rates = Rates(self.step.optimizers, self.factor, max(1, self.epochs * rounds))
         generators = run_state.begin(self, train, validation, rounds)
-        warmup = None
-        if self.attack is not None and self.method.uses_attack:
-            attack = made("attack", self.attack(self.network))
-            warmup = Warmup(unwatched(attack), round(self.eps_warmup * rounds))
-        self.looked_at = 0  # rounds whose attacked images were looked at
-        self.plays = recording.plays(self, None if warmup is None else warmup.attack)
+        self.warmup = EpsWarmup(self.method, self.step, round(self.eps_warmup * rounds), self.device)
+        self.plays = recording.recorded(self)
         self.stopping.begin()
         try:
             with on_signals(self.stopping.by_signal):
                 while self.position.epoch <= self.epochs and not self.stopping.asked():
-                    self._train_epoch(rounds, warmup, generators)
+                    self._train_epoch(rounds, generators)
                     generators = None
                     if self.stopping.asked() or not self._close_epoch(validation):
                         break
@@ -229,35 +223,35 @@ class Trainer:
         """Round and average as the model has turned out to be, when it was tried on images."""
         with held(self.modules()):
             if self.network.num_classes != self._built_for:
-                self._build_round()
+                self._build_step()
             if self.average is not None:
                 self.average.module.num_classes = self.network.num_classes
                 if self.network.plain_layout:
                     lay_out_plainly(self.average.module)
 
-    def modules(self, attack: Any = None) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
         """All that a round reads or writes: held at once, so that no two threads wait for each other."""
-        other = getattr(attack, "model", None)
-        models = (self.network, None if self.average is None else self.average.module, other)
+        others = [getattr(attack, "model", None) for attack in self.step.attacks]
+        models = (self.network, None if self.average is None else self.average.module, *others)
         return [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
 
-    def _train_epoch(self, rounds: int, warmup: Warmup | None, generators: dict[str, Any] | None) -> None:
+    def _train_epoch(self, rounds: int, generators: dict[str, Any] | None) -> None:
         """What is left of an epoch."""
-        self._held = self.modules(None if warmup is None else warmup.attack)
+        self._held = self.modules()
         with held(self._held):
             self.network.train()
         at, since = self.position, time.perf_counter()
         self.shown.began("training", at.epoch, at.batch, rounds, self.meter.peek)
-        for x, y in self.stream.epoch(at.epoch, at.batch, generators):
+        for x, y, index in self.stream.epoch(at.epoch, at.batch, generators):
             try:
-                self._play(x, y, warmup)
+                self._play(x, y, index)
             except InputError:
                 if self.group.size == 1:  # several would wait for each other
                     self._report_interval(rounds)  # a loss that is not finite explains it better
                 raise
             at.batch, at.round = at.batch + 1, at.round + 1
-            since = self.meter.count(len(y), since)
-            self.shown.moved(self.group.size * len(y))
+            since = self.meter.count(len(x), since)
+            self.shown.moved(self.group.size * len(x))
             at_report = at.round % self.log_every == 0 or at.batch == rounds
             if at_report:
                 self._report_interval(rounds)
@@ -273,29 +267,16 @@ class Trainer:
         """Rounds until here, had all epochs had as many as this one: what schedules are asked with."""
         return (self.position.epoch - 1) * self.stream.rounds + self.position.batch
 
-    def _play(self, x: Tensor, y: Tensor, warmup: Warmup | None) -> None:
+    def _play(self, x: Tensor, y: Tensor | None, index: Tensor | None) -> None:
         """One round, and the average."""
         self.rates.set(self._played)
-        attack, seed = None if warmup is None else warmup.at(self._played), self.seed + self.position.round
+        self.warmup.at(self._played)
+        # the processes' batches are rows of one joint batch, and each row has its own start
+        seed, first = self.seed + self.position.round, self.group.rank * len(x)
         with held(self._held):
-            self.meter.add(self.plays(partial(self._attack_and_step, attack), attack, x, y, seed))
+            self.meter.add(self.plays(x, y, index=index, seed=seed, first_sample=first))
             if self.average is not None:
                 self.average.update_parameters(self.network)
-
-    def _attack_and_step(self, attack: Attack | None, x: Tensor, y: Tensor, seed: Any) -> dict[str, Tensor]:
-        """All of a round that a graph can record; the seed is a number, or a tensor that a recording reads."""
-        x_adv = x
-        if attack is not None:
-            # the processes' batches are rows of one joint batch, and each row has its own start
-            first = self.group.rank * len(y)
-            if isinstance(attack, GradientAttack):
-                x_adv = attack(x, y, seed=seed, first_sample=first)
-            else:
-                x_adv = attacked_by(attack, x, y, seed=seed, first_sample=first)
-                if self.looked_at < LOOKS:
-                    self.looked_at += 1
-                    check_attacked(x_adv)
-        return self.round.step(x, y, x_adv)
 
     def _report_interval(self, rounds: int) -> None:
         """Reads the losses and tells of them; the only place in an epoch that waits for the device."""
@@ -362,7 +343,7 @@ class Trainer:
             return
         self.owed = best
         self.group.share_buffers(self.network)
-        if not run_state.finite(self.network, self.round.players):
+        if not run_state.finite(self.network, self.step.players):
             played = self.position.round
             raise TrainingError(f"a weight stopped being finite by round {played}; {self._where_it_stood(played)}")
         with held(self.modules()):

@@ -11,7 +11,7 @@ from typing import Any
 from gpu_day import DayError, results
 
 AFD = {"torch", "numpy", "matplotlib", "rich"}  # what benchmarks import; `import afd` imports torch and numpy of them
-COMMAND_LINE = {*AFD, "tyro", "docstring_parser", "tensorboard", "sklearn"}  # and what train and evaluate do
+COMMAND_LINE = {*AFD, "tyro", "docstring_parser", "tensorboard", "sklearn", "tomli_w"}  # and what train and evaluate do
 TESTS = {*COMMAND_LINE, "hypothesis", "pytest", "xdist", "pytest_benchmark", "pytest_timeout"}
 MODULES = {1: AFD, 2: TESTS, 3: AFD, 4: AFD, 5: {*AFD, "pyautoattack"}, 6: {*COMMAND_LINE, "PIL"}}
 PEERS = "eager,eager-tf32,eager-bf16,torchattacks,foolbox,pyautoattack"

@@ -49,7 +49,7 @@ def test_passes_through_the_features(build, forwards, backwards):
     encoder = Counting()
     round_ = build(FeatureClassifier(encoder, 6, 3))
     x = torch.rand(5, 1, 2, 2)
-    round_.step(x, torch.arange(5) % 3, x)
+    round_(x, torch.arange(5) % 3, x_adv=x)
     assert (encoder.forwards, encoder.backwards) == (forwards, backwards)
 
 
@@ -58,7 +58,7 @@ def test_every_player_of_the_released_round_moves():
     round_ = ReleasedRound(FeatureClassifier(Counting(), 6, 3), 0.1)
     before = {name: p.clone() for name, p in (*round_.whole.named_parameters(), *round_.judge.named_parameters())}
     x = torch.rand(5, 1, 2, 2)
-    round_.step(x, torch.arange(5) % 3, (x + 0.1).clamp(max=1))
+    round_(x, torch.arange(5) % 3, x_adv=(x + 0.1).clamp(max=1))
     after = dict((*round_.whole.named_parameters(), *round_.judge.named_parameters()))
     assert all(not torch.equal(before[name], after[name]) for name in before if name != "l7.bias")
 

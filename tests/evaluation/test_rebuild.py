@@ -151,7 +151,7 @@ def test_a_checkpoint_is_evaluated_as_what_was_trained(case, tmp_path, mine, mon
     assert (subject.discriminator is not None) == isinstance(trainer.method, AFD)
     if subject.discriminator is not None:
         z, y = trainer.evaluated.features(x), some(data).labels
-        same(subject.discriminator(z, y), trainer.round.players["discriminator"].eval()(z, y))
+        same(subject.discriminator(z, y), trainer.step.players["discriminator"].eval()(z, y))
     if not named:
         with pytest.raises(CheckpointError, match=r"does not say which network it holds; name .* --model"):
             load(str(tmp_path / "run" / "last.pt"), CPU)

@@ -13,6 +13,12 @@ from afd.methods.execution import isolated
 from afd.nn import FeatureClassifier, split
 from afd.training import Trainer
 
+
+def given(x, y, x_adv):
+    """What a step is called with where the images are attacked already."""
+    return {"x": x, "y": y, "x_adv": x_adv}
+
+
 METHODS = {
     "joint": AFD(lr=0.01),
     "joint in parts": AFD(lr=0.01, micro_batches=2, clip=1.0),
@@ -47,7 +53,7 @@ def test_a_frozen_backbone_stays_and_the_head_is_trained(method):
     before = [parameter.clone() for parameter in model.parameters()]
     round_ = round_of(model, METHODS[method])
     for _ in range(2):
-        losses = round_.step(*batch())
+        losses = round_(**given(*batch()))
     assert all(torch.isfinite(loss) for loss in losses.values())
     moved = [not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
     assert moved == [False, False, True, True]
@@ -66,7 +72,7 @@ def test_with_a_frozen_backbone_the_head_follows_the_cross_entropy_alone(method)
     rounds = [round_of(models[0], settings), round_of(models[1], Natural(**alike, **betas))]
     for _ in range(3):
         for round_ in rounds:
-            round_.step(*batch())
+            round_(**given(*batch()))
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -84,7 +90,7 @@ def test_trainable_parameters_that_have_no_part_in_the_logits_are_named(method):
     model.forward = lambda x: nn.Sequential(*list(model)[:4])(x)
     round_ = round_of(model, METHODS[method], feature_layer="3")
     with pytest.raises(InputError, match="no trainable parameter of the model has a part in the logits"):
-        round_.step(*batch())
+        round_(**given(*batch()))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -93,7 +99,7 @@ def test_a_float64_model_is_trained_as_a_float32_one_is(method):
     for dtype in (torch.float32, torch.float64):
         round_ = round_of(network(dtype), METHODS[method])
         for _ in range(2):
-            losses[dtype] = round_.step(*batch(dtype))
+            losses[dtype] = round_(**given(*batch(dtype)))
         for player in round_.players.values():
             assert {parameter.dtype for parameter in player.parameters()} == {dtype}
     for name, loss in losses[torch.float64].items():
@@ -160,7 +166,7 @@ def test_a_round_computes_the_same_in_whatever_mode_its_caller_is(method, ambien
         batches = batch()
         with AMBIENT[ambient]() if entered else contextlib.nullcontext():
             round_ = round_of(model, METHODS[method])
-            losses = [round_.step(*batches) for _ in range(2)]
+            losses = [round_(**given(*batches)) for _ in range(2)]
         return [*(loss for one in losses for loss in one.values()), *model.parameters()]
 
     entered = False
@@ -192,7 +198,7 @@ def test_precision_is_the_executions_alone():
     model[3].register_forward_hook(lambda _layer, _inputs, output: seen.append(output.dtype))
     for execution in (Execution(), Execution("bf16")):
         with torch.autocast("cpu", torch.bfloat16):
-            Natural(lr=0.01).build(split(model), execution).step(*batch())
+            Natural(lr=0.01).build(split(model), execution)(**given(*batch()))
     assert seen == [torch.float32, torch.bfloat16]
 
 

@@ -175,12 +175,13 @@ def play(schedule, loss, transcription, **settings):
     model = tiny_model()
     rates = {"lr": ALPHA, "lr_discriminator": BETA, "lr_features": GAMMA, "weight_decay": DECAY}
     discriminator = Critic().double()
-    passes = Execution(channels_last=False).passes(model)
-    game = ROUNDS_OF[schedule](passes, discriminator, AFD(loss=loss, **rates, **settings))
+    execution = Execution(channels_last=False)
+    method = AFD(loss=loss, **rates, **settings)
+    game = ROUNDS_OF[schedule](method, model, execution, execution.passes(model), discriminator)
     start = Players(model, discriminator)
     literal = copy.deepcopy(start)
     for x, y, x_adv in batches():
-        game.step(x, y, x_adv)
+        game(x, y, x_adv=x_adv)
     transcription(literal, loss)
     return start, Players(model, discriminator), literal
 

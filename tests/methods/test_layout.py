@@ -30,7 +30,7 @@ def test_a_network_of_volumes_is_trained(method):
     model = nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 4))
     network, x = Execution().prepare(split(model)), torch.rand(4, 3, 4, 8, 8)
     before = model[0].weight.detach().clone()
-    losses = method.build(network).step(x, torch.arange(4), (x + 0.1).clamp(0, 1))
+    losses = method.build(network)(x, torch.arange(4), x_adv=(x + 0.1).clamp(0, 1))
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert not torch.equal(before, model[0].weight)
 
@@ -80,7 +80,7 @@ def test_a_strided_convolution_of_few_channels_trains_to_the_end():
             x = torch.rand(8, 3, 64, 64).contiguous(memory_format=torch.channels_last)
             round_ = Natural(lr=0.01).build(Execution().prepare(split(model)))
             for _ in range(3):
-                round_.step(x, torch.arange(8) % 4, x)
+                round_(x, torch.arange(8) % 4, x_adv=x)
         kept = [torch.rand(1000) for _ in range(50)]  # a damaged heap shows when it is used
         print("to the end")
     """

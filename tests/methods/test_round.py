@@ -11,6 +11,11 @@ from afd.methods import AFD, Execution, Natural
 from afd.nn import FeatureClassifier, split
 
 
+def given(x, y, x_adv):
+    """What a step is called with where the images are attacked already."""
+    return {"x": x, "y": y, "x_adv": x_adv}
+
+
 @pytest.fixture
 def batch():
     torch.manual_seed(1)
@@ -48,7 +53,7 @@ def game(**settings):
 def test_passes_through_the_features(schedule, forwards, backwards, batch):
     """Simultaneous: x and x' once each, both ways. Alternating: three forwards, of which two go backward."""
     model, round_ = game(schedule=schedule)
-    round_.step(*batch)
+    round_(**given(*batch))
     assert model.encoder.forwards == forwards
     assert model.encoder.recorded == backwards
     assert model.encoder.backwards == backwards
@@ -61,7 +66,7 @@ def test_one_power_iteration_a_round(schedule, micro_batches, batch):
     _, round_ = game(schedule=schedule, penalty=1.0, micro_batches=micro_batches)
     modes = []
     round_.discriminator.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    round_.step(*batch)
+    round_(**given(*batch))
     assert modes.count(True) == 1
     assert modes[0] is True
     assert len(modes) > micro_batches
@@ -74,9 +79,9 @@ def test_each_player_moves_on_its_own_losses_only(schedule, batch):
     before = {name: p.clone() for name, p in round_.discriminator.named_parameters()}
     plain = FeatureClassifier(CountingEncoder(), 5, 3)
     plain.load_state_dict(model.state_dict())
-    round_.step(*batch)
+    round_(**given(*batch))
     assert all(torch.equal(before[name], p) for name, p in round_.discriminator.named_parameters())
-    Natural(weight_decay=0.0).build(plain).step(*batch)
+    Natural(weight_decay=0.0).build(plain)(**given(*batch))
     for ours, natural in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, natural)
 
@@ -87,7 +92,7 @@ def test_features_answer_every_so_many_rounds(schedule, batch):
     moved = []
     for _ in range(6):
         before = model.encoder.linear.weight.clone()
-        round_.step(*batch)
+        round_(**given(*batch))
         moved.append(bool((model.encoder.linear.weight - before).abs().max() > 1e-6))
     assert moved == [False, False, True] * 2
 
@@ -97,7 +102,7 @@ def test_penalty_reaches_the_discriminator(schedule, batch):
     ends = []
     for penalty in (0.0, 10.0):
         _, round_ = game(schedule=schedule, penalty=penalty)
-        round_.step(*batch)
+        round_(**given(*batch))
         ends.append([parameter.detach().clone() for parameter in round_.discriminator.parameters()])
     assert not all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
@@ -107,7 +112,7 @@ def test_natural_round_is_sgd_on_cross_entropy(batch):
     model = FeatureClassifier(CountingEncoder(), 5, 3)
     expected = FeatureClassifier(CountingEncoder(), 5, 3)
     expected.load_state_dict(model.state_dict())
-    loss = Natural(lr=0.2, momentum=0.0, weight_decay=0.0).build(model).step(x, y, x)["task"]
+    loss = Natural(lr=0.2, momentum=0.0, weight_decay=0.0).build(model)(x, y, x_adv=x)["task"]
     reference = F.cross_entropy(expected(x), y)
     grads = torch.autograd.grad(reference, list(expected.parameters()))
     torch.testing.assert_close(loss, reference.detach())
@@ -171,7 +176,7 @@ def test_gradients_are_cut_to_their_norm(schedule, batch):
     settings = {"momentum": 0.0, "weight_decay": 0.0, "lr": 1.0, "lr_features": 0.0}
     model, round_ = game(schedule=schedule, clip=1e-3, **settings)
     before = [p.detach().clone() for p in model.parameters()]
-    round_.step(*batch)
+    round_(**given(*batch))
     moved = torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -181,7 +186,7 @@ def test_labels_are_smoothed(build, batch):
     x, y, x_adv = batch
     model, _ = game()
     expected = F.cross_entropy(model(x), y, label_smoothing=0.3).item()
-    assert build(label_smoothing=0.3).build(model).step(x, y, x_adv)["task"].item() == pytest.approx(expected)
+    assert build(label_smoothing=0.3).build(model)(x, y, x_adv=x_adv)["task"].item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["simultaneous", "alternating"])
@@ -193,12 +198,12 @@ def test_low_precision_is_the_passes_alone(schedule, batch):
     model.encoder.linear.register_forward_hook(lambda _, __, out: kinds.append(out.dtype))
     round_ = AFD(hidden=4, schedule=schedule).build(model, Execution("bf16"))
     round_.discriminator.register_forward_pre_hook(lambda _, inputs: kinds.append(inputs[0].dtype))
-    losses = round_.step(x, y, x_adv)
+    losses = round_(x, y, x_adv=x_adv)
     assert set(kinds) == {torch.bfloat16, torch.float32}
     assert all(loss.dtype == torch.float32 for loss in losses.values())
     assert all(p.dtype == torch.float32 for p in model.parameters())
     _, full = game(schedule=schedule)
-    for name, loss in full.step(x, y, x_adv).items():
+    for name, loss in full(x, y, x_adv=x_adv).items():
         torch.testing.assert_close(losses[name], loss, rtol=0.02, atol=0.02)
 
 
@@ -212,7 +217,7 @@ def test_compiled_passes_compute_the_same(schedule, batch):
         model = split(nn.Sequential(encoder, nn.Linear(5, 3)))
         round_ = AFD(hidden=4, schedule=schedule).build(model, Execution(compile=compiled))
         for _ in range(3):
-            round_.step(*batch)
+            round_(**given(*batch))
         ends.append([p.detach().clone() for p in model.parameters()])
     for plain, compiled in zip(*ends, strict=True):
         torch.testing.assert_close(plain, compiled, rtol=1e-4, atol=1e-5)
@@ -224,7 +229,7 @@ def test_frozen_layers_stay(schedule, batch):
     encoder = nn.Sequential(nn.Flatten(), nn.Linear(8, 6).requires_grad_(False), nn.Linear(6, 5))
     model = FeatureClassifier(encoder, 5, 3)
     before = encoder[1].weight.clone()
-    AFD(hidden=4, schedule=schedule).build(model).step(*batch)
+    AFD(hidden=4, schedule=schedule).build(model)(**given(*batch))
     assert torch.equal(encoder[1].weight, before)
     assert encoder[1].weight.grad is None
 
@@ -237,7 +242,7 @@ def test_what_torch_says_of_checkpoints_and_inference_tensors_is_explained():
 
     x, y = torch.rand(4, 6), torch.arange(4) % 2
     with pytest.raises(InputError, match="use_reentrant=True, which allows no gradients of chosen parameters"):
-        AFD(lr=0.01).build(split(Checkpointed(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)))).step(x, y, x)
+        AFD(lr=0.01).build(split(Checkpointed(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))))(x, y, x_adv=x)
     with torch.inference_mode():
         scale = torch.ones(6)
 
@@ -246,4 +251,4 @@ def test_what_torch_says_of_checkpoints_and_inference_tensors_is_explained():
             return super().forward(x.requires_grad_() * scale)
 
     with pytest.raises(InputError, match=r"holds a tensor that was made in torch\.inference_mode"):
-        Natural(lr=0.01).build(split(Scaled(nn.Linear(6, 2)))).step(x, y, x)
+        Natural(lr=0.01).build(split(Scaled(nn.Linear(6, 2))))(x, y, x_adv=x)

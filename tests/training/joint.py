@@ -61,14 +61,14 @@ def run(
         resume=resume,
     )
     if kill_at and group.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-        step = trainer.round.step
+        step = trainer.step.step
 
         def dying(*batch):
             if trainer.position.round == kill_at:
                 os.kill(os.getpid(), signal.Signals[send])
             return step(*batch)
 
-        trainer.round.step = dying
+        trainer.step.step = dying
     validation = Batches(images(), 7)
     trainer.fit(Batches(images(), 20, shuffle=True, rank=group.rank, world_size=group.size), validation)
     return trainer

@@ -57,7 +57,7 @@ def test_three_lines_train_somebodys_network(wrapped, feature_layer):
     assert history[-1].natural > 0.85
     assert history[-1].robust > 0.5
     assert history[-1].losses["task"] < history[0].losses["task"]
-    players = trainer.round.players["discriminator"]
+    players = trainer.step.players["discriminator"]
     assert players.num_features == (32 if feature_layer is None else 512)
 
 
@@ -101,7 +101,7 @@ def test_a_librarys_classifier_trains_as_it_is(build, tmp_path):
     assert report.losses.keys() == {"task", "discriminator", "features"}
     assert report.robust is not None
     assert trainer.network.num_classes == 10
-    assert trainer.round.players["discriminator"].num_features == features
+    assert trainer.step.players["discriminator"].num_features == features
     still = [name for name, weight in model.named_parameters() if torch.equal(weight, before[name])]
     assert not [name for name in still if "pooler" not in name]
     save_weights(tmp_path / "model.pt", trainer.network)

@@ -144,7 +144,7 @@ def test_a_named_layer_is_enough_wherever_it_is_registered(model, features, clas
     model = model()
     before = copy.deepcopy(model.state_dict())
     trainer = fit(model, feature_layer="head")
-    discriminator = trainer.round.players["discriminator"]
+    discriminator = trainer.step.players["discriminator"]
     assert (discriminator.num_features, discriminator.num_classes) == (features, classes)
     assert trainer.network.num_classes == classes
     assert not torch.equal(model.head.weight, before["head.weight"])
@@ -158,20 +158,20 @@ def test_a_named_hidden_layer_whose_width_no_other_layer_has_is_settled_by_the_f
 
     model = Pooled(nn.Linear(16, 12), nn.ReLU(), nn.Linear(6, 4))
     trainer = Trainer(model, AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1), feature_layer="0", ema=0.5)
-    assert trainer.round.players["discriminator"].num_classes == 12  # as the widths say
+    assert trainer.step.players["discriminator"].num_classes == 12  # as the widths say
     trainer.fit(BATCHES, BATCHES)
-    assert trainer.round.players["discriminator"].num_classes == trainer.evaluated.num_classes == 4
+    assert trainer.step.players["discriminator"].num_classes == trainer.evaluated.num_classes == 4
     model = Pooled(nn.Linear(16, 12), nn.ReLU(), nn.Linear(6, 4))
     with pytest.raises(InputError, match=r"give its number of classes to afd.nn.split as num_classes"):
-        AFD(lr=0.01).build(split(model, "0")).step(X, Y, X)
-    AFD(lr=0.01).build(split(model, "0", num_classes=4)).step(X, Y, X)
+        AFD(lr=0.01).build(split(model, "0"))(X, Y, x_adv=X)
+    AFD(lr=0.01).build(split(model, "0", num_classes=4))(X, Y, x_adv=X)
 
 
 @pytest.mark.parametrize("model", [Body, Cooled, LastIsAttention, lambda: Gated("body", "gate", "head")])
 def test_the_last_linear_layer_is_found_where_nothing_is_named(model):
     trainer = fit(model())
     assert trainer.network.feature_layer == "head"
-    assert trainer.round.players["discriminator"].num_features == 8
+    assert trainer.step.players["discriminator"].num_features == 8
 
 
 def test_features_are_what_enters_a_head_that_is_more_than_a_plain_layer():
@@ -285,11 +285,11 @@ def test_the_module_inside_of_a_wrapper_is_trained(wrap, message, tmp_path):
     with pytest.warns(UserWarning, match=message):
         trainer = Trainer(wrapped, AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1), folder=tmp_path)
     torch.manual_seed(1)
-    trainer.round = AFD(lr=0.01).build(trainer.network)  # drawn as that of the plain model is
+    trainer.step = AFD(lr=0.01).build(trainer.network)  # drawn as that of the plain model is
     trainer.fit(BATCHES, BATCHES)
     other = Trainer(plain, AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1))
     torch.manual_seed(1)
-    other.round = AFD(lr=0.01).build(other.network)
+    other.step = AFD(lr=0.01).build(other.network)
     other.fit(BATCHES, BATCHES)
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
     assert list(load_checkpoint(tmp_path / "last.pt")[0]["model"]) == list(plain.state_dict())
@@ -466,8 +466,8 @@ def test_a_view_in_an_encoder_is_trained_in_the_usual_layout():
 def test_a_view_that_a_round_of_its_own_cannot_take_is_explained(method):
     x = torch.rand(6, 3, 8, 8)
     with pytest.raises(InputError, match=r"train it with Execution\(channels_last=False\)"):
-        method.build(Execution().prepare(split(LeNet()))).step(x, Y, x)
-    method.build(split(LeNet()), Execution(channels_last=False)).step(x, Y, x)
+        method.build(Execution().prepare(split(LeNet())))(x, Y, x_adv=x)
+    method.build(split(LeNet()), Execution(channels_last=False))(x, Y, x_adv=x)
 
 
 class Writing(Body):

@@ -69,7 +69,7 @@ def run(case, folder, **settings):
     torch.manual_seed(5)
     trained = trainer(case, folder=folder, **settings)
     history = trained.fit(batches(), batches())
-    assert trained.round.rounds == trained.position.round
+    assert trained.step.steps == trained.position.round
     return load_checkpoint(folder / "last.pt")[0], [{**vars(report), "images_per_second": 0} for report in history]
 
 
@@ -176,8 +176,8 @@ def test_failed_recordings_are_told_once_and_change_nothing(tapes, monkeypatch, 
         expected = "rounds are played without a CUDA graph, because recording one failed: operation not permitted"
         assert len(told) == recorded
         assert not recorded or told[0].startswith(expected)
-        assert trained.round.rounds == 12
-        ends.append([trained.network.state_dict(), trained.round.players["discriminator"].state_dict()])
+        assert trained.step.steps == 12
+        ends.append([trained.network.state_dict(), trained.step.players["discriminator"].state_dict()])
     assert_same(*ends)
     assert all(one.replays == 0 for one in tapes)
 
@@ -187,7 +187,7 @@ def test_what_stands_against_recording_is_told_and_training_goes_on():
     with pytest.warns(CaptureWarning, match="rounds are played without a CUDA graph, because the model is on cpu, and"):
         (report,) = trained.fit(batches(), batches())
     assert report.round == BATCHES
-    assert trained.round.task.param_groups[0]["lr"] == pytest.approx(0.01)  # a number, as without the graph
+    assert trained.step.task.param_groups[0]["lr"] == pytest.approx(0.01)  # a number, as without the graph
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Trainer(model(), Natural()).fit(batches(), batches())
@@ -225,7 +225,7 @@ def test_weights_that_move_make_a_new_recording(tapes):
     x, y = torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
 
     def play(x, y, _seed):
-        return round_.step(x, y, x)
+        return round_(x, y, x_adv=x)
 
     for _ in range(4):
         played(play, None, x, y, 0)

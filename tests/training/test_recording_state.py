@@ -41,8 +41,8 @@ def tempered_rounds(net, change, rounds=6):
     for number in range(rounds):
         if number == 3:
             change(net, round_)
-        losses.append(float(played(lambda x, y, _seed: round_.step(x, y, x), None, x, y, 0)["task"]))
-    assert round_.rounds == rounds
+        losses.append(float(played(lambda x, y, _seed: round_(x, y, x_adv=x), None, x, y, 0)["task"]))
+    assert round_.steps == rounds
     return losses
 
 
@@ -102,7 +102,7 @@ def test_tensors_that_a_model_replaces_are_followed_also_where_recording_fails(k
                 step_by_step(patch)
             for number, rows in enumerate((6, 6, 6, 3, 6, 6, 3, 3, 6)):
                 x = torch.rand(rows, 1, 6, 6, generator=torch.Generator().manual_seed(number))
-                loss = played(lambda x, y, _seed, r=round_: r.step(x, y, x), None, x, torch.arange(rows) % 3, 0)
+                loss = played(lambda x, y, _seed, r=round_: r(x, y, x_adv=x), None, x, torch.arange(rows) % 3, 0)
                 losses.append(loss["task"])
         ends.append([torch.stack(losses), net.centre, net.head.weight.detach(), net.calls])
     assert [one.replays for one in tapes] == ([0] if waits else [5, 2])

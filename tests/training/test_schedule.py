@@ -44,8 +44,8 @@ def test_a_run_follows_its_schedule_round_by_round():
     seen = []
     model = FeatureClassifier(nn.Flatten(), 4, 2)
     trainer = Trainer(model, Natural(lr=0.4), epochs=2, schedule=lambda progress: 1 - progress)
-    real = trainer.round.step
-    trainer.round.step = lambda *batch: (seen.append(trainer.round.task.param_groups[0]["lr"]), real(*batch))[1]
+    real = trainer.step.step
+    trainer.step.step = lambda *batch: (seen.append(trainer.step.task.param_groups[0]["lr"]), real(*batch))[1]
     batches = [(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))] * 2
     reports = trainer.fit(batches, batches)
     assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1])

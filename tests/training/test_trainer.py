@@ -95,7 +95,7 @@ def test_a_round_never_waits_for_the_device(method, monkeypatch):
     x, y = next(iter(Halves()))
     for _ in range(2):
         with NoWaiting():
-            round_.step(x, y, x)
+            round_(x, y, x_adv=x)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         float(x.sum())
 
@@ -106,10 +106,10 @@ def test_a_round_on_the_gpu_never_waits(method, cuda):
     network = model().to(cuda)
     round_ = method.build(network)
     x, y = (tensor.to(cuda) for tensor in next(iter(Halves())))
-    round_.step(x, y, x)
+    round_(x, y, x_adv=x)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        round_.step(x, y, x)
+        round_(x, y, x_adv=x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -171,7 +171,7 @@ class Breaks(Natural):
         round_ = super().build(*arguments)
         step_ = round_.step
         round_.step = lambda *batch: {
-            "task": step_(*batch)["task"] * (float("inf") if round_.rounds == 5 else 1.0), "other": torch.tensor(1.0),
+            "task": step_(*batch)["task"] * (float("inf") if round_.steps == 5 else 1.0), "other": torch.tensor(1.0),
         }  # fmt: skip
         return round_
 

@@ -1,0 +1,138 @@
+"""Training methods by name, and what is written of one: a new method is its class and a line here.
+
+A name is one of `METHODS`, with wrappers of `WRAPPERS` behind it (``trades+awp``), or a class of somebody's own as
+``package.module:Class``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import Field, fields
+from pathlib import Path
+from typing import Any
+
+from afd.attacks.settings import ATTACKS, AttackSettings, attack_named
+from afd.errors import InputError, InputTypeError
+from afd.methods.afd import AFD
+from afd.methods.base import Method
+from afd.methods.supervised import AT, Natural, Wrapper
+
+METHODS: dict[str, type[Method]] = {"natural": Natural, "at": AT, "afd": AFD}
+WRAPPERS: dict[str, type[Wrapper]] = {}
+
+
+def known(name: str) -> bool:
+    """Whether a name is of a method and wrappers that are registered, or has the form of somebody's own class."""
+    core, *around = name.split("+")
+    return (":" in core or core in METHODS) and all(":" in one or one in WRAPPERS for one in around)
+
+
+def classes_of(name: str) -> list[type[Any]]:
+    """The method's class, and those of the wrappers around it from the inside out.
+
+    Raises:
+        InputError: there is no such method, or no such wrapper.
+        InputTypeError: the class of somebody's own is no training method.
+    """
+    core, *around = name.split("+")
+    found = [_class(core, METHODS, Method, "method")]
+    if issubclass(found[0], Wrapper):
+        raise InputError(f"method is {name!r}, but {core} is a wrapper around a method; write at+{core}")
+    return found + [_class(one, WRAPPERS, Wrapper, "wrapper") for one in around]
+
+
+def spelled(method: Method) -> str:
+    """The name of a method."""
+    if isinstance(method, Wrapper):
+        return f"{spelled(method.method)}+{_name(type(method), WRAPPERS)}"
+    return _name(type(method), METHODS)
+
+
+def options(method: Method) -> Iterator[tuple[Field[Any], Any]]:
+    """The fields of a method and of its wrappers with their values, but for the method inside of a wrapper."""
+    if isinstance(method, Wrapper):
+        yield from options(method.method)
+    for field in fields(method):  # type: ignore[arg-type]
+        if not (isinstance(method, Wrapper) and field.name == "method"):
+            yield field, getattr(method, field.name)
+
+
+def described(method: Method) -> dict[str, Any]:
+    """A method as a flat dict: its name, its settings, its attacks as dicts of their own; `made` reads it."""
+    return {"name": spelled(method)} | {field.name: _plain(value) for field, value in options(method)}
+
+
+def made(description: Mapping[str, Any]) -> Method:
+    """The method that a dict describes; what it leaves out is the class's default.
+
+    Raises:
+        InputError: it names no method, or a setting that the method has not.
+        InputTypeError: the class of somebody's own is no training method.
+    """
+    settings = dict(description)
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        raise InputError(f"the method's name is {name!r}; allowed are {', '.join(METHODS)} and package.module:Class")
+    core, *around = classes_of(name)
+    for key in ("attack", "validation_attack"):
+        if isinstance(settings.get(key), Mapping):
+            settings[key] = _attack(settings[key])
+    method: Method = core(**_taken(core, settings))
+    for wrapper in around:
+        method = wrapper(method, **_taken(wrapper, settings))
+    if settings:
+        raise InputError(f"the method {name} has no setting {', '.join(map(repr, settings))}")
+    return method
+
+
+def _taken(kind: type[Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings that a class has, taken out."""
+    return {field.name: settings.pop(field.name) for field in fields(kind) if field.name in settings}
+
+
+def _attack(description: Mapping[str, Any]) -> AttackSettings:
+    settings = dict(description)
+    kind: Any = attack_named(str(settings.pop("name", "pgd")))
+    own = {field.name for field in fields(kind)}
+    for name in settings:
+        if name not in own:
+            raise InputError(f"the attack {kind.__name__} has no setting {name!r}; it has {', '.join(sorted(own))}")
+    made_of: AttackSettings = kind(
+        **{name: tuple(one) if isinstance(one, list) else one for name, one in settings.items()}
+    )
+    return made_of
+
+
+def _plain(value: Any) -> Any:
+    """A setting in words and numbers where it is an attack's; any other as it is."""
+    if isinstance(value, AttackSettings):
+        name = next(name for name, kind in ATTACKS.items() if kind is type(value))
+        return {"name": name} | {field.name: getattr(value, field.name) for field in fields(value)}
+    return value
+
+
+def _name(kind: type[Any], registered: Mapping[str, type[Any]]) -> str:
+    own = next((name for name, one in registered.items() if one is kind), None)
+    return own or f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _class(name: str, registered: Mapping[str, type[Any]], base: type[Any], told: str) -> type[Any]:
+    module, colon, path = name.partition(":")
+    if not colon:
+        if name not in registered:
+            allowed = ", ".join(registered) or "none"
+            raise InputError(f"{told} is {name!r}; allowed are {allowed} and somebody's own as package.module:Class")
+        return registered[name]
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: the class may lie beside the user
+    try:
+        found: Any = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{told} is {name!r}, which cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise InputTypeError(f"{told} is {name!r}; it must be a class of afd.methods.{base.__name__}")
+    return found

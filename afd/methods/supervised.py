@@ -1,0 +1,249 @@
+"""Supervised methods: those that are told by one function, from model and batch to losses. Natural training and AT."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afd.attacks.settings import AttackSettings, PGDSettings
+from afd.methods.attacking import Attacks
+from afd.methods.base import Batch, Method, Step, parts, unwrapped
+from afd.methods.execution import Execution, Wrap, as_split, unsynchronised
+from afd.methods.optimized import Optimized
+from afd.methods.optimizers import reaching, take_step, trainable
+from afd.nn import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised(Optimized):
+    """Base of methods that are told by their losses; all else is done once for all of them, by `SupervisedStep`."""
+
+    @abstractmethod
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
+        """The terms [] by name whose sum is differentiated, as means over the batch's rows.
+
+        Args:
+            model: gives logits, or features, in training; ``self.attack(model, batch)`` attacks it.
+            batch: all of a step's, or one of its micro-batches.
+        """
+
+    def update(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
+        """What is done with one batch: by default, one step of the optimizer; returns the losses."""
+        return step.descend(batch)
+
+    def descend(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
+        """One step of the optimizer on a batch; returns the losses."""
+        losses = step.gather(batch)
+        step.apply()
+        return losses
+
+    def build(
+        self,
+        model: nn.Module | Split,
+        execution: Execution = Execution(),
+        wrap: Wrap = unwrapped,
+    ) -> SupervisedStep:
+        """A step that trains `model`."""
+        return SupervisedStep(self, as_split(model), execution, wrap)
+
+    @property
+    def core(self) -> Supervised:
+        """This method, where no wrapper is around it."""
+        return self
+
+
+@dataclass(frozen=True)
+class Wrapper(Method):
+    """Base of methods around a supervised one, which attack and lose as it does: ``AWP(TRADES(beta=6))``.
+
+    A subclass says in `descend` how one step of the optimizer is taken, by ``step.gather`` and ``step.apply``.
+
+    Attributes:
+        method: inside.
+    """
+
+    method: Supervised | Wrapper
+
+    @property
+    def attack(self) -> Any:
+        """That of the method inside."""
+        return self.method.attack
+
+    @property
+    def validation_attack(self) -> Any:
+        """That of the method inside."""
+        return self.method.validation_attack
+
+    @property
+    def labels(self) -> bool:  # type: ignore[override]
+        """Whether the method inside asks for them."""
+        return self.method.labels
+
+    @property
+    def core(self) -> Supervised:
+        """The innermost method, which has the settings of the update."""
+        return self.method.core
+
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
+        """Those of the method inside."""
+        return self.method.losses(model, batch)
+
+    def update(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
+        """What the method inside does with one batch; its steps of the optimizer are this one's."""
+        return self.method.update(step, batch)
+
+    def descend(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
+        """One step of the optimizer on a batch, as the method inside takes it."""
+        return self.method.descend(step, batch)
+
+    def build(
+        self,
+        model: nn.Module | Split,
+        execution: Execution = Execution(),
+        wrap: Wrap = unwrapped,
+    ) -> SupervisedStep:
+        """A step that trains `model`."""
+        return SupervisedStep(self, as_split(model), execution, wrap)
+
+
+class TrainedModel(nn.Module):
+    """The model as losses see it: training passes in the chosen precision, attacks that stay built.
+
+    Args:
+        passes: x -> (features, logits), or x, False -> (features,).
+        attacks: on the same model.
+    """
+
+    def __init__(self, passes: nn.Module, attacks: Attacks) -> None:
+        super().__init__()
+        self.passes, self.attacks = passes, attacks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, K] of images [N, ...]."""
+        logits: Tensor = self.passes(x)[1]
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features [N, D] of images."""
+        z: Tensor = self.passes(x, False)[0]
+        return z
+
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both, from one pass."""
+        z, logits = self.passes(x)
+        return z, logits
+
+    def attacked(
+        self, settings: AttackSettings, batch: Batch, target: Tensor | None = None, start: Tensor | None = None
+    ) -> Tensor:
+        """Attacked copies of a batch's images: what ``self.attack(model, batch)`` asks for."""
+        return self.attacks(settings, batch, target, start)
+
+
+class Losses(nn.Module):
+    """All passes of a step up to its losses as one module: what DistributedDataParallel sees is one forward."""
+
+    def __init__(self, method: Supervised | Wrapper, model: TrainedModel) -> None:
+        super().__init__()
+        self.method, self.model = method, model
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The terms by name."""
+        return self.method.losses(self.model, batch)
+
+
+class SupervisedStep(Step):
+    """One step of a supervised method: `update` by the method, out of `gather` and `apply`.
+
+    Attributes:
+        model: what the method's losses are given.
+        parameters: those of the model that are trained.
+    """
+
+    def __init__(self, method: Supervised | Wrapper, network: Split, execution: Execution, wrap: Wrap) -> None:
+        super().__init__(method, network, execution)
+        self.settings = method.core
+        self.model = TrainedModel(execution.passes(network), self.attacks)
+        self.parameters = trainable(self.model.passes)
+        self.optimizers = {"task": self.settings.optimizer_of("task", self.parameters)}
+        self._losses = Losses(method, self.model)
+        self._wrapped = wrap(self._losses)
+
+    def adopt(self, method: Any) -> None:
+        """See `Step.adopt`."""
+        self.method = self._losses.method = method
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """See `Step.update`."""
+        losses: dict[str, Tensor] = self.method.update(self, batch)
+        return losses
+
+    def descend(self, batch: Batch) -> dict[str, Tensor]:
+        """One step of the optimizer on a batch, as method and wrappers take it; returns the losses."""
+        losses: dict[str, Tensor] = self.method.descend(self, batch)
+        return losses
+
+    def gather(self, batch: Batch) -> dict[str, Tensor]:
+        """Adds the gradients of the sum of the losses to the parameters'; returns the losses by name, detached.
+
+        Raises:
+            InputError: no trainable parameter has a part in the losses.
+        """
+        self.attacks.again()
+        found: dict[str, Tensor] = {}
+        for part in parts(batch, self.settings.micro_batches):
+            with nullcontext() if part.last else unsynchronised(self._wrapped):
+                terms = self._wrapped(part)
+                shares = {name: part.share * term for name, term in terms.items()}
+                torch.autograd.backward(reaching(_sum(list(shares.values()))))
+            for name, share in shares.items():
+                found[name] = found[name] + share.detach() if name in found else share.detach()
+        return found
+
+    def forget(self) -> None:
+        """Lets go of the gradients gathered."""
+        self.optimizers["task"].zero_grad()
+
+    def apply(self) -> None:
+        """One step of the optimizer on the gradients gathered, which are then gone."""
+        take_step(self.optimizers["task"], self.settings.clip)
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return sum(terms[1:], terms[0])
+
+
+# --- Methods --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Natural(Supervised):
+    """Natural training, the paper's NT: SGD on L_C = CE(C(F(x)), y)."""
+
+    validation_attack: AttackSettings | str | None = None
+
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
+        """L_C as "task"."""
+        return {"task": self.cross_entropy(model(batch.x), batch.y)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AT(Supervised):
+    """Adversarial training (Madry et al. 2018): SGD on CE(C(F(x')), y), x' found by PGD; defaults for CIFAR-10.
+
+    Attributes:
+        weight_decay: 5e-4 as in Rice et al. (2020), who show that it decides much of the robust accuracy.
+    """
+
+    weight_decay: float = 5e-4
+    attack: AttackSettings = PGDSettings()
+    validation_attack: AttackSettings | str | None = "pgd-20"
+
+    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
+        """The cross-entropy of attacked images as "task"."""
+        return {"task": self.cross_entropy(model(self.attack(model, batch)), batch.y)}

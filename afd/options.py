@@ -1,0 +1,246 @@
+"""The options of ``afd train``, read from the dataclasses of a method, its wrappers and its attack.
+
+``afd train METHOD --data mnist`` and ``afd train --data mnist METHOD`` say the same; METHOD is afd where none is named.
+A setting of the method has its own name (``--beta``), one of its attack begins with attack (``--attack-steps``), but
+for the ball and the step size (``--norm``, ``--eps``, ``--alpha``). Lists, functions and factories are no options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from afd import deprecated
+from afd.attacks.settings import ATTACKS, AttackSettings
+from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, method_for
+from afd.methods import METHODS, WRAPPERS, Method
+from afd.methods.registry import described, known, made, options
+from afd.parsing import UsageError, fraction, parsed, tyro
+
+PLAIN = {"norm", "eps", "alpha"}  # settings of an attack that are options by their own names
+OWN = {"targeted", "outputs", "bounds", "precision", "piece", "look", "fold", "seed"}  # that training sees to itself
+ATTACKS_OF = {"attack", "validation_attack"}
+Options = list[tuple[str, Any, Any]]  # as of `dataclasses.make_dataclass`
+
+
+def train_config(words: Sequence[str], described_as: str | None) -> TrainConfig:
+    """The run that the words of ``afd train`` describe, on top of the file that --config names.
+
+    Raises:
+        UsageError, InputError: they describe none.
+        SystemExit: they ask for help, which was shown.
+    """
+    words, name = method_in(deprecated.without_method_option(words))
+    words = deprecated.without_effect(words, name)
+    base = _base(words, name)
+    found = parsed(_kind(base), "train", words, _said(described_as))
+    return _config(found, base)
+
+
+def method_in(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """The words but for the one that names the method, and that one.
+
+    Raises:
+        UsageError: two words name one.
+    """
+    flags = {_option(one.name) for kind in (RunConfig, DataConfig, ModelConfig) for one in _flags(kind)}
+    places = []
+    for place, word in enumerate(words):
+        before = words[place - 1] if place else ""
+        value = before.startswith("--") and "=" not in before and before.removeprefix("--no-").strip("-") not in flags
+        if not word.startswith("-") and known(word) and not value:
+            places.append(place)
+    if len(places) > 1:
+        raise UsageError(f"two methods are named, {words[places[0]]} and {words[places[1]]}; see afd train --help")
+    if not places:
+        return list(words), None
+    return [word for place, word in enumerate(words) if place != places[0]], words[places[0]]
+
+
+def _flags(kind: type[Any]) -> Iterator[dataclasses.Field[Any]]:
+    """The fields of a class that are options without a value."""
+    hints = get_type_hints(kind)
+    return (one for one in dataclasses.fields(kind) if bool in (hints[one.name], *get_args(hints[one.name])))
+
+
+def _base(words: Sequence[str], name: str | None) -> TrainConfig:
+    """What holds where no option says otherwise: the file's run, else the data set's and the method's defaults."""
+    file = last_value(words, "config")
+    base = TrainConfig() if file is None else TrainConfig.read(Path(file))
+    data = last_value(words, "data") or base.data.name
+    if data not in get_args(get_type_hints(DataConfig)["name"]):
+        return dataclasses.replace(base, method=base.method or made({"name": name or "afd"}))  # the parser names it
+    own, norm, eps = base.method, last_value(words, "norm"), last_value(words, "eps")
+    optimizer, attack = last_value(words, "optimizer"), last_value(words, "attack")
+    if own is None or name is not None:
+        radius = _radius(eps)
+        known_norm = norm if norm in ("Linf", "L2", "L1") else None
+        chosen: dict[str, Any] = {
+            "optimizer": optimizer if optimizer in ("sgd", "adam") else None,
+            "norm": known_norm,
+            "eps": radius,
+        }
+        own = method_for(data, name or "afd", attack=attack if attack in ATTACKS else None, **chosen)
+    elif attack in ATTACKS and own.attack is not None and ATTACKS[attack] is not type(own.attack):
+        same = {name: own.attack[name] for name in ("norm", "eps", "steps") if name in set(own.attack.keys())}
+        taken = {one.name for one in dataclasses.fields(ATTACKS[attack])}
+        changed = ATTACKS[attack](**{name: value for name, value in same.items() if name in taken})
+        own = made(described(own) | {"attack": {"name": attack, **changed}})
+    return dataclasses.replace(base, method=own)
+
+
+def _radius(text: str | None) -> float | None:
+    """A number that stands in the place of the usual radius; the parser says what is wrong with another word."""
+    try:
+        value = None if text is None else fraction(text)
+    except ValueError:
+        return None
+    return value if value is not None and 0 <= value < float("inf") else None
+
+
+def last_value(words: Sequence[str], option: str) -> str | None:
+    """What the words give to an option, if they name it; of several, the last."""
+    found = None
+    for place, word in enumerate(words):
+        head, equals, value = word.partition("=")
+        if head.replace("_", "-") == f"--{option}":
+            found = value if equals else (words[place + 1] if place + 1 < len(words) else None)
+    return found
+
+
+# --- Classes for the parser -----------------------------------------------------------------------------------------
+
+
+def _kind(base: TrainConfig) -> type[Any]:
+    """A class whose fields are the options of a run like `base`, with its values as defaults."""
+    assert base.method is not None
+    attack, method = base.method.attack, base.method
+    groups: Options = [
+        ("data", DataConfig, _default(base.data)),
+        ("model", ModelConfig, _default(base.model)),
+        _group("method", _method_options(method)),
+    ]
+    if isinstance(attack, AttackSettings):
+        groups.append(_group("attack", list(_attack_options(method, attack))))
+    else:
+        groups.append(("test", TestConfig, _default(base.test)))
+    hints = get_type_hints(RunConfig, include_extras=True)
+    run = [(one.name, hints[one.name], getattr(base, one.name)) for one in dataclasses.fields(RunConfig)]
+    file = Annotated[Path | None, tyro.conf.arg(help="TOML file of a run, such as its run.toml; options change it.")]
+    return dataclasses.make_dataclass(
+        "TrainOptions",
+        [
+            *run,
+            ("config", file, None),
+            *groups,
+        ],
+        bases=(RunConfig,),
+        frozen=True,
+    )
+
+
+def _group(name: str, fields: Options) -> tuple[str, Any, Any]:
+    kind = dataclasses.make_dataclass(name, fields, frozen=True)
+    return name, kind, dataclasses.field(default_factory=kind)
+
+
+def _default(value: Any) -> Any:
+    return dataclasses.field(default_factory=lambda: value)
+
+
+def _method_options(method: Method) -> Options:
+    found: Options = []
+    for one, value in options(method):
+        if one.name not in ATTACKS_OF:
+            found += _field(one.name, one.name, _holder(method, one.name), value)
+    return found
+
+
+def _attack_options(method: Method, attack: AttackSettings) -> Iterator[tuple[str, Any, Any]]:
+    name = next(name for name, kind in ATTACKS.items() if kind is type(attack))
+    told = tyro.conf.arg(name="attack", help="The attack to train against.")
+    yield "attack", Annotated[Literal[tuple(ATTACKS)], told], name
+    for one in dataclasses.fields(attack):
+        if one.name not in OWN:
+            spelled = one.name if one.name in PLAIN else f"attack_{one.name}"
+            yield from _field(one.name, spelled, type(attack), getattr(attack, one.name))
+    steps = _pgd_steps(method.validation_attack)
+    if steps is not None:
+        told = tyro.conf.arg(name="eval-steps", help="Steps of the PGD that validates, in the ball of the attack.")
+        yield "eval_steps", Annotated[int, told], steps
+
+
+def _field(name: str, spelled: str, kind: type[Any], value: Any) -> Options:
+    """A field as an option, if the parser can read one of its type."""
+    hint = _readable(get_type_hints(kind)[name])
+    if hint is None:
+        return []
+    told = tyro.conf.arg(name=_option(spelled), help=attributes(kind).get(name, ""))
+    return [(name, Annotated[hint, told], value)]
+
+
+def _readable(hint: Any) -> Any:
+    """The part of a type that can be written as a word; None if there is none."""
+    if get_origin(hint) in (Union, types.UnionType):
+        parts = [part for one in get_args(hint) if (part := _readable(one)) is not None]
+        wanted = [one for one in parts if one is not type(None)]
+        return Union[tuple(parts)] if wanted else None  # noqa: UP007
+    words = hint in (int, float, str, bool, type(None)) or get_origin(hint) is Literal
+    return hint if words else None
+
+
+def _holder(method: Any, name: str) -> type[Any]:
+    """The class, of a method or of the wrappers around it, that has a field."""
+    own = name in {one.name for one in dataclasses.fields(method)}
+    return type(method) if own else _holder(method.method, name)
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def attributes(kind: type[Any]) -> dict[str, str]:
+    """What the docstrings of a dataclass and its bases say of its fields, under "Attributes:"."""
+    found: dict[str, str] = {}
+    for one in reversed(kind.__mro__):
+        section = re.search(r"Attributes:\n((?:[ ]{8}.*\n|\s*\n)+)", f"{one.__doc__ or ''}\n")
+        for entry in re.finditer(r"^ {8}(\w+): ((?:.*)(?:\n {10,}.*)*)", section[1] if section else "", re.MULTILINE):
+            text = " ".join(entry[2].split())
+            found[entry[1]] = f"{text[:1].upper()}{text[1:]}"
+    return found
+
+
+def _said(described_as: str | None) -> str:
+    methods, wrappers = ", ".join(METHODS), ", ".join(WRAPPERS)
+    around = f" A wrapper goes behind it: METHOD+WRAPPER ({wrappers})." if wrappers else ""
+    return (
+        f"{described_as}\n\nafd train [METHOD] [OPTIONS]: METHOD is one of {methods} (default: afd), or a class of "
+        f"your own as package.module:Class; its options are shown by afd train METHOD --help.{around}"
+    )
+
+
+# --- And back ---------------------------------------------------------------------------------------------------------
+
+
+def _config(found: Any, base: TrainConfig) -> TrainConfig:
+    """The run that was read."""
+    assert base.method is not None
+    method = described(base.method) | vars(found.method)
+    test = getattr(found, "test", base.test)
+    if hasattr(found, "attack"):
+        attack = dict(vars(found.attack))
+        steps = attack.pop("eval_steps", None)
+        method["attack"] = method["attack"] | {"name": attack.pop("attack")} | attack
+        if steps is not None:
+            method["validation_attack"] = f"pgd-{steps}"
+    run = {one.name: getattr(found, one.name) for one in dataclasses.fields(RunConfig)}
+    return TrainConfig(**run, data=found.data, model=found.model, method=made(method), test=test)
+
+
+def _pgd_steps(validation: Any) -> int | None:
+    named = re.fullmatch(r"pgd-(\d+)", validation) if isinstance(validation, str) else None
+    return None if named is None else int(named[1])
