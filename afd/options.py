@@ -11,14 +11,16 @@ import dataclasses
 import re
 import types
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from afd import deprecated
 from afd.attacks.settings import ATTACKS, AttackSettings
 from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, method_for
+from afd.errors import InputError
 from afd.methods import METHODS, WRAPPERS, Method
-from afd.methods.registry import described, known, made, options
+from afd.methods.registry import attack_of, classes_of, described, known, made, options
 from afd.parsing import UsageError, fraction, parsed, tyro
 
 PLAIN = {"norm", "eps", "alpha"}  # settings of an attack that are options by their own names
@@ -35,6 +37,8 @@ def train_config(words: Sequence[str], described_as: str | None) -> TrainConfig:
         SystemExit: they ask for help, which was shown.
     """
     words, name = method_in(deprecated.without_method_option(words))
+    if name is None and words and not words[0].startswith("-"):
+        classes_of(words[0])  # which says that there is none, and which there are
     words = deprecated.without_effect(words, name)
     base = _base(words, name)
     found = parsed(_kind(base), "train", words, _said(described_as))
@@ -234,11 +238,23 @@ def _config(found: Any, base: TrainConfig) -> TrainConfig:
     if hasattr(found, "attack"):
         attack = dict(vars(found.attack))
         steps = attack.pop("eval_steps", None)
-        method["attack"] = method["attack"] | {"name": attack.pop("attack")} | attack
+        with _of_the_attack():
+            method["attack"] = attack_of(method["attack"] | {"name": attack.pop("attack")} | attack)
         if steps is not None:
             method["validation_attack"] = f"pgd-{steps}"
     run = {one.name: getattr(found, one.name) for one in dataclasses.fields(RunConfig)}
     return TrainConfig(**run, data=found.data, model=found.model, method=made(method), test=test)
+
+
+@contextmanager
+def _of_the_attack() -> Iterator[None]:
+    """Inside, an error about a setting of the attack names its option."""
+    try:
+        yield
+    except InputError as error:
+        name, blank, rest = str(error).partition(" ")
+        error.args = (str(error) if name in PLAIN else f"{_option(f'attack_{name}')}{blank}{rest}",)
+        raise
 
 
 def _pgd_steps(validation: Any) -> int | None:

@@ -15,7 +15,7 @@ from afd.nn.outputs import logits_of
 from afd.ops.library import described
 
 __all__ = ["Outputs", "check_offers", "evaluating", "features", "features_and_logits", "judged", "logits"]
-__all__ += ["loss_gradient", "logits_alone", "shown"]
+__all__ += ["logits_alone", "loss_gradient", "shown"]
 
 Outputs = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]  # what a loss is given, and what is looked at
 

@@ -78,7 +78,7 @@ def made(description: Mapping[str, Any]) -> Method:
     core, *around = classes_of(name)
     for key in ("attack", "validation_attack"):
         if isinstance(settings.get(key), Mapping):
-            settings[key] = _attack(settings[key])
+            settings[key] = attack_of(settings[key])
     method: Method = core(**_taken(core, settings))
     for wrapper in around:
         method = wrapper(method, **_taken(wrapper, settings))
@@ -92,7 +92,12 @@ def _taken(kind: type[Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {field.name: settings.pop(field.name) for field in fields(kind) if field.name in settings}
 
 
-def _attack(description: Mapping[str, Any]) -> AttackSettings:
+def attack_of(description: Mapping[str, Any]) -> AttackSettings:
+    """The attack that a dict describes by its name and settings.
+
+    Raises:
+        InputError: there is no such attack, or it has no such setting, or not of that value.
+    """
     settings = dict(description)
     kind: Any = attack_named(str(settings.pop("name", "pgd")))
     own = {field.name for field in fields(kind)}

@@ -18,7 +18,8 @@ with needed_by("the picture of learning curves"):
     from matplotlib.ticker import MaxNLocator
 
 LOG = "log.jsonl"
-LOSSES = {"task": "cross-entropy", "discriminator": "discriminator's loss", "features": "features' loss"}
+TASK = "task"  # the optimizer of the model
+LOSSES = {TASK: "cross-entropy", "discriminator": "discriminator's loss", "features": "features' loss"}
 Entries = list[dict[str, Any]]
 
 
@@ -39,7 +40,8 @@ def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
     logs = {name: read_log(folder) for name, folder in runs.items()}
     if not logs:
         raise InputError("runs is empty; there must be at least one run to draw")
-    losses = [name for name in LOSSES if any(name in entries[0]["losses"] for entries in logs.values())]
+    found = {name for entries in logs.values() for name in entries[0]["losses"]}
+    losses = [*(name for name in LOSSES if name in found), *sorted(found - LOSSES.keys())]
     figure = Figure(figsize=(max(6.4, 2.6 * (len(losses) + 1)), 6.0), dpi=130, layout="constrained")
     grid = figure.add_gridspec(2, len(losses) + 1, height_ratios=(1.5, 1))
     wide, small = figure.add_subplot(grid[0, :]), [figure.add_subplot(grid[1, i]) for i in range(len(losses) + 1)]
@@ -49,11 +51,11 @@ def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
         for axes, loss in zip(small, losses, strict=False):
             if loss in entries[0]["losses"]:
                 _draw(axes, [(_when(entry), entry["losses"][loss]) for entry in intervals], f"C{number}", 1.2)
-        rates = [(_when(entry), entry["learning_rates"]["task"]) for entry in intervals]
+        rates = [(_when(entry), entry["learning_rates"][TASK]) for entry in intervals]
         _draw(small[-1], rates, f"C{number}", 1.2 + 1.5 * (len(logs) - 1 - number))  # equal rates: seen side by side
     wide.set(ylabel="accuracy (%)", title="on the validation images")
     wide.legend(fontsize=8, loc="lower right")
-    for axes, title in zip(small, [*(LOSSES[name] for name in losses), "learning rate"], strict=True):
+    for axes, title in zip(small, [*(LOSSES.get(name, name) for name in losses), "learning rate"], strict=True):
         axes.set_title(title)
         axes.tick_params(labelsize=8)
     for axes in (wide, *small):
@@ -88,7 +90,11 @@ def _drawable(entry: Any) -> bool:
         return False
     wanted = {"epoch", "losses", "learning_rates"} | ({"natural", "robust"} if entry["kind"] == "epoch" else set())
     figures = [entry.get(name) for name in ("losses", "learning_rates")]
-    return wanted <= entry.keys() and all(isinstance(one, dict) and "task" in one for one in figures)
+    return (
+        wanted <= entry.keys()
+        and all(isinstance(one, dict) and one for one in figures)
+        and TASK in entry["learning_rates"]
+    )
 
 
 def _draw_accuracies(axes: Any, epochs: Entries, colour: str, name: str) -> None:

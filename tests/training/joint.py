@@ -8,22 +8,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from afd.attacks import PGD
+from afd.attacks import PGDSettings
 from afd.data import Batches, Images
 from afd.methods import AFD, Natural
 from afd.nn import FeatureClassifier
 from afd.training import Trainer
 from afd.training.distributed import join, leave
 
+JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=2)}
+GAME = {"hidden": 8, "attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
 METHODS = {
-    "joint": AFD(hidden=8),
-    "separate": AFD.adam(hidden=8, loss="dcgan", lr=1e-2, lr_features=1e-2),
-    "alternating": AFD(hidden=8, schedule="alternating", loss="hinge"),
-    "seldom": AFD(hidden=8, discriminator_rounds=3, micro_batches=2),
-    "natural": Natural(micro_batches=2),
-    "frozen-joint": AFD(hidden=8),
-    "frozen-separate": AFD.adam(hidden=8, loss="dcgan", lr=1e-2),
-    "frozen-alternating": AFD(hidden=8, schedule="alternating"),
+    "joint": AFD(**GAME),
+    "separate": AFD.adam(loss="dcgan", lr=1e-2, lr_features=1e-2, **GAME),
+    "alternating": AFD(schedule="alternating", loss="hinge", **GAME),
+    "seldom": AFD(discriminator_rounds=3, micro_batches=2, **GAME),
+    "natural": Natural(micro_batches=2, **JUDGE),
+    "frozen-joint": AFD(**GAME),
+    "frozen-separate": AFD.adam(loss="dcgan", lr=1e-2, **GAME),
+    "frozen-alternating": AFD(schedule="alternating", **GAME),
 }
 
 
@@ -52,8 +54,6 @@ def run(
     trainer = Trainer(
         model(unused=method == "alternating", frozen=method.startswith("frozen")),
         METHODS[method],
-        attack=PGD.partial(eps=0.1, alpha=0.05, steps=2),
-        validation_attack=PGD.partial(eps=0.05, steps=2),
         epochs=epochs,
         log_every=2,
         save_every=3,
@@ -61,14 +61,14 @@ def run(
         resume=resume,
     )
     if kill_at and group.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
-        step = trainer.step.step
+        update = trainer.step.update
 
-        def dying(*batch):
+        def dying(batch):
             if trainer.position.round == kill_at:
                 os.kill(os.getpid(), signal.Signals[send])
-            return step(*batch)
+            return update(batch)
 
-        trainer.step.step = dying
+        trainer.step.update = dying
     validation = Batches(images(), 7)
     trainer.fit(Batches(images(), 20, shuffle=True, rank=group.rank, world_size=group.size), validation)
     return trainer

@@ -44,11 +44,10 @@ def test_three_lines_train_somebodys_network(wrapped, feature_layer):
     train_loader, val_loader = loaders()
     torch.manual_seed(0)
     model = LeNet(wrapped)
+    attack = afd.attacks.PGDSettings(eps=0.1, alpha=0.05, steps=3)
     trainer = afd.Trainer(
         model,
-        method=afd.methods.AFD.adam(loss="wgan", lr=3e-3, lr_features=1e-3),
-        attack=afd.attacks.PGD.partial(eps=0.1, alpha=0.05, steps=3),
-        validation_attack=afd.attacks.PGD.partial(eps=0.1, alpha=0.05, steps=3),
+        method=afd.methods.AFD.adam(loss="wgan", lr=3e-3, lr_features=1e-3, attack=attack, validation_attack=attack),
         epochs=3,
         schedule="cosine",
         feature_layer=feature_layer,
@@ -95,8 +94,8 @@ def test_a_librarys_classifier_trains_as_it_is(build, tmp_path):
     model, features = build()
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     x, y = torch.rand(16, 3, 32, 32), torch.arange(16) % 10
-    attack = afd.attacks.PGD.partial(eps=8 / 255, steps=2)
-    trainer = afd.Trainer(model, attack=attack, validation_attack=attack)
+    attack = afd.attacks.PGDSettings(eps=8 / 255, alpha=2 / 255, steps=2)
+    trainer = afd.Trainer(model, afd.methods.AFD(attack=attack, validation_attack=attack))
     (report,) = trainer.fit(list(zip(x.split(8), y.split(8), strict=True)), [(x, y)])
     assert report.losses.keys() == {"task", "discriminator", "features"}
     assert report.robust is not None

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from afd.attacks import PGD
+from afd.attacks import PGDSettings
 from afd.errors import InputError, InputTypeError
 from afd.evaluation import accuracy
 from afd.methods import AFD, Execution, Natural
+from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureClassifier, split
 from afd.nn.classifier import MARKER
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights
@@ -20,6 +21,8 @@ from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights
 X = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(6) % 4
 BATCHES = [(X, Y)] * 2
+PGD_1 = PGDSettings(eps=0.1, alpha=2 / 255, steps=1)
+ATTACKED = {"lr": 0.01, "attack": PGD_1, "validation_attack": None}  # of the methods that attack
 
 
 class Body(nn.Module):
@@ -119,7 +122,7 @@ class LastIsAttention(Body):
 
 def fit(model, method=None, **settings):
     torch.manual_seed(1)
-    trainer = Trainer(model, method or AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1), **settings)
+    trainer = Trainer(model, method or AFD(**ATTACKED), **settings)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what tuples hold
         trainer.fit(BATCHES, BATCHES)
@@ -157,7 +160,7 @@ def test_a_named_hidden_layer_whose_width_no_other_layer_has_is_settled_by_the_f
             return self[2](nn.functional.max_pool1d(self[1](self[0](x)), 2))
 
     model = Pooled(nn.Linear(16, 12), nn.ReLU(), nn.Linear(6, 4))
-    trainer = Trainer(model, AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1), feature_layer="0", ema=0.5)
+    trainer = Trainer(model, AFD(**ATTACKED), feature_layer="0", ema=0.5)
     assert trainer.step.players["discriminator"].num_classes == 12  # as the widths say
     trainer.fit(BATCHES, BATCHES)
     assert trainer.step.players["discriminator"].num_classes == trainer.evaluated.num_classes == 4
@@ -200,7 +203,7 @@ def test_features_are_what_enters_a_head_that_is_more_than_a_plain_layer():
         (Padded, r"'head', but what it puts out, \[6, 4\], is not the logits, \[6, 6\] \(of that shape: none\)"),
     ],
 )
-@pytest.mark.parametrize("method", [AFD(lr=0.01), Natural(lr=0.01)])
+@pytest.mark.parametrize("method", [AFD(**ATTACKED), Natural(lr=0.01)])
 def test_a_last_layer_that_the_logits_do_not_come_from_is_named_before_training(model, message, method):
     trained = model()
     before = copy.deepcopy(trained.state_dict())
@@ -219,22 +222,21 @@ def test_an_adapter_around_the_head_is_named_and_its_base_can_be():
 
 
 def test_what_has_no_features_is_named_at_construction():
-    attack = PGD.partial(steps=1)
     lazy = nn.Sequential(nn.Linear(16, 8), nn.LazyLinear(4))
     with pytest.raises(InputError, match=r"the model's 1.weight has no shape yet; call the model once"):
-        Trainer(lazy, AFD(), attack=attack)
+        Trainer(lazy, AFD())
     lazy(X)
     assert fit(lazy).network.num_features == 8
     with pytest.raises(InputError, match=r"model is a Sequential without a linear layer, which features would enter$"):
-        Trainer(nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten()), AFD(), attack=attack)
+        Trainer(nn.Sequential(nn.Conv2d(1, 4, 1), nn.Flatten()), AFD())
     with pytest.raises(InputError, match=r"feature_layer is 'attention.out_proj'; the model's linear layers are body"):
-        Trainer(LastIsAttention(), AFD(), attack=attack, feature_layer="attention.out_proj")
+        Trainer(LastIsAttention(), AFD(), feature_layer="attention.out_proj")
     with pytest.raises(InputTypeError, match=r"model is a function; it must be a torch.nn.Module"):
-        Trainer(lambda x: x, AFD(), attack=attack)
+        Trainer(lambda x: x, AFD())
     with torch.inference_mode():
         made = Body()
     with pytest.raises(InputError, match=r"the model's body.weight was made in torch.inference_mode"):
-        Trainer(made, AFD(), attack=attack)
+        Trainer(made, AFD())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -279,17 +281,17 @@ def compiled(model):
 )
 def test_the_module_inside_of_a_wrapper_is_trained(wrap, message, tmp_path):
     torch.manual_seed(0)
-    model = Body()
+    model, method = Body(), AFD(**ATTACKED)
     plain = copy.deepcopy(model)
     wrapped = wrap(model)
     with pytest.warns(UserWarning, match=message):
-        trainer = Trainer(wrapped, AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1), folder=tmp_path)
+        trainer = Trainer(wrapped, method, folder=tmp_path)
     torch.manual_seed(1)
-    trainer.step = AFD(lr=0.01).build(trainer.network)  # drawn as that of the plain model is
+    trainer.step = method.build(trainer.network)  # drawn as that of the plain model is
     trainer.fit(BATCHES, BATCHES)
-    other = Trainer(plain, AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1))
+    other = Trainer(plain, method)
     torch.manual_seed(1)
-    other.step = AFD(lr=0.01).build(other.network)
+    other.step = method.build(other.network)
     other.fit(BATCHES, BATCHES)
     assert all(map(torch.equal, model.parameters(), plain.parameters()))
     assert list(load_checkpoint(tmp_path / "last.pt")[0]["model"]) == list(plain.state_dict())
@@ -328,7 +330,7 @@ class Empty(Body):
 
 
 def test_no_model_is_asked_for_its_truth_value(tmp_path):
-    trainer = fit(Empty(), ema=0.5, folder=tmp_path, validation_attack=PGD.partial(eps=0.1, steps=1))
+    trainer = fit(Empty(), AFD(**ATTACKED | {"validation_attack": PGD_1}), ema=0.5, folder=tmp_path)
     assert trainer.history[0].robust is not None
 
     class Attack(nn.Module):  # a validation attack that is a module of length 0
@@ -342,7 +344,7 @@ def test_no_model_is_asked_for_its_truth_value(tmp_path):
         def forward(self, x, _y, **_settings):
             return x
 
-    trainer = Trainer(Body(), Natural(), validation_attack=Attack)
+    trainer = Trainer(Body(), Natural(validation_attack=GivenAttack(Attack)))
     assert trainer.fit(BATCHES, BATCHES)[0].robust is not None
 
 
@@ -444,7 +446,7 @@ def test_a_view_behind_convolutions_is_trained_in_the_usual_layout(channels):
     for execution in (Execution(), Execution(channels_last=False)):
         torch.manual_seed(0)
         model = LeNet(channels)
-        trainer = Trainer(model, AFD(lr=0.01), attack=shifted, execution=execution, epochs=2, ema=0.5)
+        trainer = Trainer(model, SHIFTED, execution=execution, epochs=2, ema=0.5)
         trainer.fit([(x, Y)] * 2, [(x, Y)])
         found.append([*model.parameters(), *trainer.evaluated.parameters()])
     assert all(map(torch.equal, *found))
@@ -454,11 +456,14 @@ def shifted(_model):
     return lambda x, _y, **_settings: (x + 0.1).clamp(0, 1)
 
 
+SHIFTED = AFD(lr=0.01, attack=GivenAttack(shifted), validation_attack=None)
+
+
 def test_a_view_in_an_encoder_is_trained_in_the_usual_layout():
     encoder = LeNet()
     encoder.head = nn.Identity()
     x = torch.rand(6, 3, 8, 8)
-    trainer = Trainer(FeatureClassifier(encoder, 16, 4), AFD(lr=0.01), attack=shifted)
+    trainer = Trainer(FeatureClassifier(encoder, 16, 4), SHIFTED)
     assert trainer.fit([(x, Y)], [(x, Y)])[0].natural >= 0
 
 
@@ -485,10 +490,10 @@ class Reading(Body):
 METHODS = [
     Natural(lr=0.01),
     Natural(lr=0.01, micro_batches=2),
-    AFD(lr=0.01),
-    AFD.adam(),
-    AFD(lr=0.01, schedule="alternating"),
-    AFD(lr=0.01, schedule="alternating", discriminator_rounds=2),
+    AFD(**ATTACKED),
+    AFD.adam(attack=PGD_1, validation_attack=None),
+    AFD(schedule="alternating", **ATTACKED),
+    AFD(schedule="alternating", discriminator_rounds=2, **ATTACKED),
 ]
 
 
@@ -498,7 +503,7 @@ def test_a_model_that_writes_to_its_images_trains_as_one_that_does_not(method):
     for kind in (Writing, Reading):
         torch.manual_seed(0)
         model = kind()
-        Trainer(model, method, attack=PGD.partial(eps=0.1, steps=1), epochs=2).fit([(x, Y)] * 2, [(x, Y)])
+        Trainer(model, method, epochs=2).fit([(x, Y)] * 2, [(x, Y)])
         assert torch.equal(x, X)
         found.append(list(model.parameters()))
     assert all(map(torch.equal, *found))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from afd.attacks import PGD
+from afd.attacks import PGDSettings
 from afd.errors import AfdError, InputError, InputTypeError
 from afd.methods import AFD, Natural
 from afd.training import Trainer
@@ -275,7 +275,7 @@ def test_a_datasets_own_iteration_is_not_taken_for_a_loaders():
             return X[index], Y[index]
 
     loader = DataLoader(Indexed(), 4)
-    trainer = Trainer(network(), AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1), epochs=2)
+    trainer = Trainer(network(), AFD(lr=0.01, attack=PGDSettings(steps=1), validation_attack=None), epochs=2)
     assert len(trainer.fit(loader, loader)) == 2
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from afd.attacks import PGD
+from afd.attacks import PGDSettings
 from afd.errors import InputTypeError
 from afd.methods import Natural
 from afd.training import EpochReport, IntervalReport, Trainer, json_lines
@@ -256,8 +256,8 @@ BATCHES = [(torch.rand(8, 4), torch.arange(8) % 2) for _ in range(3)]
 
 def trainer(told=None, **settings):
     torch.manual_seed(0)
-    attack = PGD.partial(eps=0.1, steps=1)
-    return Trainer(nn.Linear(4, 2), Natural(), validation_attack=attack, progress=told, **settings)
+    method = Natural(validation_attack=PGDSettings(eps=0.1, alpha=2 / 255, steps=1))
+    return Trainer(nn.Linear(4, 2), method, progress=told, **settings)
 
 
 def test_a_trainer_tells_of_every_batch():

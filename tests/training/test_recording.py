@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks import APGD, PGD, CaptureWarning, base, replay
+from afd.attacks import APGDSettings, CaptureWarning, PGDSettings, base, replay
 from afd.attacks.replay import KEPT
 from afd.data import Batches, Images
 from afd.data.augment import CropAndFlip
 from afd.methods import AFD, Execution, Natural
+from afd.methods.attacking import GivenAttack
 from afd.methods.optimizers import make_recordable
 from afd.nn import FeatureClassifier
 from afd.training import Trainer, load_checkpoint, recording
@@ -39,25 +40,25 @@ def model():
     return FeatureClassifier(encoder, 5, 3)
 
 
-PGD_2 = PGD.partial(eps=0.1, alpha=0.05, steps=2)
+PGD_2 = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), "validation_attack": None}
+APGD_3 = {"attack": APGDSettings(eps=0.1, steps=3, n_restarts=2), "validation_attack": None}
+L2_2 = {"attack": PGDSettings(norm="L2", eps=1.0, alpha=0.5, steps=2), "validation_attack": None}
 CASES = {
-    "joint": {"method": AFD(hidden=8), "attack": PGD_2, "schedule": "cosine"},
+    "joint": {"method": AFD(hidden=8, **PGD_2), "schedule": "cosine"},
     "adam": {
-        "method": AFD.adam(loss="dcgan", penalty=1.0, clip=1.0, discriminator_rounds=2),
-        "attack": APGD.partial(eps=0.1, steps=3, n_restarts=2),
+        "method": AFD.adam(loss="dcgan", penalty=1.0, clip=1.0, discriminator_rounds=2, **APGD_3),
         "schedule": "one-cycle",
         "eps_warmup": 1.0,
         "ema": 0.9,
     },
     "alternating": {
-        "method": AFD(schedule="alternating", loss="hinge", micro_batches=2, label_smoothing=0.1),
-        "attack": PGD.partial(norm="L2", eps=1.0, alpha=0.5, steps=2),
+        "method": AFD(schedule="alternating", loss="hinge", micro_batches=2, label_smoothing=0.1, **L2_2),
         "execution": Execution("bf16", graph=True),
     },
     "natural": {"method": Natural(momentum=0.0), "schedule": "cosine"},
 }
-# all of the 24 rounds but the first of its kind: shorter batches, rounds without an answer, three in which eps grows
-REPLAYS = {"joint": 22, "adam": 18, "alternating": 22, "natural": 22}
+# all of the 24 rounds but the first of its kind: shorter batches, rounds without an answer; not those in which eps grows
+REPLAYS = {"joint": 22, "adam": 21, "alternating": 22, "natural": 22}
 
 
 def trainer(case, **settings):
@@ -109,7 +110,7 @@ def test_what_would_be_recorded_for_good_is_noticed(case, tapes, monkeypatch, tm
     """The tape is no mere function call: a seed that is a number stays the one of the recording."""
     with monkeypatch.context() as patch:
         real = recording.Recording.play
-        patch.setattr(recording.Recording, "play", lambda self, x, y, _seed: real(self, x, y, 0))
+        patch.setattr(recording.Recording, "play", lambda self, inputs, _seed: real(self, inputs, 0))
         stale = run(case, tmp_path / "stale")
     assert not torch.equal(
         stale[0]["model"]["classifier.weight"], run(case, tmp_path / "right")[0]["model"]["classifier.weight"]
@@ -166,7 +167,7 @@ def test_failed_recordings_are_told_once_and_change_nothing(tapes, monkeypatch, 
     ends = []
     for recorded in (True, False):
         torch.manual_seed(5)
-        trained = Trainer(waiting(), AFD.adam(), attack=PGD_2, epochs=3, execution=Execution(graph=True))
+        trained = Trainer(waiting(), AFD.adam(**PGD_2), epochs=3, execution=Execution(graph=True))
         with warnings.catch_warnings(record=True) as told, monkeypatch.context() as patch:
             warnings.simplefilter("always")
             if not recorded:
@@ -187,22 +188,21 @@ def test_what_stands_against_recording_is_told_and_training_goes_on():
     with pytest.warns(CaptureWarning, match="rounds are played without a CUDA graph, because the model is on cpu, and"):
         (report,) = trained.fit(batches(), batches())
     assert report.round == BATCHES
-    assert trained.step.task.param_groups[0]["lr"] == pytest.approx(0.01)  # a number, as without the graph
+    assert trained.step.optimizers["task"].param_groups[0]["lr"] == pytest.approx(0.01)  # a number, as without the graph
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Trainer(model(), Natural()).fit(batches(), batches())
 
 
 def test_obstacles():
-    cuda, round_ = torch.device("cuda"), AFD().build(model())
-    attack = PGD(model())
-    assert recording.obstacle(cuda, 1, attack, round_) is None
-    assert recording.obstacle(cuda, 1, None, Natural(optimizer="adam").build(model())) is None
-    assert recording.obstacle(cuda, 2, attack, round_) == "2 processes average their gradients in them"
-    own = recording.obstacle(cuda, 1, lambda x, _: x, round_)
-    assert own == "the attack is a function, none of those in afd.attacks"
+    cuda, step = torch.device("cuda"), AFD().build(model())
+    assert recording.obstacle(cuda, 1, step) is None
+    assert recording.obstacle(cuda, 1, Natural(optimizer="adam").build(model())) is None
+    assert recording.obstacle(cuda, 2, step) == "2 processes average their gradients in them"
+    own = AFD(attack=GivenAttack(lambda _model: lambda x, _y: x)).build(model())
+    assert recording.obstacle(cuda, 1, own) == "the attack is a function, none of those in afd.attacks"
     adagrad = Natural(optimizers={"task": torch.optim.Adagrad}).build(model())
-    assert recording.obstacle(cuda, 1, None, adagrad) == (
+    assert recording.obstacle(cuda, 1, adagrad) == (
         "the optimizer 'task' is a Adagrad; those that can be recorded are SGD, Adam, AdamW"
     )
 
@@ -213,29 +213,25 @@ def test_what_a_graph_writes_to_is_kept(tapes):
     trained.fit(batches(), batches())
     recorded = [one for one in trained.plays._known.values() if one is not None]
     assert recorded
-    pairs = recorded[0].kept[0].args[0]._joining.pairs  # of the attack that it plays
+    (attack,) = trained.step.attacks
+    pairs = attack._joining.pairs
     assert pairs
-    assert all(set(pairs.values()) <= set(one.kept[1]) for one in recorded)
+    assert all(set(pairs.values()) <= set(one.kept[1][0]) for one in recorded)
 
 
 def test_weights_that_move_make_a_new_recording(tapes):
     net = model()
-    round_ = Natural().build(net)
-    played = recording.Recordings(net, round_, CPU)
+    played = recording.Recordings(net, Natural().build(net), CPU)
     x, y = torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
-
-    def play(x, y, _seed):
-        return round_(x, y, x_adv=x)
-
     for _ in range(4):
-        played(play, None, x, y, 0)
+        played(x, y, seed=0)
     assert [one.replays for one in tapes] == [3]
     net.classifier.weight.data = net.classifier.weight.data.clone()
     for _ in range(2):
-        played(play, None, x, y, 0)
+        played(x, y, seed=0)
     assert [one.replays for one in tapes] == [3, 1]
     for rows in (1, 2, 3) * 3:
-        played(play, None, x[:rows], y[:rows], 0)
+        played(x[:rows], y[:rows], seed=0)
     assert sum(one is not None for one in played._known.values()) <= KEPT
 
 
@@ -255,9 +251,13 @@ def test_attacks_do_not_record_where_rounds_are_recorded(tapes, tape, monkeypatc
 def trained_with(steps_later):
     """Weights after four epochs, the training attack's steps changed by a callback after two of them."""
     torch.manual_seed(5)
-    attacks = []
-    trained = trainer("joint", epochs=4, attack=lambda network: attacks.append(PGD_2(network)) or attacks[-1])
-    trained.callbacks = [lambda report: setattr(attacks[0], "steps", steps_later) if report.epoch == 2 else None]
+    trained = trainer("joint", epochs=4)
+
+    def change(report):
+        (attack,) = trained.step.attacks
+        attack.steps = steps_later if report.epoch >= 2 else 2
+
+    trained.callbacks = [change]
     trained.fit(batches(), batches())
     return trained.network.state_dict()
 
@@ -341,16 +341,12 @@ def test_a_replayed_round_never_waits_for_the_device(case, cuda):
     trained = on_gpu(cuda, case, eps_warmup=0.0)
     trained.fit(batches(cuda), batches(cuda))
     x, y = next(iter(batches(cuda)))
-    attack = None if trained.attack is None else trained.attack(trained.network)
-    if attack is not None:
-        attack.look = False
-    play = lambda x, y, seed: trained._attack_and_step(attack, x, y, seed)  # noqa: E731
     trained.network.train()
     for _ in range(4):
-        trained.plays(play, attack, x, y, 1)
+        trained.plays(x, y, seed=1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            trained.plays(play, attack, x, y, 2)
+            trained.plays(x, y, seed=2)
     finally:
         torch.cuda.set_sync_debug_mode("default")

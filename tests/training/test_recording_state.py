@@ -41,7 +41,7 @@ def tempered_rounds(net, change, rounds=6):
     for number in range(rounds):
         if number == 3:
             change(net, round_)
-        losses.append(float(played(lambda x, y, _seed: round_(x, y, x_adv=x), None, x, y, 0)["task"]))
+        losses.append(float(played(x, y, seed=0)["task"]))
     assert round_.steps == rounds
     return losses
 
@@ -50,7 +50,7 @@ CHANGES = {
     "attribute": lambda net, _: setattr(net, "temperature", 100.0),
     "mode": lambda net, _: net.inner[1].eval(),
     "hook": lambda net, _: net.inner[0].register_forward_hook(lambda _layer, _given, out: out * 0),
-    "optimizer": lambda _, round_: round_.task.param_groups[0].update(momentum=0.0, weight_decay=300.0),
+    "optimizer": lambda _, step: step.optimizers["task"].param_groups[0].update(momentum=0.0, weight_decay=300.0),
 }
 
 
@@ -102,8 +102,7 @@ def test_tensors_that_a_model_replaces_are_followed_also_where_recording_fails(k
                 step_by_step(patch)
             for number, rows in enumerate((6, 6, 6, 3, 6, 6, 3, 3, 6)):
                 x = torch.rand(rows, 1, 6, 6, generator=torch.Generator().manual_seed(number))
-                loss = played(lambda x, y, _seed, r=round_: r(x, y, x_adv=x), None, x, torch.arange(rows) % 3, 0)
-                losses.append(loss["task"])
+                losses.append(played(x, torch.arange(rows) % 3, seed=0)["task"])
         ends.append([torch.stack(losses), net.centre, net.head.weight.detach(), net.calls])
     assert [one.replays for one in tapes] == ([0] if waits else [5, 2])
     assert ends[0][0].isfinite().all()

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from afd.attacks import PGD
+from afd.attacks import PGD, PGDSettings
 from afd.errors import InputError, InputTypeError
 from afd.methods import AFD, Natural
+from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureClassifier
 from afd.ops.spectral import checks
 from afd.training import IntervalReport, Trainer, TrainingError, load_checkpoint
@@ -45,9 +46,12 @@ class Halves:
 def test_learns_a_robust_classifier(schedule):
     trainer = Trainer(
         model(),
-        AFD(schedule=schedule, lr_features=0.1),
-        attack=PGD.partial(eps=0.1, alpha=0.05, steps=4),
-        validation_attack=PGD.partial(eps=0.1, alpha=0.02, steps=10),
+        AFD(
+            schedule=schedule,
+            lr_features=0.1,
+            attack=PGDSettings(eps=0.1, alpha=0.05, steps=4),
+            validation_attack=PGDSettings(eps=0.1, alpha=0.02, steps=10),
+        ),
         epochs=40,
         schedule=lambda _: 1.0,
     )
@@ -123,9 +127,8 @@ def test_stops_when_a_callback_asks_it_to():
 
 
 def test_all_learning_rates_fall_at_the_milestones():
-    trainer = Trainer(
-        model(), AFD(schedule="alternating"), attack=PGD.partial(steps=0), epochs=6, schedule=step((0.5, 5 / 6))
-    )
+    method = AFD(schedule="alternating", attack=PGDSettings(steps=0), validation_attack=None)
+    trainer = Trainer(model(), method, epochs=6, schedule=step((0.5, 5 / 6)))
     rates = [report.learning_rates for report in trainer.fit(Halves(), Halves())]
     for name, first in (("task", 0.1), ("discriminator", 0.1), ("features", 0.5)):
         assert [rate[name] for rate in rates] == pytest.approx([first] * 3 + [first / 10] * 2 + [first / 100])
@@ -142,17 +145,30 @@ def test_every_round_attacks_from_another_start():
 
         return attack
 
-    Trainer(model(), AFD(), attack=recording, epochs=2, seed=10).fit(Halves(), Halves())
+    method = AFD(attack=GivenAttack(recording), validation_attack=None)
+    Trainer(model(), method, epochs=2, seed=10).fit(Halves(), Halves())
     assert seeds == [10, 11, 12, 13]
 
 
 def test_natural_training_attacks_nothing():
-    def forbidden(_model):
-        raise AssertionError("natural training built an attack")
-
-    report = Trainer(model(), Natural(), attack=forbidden).fit(Halves(), Halves())[0]
+    trainer = Trainer(model(), Natural())
+    report = trainer.fit(Halves(), Halves())[0]
+    assert list(trainer.step.attacks) == []
+    assert trainer.judge is None
     assert report.robust is None
     assert report.score == report.natural
+
+
+def test_a_method_brings_its_own_attack_and_the_one_it_is_validated_by():
+    trainer = Trainer(model(), AFD(attack=PGDSettings(norm="L2", eps=0.25, steps=1)), seed=7)
+    trainer.fit(Halves(), Halves())
+    (attack,) = trainer.step.attacks
+    assert (type(attack), attack.norm, attack.eps, attack.steps) == (PGD, "L2", 0.25, 1)
+    judge = trainer.judge
+    assert (type(judge), judge.norm, judge.eps, judge.steps, judge.seed) == (PGD, "L2", 0.25, 20, 7)
+    assert judge.alpha == 2.5 * 0.25 / 20
+    assert trainer.history[0].robust is not None
+    assert Trainer(model()).method == AFD()
 
 
 def test_trains_in_training_mode_after_validation():
@@ -167,13 +183,9 @@ def test_trains_in_training_mode_after_validation():
 class Breaks(Natural):
     """Natural training whose loss stops being finite in round 5."""
 
-    def build(self, *arguments):
-        round_ = super().build(*arguments)
-        step_ = round_.step
-        round_.step = lambda *batch: {
-            "task": step_(*batch)["task"] * (float("inf") if round_.steps == 5 else 1.0), "other": torch.tensor(1.0),
-        }  # fmt: skip
-        return round_
+    def update(self, step, batch):
+        losses = super().update(step, batch)
+        return {"task": losses["task"] * (float("inf") if step.steps == 5 else 1.0), "other": torch.tensor(1.0)}
 
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path):
@@ -193,8 +205,6 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(InputError, match="attack is None; the method AFD trains against one"):
-        Trainer(model(), AFD())
     with pytest.raises(InputError, match="epochs is -1"):
         Trainer(model(), Natural(), epochs=-1)
     for settings, message in [
@@ -211,7 +221,7 @@ def test_wrong_settings_are_named():
         Trainer(model(), Natural()).fit([], Halves())
 
 
-@pytest.mark.parametrize("method", [Natural(), AFD()])
+@pytest.mark.parametrize("method", [Natural(), AFD(attack=PGDSettings(steps=1), validation_attack=None)])
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -230,7 +240,7 @@ def test_wrong_batches_are_named(method, spoil, message):
     loader = Halves()
     spoil(loader)
     with pytest.raises((InputError, InputTypeError), match=message):
-        Trainer(model(), method, attack=PGD.partial(steps=1)).fit(loader, Halves())
+        Trainer(model(), method).fit(loader, Halves())
 
 
 def test_validation_attacks_with_one_attack_which_keeps_what_it_has_recorded():
@@ -240,6 +250,6 @@ def test_validation_attacks_with_one_attack_which_keeps_what_it_has_recorded():
         made.append(PGD(network, eps=0.1, alpha=0.05, steps=1))
         return made[-1]
 
-    trainer = Trainer(model(), Natural(), validation_attack=attack, epochs=3, ema=0.9)
+    trainer = Trainer(model(), Natural(validation_attack=GivenAttack(attack)), epochs=3, ema=0.9)
     assert [report.robust is not None for report in trainer.fit(Halves(), Halves())] == [True] * 3
     assert [one.model for one in made] == [trainer.evaluated]

@@ -7,7 +7,7 @@ import warnings
 import torch
 from torch import nn
 
-from afd.attacks import PGD, ModelWarning
+from afd.attacks import ModelWarning, PGDSettings
 from afd.methods import Natural
 from afd.training import Trainer
 
@@ -27,8 +27,8 @@ class Saturated(nn.Module):
 def test_images_at_which_the_attack_could_not_aim_are_counted_and_told_once_an_epoch():
     torch.manual_seed(0)
     batches = [(torch.rand(8, 16), torch.zeros(8, dtype=torch.int64)) for _ in range(3)]
-    attack = PGD.partial(eps=0.1, steps=2)
-    trainer = Trainer(Saturated(), Natural(lr=0.01), validation_attack=attack, epochs=1)
+    method = Natural(lr=0.01, validation_attack=PGDSettings(eps=0.1, alpha=2 / 255, steps=2))
+    trainer = Trainer(Saturated(), method, epochs=1)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         trainer.fit(batches, batches)

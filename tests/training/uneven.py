@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from afd.attacks import PGD
+from afd.attacks import PGDSettings
 from afd.methods import AFD, Natural
 from afd.training import Trainer, distributed
 
@@ -20,6 +20,7 @@ X = torch.rand(COUNT, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(COUNT) % 3
 DATA = TensorDataset(X, Y)
 MODELS = []
+GAME = AFD(hidden=8, attack=PGDSettings(eps=0.1, alpha=2 / 255, steps=1), validation_attack=None)
 
 
 class Served(list):
@@ -66,7 +67,7 @@ def network():
 
 
 def trainer(method=None, **settings):
-    return Trainer(network(), method or AFD(hidden=8), attack=PGD.partial(eps=0.1, steps=1), **settings)
+    return Trainer(network(), method or GAME, **settings)
 
 
 def fails():
@@ -104,7 +105,7 @@ WRONG = {  # what process 1 has to train and validate on; process 0 has six batc
 def goes_wrong(what):
     group = distributed.join()
     loaders = [make() for make in WRONG[what]] if group.rank == 1 else [Served(6), Served(6)]
-    method = Natural() if what == "not a number" else AFD(hidden=8)
+    method = Natural() if what == "not a number" else GAME
     trainer(method, epochs=2, log_every=2).fit(*loaders)
 
 
@@ -113,7 +114,7 @@ def ends_well(how):
     sys.setswitchinterval(1000.0)  # other threads get the interpreter only where this one waits for something
     distributed.join()
     if how == "several trainers":
-        for method in (AFD(hidden=8), Natural()):
+        for method in (GAME, Natural()):
             trainer(method).fit(sampled(), DataLoader(DATA, 8))
     elif how == "a model in DistributedDataParallel":
         other = DistributedDataParallel(network())
