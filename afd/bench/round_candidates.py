@@ -130,6 +130,6 @@ def built(case: Case, precision: str, schedule: str) -> tuple[FeatureClassifier,
     """A copy of the network, and the step that attacks and trains it."""
     execution = Execution(precision)
     model = execution.prepare(copy.deepcopy(case.model))
-    rates: dict[str, Any] = {"lr": LR, "lr_discriminator": LR, "lr_features": LR}
+    settings: dict[str, Any] = {"lr": LR, "lr_discriminator": LR, "lr_features": LR, "schedule": schedule}
     attack = APGDSettings(eps=case.eps, steps=case.steps)
-    return model, AFD(schedule=schedule, attack=attack, **rates).build(model, execution)
+    return model, AFD(attack=attack, **settings).build(model, execution)

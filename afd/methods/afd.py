@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -37,11 +37,11 @@ class AFD(Optimized):
     """Settings of the game; the defaults are the paper's. `AFD.adam` has those of its Adam variant.
 
     Attributes:
-        loss: "dcgan", "wgan" or "hinge".
-        schedule: "simultaneous" (Algorithm 1) or "alternating" (released code).
-        lr: α, of features and classifier on the cross-entropy.
-        lr_discriminator: β.
-        lr_features: γ, of the features on L_F.
+        loss: of the game between discriminator and features: "dcgan", "wgan" or "hinge".
+        schedule: "simultaneous" (the paper's Algorithm 1) or "alternating" (the authors' released code).
+        lr: learning rate α, of features and classifier on the cross-entropy.
+        lr_discriminator: learning rate β, of the discriminator.
+        lr_features: learning rate γ, of the features against the discriminator.
         weight_decay: on θ and φ.
         optimizers: as in `Optimized`; the players are "task" (θ, φ on L_C), "discriminator" and "features" (θ on L_F).
         label_smoothing: of L_C.
@@ -54,8 +54,8 @@ class AFD(Optimized):
         InputError: unknown loss, schedule or optimizer, or a number out of range.
     """
 
-    loss: str = "wgan"
-    schedule: str = "simultaneous"
+    loss: Literal["dcgan", "wgan", "hinge"] = "wgan"
+    schedule: Literal["simultaneous", "alternating"] = "simultaneous"
     lr_discriminator: float = 0.1
     lr_features: float = 0.5
     discriminator_rounds: int = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ class Optimized(Method):
 
     Attributes:
         lr: learning rate of the model.
-        momentum: of all SGD optimizers.
+        momentum: of every SGD optimizer.
         weight_decay: on the model's weights.
-        optimizer: "sgd" or "adam", of every player.
+        optimizer: of every player: "sgd" or "adam".
         optimizers: the user's own instead, as {player: factory}; the model's is "task".
         label_smoothing: share of the label that is spread over all classes, as in `torch.nn.CrossEntropyLoss`.
         clip: largest norm of each optimizer's gradient; None for any.
@@ -37,7 +37,7 @@ class Optimized(Method):
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    optimizer: str = "sgd"
+    optimizer: Literal["sgd", "adam"] = "sgd"
     optimizers: Mapping[str, OptimizerFactory] = field(default_factory=dict)
     label_smoothing: float = 0.0
     clip: float | None = None

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks import PGD
+from afd.attacks import PGDSettings
 from afd.errors import InputError, InputTypeError
 from afd.methods import AFD, Natural
+from afd.methods.attacking import GivenAttack
 from afd.training import Trainer
 
 X = torch.rand(6, 16, generator=torch.Generator().manual_seed(0))
@@ -26,10 +27,19 @@ def network():
         ({"method": "afd"}, "method is 'afd'; it must be a training method, such as AFD"),
         ({"method": AFD}, "method is the class AFD; it must have settings: AFD"),
         ({"execution": "auto"}, "execution is 'auto'; it must be an afd.methods.Execution"),
-        ({"attack": PGD(network())}, "attack is a PGD that has its model already; give its settings alone"),
-        ({"attack": "pgd"}, "attack is 'pgd'; it must be an attack without its model"),
-        ({"validation_attack": "pgd"}, "validation_attack is 'pgd'; it must be an attack without its model"),
-        ({"validation_attack": lambda _: None}, "validation_attack made a NoneType of the model"),
+        ({"method": AFD(validation_attack="pgd")}, "validation_attack is 'pgd'; allowed are 'pgd-N' for N steps"),
+        (
+            {"method": Natural(validation_attack="pgd-20")},
+            "validation_attack is 'pgd-20', in the ball of the method's attack, which is none",
+        ),
+        (
+            {"method": AFD(attack=GivenAttack(print))},
+            "validation_attack is 'pgd-20', in the ball of the method's attack, which is a GivenAttack",
+        ),
+        (
+            {"method": Natural(validation_attack=GivenAttack(lambda _: None, "validation_attack"))},
+            "validation_attack made a NoneType of the model",
+        ),
         ({"epochs": "3"}, "epochs is '3', a str; it must be a whole number"),
         ({"epochs": 1.5}, "epochs is 1.5, a float; it must be a whole number"),
         ({"ema": "0.9"}, "ema is '0.9', a str; it must be a number"),
@@ -45,7 +55,7 @@ def network():
 )
 def test_a_setting_of_another_kind_is_named(settings, message):
     with pytest.raises((InputTypeError, InputError), match=message):
-        Trainer(**{"model": network(), "method": AFD(lr=0.01), "attack": PGD.partial(steps=1), **settings})
+        Trainer(**{"model": network(), "method": AFD(lr=0.01), **settings})
 
 
 def test_numbers_of_numpy_are_numbers():
@@ -81,12 +91,18 @@ def test_logits_that_are_not_finite_are_named_whatever_the_schedule(schedule):
         def forward(self, x):
             return self.inner(x) * (torch.nan if self.training else 1)
 
-    trainer = Trainer(Broken(), AFD(lr=0.01, schedule=schedule), attack=PGD.partial(steps=1), feature_layer="inner.2")
+    method = AFD(lr=0.01, schedule=schedule, attack=PGDSettings(steps=1), validation_attack=None)
+    trainer = Trainer(Broken(), method, feature_layer="inner.2")
     with pytest.raises(Exception, match="the loss 'task' became nan"):
         trainer.fit(BATCHES, BATCHES)
 
 
 # --- What somebody else's attack returns -----------------------------------------------------------------------------
+
+
+def against(factory):
+    """The game against an attack that is none of afd's."""
+    return AFD(lr=0.01, attack=GivenAttack(factory), validation_attack=None)
 
 
 @pytest.mark.parametrize(
@@ -106,12 +122,18 @@ def test_logits_that_are_not_finite_are_named_whatever_the_schedule(schedule):
 def test_what_an_attack_should_not_return_is_named(returned, message):
     attack = lambda _model: lambda x, _y, **_settings: returned(x)  # noqa: E731
     with pytest.raises((InputError, InputTypeError), match=message):
-        Trainer(network(), AFD(lr=0.01), attack=attack).fit(BATCHES, BATCHES)
+        Trainer(network(), against(attack)).fit(BATCHES, BATCHES)
 
 
 def test_an_attack_that_cannot_be_called_as_attacks_are_is_named():
     with pytest.raises(InputTypeError, match=r"cannot be called as attack\(x, y, seed=..., first_sample=...\)"):
-        Trainer(network(), AFD(lr=0.01), attack=lambda _model: lambda x, _y: x).fit(BATCHES, BATCHES)
+        Trainer(network(), against(lambda _model: lambda x, _y: x)).fit(BATCHES, BATCHES)
+
+
+@pytest.mark.parametrize("made", [None, 3, nn.Linear])
+def test_a_function_that_makes_no_attack_is_named(made):
+    with pytest.raises(InputTypeError, match=r"attack made a \w+ of the model; it must make an attack"):
+        Trainer(network(), against(lambda _model: made)).fit(BATCHES, BATCHES)
 
 
 def test_an_attack_that_writes_to_its_batch_leaves_the_users_as_it_was():
@@ -123,6 +145,6 @@ def test_an_attack_that_writes_to_its_batch_leaves_the_users_as_it_was():
         return attack
 
     x, y = X.clone(), Y.clone()
-    Trainer(network(), AFD(lr=0.01), attack=factory).fit([(x, y)], [(x, y)])
+    Trainer(network(), against(factory)).fit([(x, y)], [(x, y)])
     assert torch.equal(x, X)
     assert torch.equal(y, Y)

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 
 from afd import Trainer
-from afd.attacks import PGD
+from afd.attacks import PGD, PGDSettings
 from afd.errors import AfdError, InputError
 from afd.files import FolderError
 from afd.methods import AFD, Natural
+from afd.methods.attacking import GivenAttack
 from afd.training import CheckpointError, EpochReport, StoppedError, load_checkpoint
 from afd.training.reports import IntervalReport
 
 EPOCHS, BATCHES = 3, 4
+PGD_1 = PGDSettings(eps=0.1, alpha=0.05, steps=1)
 
 
 def batches(count=BATCHES):
@@ -35,7 +37,7 @@ def net():
 
 
 def trainer(folder=None, **settings):
-    defaults = {"epochs": EPOCHS, "log_every": 1, "attack": PGD.partial(eps=0.1, alpha=0.05, steps=1)}
+    defaults = {"epochs": EPOCHS, "log_every": 1, "method": AFD(attack=PGD_1, validation_attack=None)}
     return Trainer(net(), folder=folder, **{**defaults, **settings})
 
 
@@ -188,7 +190,15 @@ def test_another_number_of_batches_is_refused_in_mid_epoch_only():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("ema", 0.9), ("method", Natural()), ("schedule", "cosine"), ("folder", "elsewhere")]
+    ("name", "value"),
+    [
+        ("ema", 0.9),
+        ("method", Natural()),
+        ("schedule", "cosine"),
+        ("folder", "elsewhere"),
+        ("attack", PGD.partial(eps=0.2)),
+        ("validation_attack", PGD.partial(eps=0.2)),
+    ],
 )
 def test_a_setting_that_nobody_would_follow_is_refused(name, value):
     run = trainer(epochs=1)
@@ -256,15 +266,20 @@ def test_epochs_may_grow_on_resume_and_it_is_said(tmp_path, capsys):
 
 
 def test_after_an_attack_that_cannot_be_made_a_resumed_run_is_still_exact(tmp_path, undisturbed):
-    first = trainer(tmp_path)
+    cannot = []
+
+    def attack(model):
+        return cannot.pop() if cannot else PGD(model, **PGD_1)
+
+    method = AFD(attack=GivenAttack(attack), validation_attack=None)
+    first = trainer(tmp_path, method=method)
     first.callbacks = [Once(6, first.stop)]
     first.fit(shuffled(), batches())
     torch.manual_seed(99)
-    run, attack = trainer(tmp_path, resume="auto"), first.attack
-    run.attack = lambda _: None
-    with pytest.raises(AfdError):
+    run = trainer(tmp_path, method=method, resume="auto")
+    cannot.append("no attack")
+    with pytest.raises(AfdError, match="attack made a str of the model"):
         run.fit(shuffled(), batches())
-    run.attack = attack
     run.fit(shuffled(), batches())
     assert same(weights(run), undisturbed)
 
@@ -366,12 +381,16 @@ def test_what_cannot_be_kept_is_refused_by_name_before_training(settings, said, 
     assert list(tmp_path.iterdir()) == []
 
 
+FEW = {"attack": PGD_1, "validation_attack": None}
+NUMPYS = PGDSettings(eps=np.float64(0.1), alpha=np.float32(0.05), steps=np.int64(1), bounds=(np.float32(0), 1))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {"method": AFD(lr=np.float64(0.01), momentum=np.float32(0.9), weight_decay=np.float64(1e-4))},
+        {"method": AFD(lr=np.float64(0.01), momentum=np.float32(0.9), weight_decay=np.float64(1e-4), **FEW)},
         {"epochs": np.int64(3), "seed": np.int32(4), "config": {"lr": np.float64(0.1), "steps": [np.int64(3)]}},
-        {"attack": PGD.partial(eps=np.float64(0.1), alpha=np.float32(0.05), steps=1), "ema": np.float64(0.9)},
+        {"method": AFD(**FEW | {"attack": NUMPYS}), "ema": np.float64(0.9)},
     ],
 )
 def test_numpys_numbers_are_kept_as_numbers(settings, tmp_path):

@@ -36,13 +36,13 @@ class Tempered(nn.Module):
 
 def tempered_rounds(net, change, rounds=6):
     """Plays rounds of natural training, `change` made before the fourth; returns the losses."""
-    round_, x, y = Natural(lr=1e-3).build(split(net)), torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
-    played, losses = recording.Recordings(net, round_, CPU), []
+    step, x, y = Natural(lr=1e-3).build(split(net)), torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
+    played, losses = recording.Recordings(net, step, CPU), []
     for number in range(rounds):
         if number == 3:
-            change(net, round_)
+            change(net, step)
         losses.append(float(played(x, y, seed=0)["task"]))
-    assert round_.steps == rounds
+    assert step.steps == rounds
     return losses
 
 
@@ -94,8 +94,7 @@ def test_tensors_that_a_model_replaces_are_followed_also_where_recording_fails(k
     ends = []
     for recorded in (True, False):
         net = Centred(kind, waits)
-        round_ = Natural(lr=0.1).build(split(net))
-        played, losses = recording.Recordings(net, round_, CPU), []
+        played, losses = recording.Recordings(net, Natural(lr=0.1).build(split(net)), CPU), []
         with warnings.catch_warnings(), monkeypatch.context() as patch:
             warnings.simplefilter("ignore", CaptureWarning)
             if not recorded:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from afd.attacks import APGD, PGD
+from afd.attacks import APGDSettings, PGDSettings
 from afd.cli import main
 from afd.data import Batches, Images
 from afd.data.augment import CropAndFlip
-from afd.methods import AFD, Execution
+from afd.methods import AFD, Execution, Natural
 from afd.nn import FeatureClassifier
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights
 
@@ -57,14 +58,19 @@ def data_loader():
     return DataLoader(Noisy(images().images(), images().labels), batch_size=8, shuffle=True)
 
 
+JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=1)}
+PGD_1, PGD_2 = (PGDSettings(eps=0.1, alpha=0.05, steps=steps) for steps in (1, 2))
+SGD = AFD(attack=PGD_2, **JUDGE)
 CASES = {
-    "sgd": (batches, {"attack": PGD.partial(eps=0.1, alpha=0.05, steps=2)}),
-    "data_loader": (data_loader, {"attack": PGD.partial(eps=0.1, alpha=0.05, steps=2), "ema": 0.9}),
+    "sgd": (batches, {"method": SGD}),
+    "data_loader": (data_loader, {"method": SGD, "ema": 0.9}),
     "adam": (
         batches,
         {
-            "method": AFD.adam(loss="dcgan", penalty=1.0, clip=1.0, discriminator_rounds=2),
-            "attack": APGD.partial(eps=0.1, steps=2),
+            "method": AFD.adam(
+                loss="dcgan", penalty=1.0, clip=1.0, discriminator_rounds=2, attack=APGDSettings(eps=0.1, steps=2),
+                **JUDGE,
+            ),  # fmt: skip
             "schedule": "one-cycle",
             "eps_warmup": 2.0,
             "ema": 0.9,
@@ -73,8 +79,7 @@ CASES = {
     "alternating": (
         data_loader,
         {
-            "method": AFD(schedule="alternating", micro_batches=2, label_smoothing=0.1),
-            "attack": PGD.partial(eps=0.1, alpha=0.05, steps=1),
+            "method": AFD(schedule="alternating", micro_batches=2, label_smoothing=0.1, attack=PGD_1, **JUDGE),
             "schedule": "cosine",
             "execution": Execution("bf16"),
         },
@@ -83,7 +88,7 @@ CASES = {
 
 
 def trainer(case, folder, **settings):
-    defaults = {"epochs": EPOCHS, "validation_attack": PGD.partial(eps=0.05, steps=1), "log_every": 3}
+    defaults = {"epochs": EPOCHS, "log_every": 3}
     return Trainer(model(), folder=folder, **{**defaults, **CASES[case][1], **settings})
 
 
@@ -201,9 +206,17 @@ def test_damaged_checkpoints_only_are_an_error(stopped, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "difference"),
     [
-        ({"method": AFD(lr=0.2)}, "method.lr is 0.1 there and 0.2 here"),
-        ({"attack": PGD.partial(eps=0.2, alpha=0.05, steps=2)}, "attack.eps is 0.1 there and 0.2 here"),
-        ({"attack": APGD.partial(eps=0.1, steps=2)}, "attack.alpha is 0.05 there and not set here; attack.name is PGD"),
+        ({"method": replace(SGD, lr=0.2)}, "run: method.lr is 0.1 there and 0.2 here$"),
+        ({"method": replace(SGD, attack=replace(PGD_2, eps=0.2))}, "run: method.attack.eps is 0.1 there and 0.2 here$"),
+        (
+            {"method": replace(SGD, attack=APGDSettings(eps=0.1, steps=2))},
+            "run: method.attack.alpha is 0.05 there and not set here; .*; method.attack.name is PGDSettings there and APGD",
+        ),
+        ({"method": Natural(**JUDGE)}, "method.name is AFD there and Natural here"),
+        (
+            {"method": replace(SGD, validation_attack=None)},
+            "run: method.validation_attack is .* there and None here; validation_attack is .* there and None here$",
+        ),
         ({"epochs": 2}, "epochs is 3 there and 2 here"),
         ({"schedule": "cosine"}, "schedule is step there and cosine here"),
         ({"ema": 0.9}, "ema is None there and 0.9 here"),
@@ -211,8 +224,7 @@ def test_damaged_checkpoints_only_are_an_error(stopped, tmp_path):
     ],
 )
 def test_another_run_is_refused_by_what_differs(settings, difference, stopped):
-    described = {**CASES["sgd"][1], "epochs": EPOCHS, **settings}
-    other = Trainer(model(), folder=stopped, resume="auto", **described)
+    other = trainer("sgd", stopped, resume="auto", **settings)
     with pytest.raises(CheckpointError, match=difference):
         other.fit(batches(), batches())
 
@@ -306,7 +318,7 @@ def test_signals_finish_the_round_save_and_say_so(number, tmp_path, whole_run):
 def test_another_config_is_refused_by_the_command(whole_run, capsys):
     assert afd(whole_run, "--resume", "auto", "--eps", "0.25", "--clip", "1") == 2
     error = capsys.readouterr().err
-    assert "attack.eps is 0.2 there and 0.25 here; method.clip is None there and 1.0 here" in error
+    assert "method.attack.eps is 0.2 there and 0.25 here; method.clip is None there and 1.0 here" in error
 
 
 def test_the_weights_load_into_the_same_network(whole_run):

@@ -5,14 +5,15 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
-from afd.attacks import APGD, PGD
+from afd.attacks import APGD, PGD, APGDSettings, PGDSettings
 from afd.errors import InputError
-from afd.methods import Natural
+from afd.methods import AFD, AT, Natural
+from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureClassifier
 from afd.training import Trainer
 from afd.training.average import averaged
 from afd.training.schedule import Rates, cosine, one_cycle, schedule_named, step
-from afd.training.warmup import Warmup
+from afd.training.warmup import EpsWarmup
 
 
 def test_step_falls_at_each_milestone():
@@ -44,26 +45,46 @@ def test_a_run_follows_its_schedule_round_by_round():
     seen = []
     model = FeatureClassifier(nn.Flatten(), 4, 2)
     trainer = Trainer(model, Natural(lr=0.4), epochs=2, schedule=lambda progress: 1 - progress)
-    real = trainer.step.step
-    trainer.step.step = lambda *batch: (seen.append(trainer.step.task.param_groups[0]["lr"]), real(*batch))[1]
+    step, real = trainer.step, trainer.step.update
+    step.update = lambda batch: (seen.append(step.optimizers["task"].param_groups[0]["lr"]), real(batch))[1]
     batches = [(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))] * 2
     reports = trainer.fit(batches, batches)
     assert seen == pytest.approx([0.4, 0.3, 0.2, 0.1])
     assert [report.learning_rates["task"] for report in reports] == pytest.approx([0.3, 0.1])
 
 
+@pytest.mark.parametrize("alpha", [0.06, None])
 @pytest.mark.parametrize("eps", [0.3, torch.tensor([0.3, 0.6])])
-def test_the_radius_grows_to_its_own_value(eps):
-    attack = PGD(nn.Flatten(), eps=eps, alpha=0.06)
-    warmup, full = Warmup(attack, rounds=3), attack.eps
+@pytest.mark.parametrize("given", [False, True])
+def test_the_radius_grows_to_its_own_value(given, eps, alpha):
+    """In numbers on the device, which stay where they are; alpha follows, also where it hangs on eps."""
+    settings = PGDSettings(eps=eps, alpha=alpha, steps=5)
+    method = AT(attack=GivenAttack(lambda model: PGD(model, **settings)) if given else settings)
+    step = method.build(FeatureClassifier(nn.Flatten(), 4, 2))
+    warmup = EpsWarmup(method, step, 3, torch.device("cpu"))
+    attack = step.attacks.of(step.method.attack)
+    places = attack.eps.data_ptr(), attack.alpha.data_ptr()
+    length = 0.06 if alpha else torch.as_tensor(eps) / 2
     for played, share in enumerate([1 / 3, 2 / 3, 1, 1]):
-        assert warmup.at(played) is attack
-        torch.testing.assert_close(torch.as_tensor(attack.eps), torch.as_tensor(eps) * share)
-        assert attack.alpha == pytest.approx(0.06 * share)
-    assert attack.eps is full
+        warmup.at(played)
+        assert step.attacks.of(step.method.attack) is attack
+        torch.testing.assert_close(attack.eps, torch.as_tensor(eps) * share, check_dtype=False)
+        torch.testing.assert_close(attack.alpha, torch.as_tensor(length) * share, check_dtype=False)
+    assert torch.equal(attack.eps, torch.as_tensor(eps, dtype=attack.eps.dtype))
+    assert (attack.eps.data_ptr(), attack.alpha.data_ptr()) == places
+
+
+def test_a_run_without_a_warm_up_has_the_numbers_as_they_were_given():
+    attack = PGDSettings(eps=0.3, steps=1)
+    trainer = Trainer(FeatureClassifier(nn.Flatten(), 4, 2), AT(attack=attack, validation_attack=None))
+    batches = [(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))]
+    trainer.fit(batches, batches)
+    assert trainer.step.method.attack is attack
+    assert [one.eps for one in trainer.step.attacks] == [0.3]
 
 
 def test_the_radius_of_a_run_grows():
+    """Somebody else's attack, whose eps is set, and afd's own, whose eps lies on the device, move as far."""
     farthest = []
 
     def recording(model):
@@ -80,16 +101,22 @@ def test_the_radius_of_a_run_grows():
 
         return Recording()
 
-    torch.manual_seed(0)
-    model = FeatureClassifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), 4, 2)
-    batches = [(torch.full((8, 1, 2, 2), 0.5), torch.arange(8) % 2)] * 4
-    Trainer(model, attack=recording, epochs=2, eps_warmup=1.0).fit(batches, batches)
+    weights = []
+    for attack in (GivenAttack(recording), APGDSettings(eps=0.2, steps=1)):
+        torch.manual_seed(0)
+        model = FeatureClassifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), 4, 2)
+        batches = [(torch.full((8, 1, 2, 2), 0.5), torch.arange(8) % 2)] * 4
+        method = AFD(attack=attack, validation_attack=None)
+        Trainer(model, method, epochs=2, eps_warmup=1.0).fit(batches, batches)
+        weights.append(model.classifier.weight.detach())
     assert farthest == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2, 0.2, 0.2], abs=1e-6)
+    torch.testing.assert_close(*weights)
 
 
 def test_what_has_no_radius_is_named():
     batches = [(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))]
-    trainer = Trainer(FeatureClassifier(nn.Flatten(), 4, 2), attack=lambda _: lambda *_, **__: None, eps_warmup=1.0)
+    method = AFD(attack=GivenAttack(lambda _: lambda *_, **__: None), validation_attack=None)
+    trainer = Trainer(FeatureClassifier(nn.Flatten(), 4, 2), method, eps_warmup=1.0)
     with pytest.raises(InputError, match="attack is a function, which has no eps that a warm-up could scale"):
         trainer.fit(batches, batches)
 
