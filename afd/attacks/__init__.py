@@ -12,10 +12,22 @@ from afd.attacks.capture import CaptureWarning
 from afd.attacks.fgsm import FGSM
 from afd.attacks.mim import MIM
 from afd.attacks.pgd import PGD
+from afd.attacks.settings import (
+    ATTACKS,
+    APGDSettings,
+    AttackSettings,
+    FGSMSettings,
+    KeepsAttacks,
+    MIMSettings,
+    PGDSettings,
+    attack_named,
+)
 from afd.attacks.watch import Report
 from afd.errors import ModelWarning
 
 __all__ = ["APGD", "FGSM", "MIM", "PGD", "Attack", "AttackFactory", "CaptureWarning", "ModelWarning", "Report"]
+__all__ += ["ATTACKS", "APGDSettings", "AttackSettings", "FGSMSettings", "MIMSettings", "PGDSettings"]
+__all__ += ["KeepsAttacks", "attack_named"]
 
 
 class Attack(Protocol):

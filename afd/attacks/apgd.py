@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from afd import ops
-from afd.attacks import inputs
+from afd.attacks import engine
 from afd.attacks.apgd_run import Run
-from afd.attacks.apgd_state import Outcome, rows_of
+from afd.attacks.apgd_state import Outcome
 from afd.attacks.apgd_walks import MomentumWalk, SparseWalk, Walk
 from afd.attacks.base import GradientAttack
 from afd.attacks.execution import Running
-from afd.attacks.piece import Piece, take
+from afd.attacks.losses import Value
+from afd.attacks.piece import Piece, rows_of, take
+from afd.attacks.settings import APGDSettings
 from afd.errors import InputError
 
 SHRINKING = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radii in eps, and their shares of the steps
@@ -35,23 +38,15 @@ class APGD(GradientAttack):
     the highest loss, not x.
 
     Args:
-        model: classifier, images -> logits [N, classes].
-        norm: "Linf", "L2" or "L1".
-        eps: radius of the ball, in units of the image; a float >= 0 or one per sample [N].
-        steps: number of steps, >= 0.
-        n_restarts: number of runs, >= 1, each from its own random start.
-        rho: share of steps in which the loss must rise, or the step is halved; in [0, 1]; no matter in L1.
-        eot_iter: evaluations of the model that are averaged at each point, >= 1; for models that draw at random.
-        loss: as in `PGD`. With "dlr-targeted" (APGD-T) each restart runs once for every target class.
-        n_target_classes: the likeliest other classes that "dlr-targeted" aims at, one after the other.
-        early_stop: stop working on a sample once the model is fooled, or at once if it is wrong at x. The same samples
-            are broken, in less time; only the points found for them differ, which are earlier ones of the same runs.
-            Each step waits for the device.
-        seed: of the random starts; the same seed gives the same result.
-        bounds: lowest and highest value of an image.
-        targeted: y is the class to reach, and the loss is descended.
-        running: precision, piece, look and fold, as in `PGD`; a success found in bfloat16, or by folded layers, counts
+        model: classifier, images -> logits [N, classes]; with outputs "features" it also has features_and_logits, as
+            `afd.nn.Split` says.
+        norm, eps, steps, n_restarts, rho, eot_iter, loss, n_target_classes, early_stop, seed, bounds, targeted,
+            outputs, batchnorm: see `afd.attacks.APGDSettings`. A scalar loss is that of each sample.
+        running: precision, piece, look and fold, likewise; a success found in bfloat16, or by folded layers, counts
             only where the model as written confirms it in float32.
+
+    What counts as broken: the model leaves y, or the likeliest class of soft labels, or, where a call gives no y, the
+    class that it sees in x.
 
     The attack returns, for each sample, the last point that fooled the model in the first run that did; else x if the
     model is wrong there; else the point of the highest loss.
@@ -70,46 +65,71 @@ class APGD(GradientAttack):
         n_restarts: int = 1,
         rho: float = 0.75,
         eot_iter: int = 1,
-        loss: str = "ce",
+        loss: str | Value = "ce",
         n_target_classes: int = 9,
         early_stop: bool = False,
         seed: int = 0,
         bounds: tuple[float, float] = (0.0, 1.0),
         targeted: bool = False,
+        outputs: str = "logits",
+        batchnorm: str = "eval",
         **running: Unpack[Running],
     ) -> None:
-        super().__init__(
-            model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=seed,
-            **running,
+        settings = APGDSettings(
+            norm=norm, eps=eps, steps=steps, n_restarts=n_restarts, rho=rho, eot_iter=eot_iter, loss=loss,
+            n_target_classes=n_target_classes, early_stop=early_stop, seed=seed, bounds=bounds, targeted=targeted,
+            outputs=outputs, batchnorm=batchnorm, **running,
         )  # fmt: skip
-        self.n_restarts, self.eot_iter = (
-            inputs.count("n_restarts", n_restarts, 1),
-            inputs.count("eot_iter", eot_iter, 1),
-        )
-        classes = inputs.count("n_target_classes", n_target_classes, 1)
-        self.targets = classes if loss == "dlr-targeted" else 1
-        self.rho, self.early_stop = inputs.number("rho", rho, 0.0), inputs.truth("early_stop", early_stop)
-        if self.rho > 1:
-            raise InputError(f"rho is {rho}; it must be in [0, 1]")
+        super().__init__(model, settings, steps=settings.steps, seed=settings.seed)
+        self.n_restarts, self.eot_iter, self.rho = settings.n_restarts, settings.eot_iter, settings.rho
+        self.targets = settings.n_target_classes if loss == "dlr-targeted" else 1
+        self.early_stop = settings.early_stop
         self.radii = SHRINKING if norm == "L1" else FIXED
+        if outputs == "features":
+            engine.check_offers(self._module, "features_and_logits")
+
+    @property
+    def _shown(self) -> engine.Outputs:
+        """See `GradientAttack`: whether a sample is broken, the logits say."""
+        return engine.features_and_logits if self.outputs == "features" else engine.logits
 
     def _run(self, piece: Piece) -> Tensor:
         x, found = piece.x, Outcome.before(piece.x)
         clean = self._clean(piece)
-        wrong = self._fooled(clean, piece.y)
-        aims = [self._aimed(piece, clean, rank) for rank in range(self.targets)]
+        y = self._class_to_leave(piece.y, clean)
+        wrong = self._fooled(clean, y)
+        aims = [replace(self._aimed(piece, clean, rank), y=y) for rank in range(self.targets)]
         rows = torch.arange(len(x), device=x.device)
         for run in range(self.n_restarts * self.targets):
-            aimed, ball = aims[run % self.targets], self._ball(piece, self.radii[0][0])
-            seed = (piece.seed + run) & (2**63 - 1)
-            start = ops.random_start(x, seed=seed, first_sample=piece.first_sample, **ball)
-            if self.early_stop:
+            aimed, start = aims[run % self.targets], self._start(piece, run)
+            if self._drops:
                 rows = (~(found.broken | wrong)).nonzero().squeeze(1)
                 if not len(rows):
                     break
                 aimed, start = aimed.take(rows), take(start, rows)
             found.note(self._shrink(aimed, start), rows)
         return torch.where(rows_of(wrong & ~found.broken, x), x, found.points())
+
+    @property
+    def _drops(self) -> bool:
+        """Whether samples that are broken are left out."""
+        return self.early_stop and not self._as_one
+
+    def _class_to_leave(self, y: Tensor | None, clean: Tensor) -> Tensor:
+        """Or to reach, if that is what labels are: [N], of labels, soft labels or none, and the clean logits."""
+        if y is not None:
+            return y.argmax(1) if y.is_floating_point() else y
+        if self.targeted:
+            raise InputError("y is None; with targeted=True, APGD needs the classes to reach, [N]")
+        return clean.argmax(1)
+
+    def _start(self, piece: Piece, run: int) -> Tensor:
+        """Where a run begins, like piece.x, in the first of the balls."""
+        ball = self._ball(piece, self.radii[0][0])
+        if piece.start is not None and run < self.targets:
+            return ops.project_(piece.start.clone(), piece.x, **ball)
+        seed = (piece.seed + run) & (2**63 - 1)
+        return ops.random_start(piece.x, seed=seed, first_sample=piece.first_sample, **ball)
 
     def _shrink(self, piece: Piece, x_adv: Tensor) -> Outcome:
         """One run: through the radii, of which only the last breaks a sample."""
@@ -120,7 +140,7 @@ class APGD(GradientAttack):
             x_adv = self._climbed(climb, piece, x_adv, radius, steps)[0]
             ops.project_(x_adv, piece.x, **self._ball(piece, self.radii[stage + 1][0]))
             left -= steps
-        if self.early_stop:
+        if self._drops:
             return self._climb_dropping(piece, x_adv, left)
         climb = functools.partial(self._climb, radius=1.0, steps=left, resumed=len(self.radii) > 1)
         return self._confirmed(piece, Outcome(*self._climbed(climb, piece, x_adv, 1.0, left)))
@@ -178,5 +198,6 @@ class APGD(GradientAttack):
             grad = torch.empty_like(x_adv).copy_(grad)
         return grad, loss.to(x_adv.dtype), self._fooled(logits, piece.y)
 
-    def _fooled(self, logits: Tensor, y: Tensor) -> Tensor:
+    def _fooled(self, logits: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None  # settled before the first run
         return (logits.argmax(1) == y) == self.targeted

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from afd.attacks.piece import take
+from afd.attacks.piece import rows_of, take
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,3 @@ class Outcome:
     def points(self) -> Tensor:
         """For each sample the point that fooled the model, or else that of the highest loss, [N, ...]."""
         return torch.where(rows_of(self.broken, self.x_best), self.x_best_adv, self.x_best)
-
-
-def rows_of(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask [N] in a shape that broadcasts against x."""
-    return mask.view(-1, *([1] * (x.dim() - 1)))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from afd import ops
-from afd.attacks.apgd_state import APGDState, rows_of
-from afd.attacks.piece import take
+from afd.attacks.apgd_state import APGDState
+from afd.attacks.piece import rows_of, take
 
 MOMENTUM = 0.75  # the weight a of the gradient step after the first iteration
 FIRST_SPARSITY, SPARSER, SETTLED = 0.2, 1.5, 0.95

@@ -7,32 +7,38 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from afd.attacks import engine, execution, inputs, watch
+from afd.attacks.batchnorm import Norms
+from afd.attacks.call import Call
 from afd.attacks.capture import CaptureWarning, guard, recordable
 from afd.attacks.joining import Joining
-from afd.attacks.losses import loss_named
+from afd.attacks.losses import loss_of
 from afd.attacks.piece import Piece
 from afd.attacks.python_state import key_of
 from afd.attacks.replay import Climb, Replays
+from afd.attacks.settings import AttackSettings
 from afd.errors import InputTypeError, warn_caller
 from afd.nn.modes import local
 from afd.nn.outputs import saying_once
-from afd.ops import checks
-from afd.ops import settings as op_settings
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # between the logits of a replay and of the model, as a share of the largest
-NO_SETTINGS = {"model", "report", "_replays", "_joining"}
+NO_SETTINGS = {"model", "report", "_replays", "_joining", "_norms", "_scalar"}
 NO_VIEW = ("view size is not compatible", "Cannot view a tensor")  # how torch, and torch.compile, say it
 OUTDATED = (
     "an earlier call of this attack replayed a graph in which the model gave other logits than it did by then, though "
     "no weight, hook, mode or attribute of a module had changed: something outside of it had. Its points are those of "
     "the older model. The graph is dropped"
 )
+
+
+class ScalarLossError(Exception):
+    """A loss of the whole batch was given a part of it."""
 
 
 class GradientAttack(ABC):
@@ -44,66 +50,67 @@ class GradientAttack(ABC):
             whole calls.
 
     Raises:
-        InputTypeError: the model is no module, or a setting of another type.
-        InputError: a setting out of its range.
+        InputTypeError: the model is no module.
+        InputError: the settings ask for features, and the model offers none.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        norm: str,
-        eps: float | Tensor,
-        steps: int,
-        targeted: bool,
-        loss: str,
-        bounds: tuple[float, float],
-        seed: int,
-        precision: str = "fp32",
-        piece: int | None = None,
-        look: bool = True,
-        fold: bool = True,
-    ) -> None:
-        checks.norm(norm)
-        bounds = op_settings.box(bounds)
-        checks.bounds(*bounds)
-        self.piece = execution.check_execution(precision, piece)
+    random_start = True
+
+    def __init__(self, model: nn.Module, settings: AttackSettings, *, steps: int, seed: int = 0) -> None:
         if not isinstance(model, nn.Module):
             raise InputTypeError(
                 f"model is a {type(model).__name__}; it must be a torch.nn.Module, whose mode an attack can set"
             )
-        self.model, self.norm, self.steps = model, norm, inputs.count("steps", steps, 0)
-        self.eps = inputs.size("eps", eps)
-        self.targeted, self.bounds = inputs.truth("targeted", targeted), bounds
-        self.seed, self.precision = inputs.counter("seed", seed), precision
-        self.look, self.fold = inputs.truth("look", look), inputs.truth("fold", fold)
-        self.loss = loss_named(loss, targeted=self.targeted)
+        self.model, self.norm, self.steps = model, settings.norm, steps
+        self.eps, self.bounds, self.targeted = settings.eps, settings.bounds, settings.targeted
+        self.loss, self.outputs = loss_of(settings.loss, targeted=settings.targeted), settings.outputs
+        self.seed, self.precision = seed, settings.precision or "fp32"
+        self.piece, self.look, self.fold = settings.piece, settings.look, settings.fold
+        self.batchnorm = settings.batchnorm
         self.report: watch.Report | None = None
-        self.own_graphs, self._replays, self._joining = True, Replays(), Joining()
+        self.own_graphs, self._replays, self._joining, self._norms = True, Replays(), Joining(), Norms()
         self._channels_last = True  # until the model has shown that it does not take such images
+        self._scalar = False  # until the loss has returned one value for all
+        if self.outputs == "features":
+            engine.check_offers(self._module, "features")
 
     @classmethod
     def partial(cls, **settings: Any) -> Callable[[nn.Module], Self]:
         """The attack with everything settled but its model."""
         return functools.partial(cls, **settings)
 
-    def __call__(self, x: Tensor, y: Tensor, *, seed: int | Tensor | None = None, first_sample: int = 0) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        first_sample: int = 0,
+        target: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """Adversarial images.
 
         Args:
             x: images [N, ...], float32 in `bounds`.
-            y: labels [N] int64; the class to reach if `targeted`.
+            y: labels [N] int64; the class to reach if `targeted`. Or soft labels [N, K], floating and >= 0, for "ce"
+                and a loss of your own (APGD leaves the likeliest of them). Or None, where the loss needs none: with
+                "kl", or where it is given a target.
             seed: overrides the attack's own for this call; as an int64 tensor [] it is read on the device (by a graph
                 that records this call, at each replay).
             first_sample: index of x's first row in the whole data set, so that batches of any size start alike.
+            target: [N, ...], what a loss of your own is called with, y if there is none; with "kl" the clean logits
+                [N, K], which spares their forward.
+            start: images [N, ...] like x to begin from, as they are, instead of x or a random point (APGD projects
+                them, and begins its first run there).
 
         Returns:
             [N, ...] like x, within eps of it and within bounds.
 
         Raises:
             InputError, InputTypeError: an argument is not as described, a setting is not one value per sample of x, a
-                label is not one of the model's classes, the model does not return logits, or what the gradient must go
-                through was made in `torch.inference_mode`.
+                label is not one of the model's classes, the model does not return logits, a loss of your own not what
+                can be differentiated, or what the gradient must go through was made in `torch.inference_mode`.
             ModelError: the model returned NaN, or cannot be differentiated.
 
         Warns:
@@ -112,60 +119,66 @@ class GradientAttack(ABC):
             CaptureWarning: on CUDA, where steps cannot be replayed from a graph, or were and should not have been.
         """
         self.report = None
-        inputs.check_form(x, y)
-        inputs.counter("first_sample", first_sample)
-        for name in ("eps", "alpha"):
-            inputs.check_length(name, getattr(self, name, None), x)
         if seed is None:
             seed = self.seed
         elif not isinstance(seed, Tensor):
             seed = inputs.counter("seed", seed)
+        call = Call(x, y, target, start, seed, first_sample)
+        call.check(self.loss, starts=self.random_start)
+        for name in ("eps", "alpha"):
+            inputs.check_length(name, getattr(self, name, None), x)
         with guard(x.device), torch.inference_mode(False), torch.no_grad():
-            x, y = inputs.outside_inference(x), inputs.outside_inference(y)
-            return self._attacked(x, y, seed, first_sample) if x.numel() else torch.empty_like(x)
+            return self._attacked(call.outside_inference()) if x.numel() else torch.empty_like(x)
 
-    def _attacked(self, x: Tensor, y: Tensor, seed: int | Tensor, first_sample: int) -> Tensor:
+    def _attacked(self, call: Call) -> Tensor:
         """`__call__` outside of inference mode, on a batch that is not empty."""
-        if recordable(x) and self._replays.outdated(wait=False):
+        if recordable(call.x) and self._replays.outdated(wait=False):
             warn_caller(OUTDATED, CaptureWarning)
-        self._replays.paused = not self.own_graphs
-        x_adv = torch.empty_like(x)
-        with engine.evaluating(self.model), saying_once():
-            rows = list(execution.pieces(self._module, x, self.piece, self.precision))
-            trace = self._fill(x_adv, x, y, rows, seed, first_sample)
+        self._replays.paused = not self.own_graphs or self.batchnorm != "eval"
+        x_adv = torch.empty_like(call.x)
+        with self._norms.running(self.model, self.batchnorm), saying_once():
+            trace = self._fill(x_adv, call)
             if trace is not None and self._replays.outdated(wait=True):
                 self._replays.paused = True  # once more, step by step
-                trace = self._fill(x_adv, x, y, rows, seed, first_sample)
+                trace = self._fill(x_adv, call)
         if trace is not None:
             self.report = watch.settle(trace)
         return x_adv
 
-    def _fill(self, x_adv: Tensor, x: Tensor, *given: Any) -> Tensor | None:
-        """`_fill_once`, and again in torch's usual layout for a model that takes no other: one that calls ``view``."""
-        if self._channels_last:
-            drawn = torch.get_rng_state()
-            try:
-                return self._fill_once(x_adv, x, *given)
-            except RuntimeError as error:
-                if not any(text in str(error) for text in NO_VIEW):
-                    raise
-            torch.set_rng_state(drawn)
-            self._channels_last, self._joining = False, Joining(channels_last=False)
-        return self._fill_once(x_adv, x, *given)
+    def _fill(self, x_adv: Tensor, call: Call) -> Tensor | None:
+        """`_fill_once`, and again from the start where the model, or the loss, does not take what it is shown.
 
-    def _fill_once(
-        self, x_adv: Tensor, x: Tensor, y: Tensor, pieces: list[slice], seed: int | Tensor, first_sample: int
-    ) -> Tensor | None:
+        That is torch's usual layout for a model that takes no other, one that calls ``view``; and the whole batch for a
+        loss that is one value for all.
+        """
+        while True:
+            draw_again = execution.draws(call.x.device)
+            try:
+                return self._fill_once(x_adv, call)
+            except RuntimeError as error:
+                if not self._channels_last or not any(text in str(error) for text in NO_VIEW):
+                    raise
+                self._channels_last, self._joining = False, Joining(channels_last=False)
+            except ScalarLossError:
+                self._scalar = True
+            draw_again()
+            self._norms.begin_again()
+
+    def _fill_once(self, x_adv: Tensor, call: Call) -> Tensor | None:
         """Runs the algorithm piece by piece into x_adv; returns what was noted on the way, if anybody looks."""
-        largest_label = inputs.largest_label(x, y, self.bounds) if self.look else -1
+        x = call.x
+        if self._as_one:
+            pieces = [slice(0, len(x))]
+        else:
+            pieces = list(execution.pieces(self._module, x, self.piece, self.precision))
+        largest_label = inputs.largest_label(x, call.y, self.bounds, call.start) if self.look else -1
         trace = watch.new_trace(len(x), x.device) if self.look else None
         self._replays.begin()
-        with self._joining.joined(self._module) if self.fold else nullcontext():
+        self._norms.find(lambda: self._first_outputs(self._laid_out(x)))
+        joins = self.fold and self.batchnorm == "eval"
+        with self._joining.joined(self._module) if joins else nullcontext():
             for rows in pieces:
-                images, labels = self._laid_out(x[rows]), y[rows]
-                first = first_sample + rows.start
-                piece = Piece(images, labels, labels, rows, seed, first, largest_label, trace)
-                x_adv[rows] = self._run(piece)
+                x_adv[rows] = self._run(call.piece(rows, self._laid_out, largest_label, trace))
         return trace
 
     def _laid_out(self, x: Tensor) -> Tensor:
@@ -176,9 +189,28 @@ class GradientAttack(ABC):
         """What computes the model here."""
         return local(self.model)
 
-    def perturb(self, x: Tensor, y: Tensor, *, seed: int | Tensor | None = None, first_sample: int = 0) -> Tensor:
+    @property
+    def _as_one(self) -> bool:
+        """Whether samples hang on one another, so that all of them are attacked together to the end."""
+        return self._scalar or self.batchnorm != "eval"
+
+    @property
+    def _shown(self) -> engine.Outputs:
+        """What of the model the loss, and who looks on, are shown."""
+        return engine.features if self.outputs == "features" else engine.logits
+
+    def perturb(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        first_sample: int = 0,
+        target: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
         """The same as calling the attack."""
-        return self(x, y, seed=seed, first_sample=first_sample)
+        return self(x, y, seed=seed, first_sample=first_sample, target=target, start=start)
 
     @abstractmethod
     def _run(self, piece: Piece) -> Tensor:
@@ -188,35 +220,49 @@ class GradientAttack(ABC):
         """The piece with what the loss is judged by; `clean`: logits of its images, if known; `rank`: of the target."""
         if clean is None and self.look and not self.steps:  # no step will look
             clean = self._clean(piece)
-        return replace(
-            piece,
-            aim=self.loss.aim(lambda: self._clean(piece) if clean is None else clean, piece.y, rank),
-        )
+        given = piece.y
+        if piece.target is not None:
+            given, clean = piece.target, piece.target  # one of them is what this loss is judged by
+        aim = self.loss.aim(lambda: self._clean(piece) if clean is None else clean, given, rank)
+        return replace(piece, aim=aim, target=None, start=None)
 
     def _ball(self, piece: Piece, radius: float = 1.0) -> dict[str, Any]:
         """Where the iterates may lie, in the words of the ops; `radius` counts in eps."""
-        return {"eps": radius * piece.of(self.eps), "bounds": self.bounds, "norm": self.norm}
+        return {"eps": piece.of(self.eps, radius), "bounds": self.bounds, "norm": self.norm}
 
     def _ascent(self, x_adv: Tensor, piece: Piece, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient, losses and logits at x_adv, with the model in the attack's precision."""
+        self._norms.begin_forward()
+        are_logits = self._shown is not engine.features
+        check = piece.check_classes if are_logits else None
         with execution.autocast(self.precision, x_adv.device):
-            grad, losses, logits = engine.loss_gradient(
-                self._module, self.loss.value, x_adv, piece.aim, piece.largest_label
+            grad, losses, outputs = engine.loss_gradient(
+                self._module, self.loss.value, x_adv, piece.aim, check, self._shown
             )
-        if not piece.first_logits:
-            piece.first_logits.append(logits)
-        watch.note(piece, step, logits, losses, grad)
-        return grad, losses, logits
+        if not losses.dim():
+            losses = self._everybodys(losses, piece)
+        if not piece.first_outputs:
+            piece.first_outputs.append(outputs)
+        watch.note(piece, step, outputs, losses, grad, are_logits)
+        return grad, losses, outputs
+
+    def _everybodys(self, loss: Tensor, piece: Piece) -> Tensor:
+        """One loss of the whole batch, as one for each of its samples."""
+        if not piece.whole:
+            raise ScalarLossError
+        self._scalar = True
+        return loss.expand(len(piece.x))
 
     def _as_written(self, x: Tensor) -> Tensor:
         """Logits in full precision, of layers that are not joined: what a success must hold up to."""
-        with self._joining.suspended():
+        self._norms.begin_forward()
+        with self._joining.suspended(), self._norms.untouched():
             return engine.judged(self._module, x)
 
     def _clean(self, piece: Piece) -> Tensor:
         """Logits of the images themselves, as written, looked at like those of a step."""
         logits = self._as_written(piece.x)
-        engine.check_label(piece.largest_label, logits)
+        piece.check_classes(logits)
         watch.note_clean(piece, logits)
         return logits
 
@@ -226,17 +272,25 @@ class GradientAttack(ABC):
             return climb(piece, x_adv)
         tolerance = TOLERANCE if self.precision == "fp32" else TOLERANCE_BF16
         name = (*settings, *self.settings())
-        return self._replays(name, self.model, climb, piece, x_adv, self._first_logits, tolerance, self.memory)
+        return self._replays(name, self.model, climb, piece, x_adv, self._first_outputs, tolerance, self.memory)
 
-    def _first_logits(self, x_adv: Tensor) -> Tensor:
+    def _first_outputs(self, x_adv: Tensor) -> Tensor:
         with execution.autocast(self.precision, x_adv.device):
-            return engine.logits_alone(self._module, x_adv)
+            return engine.logits_alone(self._module, x_adv, self._shown)
 
     def settings(self) -> Iterator[Hashable]:
-        """What a recorded graph holds of the attack: numbers and names, and where per-sample settings lie in memory."""
+        """What a recorded graph holds of the attack: numbers and names, and where what it reads lies in memory.
+
+        Live numbers on the model's device lie there; on another they count as the numbers that they are.
+        """
+        here = next((one.device for one in chain(self.model.parameters(), self.model.buffers())), None)
         for name, value in vars(self).items():
-            if name not in NO_SETTINGS:
-                yield name, key_of(value, tensors=True)
+            if name in NO_SETTINGS:
+                continue
+            if isinstance(value, Tensor) and not value.dim() and value.device != (here or value.device):
+                value = float(value)
+            yield name, key_of(value, tensors=True)
+        yield "loss's own", key_of(self.loss.value, tensors=True)
 
     def memory(self) -> tuple[object, ...]:
         """What a recorded graph writes to that is neither the model's nor its own."""

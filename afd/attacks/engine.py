@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from afd.attacks.losses import Value
+from afd.attacks.losses import Value, wide
 from afd.errors import InputError, InputTypeError, ModelError
 from afd.nn.modes import evaluating
 from afd.nn.outputs import logits_of
+from afd.ops.library import described
 
-__all__ = ["check_label", "evaluating", "judged", "logits_alone", "loss_gradient", "shown"]
+__all__ = ["Outputs", "check_offers", "evaluating", "features", "features_and_logits", "judged", "logits"]
+__all__ += ["logits_alone", "loss_gradient", "shown"]
+
+Outputs = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]  # what a loss is given, and what is looked at
 
 CUT_OFF = (
     "no gradient leads from the model's output to the images: something on the way detaches it, computes without "
@@ -25,52 +30,90 @@ def shown(model: nn.Module, x: Tensor) -> Any:
     return model(x.clone())
 
 
+def logits(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's logits [N, K], twice: see `Outputs`."""
+    found = _logits(model, x)
+    return found, found
+
+
+def features(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """model.features(x) [N, D], twice."""
+    found = _features_of(_explained(lambda model, x: _method(model, "features")(x.clone()), model, x), x)
+    return found, found
+
+
+def features_and_logits(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both of one pass, as `afd.nn.Split` has them: [N, D] and [N, K]."""
+    found = _explained(lambda model, x: _method(model, "features_and_logits")(x.clone()), model, x)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise InputTypeError(f"features_and_logits returned {described(found)}; it must return a pair of tensors")
+    return _features_of(found[0], x), logits_of(found[1], x.shape[0])
+
+
+def check_offers(model: nn.Module, name: str) -> None:
+    """Raises InputError unless a model has a method by which a loss of features can be given what it is of."""
+    if not callable(getattr(model, name, None)):
+        raise InputError(
+            f"outputs is 'features', and the model, a {type(model).__name__}, has no method {name}; afd.nn.Split says "
+            "what it must offer"
+        )
+
+
+def _method(model: nn.Module, name: str) -> Callable[[Tensor], Any]:
+    check_offers(model, name)
+    found: Callable[[Tensor], Any] = getattr(model, name)
+    return found
+
+
 def loss_gradient(
-    model: nn.Module, loss: Value, x: Tensor, aim: Tensor, largest_label: int = -1
+    model: nn.Module,
+    loss: Value,
+    x: Tensor,
+    aim: Any,
+    check: Callable[[Tensor], None] | None = None,
+    outputs: Outputs = logits,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """∇_x Σ loss(model(x), aim) with the losses and logits behind it, all detached.
 
     Args:
         model: classifier; call inside `evaluating`.
-        loss: one value per sample; their sum is differentiated, so that samples do not depend on their batch.
+        loss: one value per sample; their sum is differentiated, so that samples do not depend on their batch. Or one
+            value for all.
         x: images [N, ...], leaf or not; not modified.
         aim: what the loss is judged by, [N, ...].
-        largest_label: known to the host, so that its check needs no synchronisation; -1 for no check.
+        check: is shown the logits before the loss is.
+        outputs: of the model: `logits`, `features` or `features_and_logits`.
 
     Returns:
-        The gradient, of x's shape and dtype; the losses [N]; the logits [N, classes].
+        The gradient, of x's shape and dtype; the losses [N], or the one loss []; the logits [N, classes], or the
+        features [N, D] where nobody asks for logits.
 
     Raises:
-        InputError, InputTypeError: the model's output holds no logits [N, classes], or a label is not one of its
-            classes.
+        InputError, InputTypeError: the model's output holds no logits [N, classes], the loss returned none, or what
+            check raises.
         ModelError: no gradient leads from the output to the images.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = _logits(model, x)
-        check_label(largest_label, logits)
-        losses = loss(logits, aim)
-        if not losses.requires_grad:
-            raise ModelError(CUT_OFF)
+        given, seen = outputs(model, x)
+        if check is not None:
+            check(seen)
+        with torch.autocast(x.device.type, enabled=False):
+            losses = loss(wide(given), aim)
+        _check_losses(losses, given)
         try:
             (grad,) = torch.autograd.grad(losses.sum(), x, allow_unused=True)
         except NotImplementedError as error:  # by a quantised layer, say
             raise ModelError(f"the model cannot be differentiated: {' '.join(str(error).split())}") from error
         if grad is None:
             raise ModelError(CUT_OFF)
-    return grad, losses.detach(), logits.detach()
+    return grad, losses.detach(), seen.detach()
 
 
-def check_label(largest_label: int, logits: Tensor) -> None:
-    """Raises InputError unless logits [N, K] have a class for a label; there is one for -1."""
-    if largest_label >= logits.shape[1]:
-        raise InputError(f"y holds the label {largest_label}; the model has classes 0 ... {logits.shape[1] - 1}")
-
-
-def logits_alone(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's logits [N, classes] at images x, by the very code that `loss_gradient` runs, autograd included."""
+def logits_alone(model: nn.Module, x: Tensor, outputs: Outputs = logits) -> Tensor:
+    """The model's logits [N, classes] (or features) at images x, by the very code that `loss_gradient` runs."""
     with torch.enable_grad():
-        return _logits(model, x.detach().requires_grad_()).detach()
+        return outputs(model, x.detach().requires_grad_())[1].detach()
 
 
 @torch.no_grad()
@@ -89,15 +132,50 @@ def judged(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
-    try:
-        output = shown(model, x)
-    except RuntimeError as error:
-        _explain(error, model, x)
-        raise
-    logits = logits_of(output, x.shape[0])
+    logits = logits_of(_explained(shown, model, x), x.shape[0])
     if logits.device != x.device:
         raise InputError(f"the model returned logits on {logits.device}; they must be on x's device, {x.device}")
     return logits
+
+
+def _explained(run: Callable[[nn.Module, Tensor], Any], model: nn.Module, x: Tensor) -> Any:
+    """run(model, x), with what torch's errors mean."""
+    try:
+        return run(model, x)
+    except RuntimeError as error:
+        _explain(error, model, x)
+        raise
+
+
+def _features_of(output: Any, x: Tensor) -> Tensor:
+    """Features [N, D] of images x, if that is what a model returned."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise InputTypeError(
+            f"the model's features are {described(output)}; they must be a floating-point tensor [N, D]"
+        )
+    if output.dim() != 2 or output.shape[0] != x.shape[0]:
+        raise InputError(f"the model's features have shape {list(output.shape)}; they must be [{x.shape[0]}, D]")
+    return output
+
+
+def _check_losses(losses: Any, outputs: Tensor) -> None:
+    """Raises unless a loss returned what can be differentiated: [N], or [] for all, of outputs [N, ...]."""
+    samples = outputs.shape[0]
+    if not isinstance(losses, Tensor) or not losses.is_floating_point():
+        found = f"a tensor of {losses.dtype}" if isinstance(losses, Tensor) else described(losses)
+        raise InputTypeError(f"loss returned {found}; it must return a floating-point tensor, [{samples}] or []")
+    if losses.shape not in ((samples,), ()):
+        raise InputError(
+            f"loss returned shape {list(losses.shape)}; it must be [{samples}], one for each image, or [], one for all"
+        )
+    if losses.requires_grad:
+        return
+    if outputs.requires_grad:
+        raise InputError(
+            "loss returned a tensor without a gradient: something in it detaches the outputs it is given, or computes "
+            "without autograd"
+        )
+    raise ModelError(CUT_OFF)
 
 
 def _explain(error: RuntimeError, model: nn.Module, x: Tensor) -> None:

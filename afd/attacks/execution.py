@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypedDict
 
@@ -31,17 +31,18 @@ _bytes_per_sample = WeakIdKeyDictionary()  # by model, whatever it equals: by pr
 
 
 class Running(TypedDict, total=False):
-    """The settings that say how an attack runs, never what it computes; `afd.attacks.PGD` describes them."""
+    """The settings that say how an attack runs, never what it computes; `afd.attacks.AttackSettings` describes them."""
 
-    precision: str
+    precision: str | None
     piece: int | None
     look: bool
     fold: bool
 
 
-def check_execution(precision: str, piece: int | None) -> int | None:
+def check_execution(precision: str | None, piece: int | None) -> int | None:
     """The piece; raises InputError or InputTypeError unless both are allowed."""
-    one_of("precision", precision, PRECISIONS)
+    if precision is not None:
+        one_of("precision", precision, PRECISIONS)
     return None if piece is None else count("piece", piece, 1)
 
 
@@ -141,6 +142,20 @@ def _activation_bytes(model: nn.Module, x: Tensor, precision: str) -> int:
                 hook.remove()
         known[kind] = max(1, sum(sizes))
     return known[kind]
+
+
+def draws(device: torch.device) -> Callable[[], None]:
+    """What puts torch's generators, the CPU's and that of a device, back to where they are now."""
+    kept = torch.get_rng_state()
+    on_cuda = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    on_device = torch.cuda.get_rng_state(device) if on_cuda else None
+
+    def put_back() -> None:
+        torch.set_rng_state(kept)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+    return put_back
 
 
 @contextmanager

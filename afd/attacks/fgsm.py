@@ -7,6 +7,7 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from afd.attacks.execution import Running, check_running
+from afd.attacks.losses import Value
 from afd.attacks.pgd import PGD
 
 
@@ -17,12 +18,8 @@ class FGSM(PGD):
 
     Args:
         model: classifier, images -> logits [N, classes].
-        norm: "Linf", "L2" or "L1".
-        eps: length of the step, in units of the image; a float >= 0 or one per sample [N].
-        targeted: y is the class to reach, and the loss is descended.
-        loss: as in `PGD`.
-        bounds: lowest and highest value of an image.
-        running: precision, piece, look and fold, as in `PGD`.
+        norm, eps, targeted, loss, bounds, outputs, batchnorm: see `afd.attacks.FGSMSettings`.
+        running: precision, piece, look and fold; likewise.
 
     Raises:
         InputError: a setting out of its range.
@@ -35,12 +32,14 @@ class FGSM(PGD):
         norm: str = "Linf",
         eps: float | Tensor = 8 / 255,
         targeted: bool = False,
-        loss: str = "ce",
+        loss: str | Value = "ce",
         bounds: tuple[float, float] = (0.0, 1.0),
+        outputs: str = "logits",
+        batchnorm: str = "eval",
         **running: Unpack[Running],
     ) -> None:
         check_running(running)
         super().__init__(
             model, norm=norm, eps=eps, alpha=eps, steps=1, random_start=False, seed=0, targeted=targeted, loss=loss,
-            bounds=bounds, **running,
+            bounds=bounds, outputs=outputs, batchnorm=batchnorm, **running,
         )  # fmt: skip

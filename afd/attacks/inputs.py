@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -20,9 +21,21 @@ def check_form(x: Tensor, y: Tensor) -> None:
         InputTypeError: x is not floating point, or y not int64, or one of them no tensor with memory.
         InputError: shapes or devices disagree, or a transform is at work.
     """
+    check_images(x, y=y)
+    check_classes(x, y)
+
+
+def check_images(x: Tensor, **beside: Tensor | None) -> None:
+    """Checks images, and that what lies beside them is tensors with memory; as `check_form` does.
+
+    Args:
+        x: images.
+        beside: other tensors by their names; None is not there.
+    """
     if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
         raise InputError("an attack cannot be traced or transformed; call it outside of torch.func and torch.jit.trace")
-    for name, tensor in (("x", x), ("y", y)):
+    given = {"x": x, **{name: tensor for name, tensor in beside.items() if tensor is not None}}
+    for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise InputTypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
         if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
@@ -31,34 +44,59 @@ def check_form(x: Tensor, y: Tensor) -> None:
         raise InputError(f"x has shape {list(x.shape)}; it must be images [N, ...], of at least one dimension each")
     if x.dtype not in (torch.float32, torch.float64):
         raise InputTypeError(f"x is {x.dtype}; an attack needs torch.float32 (or float64) images")
+    if any(tensor.is_meta or _is_fake(tensor) for tensor in given.values()):
+        raise InputTypeError(f"{' and '.join(given)} are meta or fake tensors, without values; they must be plain ones")
+
+
+def check_classes(x: Tensor, y: Tensor) -> None:
+    """Raises InputTypeError or InputError unless y is one class for each image of x, on its device."""
     if y.dtype != torch.int64:
         raise InputTypeError(f"y is {y.dtype}; labels must be torch.int64")
     if y.shape != x.shape[:1]:
         raise InputError(f"y has shape {list(y.shape)}; it must be [{x.shape[0]}], one label for each image")
-    if y.device != x.device:
-        raise InputError(f"y is on {y.device}; it must be on x's device, {x.device}")
-    if x.is_meta or _is_fake(x) or _is_fake(y):
-        raise InputTypeError("x and y are meta or fake tensors, without values; they must be plain ones")
+    check_beside("y", y, x)
 
 
-def largest_label(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
-    """The largest of labels y, once the values of x and y are found to be allowed: one wait for the device.
+def check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raises InputError unless a tensor has a row for each image of x, on its device."""
+    if not tensor.dim() or tensor.shape[0] != x.shape[0]:
+        raise InputError(
+            f"{name} has shape {list(tensor.shape)}; it must have a row for each image, [{x.shape[0]}, ...]"
+        )
+    if tensor.device != x.device:
+        raise InputError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
+
+
+def largest_label(x: Tensor, y: Tensor | None, bounds: tuple[float, float], start: Tensor | None = None) -> int:
+    """The largest of labels y, once all values are found to be allowed: one wait for the device.
+
+    Args:
+        x: images [N, ...].
+        y: labels [N], soft labels [N, K], or None; the largest is -1 of what is no classes.
+        bounds: of images.
+        start: where an attack begins, [N, ...]; may lie outside of them.
 
     Raises:
         InputError: values outside bounds or not finite, negative labels.
     """
-    lowest, highest = torch.aminmax(x)  # both NaN if any value is
-    first, last = torch.aminmax(y)
-    low, high, first_label, last_label = torch.stack([lowest.double(), highest.double(), first, last]).tolist()
+    ends = [end for tensor in (x, y, start) if tensor is not None for end in torch.aminmax(tensor)]  # NaN if any is
+    low, high, *others = torch.stack([end.double() for end in ends]).tolist()
     if not (bounds[0] <= low and high <= bounds[1]) and not _at_rounded_bounds(low, high, bounds, x.dtype):
         found = f"[{_told(low, bounds)}, {_told(high, bounds)}]"
         raise InputError(
             f"x has values in {found}; images must be finite and in {list(bounds)} (clamp what rounding has put "
             "outside; normalise inside the model)"
         )
-    if first_label < 0:
-        raise InputError(f"y holds the label {int(first_label)}; labels must be >= 0")
-    return int(last_label)
+    if start is not None and not all(map(math.isfinite, others[-2:])):
+        raise InputError("start holds values that are not finite; it must be finite images like x")
+    if y is None:
+        return -1
+    first, last = others[:2]
+    if y.is_floating_point() and not (first >= 0 and math.isfinite(last)):
+        raise InputError(f"y has values in [{first:g}, {last:g}]; soft labels must be finite and >= 0")
+    if first < 0:
+        raise InputError(f"y holds the label {int(first)}; labels must be >= 0")
+    return -1 if y.is_floating_point() else int(last)
 
 
 def _at_rounded_bounds(low: float, high: float, bounds: tuple[float, float], dtype: torch.dtype) -> bool:
@@ -95,7 +133,7 @@ def outside_inference(tensor: Tensor) -> Tensor:
 
 
 def size(name: str, value: Any) -> float | Tensor:
-    """A radius or step size: a number, or a tensor of one per sample; a tensor of shape [] is a number.
+    """A radius or step size: a number, a live one (a floating-point tensor of shape []), or one per sample.
 
     Raises:
         InputTypeError: it is something else.
@@ -103,16 +141,16 @@ def size(name: str, value: Any) -> float | Tensor:
     """
     if isinstance(value, Tensor) and value.is_meta:
         raise InputTypeError(f"{name} is a meta tensor, without values; it must be a number, or one per sample")
-    if isinstance(value, Tensor) and value.dim():
+    if isinstance(value, Tensor) and (value.dim() or value.is_floating_point()):
         if not value.is_floating_point():
             raise InputTypeError(f"{name} is a tensor of {value.dtype}; it must be floating-point, like the images")
-        if value.dim() != 1:
+        if value.dim() > 1:
             raise InputError(f"{name} has shape {list(value.shape)}; it must be a number, or one per sample, [N]")
-        if not len(value):  # of an empty batch
+        if not value.numel():  # of an empty batch
             return value.detach()
         least, most = (float(extreme) for extreme in value.detach().aminmax())
-        at_least(f"the least of {name}", least, 0.0)
-        at_least(f"the largest of {name}", most, 0.0)
+        at_least(f"the least of {name}" if value.dim() else name, least, 0.0)
+        at_least(f"the largest of {name}" if value.dim() else name, most, 0.0)
         return value.detach()
     if isinstance(value, Tensor | np.ndarray) and not value.ndim:
         value = value.item()
@@ -167,8 +205,8 @@ def truth(name: str, value: Any) -> bool:
 
 
 def check_length(name: str, setting: float | Tensor | None, x: Tensor) -> None:
-    """Raises InputError, or InputTypeError, unless a setting that is a tensor has one value for each image of x."""
-    if not isinstance(setting, Tensor):
+    """Raises InputError, or InputTypeError, unless a setting that is a tensor [N] has one value for each image of x."""
+    if not isinstance(setting, Tensor) or not setting.dim():
         return
     if setting.shape != x.shape[:1]:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,20 +12,27 @@ from torch import Tensor
 
 from afd.errors import InputError, one_of
 
-Value = Callable[[Tensor, Tensor], Tensor]  # (logits [N, K], aim) -> losses [N]
+Value = Callable[[Tensor, Tensor], Tensor]  # (outputs [N, K], aim) -> losses [N], or, one of yours, a scalar []
+JudgedBy = Literal["classes", "labels", "prediction", "target"]
+OUTPUTS = ("logits", "features")
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """-log softmax(logits)[y]."""
-    return F.cross_entropy(_wide(logits), y, reduction="none")
+    """-log softmax(logits)[y]; for soft labels y [N, K], Σ_k y_k (-log softmax(logits)_k)."""
+    return F.cross_entropy(wide(logits), y, reduction="none")
 
 
 def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
     """KL(p || softmax(logits)), p the clean prediction given as log p [N, K]: what TRADES ascends (Zhang et al. 2019).
 
     At the image itself the divergence and its gradient are 0, so an attack must start elsewhere.
+
+    Raises:
+        InputError: the clean prediction is one of other classes.
     """
-    return F.kl_div(_wide(logits).log_softmax(1), clean, reduction="none", log_target=True).sum(1)
+    if clean.shape != logits.shape:
+        raise InputError(f"target has shape {list(clean.shape)}; the model's logits are {list(logits.shape)}")
+    return F.kl_div(wide(logits).log_softmax(1), clean, reduction="none", log_target=True).sum(1)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -34,7 +42,7 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
         InputError: fewer than 2 classes.
     """
     _at_least_classes("margin", 2, logits)
-    logits, own = _wide(logits), y[:, None]
+    logits, own = wide(logits), y[:, None]
     others = logits.scatter(1, own, float("-inf"))
     return others.amax(1) - logits.gather(1, own).squeeze(1)
 
@@ -48,7 +56,7 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
         InputError: fewer than 3 classes.
     """
     _at_least_classes("dlr", 3, logits)
-    largest = _wide(logits).topk(3, dim=1).values
+    largest = wide(logits).topk(3, dim=1).values
     return margin(logits, y) / (largest[:, 0] - largest[:, 2] + 1e-12)
 
 
@@ -65,7 +73,7 @@ def dlr_targeted(logits: Tensor, own_and_target: Tensor) -> Tensor:
         InputError: fewer than 4 classes.
     """
     _at_least_classes("dlr-targeted", 4, logits)
-    logits = _wide(logits)
+    logits = wide(logits)
     largest = logits.topk(4, dim=1).values
     own, target = logits.gather(1, own_and_target).unbind(1)
     return (target - own) / (largest[:, 0] - (largest[:, 2] + largest[:, 3]) / 2 + 1e-12)
@@ -79,9 +87,9 @@ def the_labels(_clean: Callable[[], Tensor], y: Tensor, _rank: int) -> Tensor:
     return y
 
 
-def the_prediction(clean: Callable[[], Tensor], _y: Tensor, _rank: int) -> Tensor:
+def the_prediction(clean: Callable[[], Tensor], _y: Tensor | None, _rank: int) -> Tensor:
     """log softmax of the clean logits, [N, K]."""
-    return _wide(clean()).log_softmax(1)
+    return wide(clean()).log_softmax(1)
 
 
 def a_likely_class(clean: Callable[[], Tensor], y: Tensor, rank: int) -> Tensor:
@@ -90,7 +98,7 @@ def a_likely_class(clean: Callable[[], Tensor], y: Tensor, rank: int) -> Tensor:
     Raises:
         InputError: there are not so many other classes.
     """
-    logits = _wide(clean())
+    logits = wide(clean())
     if rank >= logits.shape[1] - 1:
         raise InputError(
             f"the attack aims at {rank + 1} other classes; the model has {logits.shape[1]}, so n_target_classes is "
@@ -102,17 +110,25 @@ def a_likely_class(clean: Callable[[], Tensor], y: Tensor, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, and what it is judged by: `aim(clean, y, rank)`, clean giving the logits of x where they are needed."""
+    """A loss, and what it is judged by: `aim(clean, y, rank)`, clean giving the logits of x where they are needed.
+
+    Attributes:
+        value: (outputs, aim) -> losses.
+        aim: what it is judged by.
+        judged_by: what a call must give for that: "classes" (y [N]); "labels" (y, or soft labels [N, K]); "prediction"
+            (nothing, or the clean logits as target); or "target" (target, or any y): a loss of somebody's own.
+    """
 
     value: Value
-    aim: Callable[[Callable[[], Tensor], Tensor, int], Tensor]
+    aim: Callable[[Callable[[], Tensor], Any, int], Tensor]
+    judged_by: JudgedBy = "classes"
 
 
 LOSSES = {
-    "ce": Loss(cross_entropy, the_labels),
+    "ce": Loss(cross_entropy, the_labels, "labels"),
     "dlr": Loss(dlr, the_labels),
     "dlr-targeted": Loss(dlr_targeted, a_likely_class),
-    "kl": Loss(kl_divergence, the_prediction),
+    "kl": Loss(kl_divergence, the_prediction, "prediction"),
     "margin": Loss(margin, the_labels),
 }
 TARGETED = ("ce", "margin")  # those that can be descended towards a class
@@ -130,9 +146,25 @@ def loss_named(name: str, *, targeted: bool = False) -> Loss:
     return LOSSES[name]
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Logits in float32, or float64 if they come so."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+def loss_of(loss: str | Value, *, targeted: bool = False) -> Loss:
+    """A loss by name, or somebody's own, a function (outputs, target) -> losses [N] or a scalar [].
+
+    Raises:
+        InputError: as `loss_named`.
+    """
+    return Loss(loss, the_labels, "target") if callable(loss) else loss_named(loss, targeted=targeted)
+
+
+def check_outputs(outputs: str, loss: str | Value) -> None:
+    """Raises InputError unless a loss can be given such outputs of a model."""
+    one_of("outputs", outputs, OUTPUTS)
+    if outputs == "features" and not callable(loss):
+        raise InputError(f"outputs is 'features', and loss is {loss!r}, which is one of logits; give a function")
+
+
+def wide(outputs: Tensor) -> Tensor:
+    """Outputs in float32, or float64 if they come so."""
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def _at_least_classes(loss: str, least: int, logits: Tensor) -> None:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from afd import ops
 from afd.attacks import inputs
-from afd.attacks.base import GradientAttack
 from afd.attacks.execution import Running, check_running
-from afd.attacks.piece import Piece
-from afd.errors import InputError
+from afd.attacks.losses import Value
+from afd.attacks.pgd import PGD
 
 
-class MIM(GradientAttack):
+class MIM(PGD):
     """Steps of steepest ascent along g ← decay * g + ∇ / mean|∇|, from x, inside the ball of radius eps.
 
     The paper divides by the sum of |∇| instead of its mean; the direction of g is the same. Each gradient is divided
@@ -24,15 +23,9 @@ class MIM(GradientAttack):
 
     Args:
         model: classifier, images -> logits [N, classes].
-        norm: "Linf", "L2" or "L1".
-        eps: radius of the ball, in units of the image; a float >= 0 or one per sample [N].
-        alpha: step size, in units of the image; a float >= 0 or one per sample [N].
-        steps: number of steps, >= 0.
-        decay: μ, of the gathered gradient, >= 0.
-        targeted: y is the class to reach, and the loss is descended.
-        loss: as in `PGD`.
-        bounds: lowest and highest value of an image.
-        running: precision, piece, look and fold, as in `PGD`.
+        norm, eps, alpha, steps, decay, targeted, loss, bounds, outputs, batchnorm: see `afd.attacks.MIMSettings`; a
+            step size that is not given is 2/255 here.
+        running: precision, piece, look and fold; likewise.
 
     Raises:
         InputError: a setting out of its range.
@@ -44,35 +37,26 @@ class MIM(GradientAttack):
         *,
         norm: str = "Linf",
         eps: float | Tensor = 8 / 255,
-        alpha: float | Tensor = 2 / 255,
+        alpha: float | Tensor | None = 2 / 255,
         steps: int = 10,
         decay: float = 1.0,
         targeted: bool = False,
-        loss: str = "ce",
+        loss: str | Value = "ce",
         bounds: tuple[float, float] = (0.0, 1.0),
+        outputs: str = "logits",
+        batchnorm: str = "eval",
         **running: Unpack[Running],
     ) -> None:
         check_running(running)
         super().__init__(
-            model, norm=norm, eps=eps, steps=steps, targeted=targeted, loss=loss, bounds=bounds, seed=0,
-            **running,
+            model, norm=norm, eps=eps, alpha=alpha, steps=steps, random_start=False, seed=0, targeted=targeted,
+            loss=loss, bounds=bounds, outputs=outputs, batchnorm=batchnorm, **running,
         )  # fmt: skip
-        if loss == "kl":
-            raise InputError("loss is 'kl', whose gradient at the image itself is 0; it needs a random start")
-        self.alpha, self.decay = inputs.size("alpha", alpha), inputs.number("decay", decay, 0.0)
+        self.decay = inputs.number("decay", decay, 0.0)
 
-    def _run(self, piece: Piece) -> Tensor:
-        (x_adv,) = self._climbed(self._climb, self._aimed(piece), piece.x.clone())
-        return x_adv
-
-    def _climb(self, piece: Piece, x_adv: Tensor) -> tuple[Tensor]:
-        ball, alpha = self._ball(piece), piece.of(-self.alpha if self.targeted else self.alpha)
+    def _directions(self, x_adv: Tensor) -> Callable[[Tensor], Tensor]:
         gathered = torch.zeros_like(x_adv)
-        for step in range(self.steps):
-            grad, _, _ = self._ascent(x_adv, piece, step)
-            gathered.mul_(self.decay).add_(_of_mean_one(grad))
-            ops.pgd_step_(x_adv, piece.x, gathered, alpha=alpha, **ball)
-        return (x_adv,)
+        return lambda grad: gathered.mul_(self.decay).add_(_of_mean_one(grad))
 
 
 def _of_mean_one(grad: Tensor) -> Tensor:

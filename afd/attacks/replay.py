@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,10 +46,7 @@ class Recording:
     @classmethod
     def of(cls, climb: Climb, model: nn.Module, piece: Piece, x_adv: Tensor, memory: Callable[[], object]) -> Recording:
         """Captures `climb`, which runs the model, on copies of its arguments; `memory()` is kept as long."""
-        trace = None if piece.trace is None else piece.trace.clone()
-        piece = replace(
-            piece, x=piece.x.clone(), y=piece.y.clone(), aim=piece.aim.clone(), trace=trace, first_logits=[]
-        )
+        piece = piece.cloned()
         x_adv, graph, restore = x_adv.clone(), Graph(x_adv.device), snapshot(model)
         try:
             with graph.capture():
@@ -59,14 +56,14 @@ class Recording:
         return cls(graph, piece, x_adv, outputs, memory())
 
     def play(self, piece: Piece, x_adv: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """Runs the graph on other arguments of the same shapes; returns its outputs, and the logits at x_adv if any."""
+        """Runs the graph on other arguments of the same shapes; its outputs, and the model's at x_adv if any."""
         with self.graph.turn():
             for held, given in zip(_inputs(self.piece, self.x_adv), _inputs(piece, x_adv), strict=True):
                 held.copy_(given)
             self.graph.replay()
             if piece.trace is not None and self.piece.trace is not None:
                 piece.trace.copy_(self.piece.trace)
-            return tuple(map(torch.clone, self.outputs)), list(map(torch.clone, self.piece.first_logits))
+            return tuple(map(torch.clone, self.outputs)), list(map(torch.clone, self.piece.first_outputs))
 
 
 @dataclass
@@ -121,7 +118,7 @@ class Replays:
             climb: the steps, without host synchronisation.
             piece: what it attacks; rows that are indices, which differ from call to call, are not recorded.
             x_adv: where to start, like piece.x.
-            logits: of the model at a start, by the model's own code as it is now.
+            logits: of the model at a start (or its features), by the model's own code as it is now.
             tolerance: by how much they may differ from a replay's, as a share of a sample's largest, before it is
                 dropped.
             memory: what else the climb writes to.
@@ -130,7 +127,8 @@ class Replays:
             return climb(piece, x_adv)
         state = self._state = self._state or state_of(model)
         forms = tuple((t.shape, t.stride(), t.dtype, t.device) for t in _inputs(piece, x_adv))
-        fixed = (name, flags(), places(model), piece.rows.start, piece.rows.stop, forms)
+        given = tuple(one is None for one in (piece.y, piece.aim, piece.trace))
+        fixed = (name, flags(), places(model), piece.rows.start, piece.rows.stop, forms, given)
         key = (fixed, self._lasting(state))
         known = self._known.get(key)
         if known is None or piece.largest_label > known.largest_label:
@@ -223,4 +221,4 @@ def differ(logits: Tensor, other: Tensor, tolerance: float) -> Tensor:
 
 
 def _inputs(piece: Piece, x_adv: Tensor) -> tuple[Tensor, ...]:
-    return piece.x, piece.y, piece.aim, x_adv, *([] if piece.trace is None else [piece.trace])
+    return *piece.tensors(), x_adv

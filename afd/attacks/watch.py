@@ -61,15 +61,15 @@ def note_clean(piece: Piece, logits: Tensor) -> None:
         first[piece.rows] = torch.where((known == 0) & logits.isnan().any(1), 1, known)
 
 
-def note(piece: Piece, step: int, logits: Tensor, losses: Tensor, grad: Tensor) -> None:
-    """Adds one evaluation of the model on a piece to its trace, if it has one."""
+def note(piece: Piece, step: int, logits: Tensor, losses: Tensor, grad: Tensor, are_logits: bool = True) -> None:
+    """Adds one evaluation of the model on a piece to its trace, if it has one; features serve as well as logits."""
     if piece.trace is None:
         return
     known = piece.trace[:, piece.rows]
     # NaN and infinity reach the largest size, which so tells of both, and of zero
     largest, logit = grad.abs().amax(tuple(range(1, grad.dim()))), logits.abs().amax(1)
     first = torch.where((known[FIRST_NAN] == 0) & logit.isnan(), step + 1, known[FIRST_NAN])
-    likely = known[PROBABILITIES] if step else _like_probabilities(logits)
+    likely = known[PROBABILITIES] if step or not are_logits else _like_probabilities(logits)
     happened = torch.stack(
         [
             torch.ones_like(largest, dtype=torch.bool), largest == 0, largest.isnan(), ~largest.isfinite(),

@@ -16,7 +16,7 @@ from afd.errors import InputError, InputTypeError
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, keep: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Evaluation mode with frozen parameters; the model is as it was found afterwards, also when the body raises.
 
     Modes are set by the modules' own ``train()`` and ``eval()``, which may do more than set a flag (an adapter merges
@@ -26,6 +26,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: any module; one without any in training mode is not told anything.
+        keep: modules in it whose own buffers stay as the body leaves them.
 
     Raises:
         InputTypeError: it is no module.
@@ -43,7 +44,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             if any(mode for _, mode in before):
                 _evaluate(model)
             trainable = [one for one in model.parameters() if _freezable(one)]
-            buffers = Buffers(modules)
+            kept = {id(module) for module in keep}
+            buffers = Buffers([module for module in modules if id(module) not in kept])
             try:
                 for parameter in trainable:
                     parameter.requires_grad_(False)
