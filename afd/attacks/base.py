@@ -290,7 +290,7 @@ class GradientAttack(ABC):
             if isinstance(value, Tensor) and not value.dim() and value.device != (here or value.device):
                 value = float(value)
             yield name, key_of(value, tensors=True)
-        yield "loss's own", key_of(self.loss.value, tensors=True)
+        yield "loss's own", key_of(getattr(self.loss.value, "function", None), tensors=True)
 
     def memory(self) -> tuple[object, ...]:
         """What a recorded graph writes to that is neither the model's nor its own."""
