@@ -251,7 +251,7 @@ class GradientAttack(ABC):
         if not piece.whole:
             raise ScalarLossError
         self._scalar = True
-        return loss.expand(len(piece.x))
+        return loss.repeat(len(piece.x))
 
     def _as_written(self, x: Tensor) -> Tensor:
         """Logits in full precision, of layers that are not joined: what a success must hold up to."""
