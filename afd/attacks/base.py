@@ -152,7 +152,8 @@ class GradientAttack(ABC):
         loss that is one value for all.
         """
         while True:
-            draw_again = execution.draws(call.x.device)
+            undecided = self.loss.judged_by == "target" and not self._scalar
+            draw_again = execution.draws(call.x.device if undecided else torch.device("cpu"))
             try:
                 return self._fill_once(x_adv, call)
             except RuntimeError as error:

@@ -138,7 +138,7 @@ class AttackSettings(ABC):
         return PGDSettings(norm=self.norm, eps=self.eps, bounds=self.bounds, steps=steps, seed=seed)
 
     def resolved(self) -> Self:
-        """The same settings with every default that hangs on another setting, such as alpha, as a number."""
+        """The same settings with what hangs on other settings, such as alpha, as the number that it is now."""
         return self
 
     def keys(self) -> Iterator[str]:
