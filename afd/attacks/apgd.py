@@ -199,4 +199,5 @@ class APGD(GradientAttack):
         return grad, loss.to(x_adv.dtype), self._fooled(logits, piece.y)
 
     def _fooled(self, logits: Tensor, y: Tensor | None) -> Tensor:
+        assert y is not None  # settled before the first run
         return (logits.argmax(1) == y) == self.targeted

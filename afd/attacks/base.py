@@ -93,9 +93,9 @@ class GradientAttack(ABC):
 
         Args:
             x: images [N, ...], float32 in `bounds`.
-            y: labels [N] int64; the class to reach if `targeted`. Or soft labels [N, K], floating and >= 0, for "ce" and
-                a loss of your own (APGD leaves the likeliest of them). Or None, where the loss needs none: with "kl",
-                or where it is given a target.
+            y: labels [N] int64; the class to reach if `targeted`. Or soft labels [N, K], floating and >= 0, for "ce"
+                and a loss of your own (APGD leaves the likeliest of them). Or None, where the loss needs none: with
+                "kl", or where it is given a target.
             seed: overrides the attack's own for this call; as an int64 tensor [] it is read on the device (by a graph
                 that records this call, at each replay).
             first_sample: index of x's first row in the whole data set, so that batches of any size start alike.
@@ -152,7 +152,8 @@ class GradientAttack(ABC):
         loss that is one value for all.
         """
         while True:
-            draw_again = execution.draws(call.x.device)
+            undecided = self.loss.judged_by == "target" and not self._scalar
+            draw_again = execution.draws(call.x.device if undecided else torch.device("cpu"))
             try:
                 return self._fill_once(x_adv, call)
             except RuntimeError as error:
@@ -251,7 +252,7 @@ class GradientAttack(ABC):
         if not piece.whole:
             raise ScalarLossError
         self._scalar = True
-        return loss.expand(len(piece.x))
+        return loss.repeat(len(piece.x))
 
     def _as_written(self, x: Tensor) -> Tensor:
         """Logits in full precision, of layers that are not joined: what a success must hold up to."""
@@ -290,7 +291,7 @@ class GradientAttack(ABC):
             if isinstance(value, Tensor) and not value.dim() and value.device != (here or value.device):
                 value = float(value)
             yield name, key_of(value, tensors=True)
-        yield "loss's own", key_of(self.loss.value, tensors=True)
+        yield "loss's own", key_of(getattr(self.loss.value, "function", None), tensors=True)
 
     def memory(self) -> tuple[object, ...]:
         """What a recorded graph writes to that is neither the model's nor its own."""

@@ -36,11 +36,12 @@ class Call:
             InputTypeError, InputError: an argument is not as described there, or the loss lacks one, or takes none.
         """
         x, y, judged_by = self.x, self.y, loss.judged_by
-        inputs.check_images(x, y=y, target=self.target, start=self.start)
+        beside = {"y": y, "target": self.target, "start": self.start}
+        inputs.check_images(x, **{name: tensor for name, tensor in beside.items() if tensor is not None})
         inputs.counter("first_sample", self.first_sample)
         if y is not None:
-            if y.is_floating_point() and y.dim() == 2 and judged_by != "classes":
-                inputs.check_beside("y", y, x)
+            if y.is_floating_point() and y.dim() == 2 and y.shape[1] and judged_by != "classes":
+                inputs.check_rows("y", y, x)
             else:
                 inputs.check_classes(x, y)
         elif judged_by in ("classes", "labels"):
@@ -57,7 +58,7 @@ class Call:
             )
 
     def _check_target(self, target: Tensor, judged_by: str) -> None:
-        inputs.check_beside("target", target, self.x)
+        inputs.check_rows("target", target, self.x)
         if judged_by in ("classes", "labels"):
             raise InputError("target is given; the loss is judged by y alone (only 'kl' and functions take a target)")
         if judged_by == "prediction" and (target.dim() != 2 or not target.is_floating_point()):

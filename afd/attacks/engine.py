@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from afd.attacks.losses import Value, wide
+from afd.attacks.losses import Value
 from afd.errors import InputError, InputTypeError, ModelError
 from afd.nn.modes import evaluating
 from afd.nn.outputs import logits_of
@@ -98,8 +98,7 @@ def loss_gradient(
         given, seen = outputs(model, x)
         if check is not None:
             check(seen)
-        with torch.autocast(x.device.type, enabled=False):
-            losses = loss(wide(given), aim)
+        losses = loss(given, aim)
         _check_losses(losses, given)
         try:
             (grad,) = torch.autograd.grad(losses.sum(), x, allow_unused=True)

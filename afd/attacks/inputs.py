@@ -25,16 +25,16 @@ def check_form(x: Tensor, y: Tensor) -> None:
     check_classes(x, y)
 
 
-def check_images(x: Tensor, **beside: Tensor | None) -> None:
-    """Checks images, and that what lies beside them is tensors with memory; as `check_form` does.
+def check_images(x: Tensor, **beside: Tensor) -> None:
+    """Checks images, and that what lies beside them is tensors with memory, on their device; as `check_form` does.
 
     Args:
         x: images.
-        beside: other tensors by their names; None is not there.
+        beside: other tensors by their names.
     """
     if torch._C._functorch.peek_interpreter_stack() is not None or torch._C._get_tracing_state() is not None:
         raise InputError("an attack cannot be traced or transformed; call it outside of torch.func and torch.jit.trace")
-    given = {"x": x, **{name: tensor for name, tensor in beside.items() if tensor is not None}}
+    given = {"x": x, **beside}
     for name, tensor in given.items():
         if not isinstance(tensor, Tensor):
             raise InputTypeError(f"{name} is a {type(tensor).__name__}; it must be a torch.Tensor")
@@ -44,27 +44,27 @@ def check_images(x: Tensor, **beside: Tensor | None) -> None:
         raise InputError(f"x has shape {list(x.shape)}; it must be images [N, ...], of at least one dimension each")
     if x.dtype not in (torch.float32, torch.float64):
         raise InputTypeError(f"x is {x.dtype}; an attack needs torch.float32 (or float64) images")
+    for name, tensor in given.items():
+        if tensor.device != x.device:
+            raise InputError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
     if any(tensor.is_meta or _is_fake(tensor) for tensor in given.values()):
         raise InputTypeError(f"{' and '.join(given)} are meta or fake tensors, without values; they must be plain ones")
 
 
 def check_classes(x: Tensor, y: Tensor) -> None:
-    """Raises InputTypeError or InputError unless y is one class for each image of x, on its device."""
+    """Raises InputTypeError or InputError unless y is one class for each image of x."""
     if y.dtype != torch.int64:
         raise InputTypeError(f"y is {y.dtype}; labels must be torch.int64")
     if y.shape != x.shape[:1]:
         raise InputError(f"y has shape {list(y.shape)}; it must be [{x.shape[0]}], one label for each image")
-    check_beside("y", y, x)
 
 
-def check_beside(name: str, tensor: Tensor, x: Tensor) -> None:
-    """Raises InputError unless a tensor has a row for each image of x, on its device."""
+def check_rows(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raises InputError unless a tensor has a row for each image of x."""
     if not tensor.dim() or tensor.shape[0] != x.shape[0]:
         raise InputError(
             f"{name} has shape {list(tensor.shape)}; it must have a row for each image, [{x.shape[0]}, ...]"
         )
-    if tensor.device != x.device:
-        raise InputError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
 
 
 def largest_label(x: Tensor, y: Tensor | None, bounds: tuple[float, float], start: Tensor | None = None) -> int:

@@ -124,6 +124,18 @@ class Loss:
     judged_by: JudgedBy = "classes"
 
 
+@dataclass(frozen=True)
+class Own:
+    """A loss of somebody else's: in whatever precision the model runs, this is given float32, and runs in it."""
+
+    function: Value
+
+    def __call__(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """What the function returns."""
+        with torch.autocast(outputs.device.type, enabled=False):
+            return self.function(wide(outputs), target)
+
+
 LOSSES = {
     "ce": Loss(cross_entropy, the_labels, "labels"),
     "dlr": Loss(dlr, the_labels),
@@ -152,7 +164,7 @@ def loss_of(loss: str | Value, *, targeted: bool = False) -> Loss:
     Raises:
         InputError: as `loss_named`.
     """
-    return Loss(loss, the_labels, "target") if callable(loss) else loss_named(loss, targeted=targeted)
+    return Loss(Own(loss), the_labels, "target") if callable(loss) else loss_named(loss, targeted=targeted)
 
 
 def check_outputs(outputs: str, loss: str | Value) -> None:

@@ -56,7 +56,7 @@ class Recording:
         return cls(graph, piece, x_adv, outputs, memory())
 
     def play(self, piece: Piece, x_adv: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        """Runs the graph on other arguments of the same shapes; returns its outputs, and the model's at x_adv if any."""
+        """Runs the graph on other arguments of the same shapes; its outputs, and the model's at x_adv if any."""
         with self.graph.turn():
             for held, given in zip(_inputs(self.piece, self.x_adv), _inputs(piece, x_adv), strict=True):
                 held.copy_(given)

@@ -130,14 +130,15 @@ class AttackSettings(ABC):
 
     def build(self, model: nn.Module, **changes: Any) -> GradientAttack:
         """The attack on a model; `changes` are settings that take the place of these."""
-        return self._kind()(model, **{**self, **changes})
+        attack: GradientAttack = self._kind()(model, **{**self, **changes})
+        return attack
 
     def pgd(self, steps: int, seed: int = 0) -> PGDSettings:
         """PGD in the same ball, with steps of 2.5 eps / steps (Madry et al. 2018): what validation attacks with."""
         return PGDSettings(norm=self.norm, eps=self.eps, bounds=self.bounds, steps=steps, seed=seed)
 
     def resolved(self) -> Self:
-        """The same settings with every default that hangs on another setting, such as alpha, as a number."""
+        """The same settings with what hangs on other settings, such as alpha, as the number that it is now."""
         return self
 
     def keys(self) -> Iterator[str]:
@@ -245,7 +246,7 @@ class APGDSettings(AttackSettings):
 
     Attributes:
         steps: number of steps, >= 0.
-        n_restarts: number of runs, >= 1, each from its own random start (the first from the call's, if it is given one).
+        n_restarts: number of runs, >= 1, each from its own random start (the first from the call's, if it has one).
         rho: share of steps in which the loss must rise, or the step is halved; in [0, 1]; no matter in L1.
         eot_iter: evaluations of the model that are averaged at each point, >= 1; for models that draw at random.
         n_target_classes: the likeliest other classes that "dlr-targeted" aims at, one after the other.

@@ -43,13 +43,13 @@ def drawn(kind: str, scale: float | None, piece: Piece, ball: dict[str, Any]) ->
         [n, ...] like piece.x.
     """
     x = piece.x
-    draw = {"seed": piece.seed, "first_sample": piece.first_sample}
+    draw: dict[str, Any] = {"seed": piece.seed, "first_sample": piece.first_sample}
     if kind == "uniform":
         return ops.random_start(x, **draw, **ball)
     unit = ops.random_start(torch.zeros_like(x), eps=1.0, bounds=(-1.0, 1.0), norm="Linf", **draw)  # never 0, nor ±1
     if kind == "gaussian":
         # in float64: rounded to float32, it does not show how many elements a loop takes at a time
-        normal = torch.special.erfinv(unit.double()).mul_(math.sqrt(2.0)).to(x.dtype)
+        normal: Tensor = torch.special.erfinv(unit.double()).mul_(math.sqrt(2.0)).to(x.dtype)
         return x + (GAUSSIAN_SCALE if scale is None else scale) * normal
     length = ball["eps"] if scale is None else scale
     moved = x + unit.sign() * (rows_of(length, x) if isinstance(length, Tensor) else length)

@@ -27,6 +27,12 @@ def test_cross_entropy_by_hand():
     torch.testing.assert_close(got, torch.tensor([math.log(4), math.log(2)]))
 
 
+def test_cross_entropy_of_soft_labels_by_hand():
+    got = cross_entropy(torch.tensor([[0.0, math.log(3)], [2.0, 2.0]]), torch.tensor([[0.25, 0.75], [1.0, 0.5]]))
+    expected = torch.tensor([0.25 * math.log(4) + 0.75 * math.log(4 / 3), 1.5 * math.log(2)])
+    torch.testing.assert_close(got, expected)
+
+
 def test_dlr_ignores_shift_and_scale():
     logits, y = torch.randn(20, 7, generator=torch.Generator().manual_seed(0)).double(), torch.arange(20) % 7
     torch.testing.assert_close(dlr(logits * 31 + 5, y), dlr(logits, y))
@@ -91,6 +97,11 @@ def test_too_few_classes_are_named(name, classes, least):
     aim = torch.zeros((2, 2) if name == "dlr-targeted" else 2, dtype=torch.int64)
     with pytest.raises(InputError, match=words):
         loss_named(name).value(torch.zeros(2, classes), aim)
+
+
+def test_a_clean_prediction_of_other_classes_is_named():
+    with pytest.raises(InputError, match=r"target has shape \[2, 1\]; the model's logits are \[2, 4\]"):
+        kl_divergence(torch.zeros(2, 4), torch.zeros(2, 1))
 
 
 def test_dlr_has_no_target():

@@ -51,6 +51,16 @@ def test_flags_are_put_back_also_when_the_body_raises(build):
     assert flags(model) == before
 
 
+def test_buffers_of_modules_that_are_kept_stay_as_the_body_leaves_them():
+    model = network()
+    model.register_buffer("count", torch.zeros(()))
+    with evaluating(model, keep=[model[1]]):
+        model[1].running_mean.fill_(7)
+        model.count.fill_(7)
+    assert (model[1].running_mean == 7).all()
+    assert model.count == 0
+
+
 class Adapter(nn.Linear):
     """Adds its factors to its weight in evaluation mode, and takes them out in training mode."""
 
