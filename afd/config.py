@@ -340,7 +340,7 @@ def ball_of(attack: Any) -> TestConfig | None:
     """The ball of an attack's settings, if it has one."""
     if not isinstance(attack, AttackSettings):
         return None
-    return TestConfig(attack.norm, float(attack.eps))  # type: ignore[arg-type]
+    return TestConfig(attack.norm, float(attack.eps))
 
 
 def _stated(plain: Mapping[str, Any]) -> dict[str, Any]:

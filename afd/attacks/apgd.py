@@ -19,7 +19,7 @@ from afd.attacks.base import GradientAttack
 from afd.attacks.execution import Running
 from afd.attacks.losses import Value
 from afd.attacks.piece import Piece, rows_of, take
-from afd.attacks.settings import APGDSettings
+from afd.attacks.settings import APGDSettings, BatchNormMode, LossName, Norm, OutputsName
 from afd.errors import InputError
 
 SHRINKING = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))  # radii in eps, and their shares of the steps
@@ -59,20 +59,20 @@ class APGD(GradientAttack):
         self,
         model: nn.Module,
         *,
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float | Tensor = 8 / 255,
         steps: int = 100,
         n_restarts: int = 1,
         rho: float = 0.75,
         eot_iter: int = 1,
-        loss: str | Value = "ce",
+        loss: LossName | Value = "ce",
         n_target_classes: int = 9,
         early_stop: bool = False,
         seed: int = 0,
         bounds: tuple[float, float] = (0.0, 1.0),
         targeted: bool = False,
-        outputs: str = "logits",
-        batchnorm: str = "eval",
+        outputs: OutputsName = "logits",
+        batchnorm: BatchNormMode = "eval",
         **running: Unpack[Running],
     ) -> None:
         settings = APGDSettings(

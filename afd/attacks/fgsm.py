@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from afd.attacks.execution import Running, check_running
 from afd.attacks.losses import Value
 from afd.attacks.pgd import PGD
+from afd.attacks.settings import BatchNormMode, LossName, Norm, OutputsName
 
 
 class FGSM(PGD):
@@ -29,13 +30,13 @@ class FGSM(PGD):
         self,
         model: nn.Module,
         *,
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float | Tensor = 8 / 255,
         targeted: bool = False,
-        loss: str | Value = "ce",
+        loss: LossName | Value = "ce",
         bounds: tuple[float, float] = (0.0, 1.0),
-        outputs: str = "logits",
-        batchnorm: str = "eval",
+        outputs: OutputsName = "logits",
+        batchnorm: BatchNormMode = "eval",
         **running: Unpack[Running],
     ) -> None:
         check_running(running)

@@ -12,6 +12,7 @@ from afd.attacks import inputs
 from afd.attacks.execution import Running, check_running
 from afd.attacks.losses import Value
 from afd.attacks.pgd import PGD
+from afd.attacks.settings import BatchNormMode, LossName, Norm, OutputsName
 
 
 class MIM(PGD):
@@ -35,16 +36,16 @@ class MIM(PGD):
         self,
         model: nn.Module,
         *,
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float | Tensor = 8 / 255,
         alpha: float | Tensor | None = 2 / 255,
         steps: int = 10,
         decay: float = 1.0,
         targeted: bool = False,
-        loss: str | Value = "ce",
+        loss: LossName | Value = "ce",
         bounds: tuple[float, float] = (0.0, 1.0),
-        outputs: str = "logits",
-        batchnorm: str = "eval",
+        outputs: OutputsName = "logits",
+        batchnorm: BatchNormMode = "eval",
         **running: Unpack[Running],
     ) -> None:
         check_running(running)

@@ -13,7 +13,7 @@ from afd.attacks.base import GradientAttack
 from afd.attacks.execution import Running
 from afd.attacks.losses import Value
 from afd.attacks.piece import Piece
-from afd.attacks.settings import PGDSettings, step_size
+from afd.attacks.settings import BatchNormMode, Init, LossName, Norm, OutputsName, PGDSettings, step_size
 
 
 class PGD(GradientAttack):
@@ -40,19 +40,19 @@ class PGD(GradientAttack):
         self,
         model: nn.Module,
         *,
-        norm: str = "Linf",
+        norm: Norm = "Linf",
         eps: float | Tensor = 8 / 255,
         alpha: float | Tensor | None = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
         targeted: bool = False,
-        loss: str | Value = "ce",
+        loss: LossName | Value = "ce",
         bounds: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
-        init: str = "uniform",
+        init: Init = "uniform",
         start_scale: float | None = None,
-        outputs: str = "logits",
-        batchnorm: str = "eval",
+        outputs: OutputsName = "logits",
+        batchnorm: BatchNormMode = "eval",
         **running: Unpack[Running],
     ) -> None:
         settings = PGDSettings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ from afd.ops import settings as op_settings
 
 if TYPE_CHECKING:
     from afd.attacks.base import GradientAttack
+
+
+Norm = Literal["Linf", "L2", "L1"]
+LossName = Literal["ce", "margin", "dlr", "dlr-targeted", "kl"]
+OutputsName = Literal["logits", "features"]
+BatchNormMode = Literal["eval", "train", "batch", "clean"]
+Init = Literal["uniform", "gaussian", "coin-flip"]
 
 
 class Batch(Protocol):
@@ -86,13 +93,13 @@ class AttackSettings(ABC):
         InputError: a setting out of its range.
     """
 
-    norm: str = "Linf"
+    norm: Norm = "Linf"
     eps: float | Tensor = 8 / 255
     targeted: bool = False
-    loss: str | Value = "ce"
-    outputs: str = "logits"
+    loss: LossName | Value = "ce"
+    outputs: OutputsName = "logits"
     bounds: tuple[float, float] = (0.0, 1.0)
-    batchnorm: str = "eval"
+    batchnorm: BatchNormMode = "eval"
     precision: str | None = None
     piece: int | None = None
     look: bool = True
@@ -178,7 +185,7 @@ class PGDSettings(AttackSettings):
     alpha: float | Tensor | None = None
     steps: int = 10
     random_start: bool = True
-    init: str = "uniform"
+    init: Init = "uniform"
     start_scale: float | None = None
     seed: int = 0
 

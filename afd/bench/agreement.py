@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd.attacks import PGD
+from afd.attacks.settings import Norm
 from afd.bench import at_work
 from afd.bench.document import Candidate, Case, Figure
 from afd.bench.models import lenet
@@ -32,7 +33,7 @@ from afd.paths import check_path
 with needed_by("afd bench agreement"):
     from tyro.conf import Suppress
 
-RADII = {"Linf": 0.15, "L2": 1.5, "L1": 8.0}
+RADII: dict[Norm, float] = {"Linf": 0.15, "L2": 1.5, "L1": 8.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ class AgreementBench(Benchmark):
         for norm in RADII:
             yield norm, self.agreement(norm, model, x, y)
 
-    def agreement(self, norm: str, model: nn.Module, x: Tensor, y: Tensor) -> Case:
+    def agreement(self, norm: Norm, model: nn.Module, x: Tensor, y: Tensor) -> Case:
         """Both libraries on the same images."""
         eps = RADII[norm]
         at_work.begin(f"{norm}: both libraries attack {len(x)} images")

@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from afd.attacks.settings import Norm
 from afd.bench import at_work
 from afd.bench.arithmetic import tf32
 from afd.bench.contest import fitting
@@ -32,7 +33,7 @@ from afd.errors import InputError, at_least, count
 from afd.evaluation.subject import from_factory
 from afd.evaluation.target import check_radius
 
-RADII = {  # by channels: the usual ones of MNIST and of CIFAR-10
+RADII: dict[int, dict[Norm, float]] = {  # by channels: the usual ones of MNIST and of CIFAR-10
     1: {"Linf": 0.3, "L2": 2.0, "L1": 10.0},
     3: {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0},
 }
@@ -112,7 +113,7 @@ class AttackBench(Benchmark):
         shape = image_shape(self.model, self.shape)
         return requests(attacks, norms, self.steps, self.radii(norms, shape)), against
 
-    def radii(self, norms: Sequence[str], shape: tuple[int, ...]) -> Mapping[str, float]:
+    def radii(self, norms: Sequence[Norm], shape: tuple[int, ...]) -> Mapping[Norm, float]:
         """By norm, for images of a shape.
 
         Raises:

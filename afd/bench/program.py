@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -140,19 +140,22 @@ def _measured(benchmark: Benchmark, device: torch.device, out: Path, old: Docume
     return document
 
 
-def listed(option: str, text: str, allowed: Iterable[str]) -> list[str]:
+Name = TypeVar("Name", bound=str)
+
+
+def listed(option: str, text: str, allowed: Iterable[Name]) -> list[Name]:
     """The names in a comma-separated option.
 
     Raises:
         InputError: one is not allowed, or there is none.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
-    allowed = list(allowed)
+    known = {str(name): name for name in allowed}
     if not names:
-        raise InputError(f"{option} names nothing; allowed are {', '.join(allowed)}")
+        raise InputError(f"{option} names nothing; allowed are {', '.join(known)}")
     for name in names:
-        one_of(option, name, allowed)
-    return list(dict.fromkeys(names))
+        one_of(option, name, known)
+    return [known[name] for name in dict.fromkeys(names)]
 
 
 def reached(bars: Mapping[str, bool]) -> str:

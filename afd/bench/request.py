@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from afd.attacks import APGD, PGD
+from afd.attacks.settings import Norm
 from afd.errors import AfdError
 
 Run = Callable[[Tensor, Tensor], Tensor]
 ATTACKS = ("pgd", "apgd")
-NORMS = ("Linf", "L2", "L1")
+NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")
 
 
 class NotOfferedError(AfdError):
@@ -32,7 +33,7 @@ class Request:
     """
 
     attack: str
-    norm: str
+    norm: Norm
     eps: float
     alpha: float
     steps: int
@@ -53,7 +54,7 @@ class Request:
             raise NotOfferedError(f"{library} offers no {self.attack.upper()} in {self.norm}")
 
 
-def requests(attacks: Sequence[str], norms: Sequence[str], steps: int, radii: Mapping[str, float]) -> list[Request]:
+def requests(attacks: Sequence[str], norms: Sequence[Norm], steps: int, radii: Mapping[Norm, float]) -> list[Request]:
     """Every attack in every norm; PGD's steps together are 2.5 times as long as the radius (Madry et al. 2018)."""
     return [Request(kind, norm, radii[norm], radii[norm] * 2.5 / steps, steps) for kind in attacks for norm in norms]
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from afd.attacks.settings import Norm
 from afd.errors import InputError
 from afd.evaluation.catalogue import ATTACKS
 from afd.evaluation.epsilon import Epsilon, ascending
@@ -37,7 +38,7 @@ class Stage:
 
     name: str
     attack: str
-    norm: str
+    norm: Norm
     epsilons: tuple[Epsilon, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
     scope: Scope = "survivors"
@@ -93,7 +94,7 @@ class Protocol:
     """
 
     name: str
-    norm: str
+    norm: Norm
     reference: Epsilon
     stages: tuple[Stage, ...]
 

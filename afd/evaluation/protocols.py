@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
+from afd.attacks.settings import Norm
 from afd.errors import InputError, one_of
 from afd.evaluation.epsilon import Epsilon, ascending
 from afd.evaluation.protocol import Protocol, Stage
@@ -41,7 +42,7 @@ FAMILY = {"mnist": "mnist", "cifar10": "cifar", "cifar100": "cifar"}
 PGD_RADIUS, CW_RADIUS = {"mnist": "0.3", "cifar": "8/255"}, "1"  # of table 1
 
 
-def quick(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
+def quick(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
     """PGD-20 and APGD-CE (100 steps), each on every image."""
     stages = (
         Stage("pgd-20", "pgd", norm, tuple(epsilons), {"steps": 20}),
@@ -50,7 +51,7 @@ def quick(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protoco
     return Protocol("quick", norm, reference, stages + probes(norm, reference))
 
 
-def autoattack(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
+def autoattack(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
     """AutoAttack's standard version: APGD-CE and APGD-T on our engine, then FAB-T and Square, each on what is left.
 
     APGD-T needs a model with at least 4 classes.
@@ -68,7 +69,7 @@ def autoattack(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Pr
     return Protocol("autoattack", norm, reference, stages + probes(norm, reference))
 
 
-def autoattack_reference(norm: str, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
+def autoattack_reference(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
     """AutoAttack's standard version, all of it pyautoattack's; it needs a model with at least 10 classes."""
     stages = (Stage("autoattack", "autoattack", norm, tuple(epsilons)),)
     return Protocol("reference", norm, reference, stages + probes(norm, reference))
@@ -105,7 +106,7 @@ def paper(data: str, *, transfer: bool) -> Protocol:
     return Protocol("paper", "Linf", reference, (*stages, *probes("Linf", reference)))
 
 
-def probes(norm: str, reference: Epsilon) -> tuple[Stage, ...]:
+def probes(norm: Norm, reference: Epsilon) -> tuple[Stage, ...]:
     """Attacks whose only purpose is to show masked gradients, on the first images; Square where it is installed."""
     here, far = (reference,), ascending((Fraction(1, 2), Fraction(1)))
     found = [
@@ -124,7 +125,7 @@ def named(
     name: str,
     *,
     data: str,
-    norm: str,
+    norm: Norm,
     epsilons: Sequence[Epsilon] | None,
     trained_at: Epsilon,
     reference: bool = False,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from afd.attacks.settings import Norm
 from afd.errors import InputError, in_levels, one_of
 from afd.evaluation.epsilon import Epsilon
 
@@ -27,7 +28,7 @@ class Target:
     """
 
     model: nn.Module
-    norm: str
+    norm: Norm
     eps: float
     seed: int
     classes: int

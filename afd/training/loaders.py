@@ -9,7 +9,7 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from afd.attacks.inputs import check_batch, check_beside, check_images, largest_label
+from afd.attacks.inputs import check_batch, check_images, check_rows, largest_label
 from afd.data import Batches
 from afd.data.items import images_and_labels
 from afd.errors import AfdError, InputError, InputTypeError
@@ -165,9 +165,9 @@ def _largest(x: Tensor, y: Tensor | None, num_classes: int | None, *, soft: bool
     """The largest label of a batch, -1 of one without labels, or with soft ones [N, K] where these are allowed."""
     if y is not None and not (soft and y.dim() == 2 and y.is_floating_point()):
         return check_batch(x, y, BOUNDS)
-    check_images(x, y=y)
+    check_images(x, **({} if y is None else {"y": y}))
     if y is not None:
-        check_beside("y", y, x)
+        check_rows("y", y, x)
         if num_classes is not None and y.shape[1] != num_classes:
             raise InputError(f"y has shape {list(y.shape)}; soft labels of this model are [{len(x)}, {num_classes}]")
     return largest_label(x, y, BOUNDS)
