@@ -18,7 +18,7 @@ from afd.attacks.settings import AttackSettings, attack_named
 from afd.errors import InputError, at_least, count, in_a_line, in_levels
 from afd.extras import needed_by
 from afd.methods import Method
-from afd.methods.registry import classes_of, described, made
+from afd.methods.registry import classes_of, described, made, options
 from afd.paths import check_path, check_target
 
 with needed_by("afd.config"):
@@ -133,7 +133,7 @@ class TrainConfig(RunConfig):
         """
         preset = PRESETS[self.data.name]
         method = method_for(self.data.name) if self.method is None else self.method
-        test = ball_of(method.attack) or self.test
+        test = ball_of(method) or self.test
         if test.eps is None:
             test = dataclasses.replace(test, eps=radius(self.data.name, test.norm))
         config = dataclasses.replace(
@@ -315,7 +315,9 @@ def method_for(
     method = made({"name": name, **settings})
     own = method.attack
     if own is None:
-        return method
+        own_ball = "eps" in {one.name for one in dataclasses.fields(core)}
+        radii = {"eps": radius(data, norm or "Linf") if eps is None else eps} if own_ball else {}
+        return made({"name": name, **settings, **radii})
     kind = type(own) if attack is None else attack_named(attack)
     norm = own.norm if norm is None else norm
     other_ball = norm != own.norm or PRESETS[data].eps != own.eps
@@ -336,11 +338,13 @@ def _attack_in(kind: type[AttackSettings], own: AttackSettings, norm: str, eps: 
     return kind(**changes) if other else dataclasses.replace(own, **changes)
 
 
-def ball_of(attack: Any) -> TestConfig | None:
-    """The ball of an attack's settings, if it has one."""
-    if not isinstance(attack, AttackSettings):
-        return None
-    return TestConfig(attack.norm, float(attack.eps))
+def ball_of(method: Method) -> TestConfig | None:
+    """The ball of a method's attack, or of a method that attacks by itself, if there is one."""
+    attack = method.attack
+    if isinstance(attack, AttackSettings):
+        return TestConfig(attack.norm, float(attack.eps))
+    own = {one.name: value for one, value in options(method) if one.name in ("norm", "eps")}
+    return TestConfig(**own) if "eps" in own else None
 
 
 def _stated(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from afd import deprecated
 from afd.attacks.settings import ATTACKS, AttackSettings
-from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, method_for
+from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of, method_for
 from afd.errors import InputError
 from afd.methods import METHODS, WRAPPERS, Method
 from afd.methods.registry import attack_of, classes_of, described, known, made, options
@@ -130,7 +130,7 @@ def _kind(base: TrainConfig) -> type[Any]:
     ]
     if isinstance(attack, AttackSettings):
         groups.append(_group("attack", list(_attack_options(method, attack))))
-    else:
+    elif ball_of(method) is None:
         groups.append(("test", TestConfig, _default(base.test)))
     hints = get_type_hints(RunConfig, include_extras=True)
     run = [(one.name, hints[one.name], getattr(base, one.name)) for one in dataclasses.fields(RunConfig)]
@@ -208,13 +208,14 @@ def _option(name: str) -> str:
 
 
 def attributes(kind: type[Any]) -> dict[str, str]:
-    """What the docstrings of a dataclass and its bases say of its fields, under "Attributes:"."""
+    """What the docstrings of a dataclass and its bases say first of its fields, under "Attributes:"."""
     found: dict[str, str] = {}
     for one in reversed(kind.__mro__):
         section = re.search(r"Attributes:\n((?:[ ]{8}.*\n|\s*\n)+)", f"{one.__doc__ or ''}\n")
         for entry in re.finditer(r"^ {8}(\w+): ((?:.*)(?:\n {10,}.*)*)", section[1] if section else "", re.MULTILINE):
             text = " ".join(entry[2].split())
-            found[entry[1]] = f"{text[:1].upper()}{text[1:]}"
+            sentence = re.split(r"\. (?=[A-Z])", text)[0].rstrip(".")
+            found[entry[1]] = f"{sentence[:1].upper()}{sentence[1:]}."
     return found
 
 

@@ -47,11 +47,11 @@ def test_the_library_trains_and_attacks_with_torch_and_numpy_alone(tmp_path):
 
         images = Images(torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 4, 255.0, 4, "mine")
         model = nn.build_model("convnet", (1, 8, 8), 4, 2)
-        pgd = attacks.PGD.partial(eps=0.1, alpha=0.05, steps=2)
+        game = methods.AFD(attack=attacks.PGDSettings(eps=0.1, alpha=0.05, steps=2), validation_attack="pgd-1")
         folder = sys.argv[1]
-        trainer = Trainer(model, methods.AFD(), attack=pgd, folder=folder, callbacks=[json_lines(folder + "/l.jsonl")])
+        trainer = Trainer(model, game, folder=folder, callbacks=[json_lines(folder + "/l.jsonl")])
         trainer.fit(Batches(images, 20, shuffle=True), Batches(images, 20))
-        Trainer(model, methods.AFD(), attack=pgd, folder=folder, resume=folder + "/last.pt").fit(
+        Trainer(model, game, folder=folder, resume=folder + "/last.pt").fit(
             Batches(images, 20, shuffle=True), Batches(images, 20))
         save_weights(folder + "/model.pt", model)
         load_weights(folder + "/model.pt", model)

@@ -68,7 +68,7 @@ def spread(outputs, target):
 
 @dataclass(frozen=True, kw_only=True)
 class Steady(Supervised):
-    """Features of attacked images stay near those of clean ones, and apart from the batch's mean; nobody needs labels."""
+    """Features of attacked images stay near those of clean ones, and all apart from each other; nobody needs labels."""
 
     attack: PGDSettings = PGDSettings(eps=0.1, steps=3, loss=spread, outputs="features", init="gaussian")  # noqa: RUF009
     labels = False

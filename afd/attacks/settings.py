@@ -60,23 +60,25 @@ class AttackSettings(ABC):
     """What every gradient attack can be told; ``PGD(model, **PGDSettings(eps=0.1))`` gives an attack all of it.
 
     Attributes:
-        norm: "Linf", "L2" or "L1".
-        eps: radius of the ball, in units of the image: a number >= 0; one per sample, a tensor [N]; or a live number, a
-            floating-point tensor []. A live number on the images' device is read there at each call (by a recorded
-            graph at each replay), so that filling it changes the attack, without a wait and without another recording;
-            its value is checked once, when it is set. On another device it counts as the number that it is at a call.
+        norm: of the ball: "Linf", "L2" or "L1".
+        eps: radius of the ball, in units of the image, >= 0. Either a number; or one per sample, a tensor [N]; or a
+            live number, a floating-point tensor []. A live number on the images' device is read there at each call (by
+            a recorded graph at each replay), so that filling it changes the attack, without a wait and without another
+            recording; its value is checked once, when it is set. On another device it counts as the number that it is
+            at a call.
         targeted: y is the class to reach, and the loss is descended.
-        loss: "ce"; "margin"; or, untargeted, "dlr", "dlr-targeted" (at the likeliest other class) or "kl" (TRADES: from
-            the clean prediction); or a function (outputs, target) -> losses [N], which are summed, or one loss [] of
-            the whole batch. For such a scalar the batch is never split (`piece`), and no sample is left out early.
-            outputs come in float32 or wider; target is what the call is given as such, or y. What else a function
-            reads, a recorded graph does not see change.
+        loss: that is ascended: "ce"; "margin"; or, untargeted, "dlr", "dlr-targeted" (at the likeliest other class) or
+            "kl" (TRADES: from the clean prediction). Or a function (outputs, target) -> losses [N], which are summed,
+            or one loss [] of the whole batch. For such a scalar the batch is never split (`piece`), and no sample is
+            left out early. outputs come in float32 or wider; target is what the call is given as such, or y. What else
+            a function reads, a recorded graph does not see change.
         outputs: what a loss of your own is given: "logits", or "features", model.features(x) [N, D].
         bounds: lowest and highest value of an image.
-        batchnorm: what BatchNorm layers do during the attack (`afd.attacks.batchnorm`): "eval" (running statistics);
-            "train" (those of the batch at hand, by which the running ones are updated); "batch" (likewise, but not
-            updated); "clean" (those of the clean batch). All but "eval" attack the batch in one piece, layer by layer
-            and without CUDA graphs of the attack's own, whatever `piece`, `fold` and `early_stop` say.
+        batchnorm: what BatchNorm layers normalise by during the attack: "eval", their running statistics; "train",
+            those of the batch at hand, by which the running ones are updated; "batch", likewise but not updated;
+            "clean", those of the clean batch. See `afd.attacks.batchnorm`. All but "eval" attack the batch in one
+            piece, layer by layer and without CUDA graphs of the attack's own, whatever `piece`, `fold` and
+            `early_stop` say.
         precision: "fp32", "bf16" (the model runs in bfloat16, everything else in float32), or "auto" (bfloat16 where
             the device multiplies it in hardware). None: that of the training passes where a training method attacks,
             and "fp32" elsewhere.
@@ -172,13 +174,15 @@ class PGDSettings(AttackSettings):
     """What `afd.attacks.PGD` can be told, beside `AttackSettings`.
 
     Attributes:
-        alpha: step size, in units of the image; of the same kinds as eps. None is 2.5 * eps / max(steps, 1).
+        alpha: step size, in units of the image; None is 2.5 * eps / max(steps, 1). Of the same kinds as eps.
         steps: number of steps, >= 0.
-        random_start: start at a random point instead of at x, where a call is not given a start.
-        init: that point, drawn anew from seed, sample and element, equal for any split of the batch: "uniform" in the
-            ball; "gaussian", x + start_scale * N(0, 1), not projected before the first step (the released code of
-            TRADES and MART); or "coin-flip", each element of x moved by start_scale up or down, projected (GAT).
-        start_scale: of the last two, in units of the image, >= 0; None is 0.001 for "gaussian", eps for "coin-flip".
+        random_start: start at a random point instead of at x. A call may be given its start.
+        init: the random point: "uniform" in the ball; "gaussian", x + start_scale * N(0, 1), not projected before the
+            first step (the released code of TRADES and MART); or "coin-flip", each element of x moved by start_scale up
+            or down, projected (GAT). Drawn from seed, sample and element, so that it is equal for any split of the
+            batch.
+        start_scale: of a start that is not uniform, in units of the image, >= 0; None is 0.001 for "gaussian", eps for
+            "coin-flip".
         seed: of the random start; the same seed gives the same result.
     """
 

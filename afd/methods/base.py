@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from afd.attacks.inputs import outside_inference
+from afd.attacks.settings import PGDSettings
 from afd.methods.attacking import Attacks, judge_of
 from afd.methods.execution import Execution, Wrap, explained, isolated
 from afd.nn import Split
@@ -123,7 +124,9 @@ class Method(ABC):
         Raises:
             InputError: it is a PGD in the ball of an attack that has none.
         """
-        return judge_of(self.validation_attack, self.attack, seed)
+        own = getattr(self, "eps", None)  # of a method that attacks by itself
+        ball = PGDSettings(eps=own) if self.attack is None and own is not None else self.attack
+        return judge_of(self.validation_attack, ball, seed)
 
 
 class Step(ABC):

@@ -40,7 +40,12 @@ def classes_of(name: str) -> list[type[Any]]:
     found = [_class(core, METHODS, Method, "method")]
     if issubclass(found[0], Wrapper):
         raise InputError(f"method is {name!r}, but {core} is a wrapper around a method; write at+{core}")
-    return found + [_class(one, WRAPPERS, Wrapper, "wrapper") for one in around]
+    found += [_class(one, WRAPPERS, Wrapper, "wrapper") for one in around]
+    names = [field.name for kind in found for field in fields(kind) if field.name != "method"]
+    for own in names:
+        if names.count(own) > 1:
+            raise InputError(f"method is {name!r}, of which two have a setting {own!r}; put them together in Python")
+    return found
 
 
 def spelled(method: Method) -> str:

@@ -237,7 +237,7 @@ class AT(Supervised):
     """Adversarial training (Madry et al. 2018): SGD on CE(C(F(x')), y), x' found by PGD; defaults for CIFAR-10.
 
     Attributes:
-        weight_decay: 5e-4 as in Rice et al. (2020), who show that it decides much of the robust accuracy.
+        weight_decay: on the model's weights; 5e-4 as in Rice et al. (2020): it decides much of the robust accuracy.
     """
 
     weight_decay: float = 5e-4

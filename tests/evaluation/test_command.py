@@ -11,7 +11,7 @@ import torch
 
 import afd.nn
 from afd.cli import main
-from afd.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
+from afd.config import DataConfig, ModelConfig, TrainConfig, method_for
 from afd.evaluation import protocols
 from afd.evaluation import results as files
 from afd.training.checkpoint import save_checkpoint
@@ -20,10 +20,12 @@ QUICK = ("--images", "60", "--batch-size", "40")
 
 
 def checkpoint(path, model, method="afd", width=8, data="digits"):
-    config = TrainConfig(DataConfig(data), ModelConfig("convnet", width), method=MethodConfig(method)).settled()
+    made = method_for(data, method)
+    config = TrainConfig(data=DataConfig(data), model=ModelConfig("convnet", width), method=made).settled()
     discriminator = afd.nn.ProjectionDiscriminator(model.num_features, model.num_classes)
     players = {"discriminator": discriminator.state_dict()} if method == "afd" else {}
-    save_checkpoint(path, {"model": model.state_dict(), "players": players}, {"config": config.as_json()})
+    metadata = {"method": method, "config": config.as_json()}
+    save_checkpoint(path, {"model": model.state_dict(), "players": players}, metadata)
     return str(path)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import afd.nn
 from afd import evaluate as command
-from afd.attacks import PGD
+from afd.attacks import PGDSettings
 from afd.cli import main
 from afd.data import Images
 from afd.errors import AfdError
@@ -67,7 +67,8 @@ def lenet():
     return LeNet()
 
 
-GAME = {"lr": 0.05, "lr_discriminator": 0.01, "lr_features": 0.01}
+PGD_1 = {"attack": PGDSettings(eps=0.05, alpha=0.05, steps=1), "validation_attack": None}
+GAME = {"lr": 0.05, "lr_discriminator": 0.01, "lr_features": 0.01, **PGD_1}
 # name: (data, model, method, further settings of the trainer, whether the checkpoint names its network)
 CASES = {
     "natural": ("digits", small, Natural(lr=0.05), {}, True),
@@ -118,11 +119,8 @@ def mine(tmp_path, monkeypatch):
 
 def trained(case, folder):
     data, build, method, settings, _ = CASES[case]
-    attack = PGD.partial(eps=0.05, alpha=0.05, steps=1)
-    trainer = Trainer(
-        build(), method, attack=attack if method.uses_attack else None, epochs=2, folder=folder,
-        execution=Execution(channels_last="lenet" not in case), **settings,
-    )  # fmt: skip
+    execution = Execution(channels_last="lenet" not in case)
+    trainer = Trainer(build(), method, epochs=2, folder=folder, execution=execution, **settings)
     trainer.fit(batches(some(data)), batches(some(data)))
     return trainer
 

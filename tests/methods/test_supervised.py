@@ -213,14 +213,20 @@ def test_a_method_may_ask_for_no_labels():
 # --- What is done once for all methods --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [AT(lr=0.05, attack=PGDSettings(eps=0.1, steps=2, fold=False)), Replays(), wrapped(1)])
+@pytest.mark.parametrize(
+    "method", [AT(lr=0.05, attack=PGDSettings(eps=0.1, steps=2, fold=False)), Replays(), wrapped(1)]
+)
 def test_micro_batches_gather_the_gradients_of_the_batch(method):
     ends, found = [], []
     for count in (1, 3):
         model = network(norm=False)
         core = method.core
         smaller = type(core)(**{**vars(core), "micro_batches": count})
-        whole = smaller if method is core else type(method)(smaller, **{k: v for k, v in vars(method).items() if k != "method"})
+        whole = (
+            smaller
+            if method is core
+            else type(method)(smaller, **{k: v for k, v in vars(method).items() if k != "method"})
+        )
         step = whole.build(model)
         for x, y in batches(3):
             losses = step(x, y)

@@ -191,7 +191,9 @@ def test_what_stands_against_recording_is_told_and_training_goes_on():
     with pytest.warns(CaptureWarning, match="rounds are played without a CUDA graph, because the model is on cpu, and"):
         (report,) = trained.fit(batches(), batches())
     assert report.round == BATCHES
-    assert trained.step.optimizers["task"].param_groups[0]["lr"] == pytest.approx(0.01)  # a number, as without the graph
+    assert trained.step.optimizers["task"].param_groups[0]["lr"] == pytest.approx(
+        0.01
+    )  # a number, as without the graph
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Trainer(model(), Natural()).fit(batches(), batches())

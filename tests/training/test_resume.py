@@ -68,7 +68,11 @@ CASES = {
         batches,
         {
             "method": AFD.adam(
-                loss="dcgan", penalty=1.0, clip=1.0, discriminator_rounds=2, attack=APGDSettings(eps=0.1, steps=2),
+                loss="dcgan",
+                penalty=1.0,
+                clip=1.0,
+                discriminator_rounds=2,
+                attack=APGDSettings(eps=0.1, steps=2),
                 **JUDGE,
             ),  # fmt: skip
             "schedule": "one-cycle",
@@ -214,8 +218,8 @@ def test_damaged_checkpoints_only_are_an_error(stopped, tmp_path):
         ),
         ({"method": Natural(**JUDGE)}, "method.name is AFD there and Natural here"),
         (
-            {"method": replace(SGD, validation_attack=None)},
-            "run: method.validation_attack is .* there and None here; validation_attack is .* there and None here$",
+            {"method": replace(SGD, validation_attack=PGDSettings(eps=0.06, alpha=2 / 255, steps=1))},
+            "run: method.validation_attack.eps is 0.05 there and 0.06 here; ",
         ),
         ({"epochs": 2}, "epochs is 3 there and 2 here"),
         ({"schedule": "cosine"}, "schedule is step there and cosine here"),

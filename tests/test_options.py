@@ -1,0 +1,309 @@
+"""The command line of `afd train`: methods and attacks as their dataclasses say, files of runs, older spellings."""
+
+import dataclasses
+import math
+import sys
+import tomllib
+import warnings
+
+import pytest
+import toy_methods
+from hypothesis import given
+from hypothesis import strategies as st
+
+from afd import methods
+from afd.attacks import APGDSettings, FGSMSettings, MIMSettings, PGDSettings
+from afd.cli import main
+from afd.config import PRESETS, TestConfig, TrainConfig, method_for
+from afd.deprecated import OldSpellingWarning
+from afd.errors import InputError
+from afd.methods import AFD, AT, METHODS, WRAPPERS, Natural
+from afd.methods.registry import described, made, spelled
+from afd.options import method_in, train_config
+
+DIGITS = PGDSettings(eps=0.2)
+
+
+def asked(text):
+    """The run that words describe, as nobody has said anything else of it."""
+    return train_config(text.split(), "Train.")
+
+
+@pytest.mark.parametrize(
+    ("words", "method", "data"),
+    [
+        ("", AFD(attack=DIGITS), "digits"),
+        ("at", AT(attack=DIGITS), "digits"),
+        ("natural", Natural(), "digits"),
+        ("at --data mnist", AT(attack=PGDSettings(eps=0.3)), "mnist"),
+        ("--data mnist at", AT(attack=PGDSettings(eps=0.3)), "mnist"),
+        ("--data=mnist at --lr 1/20", AT(lr=0.05, attack=PGDSettings(eps=0.3)), "mnist"),
+        ("--eps 0.3 --loss dcgan", AFD(loss="dcgan", attack=PGDSettings(eps=0.3)), "digits"),
+        ("--data cifar10 --schedule alternating", AFD(schedule="alternating"), "cifar10"),
+        ("at --data cifar100", AT(), "cifar100"),
+        ("at --eps 4/255 --data cifar10", AT(attack=PGDSettings(eps=4 / 255)), "cifar10"),
+        ("at --norm L2 --data cifar10", AT(attack=PGDSettings(norm="L2", eps=0.5)), "cifar10"),
+        ("--norm L1 --data mnist", AFD(attack=PGDSettings(norm="L1", eps=10.0)), "mnist"),
+        ("at --norm L2 --eps 1", AT(attack=PGDSettings(norm="L2", eps=1.0)), "digits"),
+        ("at --attack apgd", AT(attack=APGDSettings(eps=0.2, steps=10)), "digits"),
+        ("at --attack apgd --attack-steps 7 --attack-loss dlr", AT(attack=APGDSettings(eps=0.2, steps=7, loss="dlr")), "digits"),
+        ("at --attack fgsm", AT(attack=FGSMSettings(eps=0.2)), "digits"),
+        ("at --attack mim --attack-decay 0.5", AT(attack=MIMSettings(eps=0.2, decay=0.5)), "digits"),
+        ("at --attack-batchnorm train --no-attack-random-start", AT(attack=PGDSettings(eps=0.2, batchnorm="train", random_start=False)), "digits"),
+        ("at --attack-init gaussian --attack-start-scale 1/1000", AT(attack=PGDSettings(eps=0.2, init="gaussian", start_scale=0.001)), "digits"),
+        ("at --attack_steps 3 --micro_batches 2", AT(micro_batches=2, attack=PGDSettings(eps=0.2, steps=3)), "digits"),
+        ("--optimizer adam", AFD.adam(attack=DIGITS), "digits"),
+        ("at --optimizer adam --lr 1e-3", AT(optimizer="adam", lr=1e-3, attack=DIGITS), "digits"),
+        ("at --eval-steps 50", AT(attack=DIGITS, validation_attack="pgd-50"), "digits"),
+        ("--out at", AFD(attack=DIGITS), "digits"),
+        ("at --out natural", AT(attack=DIGITS), "digits"),
+        ("--compile at", AT(attack=DIGITS), "digits"),
+        ("--no-normalize natural --limit 7", Natural(), "digits"),
+        ("--milestones 0.5 0.8 at", AT(attack=DIGITS), "digits"),
+    ],
+)  # fmt: skip
+def test_what_words_mean(words, method, data):
+    config = asked(words)
+    assert config.method == method
+    assert config.data.name == data
+    assert config.settled().method == method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_of_a_method_and_its_attack_has_a_help_line_and_its_own_name(name, capsys):
+    for attack in ("pgd", "apgd", "fgsm", "mim") if METHODS[name]().attack is not None else (None,):
+        with pytest.raises(SystemExit) as shown:
+            main(["train", name, "--help", *([] if attack is None else ["--attack", attack])])
+        assert not shown.value.code
+        text = capsys.readouterr().out
+        rows = [row.strip("│ ") for row in text.splitlines()]
+        places = [i for i, row in enumerate(rows) if row.startswith("--") and row[2].isalpha()]
+        names = [rows[i].split()[0] for i in places]
+        assert len(names) == len(set(names))
+        for first, end in zip(places, [*places[1:], len(rows)], strict=True):
+            assert len(" ".join(rows[first:end]).split()) > 4, rows[first]
+        assert "--eps" in names
+        assert "--norm" in names
+        assert ("--attack-steps" in names) == (attack not in (None, "fgsm"))
+        assert ("--alpha" in names) == (attack in ("pgd", "mim"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("trades2", "method is 'trades2'; allowed are natural, at, afd and somebody's own as package.module:Class"),
+        ("at+awp2", "wrapper is 'awp2'; allowed are"),
+        ("--method trades2", "method is 'trades2'"),
+        ("at natural", "two methods are named, at and natural"),
+        ("no_such_module:Method", "method is 'no_such_module:Method', which cannot be imported"),
+        ("toy_methods:Nothing", "has no attribute 'Nothing'"),
+        ("toy_methods:spread", "must be a class of afd.methods.Method"),
+        ("toy_methods:Perturbed", "toy_methods:Perturbed is a wrapper around a method"),
+        ("at --loss dcgan", "--loss"),
+        ("natural --beta 3", "--beta"),
+        ("at --attack cw", "invalid choice 'cw' for argument '--attack'"),
+        ("at --attack apgd --alpha 0.1", "--alpha"),
+        ("at --norm L7", "--norm"),
+        ("at --norm L2", "eps is missing; no radius is usual for digits in L2"),
+        ("at --eps -1", "eps is -1"),
+        ("at --eps 2", "did you mean 2/255?"),
+        ("at --alpha -1", "alpha is -1"),
+        ("at --attack-steps -1", "attack-steps is -1"),
+        ("at --attack-start-scale -1", "attack-start-scale is -1"),
+        ("at+toy_methods:Perturbed+toy_methods:Perturbed", "of which two have a setting 'gamma'"),
+        ("at --lr 0", "lr is 0"),
+        ("at --config nowhere.toml", "config is nowhere.toml; there is no such file"),
+    ],
+)
+def test_a_mistake_is_one_line(words, message, capsys):
+    assert main(["train", *words.split()]) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.splitlines()[-1].startswith("afd: error: ")
+
+
+# --- A method costs its class and a line ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The toys, as if each had its line in the registry; nothing else knows of them."""
+    for name, kind in (("replays", toy_methods.Replays), ("steady", toy_methods.Steady)):
+        monkeypatch.setitem(METHODS, name, kind)
+    monkeypatch.setitem(WRAPPERS, "perturbed", toy_methods.Perturbed)
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ("replays --replays 2", toy_methods.Replays(eps=0.2, replays=2)),
+        ("at+perturbed --gamma 0.1 --lr 0.2", toy_methods.Perturbed(AT(lr=0.2, attack=DIGITS), gamma=0.1)),
+        ("replays+perturbed", toy_methods.Perturbed(toy_methods.Replays(eps=0.2))),
+        ("replays --eps 0.3 --data mnist", toy_methods.Replays(eps=0.3)),
+        ("toy_methods:Replays --replays 2", toy_methods.Replays(eps=0.2, replays=2)),
+        ("--method toy_methods:Replays --replays 2", toy_methods.Replays(eps=0.2, replays=2)),
+        ("at+toy_methods:Perturbed", toy_methods.Perturbed(AT(attack=DIGITS))),
+    ],
+)
+def test_a_new_method_is_on_the_command_line(words, method, registered, recwarn):
+    config = asked(words)
+    assert config.method == method
+    assert TrainConfig.from_json(config.as_json()).method == method
+    assert not [one for one in recwarn if issubclass(one.category, DeprecationWarning)]
+
+
+def test_a_new_method_is_trained_and_measured_by_its_name(registered, tmp_path, capsys):
+    out = tmp_path / "run"
+    few = [
+        "--epochs",
+        "1",
+        "--limit",
+        "40",
+        "--width",
+        "2",
+        "--batch-size",
+        "20",
+        "--replays",
+        "2",
+        "--attack-steps",
+        "1",
+        "--eval-steps",
+        "1",
+    ]
+    assert main(["train", "replays+perturbed", *few[:-4], "--out", str(out)]) == 0
+    assert "replays+perturbed" in capsys.readouterr().out
+    text = (out / "run.toml").read_text()
+    assert 'name = "replays+perturbed"' in text
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert main(["evaluate", str(out), "--protocol", "quick", "--images", "10", "--out", str(tmp_path / "e")]) == 0
+
+
+def test_names_of_methods_are_read_and_written(registered):
+    for name in ("natural", "at", "afd", "replays", "at+perturbed", "toy_methods:Own"):
+        if ":" not in name:
+            assert spelled(made({"name": name})) == name
+    assert spelled(toy_methods.Perturbed(AT())) == "at+perturbed"
+
+
+def test_somebodys_own_class_is_named_by_its_place():
+    assert spelled(toy_methods.Replays()) == "toy_methods:Replays"
+    assert spelled(toy_methods.Perturbed(Natural())) == "natural+toy_methods:Perturbed"
+    assert described(toy_methods.Replays(replays=5))["replays"] == 5
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ({"name": "at", "beta": 3}, "the method at has no setting 'beta'"),
+        ({"name": "at", "attack": {"name": "pgd", "rho": 1}}, "PGDSettings has no setting 'rho'"),
+        ({"name": "at", "attack": {"name": "cw"}}, "attack is 'cw'"),
+        ({"lr": 0.1}, "the method's name is None"),
+    ],
+)
+def test_a_description_of_nothing_is_named(description, message):
+    with pytest.raises(InputError, match=message):
+        made(description)
+
+
+# --- Runs as files ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from(["natural", "at", "afd", "at+toy_methods:Perturbed"]),
+    st.sampled_from(list(PRESETS)),
+    st.sampled_from(["pgd", "apgd", "fgsm", "mim"]),
+    st.floats(1e-4, 0.49),
+    st.floats(1e-9, 10.0),
+    st.integers(0, 2**61),
+)
+def test_a_run_is_the_same_when_it_is_read_again(name, data, attack, eps, lr, seed):
+    method = made(described(method_for(data, name, attack=attack, eps=eps)) | {"lr": lr})
+    config = TrainConfig(data=dataclasses.replace(TrainConfig().data, name=data), method=method, seed=seed)
+    for one in (config, config.settled()):
+        read = TrainConfig.from_json(tomllib.loads(one.as_toml()))
+        assert read.settled() == config.settled()
+
+
+def test_a_file_may_say_fractions_and_little(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        'epochs = 3\n[data]\nname = "mnist"\n[method]\nname = "at"\nlr = "1/20"\nattack = {eps = "76.5/255", steps = 4}\n'
+    )
+    config = TrainConfig.read(file)
+    assert config.method == AT(lr=0.05, attack=PGDSettings(eps=0.3, steps=4))
+    assert (config.epochs, config.data.name) == (3, "mnist")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("epochs = [", "cannot be read"),
+        ("epocs = 3", "has no setting 'epocs'"),
+        ("[data]\nnome = 1", "data has no setting 'nome'"),
+        ('[method]\nname = "at"\nbeta = 1', "has no setting 'beta'"),
+        ('[method]\nname = "nonsense"', "method is 'nonsense'"),
+        ('[method]\nname = "at"\nattack = {name = "pgd", rho = 1}', "has no setting 'rho'"),
+    ],
+)
+def test_a_file_of_nothing_is_one_line(text, message, tmp_path, capsys):
+    (tmp_path / "run.toml").write_text(text)
+    assert main(["train", "--config", str(tmp_path / "run.toml")]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert message in told[-1]
+    assert told[-1].startswith(f"afd: error: config is {tmp_path / 'run.toml'}")
+
+
+def test_options_change_what_a_file_says(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(asked("at --data mnist --eps 0.1 --attack-steps 3 --epochs 4 --lr 0.02").settled().as_toml())
+    changed = asked(f"--config {file} --epochs 5 --attack-steps 6")
+    assert (changed.epochs, changed.method) == (5, AT(lr=0.02, attack=PGDSettings(eps=0.1, steps=6)))
+    other = asked(f"--config {file} --attack apgd")
+    assert other.method == AT(lr=0.02, attack=APGDSettings(eps=0.1, steps=3))
+    assert asked(f"natural --config {file}").method == Natural()
+    assert asked(f"--config {file} --eps 0.2").settled().test == TestConfig("Linf", 0.2)
+
+
+# --- Older spellings --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("--method natural", "natural"),
+        ("--method=natural --epochs 3", "natural --epochs 3"),
+        ("--method afd --loss dcgan --eps 0.3", "afd --loss dcgan --eps 0.3"),
+        ("--epochs 3 --method natural", "natural --epochs 3"),
+        ("--method natural --loss dcgan --attack-steps 3 --alpha 0.1 --eval-steps 2 --lr 0.05", "natural --lr 0.05"),
+        ("--method natural --lr-discriminator=0.2 --discriminator-rounds 2 --penalty 1 --attack pgd", "natural"),
+    ],
+)
+def test_the_option_that_named_a_method_goes_on_working(old, new):
+    with pytest.warns(OldSpellingWarning):
+        config = asked(old)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert config == asked(new)
+
+
+def test_an_older_spelling_is_told_in_a_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        monkeypatch.setattr(warnings, "showwarning", lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4])))
+        assert main(["train", "--method", "natural", "--lr", "0"]) == 2
+    assert "afd: warning: --method natural is now natural: afd train natural ...\n" in capsys.readouterr().err
+
+
+def test_the_words_of_a_method_are_taken_out_wherever_they_stand():
+    assert method_in(["--compile", "at", "--epochs", "3"]) == (["--compile", "--epochs", "3"], "at")
+    assert method_in(["--out", "at"]) == (["--out", "at"], None)
+    assert method_in(["--out=at", "afd"]) == (["--out=at"], "afd")
+
+
+def test_defaults_that_data_ask_for():
+    assert method_for("mnist", "at").attack.resolved().alpha == 2.5 * 0.3 / 10
+    assert method_for("cifar10", "at") == AT()
+    assert methods.AT().attack.resolved().alpha == 2 / 255
+    assert math.isclose(asked("natural --data mnist").settled().test.eps, 0.3)
+    assert asked("natural --norm L2 --data mnist").settled().test == TestConfig("L2", 2.0)
