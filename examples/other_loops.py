@@ -49,8 +49,9 @@ def with_lightning(epochs: int = 1) -> nn.Module:
             self.log_dict(self.adversarial_step(*batch), prog_bar=True)
 
     model, loader = parts()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, **quiet)
+    trainer = lightning.Trainer(
+        max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False
+    )
     trainer.fit(Adversarial(model, METHOD), loader)
     return model
 

@@ -26,6 +26,8 @@ SHORTER = (  # added to a command that begins so
     ("make demo", "DEMO=--quick"),
     ("make test", "TESTS=tests/test_files.py"),
     ("afd train --resume auto", "--limit 60 --width 2 --attack-steps 1 --eval-steps 1 --batch-size 32"),
+    ("afd train --config", "--epochs 1"),
+    ("afd train natural", "--limit 60 --epochs 1 --width 2 --batch-size 32"),
     ("afd train", QUICK),
     ("torchrun", QUICK),
     ("afd evaluate --compare", ""),

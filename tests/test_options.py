@@ -46,11 +46,12 @@ def asked(text):
         ("--norm L1 --data mnist", AFD(attack=PGDSettings(norm="L1", eps=10.0)), "mnist"),
         ("at --norm L2 --eps 1", AT(attack=PGDSettings(norm="L2", eps=1.0)), "digits"),
         ("at --attack apgd", AT(attack=APGDSettings(eps=0.2, steps=10)), "digits"),
-        ("at --attack apgd --attack-steps 7 --attack-loss dlr", AT(attack=APGDSettings(eps=0.2, steps=7, loss="dlr")), "digits"),
+        ("at --attack apgd --attack-loss dlr", AT(attack=APGDSettings(eps=0.2, steps=10, loss="dlr")), "digits"),
         ("at --attack fgsm", AT(attack=FGSMSettings(eps=0.2)), "digits"),
         ("at --attack mim --attack-decay 0.5", AT(attack=MIMSettings(eps=0.2, decay=0.5)), "digits"),
-        ("at --attack-batchnorm train --no-attack-random-start", AT(attack=PGDSettings(eps=0.2, batchnorm="train", random_start=False)), "digits"),
-        ("at --attack-init gaussian --attack-start-scale 1/1000", AT(attack=PGDSettings(eps=0.2, init="gaussian", start_scale=0.001)), "digits"),
+        ("at --attack-batchnorm train", AT(attack=PGDSettings(eps=0.2, batchnorm="train")), "digits"),
+        ("at --no-attack-random-start", AT(attack=PGDSettings(eps=0.2, random_start=False)), "digits"),
+        ("at --attack-init gaussian", AT(attack=PGDSettings(eps=0.2, init="gaussian")), "digits"),
         ("at --attack_steps 3 --micro_batches 2", AT(micro_batches=2, attack=PGDSettings(eps=0.2, steps=3)), "digits"),
         ("--optimizer adam", AFD.adam(attack=DIGITS), "digits"),
         ("at --optimizer adam --lr 1e-3", AT(optimizer="adam", lr=1e-3, attack=DIGITS), "digits"),
@@ -154,23 +155,8 @@ def test_a_new_method_is_on_the_command_line(words, method, registered, recwarn)
 
 def test_a_new_method_is_trained_and_measured_by_its_name(registered, tmp_path, capsys):
     out = tmp_path / "run"
-    few = [
-        "--epochs",
-        "1",
-        "--limit",
-        "40",
-        "--width",
-        "2",
-        "--batch-size",
-        "20",
-        "--replays",
-        "2",
-        "--attack-steps",
-        "1",
-        "--eval-steps",
-        "1",
-    ]
-    assert main(["train", "replays+perturbed", *few[:-4], "--out", str(out)]) == 0
+    few = {"epochs": 1, "limit": 40, "width": 2, "batch-size": 20, "replays": 2, "out": out}
+    assert main(["train", "replays+perturbed", *(f"--{name}={value}" for name, value in few.items())]) == 0
     assert "replays+perturbed" in capsys.readouterr().out
     text = (out / "run.toml").read_text()
     assert 'name = "replays+perturbed"' in text
@@ -226,9 +212,8 @@ def test_a_run_is_the_same_when_it_is_read_again(name, data, attack, eps, lr, se
 
 def test_a_file_may_say_fractions_and_little(tmp_path):
     file = tmp_path / "mine.toml"
-    file.write_text(
-        'epochs = 3\n[data]\nname = "mnist"\n[method]\nname = "at"\nlr = "1/20"\nattack = {eps = "76.5/255", steps = 4}\n'
-    )
+    attack = 'attack = {eps = "76.5/255", steps = 4}'
+    file.write_text(f'epochs = 3\n[data]\nname = "mnist"\n[method]\nname = "at"\nlr = "1/20"\n{attack}\n')
     config = TrainConfig.read(file)
     assert config.method == AT(lr=0.05, attack=PGDSettings(eps=0.3, steps=4))
     assert (config.epochs, config.data.name) == (3, "mnist")

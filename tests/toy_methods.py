@@ -70,7 +70,7 @@ def spread(outputs, target):
 class Steady(Supervised):
     """Features of attacked images stay near those of clean ones, and all apart from each other; nobody needs labels."""
 
-    attack: PGDSettings = PGDSettings(eps=0.1, steps=3, loss=spread, outputs="features", init="gaussian")  # noqa: RUF009
+    attack: PGDSettings = PGDSettings(eps=0.1, steps=3, loss=spread, outputs="features", init="gaussian")
     labels = False
 
     def losses(self, model, batch):

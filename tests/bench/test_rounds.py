@@ -40,7 +40,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize(
     ("build", "forwards", "backwards"),
     [
-        (lambda model: ReleasedRound(model, 0.1), 5, 4),
+        (lambda model: ReleasedRound(model, 0.1).step, 5, 4),
         (lambda model: AFD().build(model), 2, 2),
         (lambda model: AFD(schedule="alternating").build(model), 3, 2),
     ],
@@ -58,7 +58,7 @@ def test_every_player_of_the_released_round_moves():
     round_ = ReleasedRound(FeatureClassifier(Counting(), 6, 3), 0.1)
     before = {name: p.clone() for name, p in (*round_.whole.named_parameters(), *round_.judge.named_parameters())}
     x = torch.rand(5, 1, 2, 2)
-    round_(x, torch.arange(5) % 3, x_adv=(x + 0.1).clamp(max=1))
+    round_.step(x, torch.arange(5) % 3, x_adv=(x + 0.1).clamp(max=1))
     after = dict((*round_.whole.named_parameters(), *round_.judge.named_parameters()))
     assert all(not torch.equal(before[name], after[name]) for name in before if name != "l7.bias")
 

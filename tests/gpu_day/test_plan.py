@@ -90,7 +90,7 @@ def test_afd_understands_train_and_evaluate_and_stages_ask_for_what_their_progra
     child = [sys.executable, "-c", CHILD, json.dumps(lines)]
     ran = subprocess.run(child, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
     library, bench, *told, afd = ran.stdout.splitlines()
-    others = {"torch", "numpy", "matplotlib", "rich", "tensorboard", "tyro", "docstring_parser"}
+    others = {"torch", "numpy", "matplotlib", "rich", "tensorboard", "tyro", "tomli_w", "docstring_parser"}
     others |= {"sklearn", "pooch", "scipy", "foolbox", "pyautoattack", "torchattacks", "torchvision"}
     assert others & set(library.split()) == {"torch", "numpy"}
     assert others & set(bench.split()) == plan.AFD

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from toy_methods import Perturbed, Replays, Steady
 from torch import nn
+from toy_methods import Perturbed, Replays, Steady
 
 from afd.attacks import PGDSettings
 from afd.errors import InputError
@@ -335,7 +335,7 @@ def test_a_wrapped_model_is_refused_as_its_passes_would_be_missed():
 
 def test_a_method_whose_losses_reach_no_weight_is_an_error():
     class Constant(Supervised):
-        def losses(self, model, batch):
+        def losses(self, _model, _batch):
             return {"task": torch.zeros(())}
 
     with pytest.raises(InputError, match="nothing to train"):
