@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from afd import info
-from afd.attacks import CaptureWarning
+from afd import config, info
+from afd.attacks import ATTACKS, CaptureWarning
 from afd.bench.agreement import AgreementBench
 from afd.bench.attacks import AttackBench
 from afd.bench.discriminator import DiscriminatorBench
@@ -19,7 +19,7 @@ from afd.bench.kernels import KernelBench
 from afd.bench.program import Benchmark
 from afd.bench.rounds import RoundBench
 from afd.cli import main
-from afd.config import AttackConfig, DataConfig, MethodConfig, ModelConfig, TrainConfig
+from afd.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,19 +51,37 @@ def test_info_says_what_serves_which_tensor(capsys):
     assert re.search(r"CUDA tensors: (native|reference: \S+)", text)
 
 
-@pytest.mark.parametrize("group", [DataConfig, ModelConfig, AttackConfig, MethodConfig, TrainConfig])
-def test_every_option_has_a_help_line(group, capsys):
+def helped_by(capsys, *words):
+    """What a command says of itself, without its frames."""
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
-    helped = " ".join(re.sub(r"[│\n]", " ", capsys.readouterr().out).split())
-    source = inspect.getsource(group)
-    nested = {"data", "model", "attack", "method"} if group is TrainConfig else set()
+        main([*words, "--help"])
+    return " ".join(re.sub(r"[│╭╮╰╯─\n]", " ", capsys.readouterr().out).split())
+
+
+@pytest.mark.parametrize("group", [config.DataConfig, config.ModelConfig, config.TestConfig, config.RunConfig])
+def test_every_option_has_a_help_line(group, capsys):
+    helped, source = helped_by(capsys, "train", "natural"), inspect.getsource(group)
     for field in dataclasses.fields(group):
-        if field.name in nested:
-            continue
         match = re.search(rf'^    {field.name}: .*\n    """(.+?)"""', source, re.MULTILINE | re.DOTALL)
         assert match, f"{group.__name__}.{field.name} has no docstring"
         assert " ".join(match.group(1).split())[:40] in helped
+
+
+VALUE = r"(?: (?:\{[^}]*\}(?:\|\w+)?|FLOAT\|P/Q|INT|STR|PATH|\[\S+ \[.*?\]\]))?"  # of an option, as it is shown
+
+
+@pytest.mark.parametrize("words", [*([name] for name in METHODS), *(["at", "--attack", name] for name in ATTACKS)])
+def test_every_option_of_a_method_and_of_its_attack_has_a_help_line(words, capsys):
+    _, *told = re.split(r" (?=--[a-z])", helped_by(capsys, "train", *words).partition("show this help message")[2])
+    said = {}  # of each option, which other texts may name as well
+    for one in told:
+        option, text = re.match(rf"--(?:no-)?([a-z-]+){VALUE}(.*)", one).groups()
+        said[option] = max(said.get(option, ""), text, key=len)
+    assert {"lr", "momentum", "weight-decay", "optimizer", "clip", "norm", "eps", "data", "out", "config"} <= said.keys()
+    assert ("attack" in said) == ("eval-steps" in said) == (words != ["natural"])
+    assert ("lr-discriminator" in said) == (words == ["afd"])
+    for option, text in said.items():
+        assert len(re.findall(r"\w+", text.partition("(default")[0])) > 1, (option, text)
 
 
 @pytest.mark.parametrize("work", [AttackBench, KernelBench, RoundBench, DiscriminatorBench, AgreementBench])

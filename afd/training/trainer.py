@@ -48,6 +48,9 @@ class Trainer:
     Attributes:
         model: trained in place, on the device it is on; `afd.nn.split` says what it may be.
         method: settings of the training method, its attack among them.
+        attack: deprecated: overrides the method's own, as a function of the model, e.g. ``PGD.partial(eps=0.3)``;
+            robust accuracy is then not measured unless `validation_attack` says by what.
+        validation_attack: deprecated: overrides the method's own, likewise.
         epochs: passes over the training images.
         schedule: of all learning rates: "step" (a tenth after 1/2 and 5/6 of the run), "cosine", "one-cycle", or a
             function from progress in [0, 1) to a factor.
@@ -69,9 +72,6 @@ class Trainer:
         config: kept in the checkpoints; a resumed run must have the same, but for `epochs`, which may grow. Default:
             what the settings above say.
         progress: told of every batch in one process, to show it; None to show nothing.
-        attack: deprecated: overrides the method's own, as a function of the model, e.g. ``PGD.partial(eps=0.3)``;
-            robust accuracy is then not measured unless `validation_attack` says by what.
-        validation_attack: deprecated: overrides the method's own, likewise.
         best: the report of the epoch whose weights are in ``best.pt``: that of the highest score, of equals the last.
         history: the reports of all epochs.
         begun: whether `fit` has come as far as training.
@@ -79,6 +79,8 @@ class Trainer:
 
     model: nn.Module
     method: Method = field(default_factory=AFD)
+    attack: AttackFactory | None = None
+    validation_attack: AttackFactory | None = None
     epochs: int = 1
     schedule: str | Schedule = "step"
     eps_warmup: float = 0.0
@@ -95,8 +97,6 @@ class Trainer:
     resume: Path | str | None = None
     config: dict[str, Any] | None = None
     progress: Progress | None = None
-    attack: AttackFactory | None = None
-    validation_attack: AttackFactory | None = None
     stream: Stream = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -10,14 +10,16 @@ from matplotlib.image import imread
 from torch import nn
 
 from afd.cli import main
+from afd.config import TrainConfig
 from afd.files import FileError
+from afd.methods import Natural
 from afd.training import load_checkpoint, load_weights, save_weights
 
 
 @pytest.mark.parametrize("pages", [0, 1, 2, 3, 20, 40, 60])
 def test_a_run_ends_in_one_line_and_leaves_whole_files(disk, capsys, pages):
     out = disk.folder / "run"
-    words = ["train", "--out", str(out), "--method", "natural", "--width", "4", "--limit", "30", "--epochs", "2"]
+    words = ["train", "natural", "--out", str(out), "--width", "4", "--limit", "30", "--epochs", "2"]
     with disk.full(room=pages * PAGE):
         status = main(words)
         told = capsys.readouterr().err
@@ -29,6 +31,8 @@ def test_a_run_ends_in_one_line_and_leaves_whole_files(disk, capsys, pages):
                 assert load_checkpoint(path) if path.name != "model.pt" else torch.load(path)
             elif path.suffix == ".jsonl":
                 assert [json.loads(line) for line in path.read_text().splitlines()]
+            elif path.suffix == ".toml":
+                assert TrainConfig.read(path).method == Natural()
             elif path.suffix == ".png":
                 assert imread(path).std()
             else:

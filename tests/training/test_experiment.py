@@ -17,7 +17,8 @@ from afd.training.checkpoint import load_checkpoint
 
 
 def run(out, *arguments):
-    return main(["train", "--out", str(out), "--epochs", "2", "--width", "4", "--attack-steps", "2", *arguments])
+    attack = [] if "natural" in arguments else ["--attack-steps", "2"]
+    return main(["train", "--out", str(out), "--epochs", "2", "--width", "4", *attack, *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,9 @@ def test_leaves_checkpoints_and_tensorboard_events(trained):
         "log.jsonl",
         "model.pt",
         "previous.pt",
+        "run.toml",
     ]
-    assert len(names) == 7
+    assert len(names) == 8
 
 
 def test_tensorboard_has_every_scalar(trained):
@@ -56,7 +58,8 @@ def test_a_checkpoint_rebuilds_the_model_and_its_accuracy(trained):
     state, metadata = load_checkpoint(trained / "best.pt")
     config = metadata["config"]
     assert config["data"]["name"] == "digits"
-    assert config["attack"]["eps"] == 0.2
+    assert config["method"]["attack"]["eps"] == config["test"]["eps"] == 0.2
+    assert metadata["method"] == config["method"]["name"] == "afd"
     model = experiment.build_model("convnet", (1, 8, 8), 10, config["model"]["width"])
     model.load_state_dict(state["model"])
     validation = experiment.Batches(data.load("digits").validation, 50)
@@ -94,7 +97,7 @@ def test_the_best_epoch_is_chosen_on_validation_images(tmp_path, monkeypatch):
 
 def test_training_against_apgd_in_low_precision(tmp_path):
     assert run(tmp_path, "--attack", "apgd", "--precision", "auto") == 0
-    assert load_checkpoint(tmp_path / "last.pt")[1]["config"]["attack"]["name"] == "apgd"
+    assert load_checkpoint(tmp_path / "last.pt")[1]["config"]["method"]["attack"]["name"] == "apgd"
 
 
 def test_a_graph_where_there_is_none_is_told(tmp_path):
@@ -103,7 +106,7 @@ def test_a_graph_where_there_is_none_is_told(tmp_path):
 
 
 def test_natural_training(tmp_path):
-    assert run(tmp_path, "--method", "natural") == 0
+    assert run(tmp_path, "natural") == 0
     assert set(load_checkpoint(tmp_path / "last.pt")[0]["optimizers"]) == {"task"}
 
 
@@ -136,8 +139,8 @@ def test_natural_training(tmp_path):
         (["--device", "meta"], "device is 'meta'; allowed are auto, cpu"),
         (["--device", "cpu:7"], "device is 'cpu:7'; allowed are auto, cpu"),
         (["--device="], "device is ''; it must not be empty"),
-        (["--method", "natural", "--momentum", "1"], "momentum is 1.0; it must be below 1"),
-        (["--method", "natural", "--weight-decay", "nan"], "weight-decay is nan"),
+        (["natural", "--momentum", "1"], "momentum is 1.0; it must be below 1"),
+        (["natural", "--weight-decay", "nan"], "weight-decay is nan"),
         (["--label-smoothing", "nan"], "label-smoothing is nan"),
         (["--clip", "0"], "clip is 0.0"),
         (["--penalty", "inf"], "penalty is inf"),
@@ -216,7 +219,7 @@ def test_a_picture_that_cannot_be_drawn_costs_nothing_else(tmp_path, capsys, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(experiment, "plot_curves", drawn)
-    assert run(tmp_path, "--method", "natural", "--limit", "30") == 0
+    assert run(tmp_path, "natural", "--limit", "30") == 0
     told = capsys.readouterr()
     assert "afd: warning: " in told.err
     assert "curves.png was not drawn: [Errno 28] No space left on device\n" in told.err
@@ -261,7 +264,6 @@ def test_a_radius_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, capsys):
     "arguments",
     [
         ["--loss", "gan"],
-        ["--method", "magic"],
         ["--data", "faces"],
         ["--model", "vgg"],
         ["--eps", "much"],
@@ -275,6 +277,14 @@ def test_words_that_are_not_allowed_are_refused_by_the_parser(arguments, capsys)
     assert told.count("\n") == 1
     assert arguments[0] in told
     assert told.endswith("; see afd train --help\n")
+
+
+def test_a_method_that_there_is_not_is_refused(capsys):
+    assert main(["train", "magic", "--epochs", "1"]) == 2
+    told = "afd: error: method is 'magic'; allowed are natural, at, afd and somebody's own as package.module:Class\n"
+    assert capsys.readouterr().err == told
+    assert main(["train", "--epochs", "1", "magic"]) == 2
+    assert capsys.readouterr().err == "afd: error: Unrecognized options: magic; see afd train --help\n"
 
 
 def test_eps_may_be_a_fraction():
@@ -307,7 +317,7 @@ def test_a_run_without_a_limit_says_nothing_of_it(trained):
 
 @pytest.mark.parametrize("limit", ["1", "2", "9999999999999999999"])
 def test_any_limit_trains_or_is_one_line(tmp_path, capsys, limit):
-    status = run(tmp_path, "--limit", limit, "--method", "natural")
+    status = run(tmp_path, "natural", "--limit", limit)
     told = capsys.readouterr().err
     assert (status, told.count("\n")) in {(0, 0), (2, 1)}, told
 
@@ -316,5 +326,5 @@ def test_any_limit_trains_or_is_one_line(tmp_path, capsys, limit):
 def test_the_path_of_the_checkpoint_is_never_cut(tmp_path, capsys, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     out = tmp_path / ("[bold]a long name of a folder, as one has them" * 3)
-    assert run(out, "--method", "natural", "--limit", "30") == 0
+    assert run(out, "natural", "--limit", "30") == 0
     assert f"\ncheckpoint: {out / 'best.pt'}\n" in capsys.readouterr().out
