@@ -259,11 +259,14 @@ def test_after_an_exception_all_is_as_the_loop_would_have_left_it(mode):
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_the_whole_batch_is_shown_whatever_is_said_of_pieces(mode):
+def test_the_whole_batch_is_shown_layer_by_layer_whatever_is_said_of_pieces_and_folding(mode):
     model, (x, y), sizes = Net().train(), batch(90), []
     model.conv1.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    PGD(model, steps=2, piece=16, batchnorm=mode)(x, y)
+    model.bn1.eval()
+    attack = PGD(model, steps=2, piece=16, fold=True, batchnorm=mode)
+    attack(x, y)
     assert set(sizes) == {90}
+    assert not attack._joining.pairs  # nor is the frozen layer joined
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
