@@ -77,7 +77,7 @@ def test_every_option_of_a_method_and_of_its_attack_has_a_help_line(words, capsy
     for one in told:
         option, text = re.match(rf"--(?:no-)?([a-z-]+){VALUE}(.*)", one).groups()
         said[option] = max(said.get(option, ""), text, key=len)
-    assert {"lr", "momentum", "weight-decay", "optimizer", "clip", "norm", "eps", "data", "out", "config"} <= said.keys()
+    assert {"lr", "momentum", "weight-decay", "optimizer", "norm", "eps", "data", "out", "config"} <= said.keys()
     assert ("attack" in said) == ("eval-steps" in said) == (words != ["natural"])
     assert ("lr-discriminator" in said) == (words == ["afd"])
     for option, text in said.items():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from afd.attacks.inputs import outside_inference
 from afd.attacks.settings import PGDSettings
+from afd.errors import InputError
 from afd.methods.attacking import Attacks, judge_of
 from afd.methods.execution import Execution, Wrap, explained, isolated
 from afd.nn import Split
@@ -187,12 +190,48 @@ class Step(ABC):
         """All updates of one step, from gradients that are zero; returns the losses by name, detached."""
 
     def adopt(self, method: Any) -> None:
-        """Goes on with other numbers of the same method, those that grow on the device, say."""
+        """Goes on with other numbers of the same method; what was built of them, such as optimizers, stays."""
         self.method = method
+
+    def live(self, name: str, value: float | Tensor) -> Tensor:
+        """A tensor on the device in the place of one of the method's numbers, to be filled between steps.
+
+        A step that is recorded in a CUDA graph follows it, without another recording.
+
+        Args:
+            name: of the number, such as ``beta``, or ``attack.eps`` of the attack's.
+            value: to begin with: a number, or one per sample.
+
+        Returns:
+            [], float64, or like `value`, if that is one per sample.
+        """
+        held = live_number(value, self.network)
+        self.adopt(_exchanged(self.method, name.split("."), held))
+        return held
 
     def kind(self) -> Hashable:
         """Which way the next step goes: those that go the same way do the same work, whatever the batch holds."""
         return None
+
+
+def live_number(value: float | Tensor, network: Any) -> Tensor:
+    """A number as a tensor [] on a network's device, float64, or a tensor of one per sample like the one that it is."""
+    if isinstance(value, Tensor) and value.dim():
+        return value.clone()
+    return torch.full((), float(value), dtype=torch.float64, device=next(network.parameters()).device)
+
+
+def _exchanged(settings: Any, path: list[str], value: Tensor) -> Any:
+    """A copy of settings, of a method or of its attack, in which one number is a tensor; it is not checked again."""
+    name, *rest = path
+    twin, inside = copy.copy(settings), vars(settings)
+    if name in inside:
+        object.__setattr__(twin, name, _exchanged(inside[name], rest, value) if rest else value)
+    elif "method" in inside:  # of a wrapper
+        object.__setattr__(twin, "method", _exchanged(inside["method"], path, value))
+    else:
+        raise InputError(f"{type(settings).__name__} has no number {name!r}; it has {', '.join(inside)}")
+    return twin
 
 
 def _outside_inference(batch: Batch) -> Batch:

@@ -63,6 +63,10 @@ class Game(Step):
         names = ("task", "discriminator", "features")
         return dict(zip(names, self.play(list(parts(batch, self.settings.micro_batches, x_adv))), strict=True))
 
+    def adopt(self, method: AFD) -> None:
+        """See `Step.adopt`."""
+        self.method = self.settings = method
+
     def kind(self) -> bool:
         """Whether θ will move on L_F in the next step."""
         return (self.steps + 1) % self.settings.discriminator_rounds == 0

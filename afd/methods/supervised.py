@@ -177,6 +177,7 @@ class SupervisedStep(Step):
     def adopt(self, method: Any) -> None:
         """See `Step.adopt`."""
         self.method = self._losses.method = method
+        self.settings = method.core
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """See `Step.update`."""

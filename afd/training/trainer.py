@@ -187,7 +187,7 @@ class Trainer:
         self._follow_what_was_found()
         self.rates = Rates(self.step.optimizers, self.factor, max(1, self.epochs * rounds))
         generators = run_state.begin(self, train, validation, rounds)
-        self.warmup = EpsWarmup(self.method, self.step, round(self.eps_warmup * rounds), self.device)
+        self.warmup = EpsWarmup(self.method, self.step, round(self.eps_warmup * rounds))
         self.plays = recording.recorded(self)
         self.stopping.begin()
         try:

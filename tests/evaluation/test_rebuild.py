@@ -285,6 +285,132 @@ def test_checkpoints_of_earlier_days_say_how_features_were_scaled(normalize, tmp
     assert found.normalize is normalize
 
 
+# --- Methods that nobody knows, and checkpoints of the time before methods had attacks --------------------------------
+
+
+@pytest.mark.parametrize("told", ["evaluate", "rebuild", "weights"])
+@pytest.mark.parametrize("where", ["method", "config"])
+@pytest.mark.parametrize("name", ["nonsense", "natural+nonsense", ["at"], {"lr": 1}])
+def test_a_checkpoint_of_an_unknown_method_is_refused_by_name(name, where, told, tmp_path, monkeypatch, capsys):
+    trained("natural", tmp_path / "run")
+    state, metadata = load_checkpoint(tmp_path / "run" / "last.pt")
+    if where == "method":
+        metadata["method"] = name
+    else:  # as was written before
+        del metadata["method"]
+        metadata["config"] = {"method": {"name": name}}
+    path = tmp_path / "odd.pt"
+    save_checkpoint(path, state, metadata)
+    message = f"checkpoint {path} is of the method {name!r}; known are natural, at, afd"
+    if told == "rebuild":
+        with pytest.raises(CheckpointError) as refused:
+            rebuild(path)
+        assert str(refused.value) == message
+        return
+    monkeypatch.undo()  # of the few images
+    words = {
+        "evaluate": ["evaluate", str(path), "--data", "digits"],
+        "weights": ["train", "--width", "2", "--weights", str(path)],
+    }
+    assert main([*words[told], "--out", str(tmp_path / "out")]) == 2
+    assert f"afd: error: {message}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mine_of_nobody:Method", "a.b.c:D.E", "at+mine_of_nobody:Wrapper", "natural"])
+def test_somebodys_own_method_need_not_be_there_to_look_at_its_network(name, tmp_path):
+    trainer = trained("natural", tmp_path / "run")
+    state, metadata = load_checkpoint(tmp_path / "run" / "last.pt")
+    save_checkpoint(tmp_path / "own.pt", state, {**metadata, "method": name})
+    x = some().images()
+    same(rebuild(tmp_path / "own.pt").network(x), trainer.network.eval()(x))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own(Natural):
+    """Somebody's own method."""
+
+
+def test_a_checkpoint_says_which_method_it_is_of(tmp_path):
+    for number, (method, name) in enumerate([(Natural(), "natural"), (AFD(**GAME), "afd"), (Own(), f"{__name__}:Own")]):
+        trainer = Trainer(small(), method, folder=tmp_path / str(number))
+        trainer.fit(batches(some()), batches(some()))
+        rebuilt = rebuild(tmp_path / str(number))
+        assert rebuilt.metadata["method"] == name
+        assert (rebuilt.discriminator is not None) == (name == "afd")
+
+
+def earlier(path, method, attack=None):
+    """A checkpoint of `afd train` as it was written when attacks were not their method's own; returns its network."""
+    trainer = trained("afd" if method["name"] == "afd" else "natural", path.parent / "trained")
+    state, metadata = load_checkpoint(path.parent / "trained" / "last.pt")
+    config = {
+        "data": {"name": "digits", "root": None, "validation": 0.1, "batch_size": 128, "augment": False},
+        "model": {"name": "convnet", "width": 2, "normalize": True},
+        "attack": {"name": "pgd", "eps": 0.15, "steps": 1, "alpha": None, "eval_steps": 20, **(attack or {})},
+        "method": {
+            "optimizer": "sgd", "lr": 0.1, "lr_discriminator": 0.1, "lr_features": 0.5, "momentum": 0.9,
+            "weight_decay": 1e-4, "label_smoothing": 0.0, "clip": None, "micro_batches": 1, "discriminator_rounds": 1,
+            "penalty": 0.0, "loss": "wgan", "schedule": "simultaneous", **method,
+        },
+        "epochs": 2, "lr_schedule": "step", "milestones": [0.5, 0.8333333333333334], "eps_warmup": 0.0, "ema": None,
+        "precision": "fp32", "compile": False, "sync_batchnorm": False, "graph": False, "seed": 0, "device": "auto",
+        "out": "runs/0001", "overwrite": False, "resume": None, "weights": None, "save_every": 0, "log_every": 50,
+    }  # fmt: skip
+    del metadata["method"]
+    metadata |= {"config": config, "run": {"afd": metadata["afd"], "processes": 1, **config}}
+    save_checkpoint(path, state, metadata)
+    return trainer.network.eval()
+
+
+@pytest.mark.parametrize(("method", "name"), [({"name": "afd"}, "AFD-WGAN"), ({"name": "natural"}, "natural")])
+def test_a_checkpoint_of_earlier_attacks_is_rebuilt_and_evaluated(method, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    network = earlier(tmp_path / "old.pt", method)
+    rebuilt, x = rebuild(tmp_path / "old.pt"), some().images()
+    same(rebuilt.network(x), network(x))
+    assert (rebuilt.discriminator is not None) == (method["name"] == "afd")
+    subject = load(str(tmp_path / "old.pt"), CPU)
+    assert trained_at(subject, "digits") == Epsilon.of("0.15")
+    monkeypatch.setattr("afd.evaluate.named", cheap)
+    results = clean_of(capsys, tmp_path / "old.pt")
+    assert results["clean"] == accuracy(network, batches(some()))
+    assert results["subject"]["name"] == name
+    assert results["protocol"]["reference"]["text"] == "0.15"
+
+
+def test_the_radius_of_an_earlier_trainers_attack_is_found(tmp_path):
+    """Without a config: what was said of the trainer's own settings."""
+    network = small()
+    for attack, eps in (({"name": "PGD", "eps": 0.05, "steps": 1}, "0.05"), (None, "0.2")):
+        subject = Subject("", "", network, metadata={"run": {"attack": attack, "method": {"name": "AFD"}}})
+        assert trained_at(subject, "digits") == Epsilon.of(eps)
+
+
+def test_a_checkpoint_of_earlier_attacks_may_be_begun_with_and_not_gone_on_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()  # of the few images
+    old, few = tmp_path / "old.pt", ["--width", "2", "--limit", "20", "--attack-steps", "1", "--eval-steps", "1"]
+    monkeypatch.setattr("afd.training.experiment.TEST_STEPS", 1)
+    network = earlier(old, {"name": "afd"})
+    begun = ["train", "--epochs", "1", *few, "--weights", str(old), "--out", str(tmp_path / "new")]
+    still = ["--lr", "1e-12", "--lr-features", "0", "--weight-decay", "0"]
+    assert main([*begun, *still]) == 0
+    weights = torch.load(tmp_path / "new" / "model.pt")
+    for name, value in network.named_parameters():
+        torch.testing.assert_close(weights[name], value.detach(), rtol=0, atol=1e-6)
+    capsys.readouterr()
+    assert main(["train", "--epochs", "2", *few, "--resume", str(old), "--out", str(tmp_path / "other")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"afd: error: {old} is of an afd in which attacks were not their method's own; its run cannot be gone on with, "
+        "but another may begin with its weights (--weights)"
+    )
+    assert not (tmp_path / "other").exists() or not list((tmp_path / "other").iterdir())
+    with pytest.raises(CheckpointError, match="attacks were not their method's own"):
+        Trainer(small(), AFD(**GAME), resume=old, epochs=2).fit(batches(some()), batches(some()))
+
+
+# --- What a checkpoint says -------------------------------------------------------------------------------------------
+
+
 def test_names_and_radii_follow_the_run(tmp_path):
     for case, name in (("natural", "natural"), ("hinge", "AFD-HINGE"), ("dcgan, alternating", "AFD-DCGAN")):
         trained(case, tmp_path / case)

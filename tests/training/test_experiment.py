@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tomllib
 
 import pytest
 import torch
@@ -66,6 +67,36 @@ def test_a_checkpoint_rebuilds_the_model_and_its_accuracy(trained):
     assert accuracy(model, validation) == pytest.approx(metadata["report"]["natural"])
     assert set(state["players"]) == {"discriminator"}
     assert set(state["optimizers"]) == {"task", "discriminator"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--loss", "dcgan", "--attack-steps", "1", "--eval-steps", "2", "--eps", "1/10", "--milestones", "0.5"],
+        ["afd", "--optimizer", "adam", "--schedule", "alternating", "--attack-steps", "1", "--clip", "1"],
+        ["at", "--attack", "apgd", "--norm", "L2", "--eps", "0.7", "--attack-steps", "2", "--eps-warmup", "0.5"],
+        ["natural", "--lr", "1/30", "--ema", "0.9", "--lr-schedule", "cosine", "--augment", "True", "--no-normalize"],
+    ],
+)
+def test_a_run_leaves_a_file_that_repeats_it(words, tmp_path, monkeypatch):
+    """All but where its results go; an option beside the file changes it."""
+    monkeypatch.setattr(experiment, "TEST_STEPS", 1)
+    few = ["--limit", "60", "--epochs", "1", "--width", "2", "--batch-size", "20", "--seed", "3"]
+    assert main(["train", *words, *few, "--out", str(tmp_path / "first")]) == 0
+    file = tmp_path / "first" / "run.toml"
+    assert "out" not in tomllib.loads(file.read_text())
+    assert str(tmp_path) not in file.read_text()
+    again = ["train", "--config", str(file), "--out"]
+    assert main([*again, str(tmp_path / "again")]) == 0
+    assert main([*again, str(tmp_path / "other"), "--seed", "4"]) == 0
+    weights, same, other = (torch.load(tmp_path / name / "model.pt") for name in ("first", "again", "other"))
+    assert weights.keys() == same.keys()
+    assert all(torch.equal(value, same[name]) for name, value in weights.items())
+    assert any(not torch.equal(value, other[name]) for name, value in weights.items())
+    one, two, three = (load_checkpoint(tmp_path / name / "last.pt")[1] for name in ("first", "again", "other"))
+    assert {**one["config"], "out": None} == {**two["config"], "out": None}
+    assert {**one["config"], "out": None, "seed": 4} == {**three["config"], "out": None}
+    assert (tmp_path / "again" / "run.toml").read_text() == file.read_text()
 
 
 def test_the_same_seed_trains_the_same_weights(trained, tmp_path):

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks import PGDSettings
+from afd.attacks import PGD, PGDSettings
 from afd.errors import InputError, InputTypeError
-from afd.methods import AFD, Natural
+from afd.methods import AFD, AT, Natural
 from afd.methods.attacking import GivenAttack
 from afd.training import Trainer
 
@@ -56,6 +56,19 @@ def network():
 def test_a_setting_of_another_kind_is_named(settings, message):
     with pytest.raises((InputTypeError, InputError), match=message):
         Trainer(**{"model": network(), "method": AFD(lr=0.01), **settings})
+
+
+@pytest.mark.parametrize("kind", [AFD, AT])
+@pytest.mark.parametrize("attack", [None, "pgd", 3, PGD.partial(eps=0.1), PGD(network()), PGDSettings])
+def test_an_attack_of_a_methods_that_is_none_is_named_before_training(attack, kind):
+    with pytest.raises((InputTypeError, InputError), match=r"^attack is "):
+        Trainer(network(), kind(attack=attack, validation_attack=None))
+
+
+@pytest.mark.parametrize("attack", [3, PGD.partial(eps=0.1), PGD(network()), PGDSettings])
+def test_a_validation_attack_of_a_methods_that_is_none_is_named_before_training(attack):
+    with pytest.raises((InputTypeError, InputError), match=r"^validation_attack is "):
+        Trainer(network(), Natural(validation_attack=attack))
 
 
 def test_numbers_of_numpy_are_numbers():

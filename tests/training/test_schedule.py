@@ -61,7 +61,7 @@ def test_the_radius_grows_to_its_own_value(given, eps, alpha):
     settings = PGDSettings(eps=eps, alpha=alpha, steps=5)
     method = AT(attack=GivenAttack(lambda model: PGD(model, **settings)) if given else settings)
     step = method.build(FeatureClassifier(nn.Flatten(), 4, 2))
-    warmup = EpsWarmup(method, step, 3, torch.device("cpu"))
+    warmup = EpsWarmup(method, step, 3)
     attack = step.attacks.of(step.method.attack)
     places = attack.eps.data_ptr(), attack.alpha.data_ptr()
     length = 0.06 if alpha else torch.as_tensor(eps) / 2

@@ -1,0 +1,116 @@
+"""Recorded steps of supervised methods, on tapes that stand for CUDA graphs: equal to those taken one by one."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from toy_methods import Perturbed, Replays, Steady
+from torch import nn
+
+from afd.attacks import PGDSettings
+from afd.methods import AT, Supervised
+from afd.nn import FeatureClassifier
+from afd.training import recording
+
+CPU, ROUNDS = torch.device("cpu"), 6
+# a tape is a mode, in which no layers are joined
+PGD_2 = {"eps": 0.1, "alpha": 0.05, "steps": 2, "fold": False}
+METHODS = {
+    **{mode: AT(lr=0.05, attack=PGDSettings(batchnorm=mode, **PGD_2)) for mode in ("eval", "train", "batch", "clean")},
+    "in parts": AT(lr=0.05, micro_batches=2, clip=1.0, attack=PGDSettings(**PGD_2)),
+    "replays": Replays(lr=0.05),
+    "wrapped": Perturbed(AT(lr=0.05, attack=PGDSettings(**PGD_2)), gamma=0.05),
+    "no labels": Steady(lr=0.05),
+}
+
+
+def network():
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+    return FeatureClassifier(encoder, 5, 3).train()
+
+
+def batches(count=ROUNDS):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield torch.rand(8, 1, 6, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+class OneByOne(recording.Recordings):
+    """As if nothing could be recorded: the same optimizers, which are made recordable."""
+
+    def _record(self, _inputs):
+        return None
+
+
+def played(method, plays=recording.Recordings):
+    """The network after some rounds, and their losses."""
+    model = network()
+    step = method.build(model)
+    calls, losses = plays(model, step, CPU), []
+    for number, (x, y) in enumerate(batches()):
+        losses.append({name: float(loss) for name, loss in calls(x, y, seed=number).items()})
+    assert step.steps == ROUNDS
+    return model, losses
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_recorded_step_is_the_step(name, tapes):
+    """Weights, running statistics and losses, bit for bit; all but the first are replays."""
+    alone, told = played(METHODS[name], OneByOne)
+    before = len(tapes)
+    replayed, losses = played(METHODS[name])
+    assert len(tapes) == before + 1
+    assert sum(tape.replays for tape in tapes[before:]) == ROUNDS - 1
+    assert losses == told
+    for (key, ours), plain in zip(replayed.state_dict().items(), alone.state_dict().values(), strict=True):
+        assert torch.equal(ours, plain), key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Supervised):
+    """Two terms, of which one has a weight."""
+
+    weight: float = 0.5
+    attack: PGDSettings = PGDSettings(**PGD_2)
+
+    def losses(self, model, batch):
+        attacked = self.cross_entropy(model(self.attack(model, batch)), batch.y)
+        return {"task": self.cross_entropy(model(batch.x), batch.y), "attacked": self.weight * attacked}
+
+
+@pytest.mark.parametrize("around", [False, True])
+@pytest.mark.parametrize("name", ["weight", "attack.eps", "attack.alpha"])
+def test_a_number_that_grows_makes_no_other_recording(name, around, tapes):
+    """A recorded step follows what is filled in, as a method made anew with each number does."""
+    values = [0.01, 0.02, 0.04, 0.06, 0.08, 0.1]
+    ends = []
+    for recorded in (False, True):
+        model = network()
+        method = Perturbed(Weighted(lr=0.05)) if around else Weighted(lr=0.05)
+        step = method.build(model)
+        held = step.live(name, values[0])
+        calls = (recording.Recordings if recorded else OneByOne)(model, step, CPU)
+        for number, ((x, y), value) in enumerate(zip(batches(), values, strict=True)):
+            held.fill_(value)
+            calls(x, y, seed=number)
+        ends.append(copy.deepcopy(model))
+    assert len(tapes) == 1
+    plain = network()
+    step = Weighted(lr=0.05).build(plain)
+    calls = OneByOne(plain, step, CPU)
+    for number, ((x, y), value) in enumerate(zip(batches(), values, strict=True)):
+        if not around:
+            attack = PGDSettings(**{**PGD_2, **({name.partition(".")[2]: value} if "." in name else {})})
+            step.adopt(Weighted(lr=0.05, attack=attack, **({} if "." in name else {name: value})))
+            step(x, y, seed=number)
+    for key, ours in ends[1].state_dict().items():
+        assert torch.equal(ours, ends[0].state_dict()[key]), key
+        assert around or torch.equal(ours, plain.state_dict()[key]), key
+
+
+def test_a_number_that_a_method_has_not_is_named():
+    step = Weighted().build(network())
+    with pytest.raises(Exception, match="PGDSettings has no number 'epsilon'"):
+        step.live("attack.epsilon", 0.1)
