@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from afd.attacks.inputs import outside_inference
 from afd.attacks.settings import PGDSettings
-from afd.errors import InputError
+from afd.errors import InputError, InputTypeError
 from afd.methods.attacking import Attacks, judge_of
 from afd.methods.execution import Execution, Wrap, explained, isolated
 from afd.nn import Split
@@ -148,6 +148,7 @@ class Step(ABC):
     optimizers: dict[str, Optimizer]
 
     def __init__(self, method: Any, network: Split, execution: Execution) -> None:
+        check_declared(type(method))
         self.method, self.network = method, network
         self.attacks = Attacks(network, execution.precision)
         self.players, self.optimizers, self.steps = {}, {}, 0
@@ -212,6 +213,16 @@ class Step(ABC):
     def kind(self) -> Hashable:
         """Which way the next step goes: those that go the same way do the same work, whatever the batch holds."""
         return None
+
+
+def check_declared(kind: type[Any]) -> None:
+    """Raises InputTypeError if a method's class has settings of its own, but is no dataclass that knows them."""
+    own = [name for name in vars(kind).get("__annotations__", {}) if name != "labels"]
+    if own and "__dataclass_fields__" not in vars(kind):
+        raise InputTypeError(
+            f"the method {kind.__name__} declares {', '.join(own)}, but is no dataclass; write "
+            "@dataclass(frozen=True, kw_only=True) above it"
+        )
 
 
 def live_number(value: float | Tensor, network: Any) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 from afd.attacks.settings import ATTACKS, AttackSettings, attack_named
 from afd.errors import InputError, InputTypeError
 from afd.methods.afd import AFD
-from afd.methods.base import Method
+from afd.methods.base import Method, check_declared
 from afd.methods.supervised import AT, Natural, Wrapper
 
 METHODS: dict[str, type[Method]] = {"natural": Natural, "at": AT, "afd": AFD}
@@ -145,4 +145,5 @@ def _class(name: str, registered: Mapping[str, type[Any]], base: type[Any], told
         raise InputError(f"{told} is {name!r}, which cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, base)):
         raise InputTypeError(f"{told} is {name!r}; it must be a class of afd.methods.{base.__name__}")
+    check_declared(found)
     return found

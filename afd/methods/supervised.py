@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from afd.attacks.settings import AttackSettings, PGDSettings
+from afd.errors import InputError, InputTypeError
 from afd.methods.attacking import Attacks
 from afd.methods.base import Batch, Method, Step, parts, unwrapped
 from afd.methods.execution import Execution, Wrap, as_split, unsynchronised
 from afd.methods.optimized import Optimized
 from afd.methods.optimizers import reaching, take_step, trainable
 from afd.nn import Split
+
+TERMS = 'it must be a dict of terms by name, such as {"task": loss}, each a tensor [] that is a mean over the rows'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,11 +203,25 @@ class SupervisedStep(Step):
         for part in parts(batch, self.settings.micro_batches):
             with nullcontext() if part.last else unsynchronised(self._wrapped):
                 terms = self._wrapped(part)
+                self._check(terms)
                 shares = {name: part.share * term for name, term in terms.items()}
                 torch.autograd.backward(reaching(_sum(list(shares.values()))))
             for name, share in shares.items():
                 found[name] = found[name] + share.detach() if name in found else share.detach()
         return found
+
+    def _check(self, terms: Any) -> None:
+        """Raises InputTypeError or InputError unless a method's losses are terms by name, tensors []."""
+        told = f"the losses of {type(self.settings).__name__}"
+        if not isinstance(terms, dict) or not terms:
+            raise InputTypeError(
+                f"{told} are {'an empty dict' if terms == {} else f'a {type(terms).__name__}'}; {TERMS}"
+            )
+        for name, term in terms.items():
+            if not isinstance(term, Tensor):
+                raise InputTypeError(f"{told} have {name!r}, which is a {type(term).__name__}; {TERMS}")
+            if term.dim():
+                raise InputError(f"{told} have {name!r} of shape {list(term.shape)}; {TERMS}")
 
     def forget(self) -> None:
         """Lets go of the gradients gathered."""

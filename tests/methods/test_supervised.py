@@ -9,7 +9,7 @@ from torch import nn
 from toy_methods import Perturbed, Replays, Steady
 
 from afd.attacks import PGDSettings
-from afd.errors import InputError
+from afd.errors import AfdError, InputError, InputTypeError
 from afd.methods import AFD, AT, Batch, Execution, Natural, Supervised
 from afd.methods.base import parts
 from afd.nn import FeatureClassifier, ResNet18, split
@@ -340,6 +340,32 @@ def test_a_method_whose_losses_reach_no_weight_is_an_error():
 
     with pytest.raises(InputError, match="nothing to train"):
         Constant().build(network())(*next(batches(1)))
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (lambda loss: loss, "are a Tensor; it must be a dict of terms"),
+        (lambda _: {}, "are an empty dict"),
+        (lambda _: {"task": 1.0}, "have 'task', which is a float"),
+        (lambda loss: {"task": loss, "each": loss.expand(10)}, r"have 'each' of shape \[10\]"),
+    ],
+)
+def test_losses_of_another_form_are_named(terms, message):
+    class Strange(Natural):
+        def losses(self, model, batch):
+            return terms(self.cross_entropy(model(batch.x), batch.y))
+
+    with pytest.raises(AfdError, match=f"the losses of Strange {message}"):
+        Strange().build(network())(*next(batches(1)))
+
+
+def test_a_method_whose_decorator_was_forgotten_is_told_so():
+    class Forgotten(Natural):
+        beta: float = 3.0
+
+    with pytest.raises(InputTypeError, match="Forgotten declares beta, but is no dataclass; write @dataclass"):
+        Forgotten().build(network())
 
 
 @pytest.mark.parametrize("validation", ["pgd", "apgd-20", "pgd-x", ""])

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from toy_methods import Perturbed, Replays, Steady
 from torch import nn
+from toy_methods import Perturbed, Replays, Steady
 
 from afd.attacks import PGDSettings
 from afd.methods import AT, Supervised
