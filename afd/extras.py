@@ -14,7 +14,7 @@ EXTRAS = {  # modules, by the extra that brings them
     "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch", "tomli_w"),
     "evaluate": ("foolbox", "pyautoattack"),
 }
-PACKAGES = {"sklearn": "scikit-learn"}  # what pip calls a module, where that is not its name
+PACKAGES = {"sklearn": "scikit-learn", "tomli_w": "tomli-w"}  # what pip calls a module, where that is not its name
 EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 
 

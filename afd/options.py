@@ -41,7 +41,13 @@ def train_config(words: Sequence[str], described_as: str | None) -> TrainConfig:
         classes_of(words[0])  # which says that there is none, and which there are
     words = deprecated.without_effect(words, name)
     base = _base(words, name)
-    found = parsed(_kind(base), "train", words, _said(described_as))
+    try:
+        found = parsed(_kind(base), "train", words, _said(described_as))
+    except UsageError as error:
+        stray = re.match(r"Unrecognized options: ([^-\s,;][^\s,;]*)", str(error))
+        if stray is not None:
+            classes_of(stray[1])  # says that there is no such method
+        raise
     return _config(found, base)
 
 
@@ -215,7 +221,8 @@ def attributes(kind: type[Any]) -> dict[str, str]:
         for entry in re.finditer(r"^ {8}(\w+): ((?:.*)(?:\n {10,}.*)*)", section[1] if section else "", re.MULTILINE):
             text = " ".join(entry[2].split())
             sentence = re.split(r"\. (?=[A-Z])", text)[0].rstrip(".")
-            found[entry[1]] = f"{sentence[:1].upper()}{sentence[1:]}."
+            first = sentence[:1].upper() if sentence[:1].isascii() else sentence[:1]
+            found[entry[1]] = f"{first}{sentence[1:]}."
     return found
 
 

@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -142,6 +142,21 @@ def settings_precision(settings: Any) -> str | None:
     """The precision that settings of an attack name, if they name one."""
     precision: str | None = getattr(settings, "precision", None)
     return precision
+
+
+def check_attacks(method: Any) -> None:
+    """Raises InputTypeError unless a method's attacks, as far as it has any, are settings of attacks."""
+    allowed = {"attack": "", "validation_attack": ", 'pgd-N' or None"}
+    for name in (field.name for field in fields(method) if field.name in allowed):
+        value = getattr(method, name)
+        if isinstance(value, AttackSettings | GivenAttack) or (allowed[name] and isinstance(value, str | None)):
+            continue
+        told = value.__name__ if isinstance(value, type) else repr(value) if value is None else type(value).__name__
+        hint = " (PGD.partial(...) is PGDSettings(...))" if callable(value) else ""
+        raise InputTypeError(
+            f"{name} is {told}; a method is given settings of an attack, such as PGDSettings(eps=0.1)"
+            f"{allowed[name]}{hint}"
+        )
 
 
 def judge_of(validation: AttackSettings | GivenAttack | str | None, attack: Any, seed: int) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from afd.errors import at_least, one_of
+from afd.methods.attacking import check_attacks
 from afd.methods.base import Method
 from afd.methods.optimizers import OPTIMIZERS, OptimizerFactory, check_factories, check_update, optimizer_for
 
@@ -47,6 +48,7 @@ class Optimized(Method):
     rates: ClassVar[Mapping[str, Mapping[str, float]]] = {}  # that an optimizer wants where nobody names any
 
     def __post_init__(self) -> None:
+        check_attacks(self)
         at_least("lr", self.lr, 1e-12)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
         check_factories(self.optimizers, self.players)

@@ -102,7 +102,9 @@ def built(trainer: Trainer) -> dict[str, Any]:
 
 def facts(trainer: Trainer) -> dict[str, Any]:
     """What must be the same in the run that goes on."""
-    own = {**{name: getattr(trainer, name) for name in FACTS}, "validation_attack": trainer.judging}
+    own = {name: getattr(trainer, name) for name in FACTS}
+    if trainer.attack is not None or trainer.validation_attack is not None:  # in the place of the method's own
+        own["validation_attack"] = trainer.judging
     run = own if trainer.config is None else trainer.config
     if isinstance(trainer.network, FeatureSplit):
         run = {**run, SCALED_FOR: SCALED[trainer.network.normalize]}

@@ -7,22 +7,28 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from toy_methods import Perturbed, Replays
 
 from afd.attacks import PGDSettings
 from afd.data import Batches, Images
-from afd.methods import AFD, Natural
+from afd.methods import AFD, AT, Natural
 from afd.nn import FeatureClassifier
 from afd.training import Trainer
 from afd.training.distributed import join, leave
 
 JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=2)}
-GAME = {"hidden": 8, "attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
+AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
+GAME = {"hidden": 8, **AGAINST}
 METHODS = {
     "joint": AFD(**GAME),
     "separate": AFD.adam(loss="dcgan", lr=1e-2, lr_features=1e-2, **GAME),
     "alternating": AFD(schedule="alternating", loss="hinge", **GAME),
     "seldom": AFD(discriminator_rounds=3, micro_batches=2, **GAME),
     "natural": Natural(micro_batches=2, **JUDGE),
+    "at": AT(lr=0.05, **AGAINST),
+    "at in parts": AT(lr=0.05, micro_batches=2, clip=1.0, **AGAINST),
+    "replays": Replays(lr=0.05),
+    "wrapped": Perturbed(AT(lr=0.05, **AGAINST), gamma=0.05),
     "frozen-joint": AFD(**GAME),
     "frozen-separate": AFD.adam(loss="dcgan", lr=1e-2, **GAME),
     "frozen-alternating": AFD(schedule="alternating", **GAME),

@@ -1,6 +1,7 @@
 """Two processes with a CPU's gloo: the same training as one process on the joint batch, and what survives a kill."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,11 @@ spec.loader.exec_module(joint)
 
 def torchrun(*arguments, restarts=0):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}"]
+    path = os.pathsep.join([str(SCRIPT.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])  # for the toys
     return subprocess.run(
-        [sys.executable, *command, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+        [sys.executable, *command, str(SCRIPT), *map(str, arguments)],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

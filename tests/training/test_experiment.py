@@ -315,7 +315,7 @@ def test_a_method_that_there_is_not_is_refused(capsys):
     told = "afd: error: method is 'magic'; allowed are natural, at, afd and somebody's own as package.module:Class\n"
     assert capsys.readouterr().err == told
     assert main(["train", "--epochs", "1", "magic"]) == 2
-    assert capsys.readouterr().err == "afd: error: Unrecognized options: magic; see afd train --help\n"
+    assert capsys.readouterr().err == told
 
 
 def test_eps_may_be_a_fraction():

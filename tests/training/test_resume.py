@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from toy_methods import Perturbed, Replays
 
 from afd.attacks import APGDSettings, PGDSettings
 from afd.cli import main
 from afd.data import Batches, Images
 from afd.data.augment import CropAndFlip
-from afd.methods import AFD, Execution, Natural
+from afd.methods import AFD, AT, Execution, Natural
 from afd.nn import FeatureClassifier
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights
 
@@ -80,6 +81,17 @@ CASES = {
             "ema": 0.9,
         },
     ),
+    "at": (
+        data_loader,
+        {
+            "method": AT(lr=0.05, clip=1.0, attack=replace(PGD_2, batchnorm="train"), **JUDGE),
+            "eps_warmup": 1.5,
+            "ema": 0.9,
+        },
+    ),
+    "natural": (batches, {"method": Natural(lr=0.05, micro_batches=2)}),
+    "replays": (batches, {"method": Replays(lr=0.05)}),
+    "wrapped": (data_loader, {"method": Perturbed(AT(lr=0.05, attack=PGD_2, **JUDGE)), "schedule": "cosine"}),
     "alternating": (
         data_loader,
         {
