@@ -233,7 +233,8 @@ class TrainConfig(RunConfig):
 
     def as_toml(self) -> str:
         """A file that `read` reads, and ``afd train --config`` repeats: all but where results go."""
-        plain = _stated({name: one for name, one in self.as_json().items() if name not in OUTCOME})
+        untold = OUTCOME if self.method is None or ball_of(self.method) is None else (*OUTCOME, "test")
+        plain = _stated({name: one for name, one in self.as_json().items() if name not in untold})
         return f"# afd train --config run.toml repeats this run\n{tomli_w.dumps(plain)}"
 
     @classmethod

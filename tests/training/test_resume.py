@@ -231,7 +231,7 @@ def test_damaged_checkpoints_only_are_an_error(stopped, tmp_path):
         ({"method": Natural(**JUDGE)}, "method.name is AFD there and Natural here"),
         (
             {"method": replace(SGD, validation_attack=PGDSettings(eps=0.06, alpha=2 / 255, steps=1))},
-            "run: method.validation_attack.eps is 0.05 there and 0.06 here; ",
+            "run: method.validation_attack.eps is 0.05 there and 0.06 here$",
         ),
         ({"epochs": 2}, "epochs is 3 there and 2 here"),
         ({"schedule": "cosine"}, "schedule is step there and cosine here"),
