@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from afd.attacks import AttackFactory
+from afd.attacks import AttackFactory, AttackSettings
 from afd.errors import warn_caller
 from afd.methods import METHODS, Method, Wrapper
 from afd.methods.attacking import GivenAttack
@@ -77,13 +77,14 @@ def overridden(
         "AFD(attack=PGDSettings(eps=0.3), validation_attack='pgd-20')"
     )
     if attack is not None and method.attack is not None:
-        method = _against(method, GivenAttack(attack))
+        method = _against(method, attack if isinstance(attack, AttackSettings) else GivenAttack(attack))
     if validation_attack is not None:
-        return method, GivenAttack(validation_attack, "validation_attack")
+        own = isinstance(validation_attack, AttackSettings)
+        return method, validation_attack if own else GivenAttack(validation_attack, "validation_attack")
     return method, None if attack is not None else method.judge(seed)
 
 
-def _against(method: Any, attack: GivenAttack) -> Any:
+def _against(method: Any, attack: Any) -> Any:
     if isinstance(method, Wrapper):
         return dataclasses.replace(method, method=_against(method.method, attack))
     return dataclasses.replace(method, attack=attack)

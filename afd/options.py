@@ -20,12 +20,14 @@ from afd.attacks.settings import ATTACKS, AttackSettings
 from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of, method_for
 from afd.errors import InputError
 from afd.methods import METHODS, WRAPPERS, Method
-from afd.methods.registry import attack_of, classes_of, described, known, made, options
+from afd.methods.registry import attack_of, classes_of, described, known, made, options, spelled
 from afd.parsing import UsageError, fraction, parsed, tyro
 
 PLAIN = {"norm", "eps", "alpha"}  # settings of an attack that are options by their own names
 OWN = {"targeted", "outputs", "bounds", "precision", "piece", "look", "fold", "seed"}  # that training sees to itself
 ATTACKS_OF = {"attack", "validation_attack"}
+TAKEN = {one.name for kind in (RunConfig, DataConfig, ModelConfig) for one in dataclasses.fields(kind)}
+TAKEN |= {"config", "data", "data_root", "model", "attack", "alpha", "eval_steps", "method"}
 Options = list[tuple[str, Any, Any]]  # as of `dataclasses.make_dataclass`
 
 
@@ -86,9 +88,13 @@ def _base(words: Sequence[str], name: str | None) -> TrainConfig:
         return dataclasses.replace(base, method=base.method or made({"name": name or "afd"}))  # the parser names it
     own, norm, eps = base.method, last_value(words, "norm"), last_value(words, "eps")
     optimizer, attack = last_value(words, "optimizer"), last_value(words, "attack")
-    if own is None or name is not None:
+    if own is None or name not in (None, spelled(own)):
         radius = _radius(eps)
         known_norm = norm if norm in ("Linf", "L2", "L1") else None
+        ball = base.test if own is None else ball_of(own) or base.test
+        if file is not None and last_value(words, "data") is None and ball.eps is not None:  # the file's ball stays
+            radius = ball.eps if radius is None and known_norm in (None, ball.norm) else radius
+            known_norm = known_norm or ball.norm
         chosen: dict[str, Any] = {
             "optimizer": optimizer if optimizer in ("sgd", "adam") else None,
             "norm": known_norm,
@@ -96,11 +102,10 @@ def _base(words: Sequence[str], name: str | None) -> TrainConfig:
         }
         own = method_for(data, name or "afd", attack=attack if attack in ATTACKS else None, **chosen)
     elif attack in ATTACKS and own.attack is not None and ATTACKS[attack] is not type(own.attack):
-        same = {name: own.attack[name] for name in ("norm", "eps", "steps") if name in set(own.attack.keys())}
         taken = {one.name for one in dataclasses.fields(ATTACKS[attack])}
-        changed = ATTACKS[attack](**{name: value for name, value in same.items() if name in taken})
+        changed = ATTACKS[attack](**{name: value for name, value in {**own.attack}.items() if name in taken})
         own = made(described(own) | {"attack": {"name": attack, **changed}})
-    return dataclasses.replace(base, method=own)
+    return dataclasses.replace(base, method=own, test=ball_of(own) or base.test)
 
 
 def _radius(text: str | None) -> float | None:
@@ -166,7 +171,8 @@ def _method_options(method: Method) -> Options:
     found: Options = []
     for one, value in options(method):
         if one.name not in ATTACKS_OF:
-            found += _field(one.name, one.name, _holder(method, one.name), value)
+            spelled_so = f"method_{one.name}" if one.name in TAKEN else one.name
+            found += _field(one.name, spelled_so, _holder(method, one.name), value)
     return found
 
 
@@ -187,7 +193,7 @@ def _attack_options(method: Method, attack: AttackSettings) -> Iterator[tuple[st
 def _field(name: str, spelled: str, kind: type[Any], value: Any) -> Options:
     """A field as an option, if the parser can read one of its type."""
     hint = _readable(get_type_hints(kind)[name])
-    if hint is None:
+    if hint is None or callable(value):
         return []
     told = tyro.conf.arg(name=_option(spelled), help=attributes(kind).get(name, ""))
     return [(name, Annotated[hint, told], value)]

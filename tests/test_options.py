@@ -98,6 +98,11 @@ def test_every_option_of_a_method_and_its_attack_has_a_help_line_and_its_own_nam
         ("at natural", "two methods are named, at and natural"),
         ("no_such_module:Method", "method is 'no_such_module:Method', which cannot be imported"),
         ("toy_methods:Nothing", "has no attribute 'Nothing'"),
+        (":Nothing", "somebody's own class is written package.module:Class"),
+        ("./mine.py:Method", "somebody's own class is written package.module:Class"),
+        ("afd.methods:Supervised", "it must be a class of afd.methods.Method"),
+        ("afd.methods:Method", "it must be a class of afd.methods.Method"),
+        ("afd+toy_methods:Perturbed", "Perturbed goes around a supervised method; it was given a AFD"),
         ("toy_methods:spread", "must be a class of afd.methods.Method"),
         ("toy_methods:Perturbed", "toy_methods:Perturbed is a wrapper around a method"),
         ("at --loss dcgan", "--loss"),
@@ -227,6 +232,15 @@ def test_a_file_may_say_fractions_and_little(tmp_path):
         ("[data]\nnome = 1", "data has no setting 'nome'"),
         ('[method]\nname = "at"\nbeta = 1', "has no setting 'beta'"),
         ('[method]\nname = "nonsense"', "method is 'nonsense'"),
+        ('method = "at"', "method is 'at'; it must be a table"),
+        ('[method]\nname = "at"\nlr = "fast"', "lr is 'fast'; the method at has a number there"),
+        ("[method]\nname = 3", "the method's name is 3"),
+        ('[data]\nname = "nope"', "name is 'nope'"),
+        ('epochs = "two"', "epochs is 'two', a str"),
+        ("epochs = 1.5", "epochs is 1.5, a float"),
+        ('compile = "x"', "compile is 'x', a str"),
+        ('milestones = "x"', "milestones is 'x', a str"),
+        ("[model]\nwidth = true", "width is True, a bool"),
         ('[method]\nname = "at"\nattack = {name = "pgd", rho = 1}', "has no setting 'rho'"),
     ],
 )
@@ -247,6 +261,31 @@ def test_options_change_what_a_file_says(tmp_path):
     assert other.method == AT(lr=0.02, attack=APGDSettings(eps=0.1, steps=3))
     assert asked(f"natural --config {file}").method == Natural()
     assert asked(f"--config {file} --eps 0.2").settled().test == TestConfig("Linf", 0.2)
+
+
+def test_a_method_that_is_named_beside_a_file_keeps_what_the_file_says(tmp_path):
+    file = tmp_path / "run.toml"
+    run = asked("at --norm L2 --eps 1 --attack-batchnorm batch --alpha 1/10 --lr 0.02")
+    file.write_text(run.settled().as_toml())
+    assert asked(f"at --config {file}").method == run.method
+    assert asked(f"at --config {file} --attack mim").method.attack == MIMSettings(
+        norm="L2", eps=1.0, alpha=0.1, batchnorm="batch"
+    )
+    for other in ("afd", "natural", "at+toy_methods:Perturbed"):
+        assert asked(f"{other} --config {file}").settled().test == TestConfig("L2", 1.0)
+
+
+def test_settings_by_the_names_of_other_options_and_functions_have_their_place(tmp_path, capsys):
+    config = asked("toy_methods:Clashing --method-alpha 0.25 --alpha 0.1 --method-epochs 7 --epochs 1")
+    assert (config.epochs, config.method.alpha, config.method.epochs) == (1, 0.25, 7)
+    assert (config.method.attack.alpha, config.method.second) == (0.1, toy_methods.Clashing().second)
+    steady = asked("toy_methods:Steady --attack-steps 2")
+    assert steady.method.attack.loss is toy_methods.spread
+    assert TrainConfig.from_json(steady.as_json()).method == steady.method
+    out = tmp_path / "run"
+    few = {"epochs": 1, "limit": 40, "width": 2, "batch-size": 20, "attack-steps": 1, "out": out}
+    assert main(["train", "toy_methods:Steady", *(f"--{name}={value}" for name, value in few.items())]) == 0
+    capsys.readouterr()
 
 
 # --- Older spellings --------------------------------------------------------------------------------------------------

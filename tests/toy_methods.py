@@ -61,6 +61,25 @@ class Perturbed(Wrapper):
         return losses
 
 
+@dataclass(frozen=True, kw_only=True)
+class Clashing(Supervised):
+    """Settings by the names of options that are others'; a second attack.
+
+    Attributes:
+        alpha: of its own.
+        epochs: likewise.
+    """
+
+    alpha: float = 0.5
+    epochs: int = 3
+    attack: PGDSettings = PGDSettings(eps=0.05, steps=1)
+    second: PGDSettings = PGDSettings(eps=0.1, steps=2)
+
+    def losses(self, model, batch):
+        moved = model(self.attack(model, batch)) + model(self.second(model, batch))
+        return {"task": self.alpha * self.cross_entropy(moved, batch.y)}
+
+
 def spread(outputs, target):
     """Squared distance of features from those of the clean images, [N]."""
     return (outputs - target).square().sum(1)

@@ -179,6 +179,8 @@ class Step(ABC):
         Gradients, precision and inference mode are those of the step, whatever mode the caller is in; the mode of the
         model, training or evaluation, is the caller's.
         """
+        if not len(x):
+            raise InputError(f"x has shape {list(x.shape)}; a step needs at least one image")
         batch = Batch(x, y, index, self.steps if seed is None else seed, first_sample)
         self.steps += 1
         for optimizer in self.optimizers.values():

@@ -117,7 +117,8 @@ def as_split(model: Any) -> Split:
     if isinstance(model, DistributedDataParallel):
         raise InputError(
             "model is a DistributedDataParallel, which would not see all passes of a step; build the step with the "
-            "module inside and wrap=DistributedDataParallel (or Accelerate's prepare_model)"
+            "module inside and wrap=partial(DistributedDataParallel, find_unused_parameters=True) (or Accelerate's "
+            "prepare_model)"
         )
     network: Split = model if hasattr(model, "features_and_logits") else split(model)
     return network

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from afd.errors import at_least, one_of
+from afd.errors import InputError, at_least, one_of
 from afd.methods.attacking import check_attacks
 from afd.methods.base import Method
 from afd.methods.optimizers import OPTIMIZERS, OptimizerFactory, check_factories, check_update, optimizer_for
@@ -73,5 +73,6 @@ class Optimized(Method):
 
     def cross_entropy(self, logits: Tensor, y: Tensor | None) -> Tensor:
         """The mean cross-entropy [] of logits [N, K] and a batch's labels, smoothed as set."""
-        assert y is not None
+        if y is None:
+            raise InputError("y is None; the loss needs labels")
         return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)

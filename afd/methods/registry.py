@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import Field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field, fields, is_dataclass
+from inspect import isabstract
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from afd.attacks.settings import ATTACKS, AttackSettings, attack_named
-from afd.errors import InputError, InputTypeError
+from afd.errors import InputError, InputTypeError, in_a_line
 from afd.methods.afd import AFD
 from afd.methods.base import Method, check_declared
 from afd.methods.supervised import AT, Natural, Wrapper
@@ -42,6 +43,8 @@ def classes_of(name: str) -> list[type[Any]]:
         raise InputError(f"method is {name!r}, but {core} is a wrapper around a method; write at+{core}")
     found += [_class(one, WRAPPERS, Wrapper, "wrapper") for one in around]
     names = [field.name for kind in found for field in fields(kind) if field.name != "method"]
+    if "name" in names:
+        raise InputError(f"method is {name!r}, which has a setting 'name'; that is the method's own")
     for own in names:
         if names.count(own) > 1:
             raise InputError(f"method is {name!r}, of which two have a setting {own!r}; put them together in Python")
@@ -81,15 +84,31 @@ def made(description: Mapping[str, Any]) -> Method:
     if not isinstance(name, str):
         raise InputError(f"the method's name is {name!r}; allowed are {', '.join(METHODS)} and package.module:Class")
     core, *around = classes_of(name)
-    for key in ("attack", "validation_attack"):
-        if isinstance(settings.get(key), Mapping):
-            settings[key] = attack_of(settings[key])
-    method: Method = core(**_taken(core, settings))
-    for wrapper in around:
-        method = wrapper(method, **_taken(wrapper, settings))
+    for kind in (core, *around):
+        for field in fields(kind):
+            if isinstance(settings.get(field.name), Mapping) and field.name != "optimizers":
+                settings[field.name] = attack_of(settings[field.name], field.default)
+    _check_types((core, *around), settings, name)
+    try:
+        method: Method = core(**_taken(core, settings))
+        for wrapper in around:
+            method = wrapper(method, **_taken(wrapper, settings))
+    except TypeError as error:  # of a class that wants more, or has an __init__ of its own
+        raise InputError(f"the method {name} cannot be made: {in_a_line(error)}") from error
     if settings:
         raise InputError(f"the method {name} has no setting {', '.join(map(repr, settings))}")
     return method
+
+
+def _check_types(kinds: Iterable[type[Any]], settings: Mapping[str, Any], name: str) -> None:
+    """Raises InputError where a number or a word is of another type than a method's setting."""
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for one in (one.name for one in fields(kind) if one.name in settings):
+            value = settings[one]
+            allowed = {hints[one], *get_args(hints[one])}
+            if isinstance(value, str | bool) and allowed & {int, float} and type(value) not in allowed:
+                raise InputError(f"{one} is {value!r}; the method {name} has a number there")
 
 
 def _taken(kind: type[Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -97,8 +116,8 @@ def _taken(kind: type[Any], settings: dict[str, Any]) -> dict[str, Any]:
     return {field.name: settings.pop(field.name) for field in fields(kind) if field.name in settings}
 
 
-def attack_of(description: Mapping[str, Any]) -> AttackSettings:
-    """The attack that a dict describes by its name and settings.
+def attack_of(description: Mapping[str, Any], default: Any = None) -> AttackSettings:
+    """The attack that a dict describes by its name and settings; what it leaves out is the default's, if that is one.
 
     Raises:
         InputError: there is no such attack, or it has no such setting, or not of that value.
@@ -109,6 +128,8 @@ def attack_of(description: Mapping[str, Any]) -> AttackSettings:
     for name in settings:
         if name not in own:
             raise InputError(f"the attack {kind.__name__} has no setting {name!r}; it has {', '.join(sorted(own))}")
+    if type(default) is kind:
+        settings = {**default} | settings
     made_of: AttackSettings = kind(
         **{name: tuple(one) if isinstance(one, list) else one for name, one in settings.items()}
     )
@@ -119,7 +140,8 @@ def _plain(value: Any) -> Any:
     """A setting in words and numbers where it is an attack's; any other as it is."""
     if isinstance(value, AttackSettings):
         name = next(name for name, kind in ATTACKS.items() if kind is type(value))
-        return {"name": name} | {field.name: getattr(value, field.name) for field in fields(value)}
+        own = {field.name: getattr(value, field.name) for field in fields(value)}
+        return {"name": name} | {field: one for field, one in own.items() if not callable(one)}
     return value
 
 
@@ -130,6 +152,8 @@ def _name(kind: type[Any], registered: Mapping[str, type[Any]]) -> str:
 
 def _class(name: str, registered: Mapping[str, type[Any]], base: type[Any], told: str) -> type[Any]:
     module, colon, path = name.partition(":")
+    if colon and not all(part.isidentifier() for part in f"{module}.{path}".split(".")):
+        raise InputError(f"{told} is {name!r}; somebody's own class is written package.module:Class")
     if not colon:
         if name not in registered:
             allowed = ", ".join(registered) or "none"
@@ -141,9 +165,9 @@ def _class(name: str, registered: Mapping[str, type[Any]], base: type[Any], told
         found: Any = importlib.import_module(module)
         for part in path.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{told} is {name!r}, which cannot be imported: {error}") from error
-    if not (isinstance(found, type) and issubclass(found, base)):
+    except Exception as error:  # whatever somebody's own module raises
+        raise InputError(f"{told} is {name!r}, which cannot be imported: {in_a_line(error)}") from error
+    if not (isinstance(found, type) and issubclass(found, base) and is_dataclass(found) and not isabstract(found)):
         raise InputTypeError(f"{told} is {name!r}; it must be a class of afd.methods.{base.__name__}")
     check_declared(found)
     return found

@@ -72,6 +72,11 @@ class Wrapper(Method):
 
     method: Supervised | Wrapper
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Supervised | Wrapper):
+            told = type(self.method).__name__
+            raise InputTypeError(f"{type(self).__name__} goes around a supervised method; it was given a {told}")
+
     @property
     def attack(self) -> Any:
         """That of the method inside."""

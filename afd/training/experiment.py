@@ -90,7 +90,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
         raise InputError(f"sync_batchnorm is True, but the device is {device}; torch offers it on CUDA only")
     _check_files(config)
     group = distributed.join()
-    console = (console or Console()) if group.leads else Console(quiet=True)
+    console = (console or Console(emoji=False)) if group.leads else Console(quiet=True)
     with run_folder(config.out, config.resume, group, overwrite=config.overwrite) as folder:
         if splits is None:
             splits = data.load(config.data.name, config.data.root, validation=config.data.validation)

@@ -191,6 +191,12 @@ def resume(trainer: Trainer) -> dict[str, Any] | None:
         trainer.average.n_averaged.copy_(state["average"]["rounds"])
         for name, wide in state["average"].get("wide", {}).items():
             trainer.average.wide[name].copy_(wide)
+    if state["players"].keys() != trainer.step.players.keys():
+        told = [", ".join(sorted(names)) or "none" for names in (state["players"], trainer.step.players)]
+        raise CheckpointError(
+            f"{path} holds the players {told[0]}, and the method's step has {told[1]}; what a step keeps from batch to "
+            "batch is a module in its players from when it is built"
+        )
     for name, player in trainer.step.players.items():
         player.load_state_dict(state["players"][name])
     for name, optimizer in trainer.step.optimizers.items():

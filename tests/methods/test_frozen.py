@@ -1,12 +1,13 @@
 """What is trained where parts of a model are frozen, and in which dtypes and modes a round runs."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from afd.attacks import PGD
+from afd.attacks import PGDSettings
 from afd.errors import InputError
 from afd.methods import AFD, Execution, Natural
 from afd.methods.execution import isolated
@@ -122,7 +123,10 @@ class Mixed(nn.Module):
 def test_parameters_may_be_of_several_dtypes(method, tmp_path):
     torch.manual_seed(0)
     model, (x, y, _) = Mixed(), batch()
-    trainer = Trainer(model, METHODS[method], attack=PGD.partial(eps=0.1, steps=1), ema=0.9, folder=tmp_path)
+    settings = METHODS[method]
+    if settings.attack is not None:
+        settings = replace(settings, attack=PGDSettings(eps=0.1, steps=1))
+    trainer = Trainer(model, settings, ema=0.9, folder=tmp_path)
     before = model.head.weight.detach().clone()
     trainer.fit([(x, y)], [(x, y)])
     assert not torch.equal(before, model.head.weight)
@@ -183,7 +187,7 @@ def test_training_computes_the_same_in_whatever_mode_its_caller_is(ambient):
         model, (x, y, _) = network(), batch()
         with mode():
             torch.manual_seed(3)
-            trainer = Trainer(model, AFD(lr=0.01), attack=PGD.partial(eps=0.1, steps=1), epochs=2, ema=0.5)
+            trainer = Trainer(model, AFD(lr=0.01, attack=PGDSettings(eps=0.1, steps=1)), epochs=2, ema=0.5)
             history = trainer.fit([(x.clone(), y)] * 2, [(x.clone(), y)])
         return [report.losses for report in history], [*model.parameters(), *trainer.evaluated.parameters()]
 

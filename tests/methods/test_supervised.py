@@ -329,7 +329,7 @@ def test_a_wrapped_model_is_refused_as_its_passes_would_be_missed():
         def __init__(self):
             nn.Module.__init__(self)
 
-    with pytest.raises(InputError, match="wrap=DistributedDataParallel"):
+    with pytest.raises(InputError, match="wrap=partial"):
         AT().build(Wrapped())
 
 
