@@ -92,6 +92,7 @@ def _base(words: Sequence[str], name: str | None) -> TrainConfig:
         radius = _radius(eps)
         known_norm = norm if norm in ("Linf", "L2", "L1") else None
         ball = base.test if own is None else ball_of(own) or base.test
+        base = dataclasses.replace(base, test=ball)
         if file is not None and last_value(words, "data") is None and ball.eps is not None:  # the file's ball stays
             radius = ball.eps if radius is None and known_norm in (None, ball.norm) else radius
             known_norm = known_norm or ball.norm
@@ -253,7 +254,8 @@ def _config(found: Any, base: TrainConfig) -> TrainConfig:
         attack = dict(vars(found.attack))
         steps = attack.pop("eval_steps", None)
         with _of_the_attack():
-            method["attack"] = attack_of(method["attack"] | {"name": attack.pop("attack")} | attack)
+            own = base.method.attack
+            method["attack"] = attack_of(method["attack"] | {"name": attack.pop("attack")} | attack, own)
         if steps is not None:
             method["validation_attack"] = f"pgd-{steps}"
     run = {one.name: getattr(found, one.name) for one in dataclasses.fields(RunConfig)}
