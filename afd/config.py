@@ -7,13 +7,11 @@ are the CLI's help lines.
 from __future__ import annotations
 
 import dataclasses
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from afd.attacks.settings import AttackSettings, attack_named
 from afd.errors import InputError, at_least, count, in_a_line, in_levels
@@ -21,6 +19,7 @@ from afd.extras import needed_by
 from afd.methods import Method
 from afd.methods.registry import classes_of, described, made, options
 from afd.paths import check_path, check_target
+from afd.values import fits, in_words, numbers
 
 with needed_by("afd.config"):
     import tomli_w
@@ -230,7 +229,7 @@ class TrainConfig(RunConfig):
         for name in PARTS:
             if given.get(name) is not None and not isinstance(given[name], Mapping):
                 raise InputError(f"{name} is {given[name]!r}; it must be a table, [{name}]")
-        parts: dict[str, Any] = {"method": made(_numbers(given.pop("method")))} if given.get("method") else {}
+        parts: dict[str, Any] = {"method": made(numbers(given.pop("method")))} if given.get("method") else {}
         given.pop("method", None)
         for name, kind in (("data", DataConfig), ("model", ModelConfig), ("test", TestConfig)):
             parts[name] = _of(kind, given.pop(name, {}), name)
@@ -374,51 +373,13 @@ def _of(kind: type[_Kind], given: Mapping[str, Any], told: str) -> _Kind:
         if name not in known:
             raise InputError(f"{told} has no setting {name!r}; it has {', '.join(sorted(known))}")
     values: dict[str, Any] = {
-        name: tuple(one) if isinstance(one, list) else one for name, one in _numbers(given).items()
+        name: tuple(one) if isinstance(one, list) else one for name, one in numbers(given).items()
     }
     hints = get_type_hints(kind)
     for name, one in values.items():
         if name not in PARTS and not fits(one, hints[name]):
-            raise InputError(f"{name} is {one!r}, a {type(one).__name__}; {told} has {_allowed(hints[name])} there")
+            raise InputError(f"{name} is {one!r}, a {type(one).__name__}; {told} has {in_words(hints[name])} there")
     return kind(**{name: Path(one) if name in PATHS and one is not None else one for name, one in values.items()})
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value that was read is of a type, as far as that is made of plain ones; a whole number is a number."""
-    parts = get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        return any(fits(value, part) for part in parts)
-    if get_origin(hint) is Literal:
-        return value in parts and not isinstance(value, bool)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(fits(one, parts[0]) for one in value)
-    if hint is type(None) or hint is None:
-        return value is None
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    if hint in (str, Path):
-        return isinstance(value, str)
-    return isinstance(value, hint) if hint is bool else True
-
-
-def _allowed(hint: Any) -> str:
-    """A type in words."""
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_allowed(part) for part in get_args(hint) if part is not type(None))
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    return "a list" if get_origin(hint) is tuple else f"a {getattr(hint, '__name__', hint)}"
-
-
-def _numbers(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was read, with fractions such as "8/255" as numbers."""
-    found = {name: _numbers(one) if isinstance(one, Mapping) else one for name, one in given.items()}
-    return {name: [*map(_number, one)] if isinstance(one, list) else _number(one) for name, one in found.items()}
-
-
-def _number(value: Any) -> Any:
-    fraction = re.fullmatch(r"\s*([0-9.]+)\s*/\s*([0-9.]+)\s*", value) if isinstance(value, str) else None
-    return value if fraction is None else float(fraction[1]) / float(fraction[2])
 
 
 def _filled(config: _Config, **defaults: Any) -> _Config:

@@ -11,7 +11,7 @@ from afd.errors import warn_caller
 from afd.methods import METHODS, Method, Wrapper
 from afd.methods.attacking import GivenAttack
 
-WITHOUT_EFFECT = {  # of `afd train --method natural`, which took every option of afd; those without a value last
+WITHOUT_EFFECT = {  # of `afd train --method natural`, which took every option of afd
     "loss", "schedule", "lr-discriminator", "lr-features", "discriminator-rounds", "penalty", "attack", "attack-steps",
     "alpha", "eval-steps",
 }  # fmt: skip

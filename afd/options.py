@@ -27,7 +27,7 @@ PLAIN = {"norm", "eps", "alpha"}  # settings of an attack that are options by th
 OWN = {"targeted", "outputs", "bounds", "precision", "piece", "look", "fold", "seed"}  # that training sees to itself
 ATTACKS_OF = {"attack", "validation_attack"}
 TAKEN = {one.name for kind in (RunConfig, DataConfig, ModelConfig) for one in dataclasses.fields(kind)}
-TAKEN |= {"config", "data", "data_root", "model", "attack", "alpha", "eval_steps", "method"}
+TAKEN |= {"config", "data", "data_root", "model", "attack", "eval_steps", "method"}
 Options = list[tuple[str, Any, Any]]  # as of `dataclasses.make_dataclass`
 
 
@@ -59,7 +59,8 @@ def method_in(words: Sequence[str]) -> tuple[list[str], str | None]:
     Raises:
         UsageError: two words name one.
     """
-    flags = {_option(one.name) for kind in (RunConfig, DataConfig, ModelConfig) for one in _flags(kind)}
+    flags = {_option(name) for kind in (RunConfig, DataConfig, ModelConfig) for name in _flags(kind)}
+    flags |= {_option(f"attack_{name}") for kind in ATTACKS.values() for name in _flags(kind)}
     places = []
     for place, word in enumerate(words):
         before = words[place - 1] if place else ""
@@ -73,10 +74,10 @@ def method_in(words: Sequence[str]) -> tuple[list[str], str | None]:
     return [word for place, word in enumerate(words) if place != places[0]], words[places[0]]
 
 
-def _flags(kind: type[Any]) -> Iterator[dataclasses.Field[Any]]:
+def _flags(kind: type[Any]) -> Iterator[str]:
     """The fields of a class that are options without a value."""
     hints = get_type_hints(kind)
-    return (one for one in dataclasses.fields(kind) if bool in (hints[one.name], *get_args(hints[one.name])))
+    return (one.name for one in dataclasses.fields(kind) if hints[one.name] is bool)
 
 
 def _base(words: Sequence[str], name: str | None) -> TrainConfig:
@@ -170,9 +171,10 @@ def _default(value: Any) -> Any:
 
 def _method_options(method: Method) -> Options:
     found: Options = []
+    taken = TAKEN | PLAIN if isinstance(method.attack, AttackSettings) else TAKEN
     for one, value in options(method):
         if one.name not in ATTACKS_OF:
-            spelled_so = f"method_{one.name}" if one.name in TAKEN else one.name
+            spelled_so = f"method_{one.name}" if one.name in taken else one.name
             found += _field(one.name, spelled_so, _holder(method, one.name), value)
     return found
 

@@ -233,7 +233,7 @@ def test_a_file_may_say_fractions_and_little(tmp_path):
         ('[method]\nname = "at"\nbeta = 1', "has no setting 'beta'"),
         ('[method]\nname = "nonsense"', "method is 'nonsense'"),
         ('method = "at"', "method is 'at'; it must be a table"),
-        ('[method]\nname = "at"\nlr = "fast"', "lr is 'fast'; the method at has a number there"),
+        ('[method]\nname = "at"\nlr = "fast"', "lr is 'fast', a str; the method at has a float there"),
         ("[method]\nname = 3", "the method's name is 3"),
         ('[data]\nname = "nope"', "name is 'nope'"),
         ('epochs = "two"', "epochs is 'two', a str"),
@@ -322,6 +322,9 @@ def test_an_older_spelling_is_told_in_a_line(capsys, tmp_path, monkeypatch):
 def test_the_words_of_a_method_are_taken_out_wherever_they_stand():
     assert method_in(["--compile", "at", "--epochs", "3"]) == (["--compile", "--epochs", "3"], "at")
     assert method_in(["--out", "at"]) == (["--out", "at"], None)
+    assert method_in(["--no-attack-random-start", "at"]) == (["--no-attack-random-start"], "at")
+    assert method_in(["--attack-early-stop", "at"]) == (["--attack-early-stop"], "at")
+    assert method_in(["--augment", "True", "at"]) == (["--augment", "True"], "at")
     assert method_in(["--out=at", "afd"]) == (["--out=at"], "afd")
 
 

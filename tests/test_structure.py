@@ -25,7 +25,7 @@ OPS += ("spectral_norm", "spectral_linear", "projection_logits")
 # From the ground up; a room may import from lower floors and from itself.
 FLOORS = (
     {"_version", "errors"},
-    {"extras", "files", "namesake", "paths", "process", "processes", "threads"},
+    {"extras", "files", "namesake", "paths", "process", "processes", "threads", "values"},
     {"_C"},
     {"ops", "pictures"},
     {"data", "nn"},

@@ -76,7 +76,7 @@ class Attacks:
         """The attack that settings describe; it does not look at values, which would wait for the device."""
         known = self._built.get(id(settings))
         if known is None:
-            attack = settings.build(self.network, precision=settings_precision(settings) or self.precision)
+            attack = settings.build(self.network, precision=getattr(settings, "precision", None) or self.precision)
             if isinstance(attack, GradientAttack):
                 attack.look = False  # the loader's batches are checked, and the losses show what is wrong
             known = self._built[id(settings)] = settings, attack
@@ -136,12 +136,6 @@ class Attacks:
     def again(self) -> None:
         """The same passes over the same batch begin."""
         self._next = 0
-
-
-def settings_precision(settings: Any) -> str | None:
-    """The precision that settings of an attack name, if they name one."""
-    precision: str | None = getattr(settings, "precision", None)
-    return precision
 
 
 def check_attacks(method: Any) -> None:

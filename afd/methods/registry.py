@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
 from inspect import isabstract
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_type_hints
 
 from afd.attacks.settings import ATTACKS, AttackSettings, attack_named
 from afd.errors import InputError, InputTypeError, in_a_line
 from afd.methods.afd import AFD
 from afd.methods.base import Method, check_declared
 from afd.methods.supervised import AT, Natural, Wrapper
+from afd.values import fits, in_words
 
 METHODS: dict[str, type[Method]] = {"natural": Natural, "at": AT, "afd": AFD}
 WRAPPERS: dict[str, type[Wrapper]] = {}
@@ -101,14 +102,14 @@ def made(description: Mapping[str, Any]) -> Method:
 
 
 def _check_types(kinds: Iterable[type[Any]], settings: Mapping[str, Any], name: str) -> None:
-    """Raises InputError where a number or a word is of another type than a method's setting."""
+    """Raises InputError where a value is of another type than the method's setting."""
     for kind in kinds:
         hints = get_type_hints(kind)
         for one in (one.name for one in fields(kind) if one.name in settings):
             value = settings[one]
-            allowed = {hints[one], *get_args(hints[one])}
-            if isinstance(value, str | bool) and allowed & {int, float} and type(value) not in allowed:
-                raise InputError(f"{one} is {value!r}; the method {name} has a number there")
+            if not fits(tuple(value) if isinstance(value, list) else value, hints[one]):
+                told = f"{one} is {value!r}, a {type(value).__name__}"
+                raise InputError(f"{told}; the method {name} has {in_words(hints[one])} there")
 
 
 def _taken(kind: type[Any], settings: dict[str, Any]) -> dict[str, Any]:

@@ -22,9 +22,13 @@ from afd.nn import Split
 TERMS = 'it must be a dict of terms by name, such as {"task": loss}, each a tensor [] that is a mean over the rows'
 
 
-@dataclass(frozen=True, kw_only=True)
-class Supervised(Optimized):
-    """Base of methods that are told by their losses; all else is done once for all of them, by `SupervisedStep`."""
+class ByLosses(Method):
+    """Base of methods whose steps rest on `losses`: supervised ones, and wrappers around them."""
+
+    @property
+    @abstractmethod
+    def core(self) -> Supervised:
+        """The innermost method, which has the settings of the update."""
 
     @abstractmethod
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
@@ -34,6 +38,28 @@ class Supervised(Optimized):
             model: gives logits, or features, in training; ``self.attack(model, batch)`` attacks it.
             batch: all of a step's, or one of its micro-batches.
         """
+
+    @abstractmethod
+    def update(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
+        """What is done with one batch; returns the losses."""
+
+    @abstractmethod
+    def descend(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
+        """One step of the optimizer on a batch; returns the losses."""
+
+    def build(
+        self,
+        model: nn.Module | Split,
+        execution: Execution = Execution(),
+        wrap: Wrap = unwrapped,
+    ) -> SupervisedStep:
+        """A step that trains `model`."""
+        return SupervisedStep(self, as_split(model), execution, wrap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Supervised(ByLosses, Optimized):
+    """Base of methods that are told by their losses; all else is done once for all of them, by `SupervisedStep`."""
 
     def update(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
         """What is done with one batch: by default, one step of the optimizer; returns the losses."""
@@ -45,15 +71,6 @@ class Supervised(Optimized):
         step.apply()
         return losses
 
-    def build(
-        self,
-        model: nn.Module | Split,
-        execution: Execution = Execution(),
-        wrap: Wrap = unwrapped,
-    ) -> SupervisedStep:
-        """A step that trains `model`."""
-        return SupervisedStep(self, as_split(model), execution, wrap)
-
     @property
     def core(self) -> Supervised:
         """This method, where no wrapper is around it."""
@@ -61,7 +78,7 @@ class Supervised(Optimized):
 
 
 @dataclass(frozen=True)
-class Wrapper(Method):
+class Wrapper(ByLosses):
     """Base of methods around a supervised one, which attack and lose as it does: ``AWP(TRADES(beta=6))``.
 
     A subclass says in `descend` how one step of the optimizer is taken, by ``step.gather`` and ``step.apply``.
@@ -70,10 +87,10 @@ class Wrapper(Method):
         method: inside.
     """
 
-    method: Supervised | Wrapper
+    method: ByLosses
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, Supervised | Wrapper):
+        if not isinstance(self.method, ByLosses):
             told = type(self.method).__name__
             raise InputTypeError(f"{type(self).__name__} goes around a supervised method; it was given a {told}")
 
@@ -108,15 +125,6 @@ class Wrapper(Method):
     def descend(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
         """One step of the optimizer on a batch, as the method inside takes it."""
         return self.method.descend(step, batch)
-
-    def build(
-        self,
-        model: nn.Module | Split,
-        execution: Execution = Execution(),
-        wrap: Wrap = unwrapped,
-    ) -> SupervisedStep:
-        """A step that trains `model`."""
-        return SupervisedStep(self, as_split(model), execution, wrap)
 
 
 class TrainedModel(nn.Module):
@@ -156,7 +164,7 @@ class TrainedModel(nn.Module):
 class Losses(nn.Module):
     """All passes of a step up to its losses as one module: what DistributedDataParallel sees is one forward."""
 
-    def __init__(self, method: Supervised | Wrapper, model: TrainedModel) -> None:
+    def __init__(self, method: ByLosses, model: TrainedModel) -> None:
         super().__init__()
         self.method, self.model = method, model
 
@@ -173,7 +181,7 @@ class SupervisedStep(Step):
         parameters: those of the model that are trained.
     """
 
-    def __init__(self, method: Supervised | Wrapper, network: Split, execution: Execution, wrap: Wrap) -> None:
+    def __init__(self, method: ByLosses, network: Split, execution: Execution, wrap: Wrap) -> None:
         super().__init__(method, network, execution)
         self.settings = method.core
         self.model = TrainedModel(execution.passes(network), self.attacks)

@@ -344,3 +344,19 @@ def test_the_weights_load_into_the_same_network(whole_run):
     network = load_weights(whole_run / "model.pt", build_model("convnet", (1, 8, 8), 10, 4))
     assert_same(dict(network.state_dict()), dict(state["average"]["weights"]))
     assert metadata["commit"] is None or len(metadata["commit"]) >= 40
+
+
+class Late(Replays):
+    """Keeps a player from its first batch on only."""
+
+    def update(self, step, batch):
+        step.players.setdefault("kept", nn.Linear(1, 1))
+        return super().update(step, batch)
+
+
+def test_a_player_that_a_new_step_has_not_is_named_instead_of_lost(tmp_path):
+    Trainer(model(), Late(lr=0.05), folder=tmp_path).fit(batches(), batches())
+    with pytest.raises(
+        CheckpointError, match="holds the players kept, and the method's step has none; what"
+    ):
+        Trainer(model(), Late(lr=0.05), epochs=2, folder=tmp_path, resume="auto").fit(batches(), batches())
