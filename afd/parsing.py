@@ -78,7 +78,7 @@ def parsed(kind: Any, command: str, words: Sequence[str], described: str | None)
         UsageError: they are not understood.
         SystemExit: they ask for help, which was shown.
     """
-    marks = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    marks = (tyro.conf.OmitArgPrefixes,)
     read = partial(tyro.cli, kind, prog=f"afd {command}", description=described, config=marks, registry=NUMBERS)
     return _read(read, words)
 

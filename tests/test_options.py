@@ -319,6 +319,15 @@ def test_an_older_spelling_is_told_in_a_line(capsys, tmp_path, monkeypatch):
     assert "afd: warning: --method natural is now natural: afd train natural ...\n" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", ["compile", "normalize"])
+@pytest.mark.parametrize("on", [False, True])
+def test_a_flag_of_a_file_is_turned_either_way(flag, on, tmp_path):
+    table = "[model]\n" if flag == "normalize" else ""
+    (tmp_path / "run.toml").write_text(f"{table}{flag} = {str(not on).lower()}\n")
+    config = asked(f"--config {tmp_path / 'run.toml'} --{'' if on else 'no-'}{flag} at")
+    assert (config.model.normalize if flag == "normalize" else config.compile) is on
+
+
 def test_the_words_of_a_method_are_taken_out_wherever_they_stand():
     assert method_in(["--compile", "at", "--epochs", "3"]) == (["--compile", "--epochs", "3"], "at")
     assert method_in(["--out", "at"]) == (["--out", "at"], None)

@@ -64,6 +64,7 @@ class AFD(Optimized):
     attack: AttackSettings = PGDSettings()
     validation_attack: AttackSettings | str | None = "pgd-20"
 
+    of_optimizers: ClassVar[frozenset[str]] = Optimized.of_optimizers | {"lr_discriminator", "lr_features"}
     players: ClassVar[tuple[str, ...]] = ("task", "discriminator", "features")
     rates: ClassVar[Mapping[str, Mapping[str, float]]] = {
         "adam": {"lr": 1e-4, "lr_discriminator": 1e-3, "lr_features": 1e-4, "weight_decay": 0.0}

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from afd.errors import InputError, InputTypeError
 from afd.methods.attacking import Attacks, judge_of
 from afd.methods.execution import Execution, Wrap, explained, isolated
 from afd.nn import Split
+from afd.values import fits
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,13 @@ class Method(ABC):
         validation_attack: by which robust accuracy is measured after each epoch: "pgd-20" for so many steps of PGD in
             the ball of `attack`, settings of another attack, or None to measure clean accuracy alone.
         labels: whether it asks for labels: the training batches of one that does not may be images alone.
+        of_optimizers: names of the numbers that its optimizers are built with, and have by themselves from then on.
     """
 
     attack: Any = None
     validation_attack: Any = None
     labels: ClassVar[bool] = True
+    of_optimizers: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def build(self, model: nn.Module | Split, execution: Execution = ..., wrap: Wrap = ...) -> Step:
@@ -207,6 +210,9 @@ class Step(ABC):
 
         Returns:
             [], float64, or like `value`, if that is one per sample.
+
+        Raises:
+            InputError: it is no number of the method, or one that its optimizers were built with.
         """
         held = live_number(value, self.network)
         self.adopt(_exchanged(self.method, name.split("."), held))
@@ -219,7 +225,7 @@ class Step(ABC):
 
 def check_declared(kind: type[Any]) -> None:
     """Raises InputTypeError if a method's class has settings of its own, but is no dataclass that knows them."""
-    own = [name for name in vars(kind).get("__annotations__", {}) if name != "labels"]
+    own = [name for name in vars(kind).get("__annotations__", {}) if name not in ("labels", "of_optimizers")]
     if own and "__dataclass_fields__" not in vars(kind):
         raise InputTypeError(
             f"the method {kind.__name__} declares {', '.join(own)}, but is no dataclass; write "
@@ -238,6 +244,10 @@ def _exchanged(settings: Any, path: list[str], value: Tensor) -> Any:
     """A copy of settings, of a method or of its attack, in which one number is a tensor; it is not checked again."""
     name, *rest = path
     twin, inside = copy.copy(settings), vars(settings)
+    if not rest and name in getattr(settings, "of_optimizers", ()):
+        raise InputError(f"{name} is the optimizers' own since the step was built; set it in step.optimizers")
+    if name in inside and not rest and not fits(0.5, get_type_hints(type(settings))[name]):
+        raise InputError(f"{name} of {type(settings).__name__} is {inside[name]!r}, no number that may change")
     if name in inside:
         object.__setattr__(twin, name, _exchanged(inside[name], rest, value) if rest else value)
     elif "method" in inside:  # of a wrapper

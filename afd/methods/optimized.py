@@ -44,6 +44,7 @@ class Optimized(Method):
     clip: float | None = None
     micro_batches: int = 1
 
+    of_optimizers: ClassVar[frozenset[str]] = frozenset({"lr", "momentum", "weight_decay"})
     players: ClassVar[tuple[str, ...]] = ("task",)  # that have an optimizer
     rates: ClassVar[Mapping[str, Mapping[str, float]]] = {}  # that an optimizer wants where nobody names any
 

@@ -9,6 +9,7 @@ from torch import nn
 from toy_methods import Perturbed, Replays, Steady
 
 from afd.attacks import PGDSettings
+from afd.errors import InputError
 from afd.methods import AT, Supervised
 from afd.nn import FeatureClassifier
 from afd.training import recording
@@ -114,3 +115,21 @@ def test_a_number_that_a_method_has_not_is_named():
     step = Weighted().build(network())
     with pytest.raises(Exception, match="PGDSettings has no number 'epsilon'"):
         step.live("attack.epsilon", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lr", "lr is the optimizers' own since the step was built"),
+        ("weight_decay", "set it in step.optimizers"),
+        ("micro_batches", "micro_batches of Weighted is 1, no number that may change"),
+        ("optimizer", "is 'sgd', no number"),
+        ("attack.steps", "steps of PGDSettings is 2, no number"),
+        ("attack.norm", "no number"),
+    ],
+)
+@pytest.mark.parametrize("around", [False, True])
+def test_a_number_that_no_step_would_read_again_is_refused(name, message, around):
+    step = (Perturbed(Weighted()) if around else Weighted()).build(network())
+    with pytest.raises(InputError, match=message):
+        step.live(name, 0.1)
