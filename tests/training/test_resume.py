@@ -356,7 +356,5 @@ class Late(Replays):
 
 def test_a_player_that_a_new_step_has_not_is_named_instead_of_lost(tmp_path):
     Trainer(model(), Late(lr=0.05), folder=tmp_path).fit(batches(), batches())
-    with pytest.raises(
-        CheckpointError, match="holds the players kept, and the method's step has none; what"
-    ):
+    with pytest.raises(CheckpointError, match="holds the players kept, and the method's step has none; what"):
         Trainer(model(), Late(lr=0.05), epochs=2, folder=tmp_path, resume="auto").fit(batches(), batches())
