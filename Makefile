@@ -13,8 +13,9 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csr
 demo: $(READY)
 	$(BIN)/python -m afd.demo --out demo $(DEMO)
 
+# Files of tests side by side, on one thread each; tests of threads set their own.
 test: $(READY)
-	$(BIN)/pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 8 --dist loadfile $(TESTS)
 
 test-slow: $(READY)
 	$(BIN)/pytest -m "slow and not gpu"
