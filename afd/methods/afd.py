@@ -21,7 +21,8 @@ from afd.attacks.settings import AttackSettings, PGDSettings
 from afd.errors import at_least, one_of
 from afd.methods.alternating import AlternatingRound
 from afd.methods.base import unwrapped
-from afd.methods.execution import Execution, Wrap, as_split, as_torch_starts, feature_dtype
+from afd.methods.execution import Execution, Wrap, as_torch_starts, feature_dtype
+from afd.methods.foreign import as_split
 from afd.methods.game import Game
 from afd.methods.losses import game_loss
 from afd.methods.optimized import Optimized

@@ -14,11 +14,16 @@ from torch.optim import Optimizer
 
 from afd.attacks.inputs import outside_inference
 from afd.attacks.settings import PGDSettings
+from afd.attacks.strangers import BOUNDS
 from afd.errors import InputError, InputTypeError
 from afd.methods.attacking import Attacks, judge_of
 from afd.methods.execution import Execution, Wrap, explained, isolated
+from afd.methods.foreign import check_dtype, check_features, device_of
+from afd.methods.inputs import check_form, check_values
 from afd.nn import Split
 from afd.values import fits
+
+LOOKS = 3  # batches of a step of one's own whose values are looked at
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,7 @@ class Step(ABC):
         optimizers: of all of them, by name; "task" moves the model.
         attacks: that it makes, built on the network.
         steps: taken so far.
+        looks: batches to come whose values are looked at, which waits for the device.
     """
 
     players: dict[str, nn.Module]
@@ -154,7 +160,8 @@ class Step(ABC):
         check_declared(type(method))
         self.method, self.network = method, network
         self.attacks = Attacks(network, execution.precision)
-        self.players, self.optimizers, self.steps = {}, {}, 0
+        self.device = device_of(network)
+        self.players, self.optimizers, self.steps, self.looks = {}, {}, 0, LOOKS
 
     def __call__(
         self,
@@ -181,15 +188,32 @@ class Step(ABC):
 
         Gradients, precision and inference mode are those of the step, whatever mode the caller is in; the mode of the
         model, training or evaluation, is the caller's.
+
+        Raises:
+            InputTypeError, InputError: an argument is not as described here (of values, the first batches are looked
+                at), or the features are not those that the logits are made of.
         """
-        if not len(x):
-            raise InputError(f"x has shape {list(x.shape)}; a step needs at least one image")
+        check_form(x, y, index=index, x_adv=x_adv)
+        if x.device != self.device:
+            raise InputError(f"x is on {x.device}; it must be on the model's device, {self.device}")
+        if self.looks:
+            self._look(x, y, x_adv)
         batch = Batch(x, y, index, self.steps if seed is None else seed, first_sample)
         self.steps += 1
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         with isolated(x.device), explained(getattr(self.method, "micro_batches", 1)), self.attacks.given(x_adv):
             return self.update(_outside_inference(batch))
+
+    def _look(self, x: Tensor, y: Tensor | None, x_adv: Tensor | None) -> None:
+        if not self.steps:
+            check_dtype(self.network, x)
+            if self.players:  # which have the features
+                check_features(self.network, x)
+        classes = None if getattr(self.network, "settles", False) else self.network.num_classes
+        check_form(x, y, classes)
+        check_values(x, y, classes, x_adv=x_adv, bounds=getattr(self.method.attack, "bounds", BOUNDS))
+        self.looks -= 1
 
     @abstractmethod
     def update(self, batch: Batch) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from afd.attacks import execution as attack_execution
 from afd.errors import InputError, one_of
-from afd.nn import Split, split
+from afd.nn import Split
 
 Wrap = Callable[[nn.Module], nn.Module]
 
@@ -106,22 +106,6 @@ class TrainingPass(nn.Module):
         if x.dim() == 4 and x.shape[1] > 1:
             return x.clone(memory_format=torch.channels_last)
         return attack_execution.channels_last(x).clone()
-
-
-def as_split(model: Any) -> Split:
-    """A classifier as training passes want it: with features beside its logits.
-
-    Raises:
-        InputTypeError, InputError: `afd.nn.split` does not take it, or it is wrapped for several processes.
-    """
-    if isinstance(model, DistributedDataParallel):
-        raise InputError(
-            "model is a DistributedDataParallel, which would not see all passes of a step; build the step with the "
-            "module inside and wrap=partial(DistributedDataParallel, find_unused_parameters=True) (or Accelerate's "
-            "prepare_model)"
-        )
-    network: Split = model if hasattr(model, "features_and_logits") else split(model)
-    return network
 
 
 def lay_out_plainly(model: nn.Module) -> None:

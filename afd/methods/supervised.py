@@ -14,7 +14,8 @@ from afd.attacks.settings import AttackSettings, PGDSettings
 from afd.errors import InputError, InputTypeError
 from afd.methods.attacking import Attacks
 from afd.methods.base import Batch, Method, Step, parts, unwrapped
-from afd.methods.execution import Execution, Wrap, as_split, unsynchronised
+from afd.methods.execution import Execution, Wrap, unsynchronised
+from afd.methods.foreign import as_split
 from afd.methods.optimized import Optimized
 from afd.methods.optimizers import reaching, take_step, trainable
 from afd.nn import Split

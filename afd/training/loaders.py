@@ -9,14 +9,13 @@ from typing import Any, Literal, overload
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from afd.attacks.inputs import check_batch, check_images, check_rows, largest_label
 from afd.data import Batches
 from afd.data.items import images_and_labels
 from afd.errors import AfdError, InputError, InputTypeError
+from afd.methods.inputs import check_form, check_labels, check_values
 from afd.training import loader_state
 from afd.training.distributed import Group, LostError
 
-BOUNDS = (0.0, 1.0)  # of an image
 Loader = Iterable[Any]
 """Any re-iterable of batches: a DataLoader, `Batches`, a list.
 
@@ -147,30 +146,13 @@ def checked(
     try:
         x, y = images_and_labels(item, labels)
         if isinstance(loader, Batches):
-            largest = loader.images.num_classes - 1
+            check_labels(loader.images.num_classes - 1, num_classes)
         else:
-            if x.dim() < 2:
-                raise InputError(f"x has shape {list(x.shape)}; it must be a batch of images [N, ...]")
-            if not len(x):
-                raise InputError(f"x has shape {list(x.shape)}; a batch must hold at least one image")
-            largest = _largest(x, y, num_classes, soft=name == "train")
-        if num_classes is not None and largest >= num_classes:
-            raise InputError(f"y holds the label {largest}; the model has classes 0 ... {num_classes - 1}")
+            check_form(x, y, num_classes, soft=name == "train")
+            check_values(x, y, num_classes)
     except AfdError as error:
         raise type(error)(f"{name}: {error}") from error
     return x, y
-
-
-def _largest(x: Tensor, y: Tensor | None, num_classes: int | None, *, soft: bool) -> int:
-    """The largest label of a batch, -1 of one without labels, or with soft ones [N, K] where these are allowed."""
-    if y is not None and not (soft and y.dim() == 2 and y.is_floating_point()):
-        return check_batch(x, y, BOUNDS)
-    check_images(x, **({} if y is None else {"y": y}))
-    if y is not None:
-        check_rows("y", y, x)
-        if num_classes is not None and y.shape[1] != num_classes:
-            raise InputError(f"y has shape {list(y.shape)}; soft labels of this model are [{len(x)}, {num_classes}]")
-    return largest_label(x, y, BOUNDS)
 
 
 def _look_at(name: str, loader: Loader, epochs: int, classes: Callable[[Tensor], int], labels: bool = True) -> None:

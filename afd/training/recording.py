@@ -119,6 +119,7 @@ class Recordings:
 
     def __init__(self, model: nn.Module, step: Step, device: torch.device) -> None:
         self.model, self.step, self.device, self.refused = model, step, device, False
+        step.looks = 0  # which would wait for the device
         self._known: OrderedDict[Hashable, Recording | None] = OrderedDict()
         for optimizer in step.optimizers.values():
             make_recordable(optimizer, device)

@@ -19,12 +19,12 @@ from afd.deprecated import overridden
 from afd.errors import InputError
 from afd.methods import AFD, Execution, Method
 from afd.methods.execution import isolated, lay_out_plainly
+from afd.methods.foreign import device_of, settle, taken_in
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
 from afd.processes import all_or_none
 from afd.training import distributed, loaders, recording, run_state
 from afd.training.average import averaged
-from afd.training.foreign import device_of, settle, taken_in
 from afd.training.given import check_settings
 from afd.training.keeper import Keeper
 from afd.training.loaders import Loader
@@ -124,6 +124,7 @@ class Trainer:
 
     def _build_step(self) -> None:
         self.step = self.method.build(self.network, self.execution, self.group.wrap)
+        self.step.looks = 0  # the loaders are looked at
         self._built_for = self.network.num_classes
 
     @property

@@ -101,7 +101,7 @@ WRONG = {
     "float labels": (spoiled(y=Y[4:].float()), "y is torch.float32; labels must be torch.int64"),
     "another class": (spoiled(y=Y[4:] + 3), r"y holds the label 5; the model has classes 0 \.\.\. 2"),
     "negative": (spoiled(y=Y[4:] - 1), "y holds the label -1"),
-    "a number": ([(torch.tensor(0.5), torch.tensor(1))], r"x has shape \[\]; it must be a batch of images"),
+    "a number": ([(torch.tensor(0.5), torch.tensor(1))], r"x has shape \[\]; it must be images"),
     "no labels": ([(X,)], "the loader yields a tuple of Tensor"),
 }
 
