@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,9 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
+
+# Processes that tests fork find the tests' own functions by the names that pytest gives their modules.
+sys.path.append(str(Path(__file__).parents[1]))
 
 # A shell that starts this in the background has it ignore Ctrl-C, which the processes that tests start would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
