@@ -96,6 +96,7 @@ def test_a_round_never_waits_for_the_device(method, monkeypatch):
     monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
     network = model()
     round_ = method.build(network)
+    round_.looks = 0  # as a trainer's, whose loaders are looked at
     x, y = next(iter(Halves()))
     for _ in range(2):
         with NoWaiting():
@@ -109,6 +110,7 @@ def test_a_round_never_waits_for_the_device(method, monkeypatch):
 def test_a_round_on_the_gpu_never_waits(method, cuda):
     network = model().to(cuda)
     round_ = method.build(network)
+    round_.looks = 0
     x, y = (tensor.to(cuda) for tensor in next(iter(Halves())))
     round_(x, y, x_adv=x)
     torch.cuda.set_sync_debug_mode("error")
