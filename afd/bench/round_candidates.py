@@ -132,4 +132,6 @@ def built(case: Case, precision: str, schedule: str) -> tuple[FeatureClassifier,
     model = execution.prepare(copy.deepcopy(case.model))
     settings: dict[str, Any] = {"lr": LR, "lr_discriminator": LR, "lr_features": LR, "schedule": schedule}
     attack = APGDSettings(eps=case.eps, steps=case.steps)
-    return model, AFD(attack=attack, **settings).build(model, execution)
+    step = AFD(attack=attack, **settings).build(model, execution)
+    step.looks = 0  # as a trainer's
+    return model, step
