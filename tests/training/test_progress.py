@@ -321,7 +321,7 @@ def test_validation_calls_after_each_batch_and_may_be_ended_there():
 
 def test_a_real_terminal_shows_losses_speed_and_time_left_before_the_first_report(tmp_path):
     pty = pytest.importorskip("pty")
-    words = [sys.executable, "-m", "afd", "train", "--width", "4", "--attack-steps", "1", "--eval-steps", "1"]
+    words = [sys.executable, "-m", "afd", "train", "--width", "4", "--attack-steps", "1", "--eval-steps", "40"]
     words += ["--epochs", "12", "--batch-size", "64", "--log-every", "100000", "--out", str(tmp_path / "run")]
     leader, follower = pty.openpty()
     child = subprocess.Popen(
