@@ -118,12 +118,6 @@ def _told(value: float, bounds: tuple[float, float]) -> str:
     return short if (low <= float(short) <= high) == (low <= value <= high) else f"{value:.9g}"
 
 
-def check_batch(x: Tensor, y: Tensor, bounds: tuple[float, float]) -> int:
-    """Both of the checks above; returns the largest label (-1 for an empty batch)."""
-    check_form(x, y)
-    return largest_label(x, y, bounds) if x.numel() else -1
-
-
 def outside_inference(tensor: Tensor) -> Tensor:
     """The tensor, or a copy that autograd can work with of one that was made in `torch.inference_mode`."""
     return tensor.clone() if tensor.is_inference() else tensor
