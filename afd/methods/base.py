@@ -160,7 +160,7 @@ class Step(ABC):
         check_declared(type(method))
         self.method, self.network = method, network
         self.attacks = Attacks(network, execution.precision)
-        self.device = device_of(network)
+        device_of(network)  # it has one
         self.players, self.optimizers, self.steps, self.looks = {}, {}, 0, LOOKS
 
     def __call__(
@@ -194,8 +194,9 @@ class Step(ABC):
                 at), or the features are not those that the logits are made of.
         """
         check_form(x, y, index=index, x_adv=x_adv)
-        if x.device != self.device:
-            raise InputError(f"x is on {x.device}; it must be on the model's device, {self.device}")
+        device = _device_now(self.network)
+        if x.device != device:
+            raise InputError(f"x is on {x.device}; it must be on the model's device, {device}")
         if self.looks:
             self._look(x, y, x_adv)
         batch = Batch(x, y, index, self.steps if seed is None else seed, first_sample)
@@ -261,7 +262,13 @@ def live_number(value: float | Tensor, network: Any) -> Tensor:
     """A number as a tensor [] on a network's device, float64, or a tensor of one per sample like the one that it is."""
     if isinstance(value, Tensor) and value.dim():
         return value.clone()
-    return torch.full((), float(value), dtype=torch.float64, device=next(network.parameters()).device)
+    return torch.full((), float(value), dtype=torch.float64, device=_device_now(network))
+
+
+def _device_now(network: Any) -> torch.device:
+    """Where a model is, which may have been moved since its step was built."""
+    device: torch.device = next(network.parameters()).device
+    return device
 
 
 def _exchanged(settings: Any, path: list[str], value: Tensor) -> Any:

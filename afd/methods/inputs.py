@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from afd.attacks.inputs import check_classes, check_images, check_rows, largest_label
@@ -42,7 +43,7 @@ def check_form(
         check_rows("y", y, x)
         if num_classes is not None and y.shape[1] != num_classes:
             raise InputError(f"y has shape {list(y.shape)}; soft labels of this model are [{len(x)}, {num_classes}]")
-    if index is not None and (index.is_floating_point() or index.shape != x.shape[:1]):
+    if index is not None and (index.dtype != torch.int64 or index.shape != x.shape[:1]):
         raise InputTypeError(f"index is {index.dtype} {list(index.shape)}; it must be torch.int64 [{len(x)}]")
     if x_adv is not None:
         checks.iterate("x_adv", x_adv, x)

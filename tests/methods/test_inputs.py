@@ -53,6 +53,7 @@ BESIDE = {
     "x_adv as an array": ({"x_adv": np.ones((6, 1, 4, 4))}, InputTypeError, "x_adv is a ndarray"),
     "index of fewer": ({"index": Y[:5]}, InputTypeError, r"index is torch.int64 \[5\]; it must be torch.int64 \[6\]"),
     "index as numbers": ({"index": Y.float()}, InputTypeError, "index is torch.float32"),
+    "index of int32": ({"index": Y.int()}, InputTypeError, "index is torch.int32"),
     "index as a list": ({"index": [0] * 6}, InputTypeError, "index is a list"),
 }
 
@@ -95,6 +96,24 @@ def test_images_in_the_bounds_of_the_attack_are_allowed():
     assert step(2 * X - 1, Y)["task"].isfinite()
     with pytest.raises(InputError, match=r"in \[-1\.0, 1\.0\]"):
         step(2 * X, Y)
+
+
+def test_images_are_to_be_where_the_model_is_now():
+    model = network()
+    step = METHODS[0].build(model)
+    step(X, Y)
+    model.to("meta")
+    with pytest.raises(InputError, match="x is on cpu; it must be on the model's device, meta"):
+        step(X, Y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS[:2], ids=lambda method: type(method).__name__)
+def test_a_model_may_move_after_its_step_was_built(method, cuda):
+    model = network()
+    step = method.build(model)
+    model.to(cuda)
+    assert step(X.to(cuda), Y.to(cuda))["task"].isfinite()
 
 
 class Headed(nn.Module):
