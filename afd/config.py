@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from afd.attacks.settings import AttackSettings, attack_named
 from afd.errors import InputError, at_least, count, in_a_line, in_levels
 from afd.extras import needed_by
+from afd.files import check_path, check_target
 from afd.methods import Method
+from afd.methods.base import fits, in_words, numbers
 from afd.methods.registry import classes_of, described, made, options
-from afd.paths import check_path, check_target
-from afd.values import fits, in_words, numbers
 
 with needed_by("afd.config"):
     import tomli_w

@@ -6,6 +6,8 @@ import math
 import sys
 import warnings
 from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
 
 MOST = 2**31 - 1  # of what counts something
 
@@ -74,3 +76,31 @@ def out_of_memory(error: BaseException) -> bool:
     said = any(words in str(error) for words in ("DefaultCPUAllocator", "not enough memory"))
     own = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
     return own or (isinstance(error, RuntimeError) and said)
+
+
+class DataError(AfdError, OSError):
+    """A data file is missing, cannot be fetched, or does not hold what its format promises."""
+
+
+def number(name: str, value: Any, least: float) -> None:
+    """Checks a setting that is a number.
+
+    Raises:
+        InputTypeError: it is something else, a truth value included.
+        InputError: it is below `least`, or not finite.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise InputTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a number")
+    at_least(name, float(value), least)
+
+
+def whole(name: str, value: Any, least: int) -> None:
+    """Checks a setting that counts something.
+
+    Raises:
+        InputTypeError: it is no whole number.
+        InputError: it is below `least`.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise InputTypeError(f"{name} is {value!r}, a {type(value).__name__}; it must be a whole number")
+    at_least(name, int(value), least)

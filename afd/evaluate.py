@@ -26,8 +26,7 @@ from afd.evaluation.subject import Subject, from_factory, said
 from afd.evaluation.tables import table_1, table_2
 from afd.evaluation.target import check_radius
 from afd.extras import needed_by
-from afd.files import write_whole
-from afd.paths import check_path, check_source
+from afd.files import check_path, check_source, write_whole
 from afd.training.rebuild import Rebuilt, rebuild
 from afd.training.signals import StoppedError, on_signals
 

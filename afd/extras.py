@@ -1,13 +1,21 @@
-"""Packages that parts of afd need beside torch and numpy. A missing one is named with the line that adds it."""
+"""Packages that parts of afd need beside torch and numpy: a missing one is named with the line that adds it."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from afd.errors import AfdError
+from afd.errors import AfdError, InputError
+from afd.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 DISTRIBUTION = "afd-torch"  # what pip calls this library
 EXTRAS = {  # modules, by the extra that brings them
@@ -76,3 +84,30 @@ def how_to_add(module: str, package: str | None = None) -> str:
 def _missing(module: str, purpose: str) -> str:
     package = PACKAGES.get(module, module)
     return f"{purpose} needs {package}, which is not installed; add it with: {how_to_add(module)}"
+
+
+# --- Pictures -------------------------------------------------------------------------------------------------------
+
+
+def check_format(path: Path | str, formats: dict[str, str]) -> str:
+    """The format of a picture of that name, PNG for a name without an ending.
+
+    Raises:
+        InputError: the ending is of no format that can be drawn.
+    """
+    ending = Path(path).suffix[1:].lower() or "png"
+    if ending not in formats:
+        raise InputError(f"the picture is to be {str(path)!r}; its name may end in .{', .'.join(sorted(formats))}")
+    return ending
+
+
+def save_picture(figure: Figure, path: Path | str) -> None:
+    """Writes a figure in the format that its name ends in.
+
+    Raises:
+        InputError: it ends in none.
+        FileError: the file cannot be written.
+    """
+    ending, drawn = check_format(path, figure.canvas.get_supported_filetypes()), io.BytesIO()
+    figure.savefig(drawn, format=ending)
+    write_whole(path, drawn.getvalue())

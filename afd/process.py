@@ -6,15 +6,19 @@ import errno
 import os
 import signal
 import sys
+import time
 import warnings
+from typing import TYPE_CHECKING
 
-TYPE_CHECKING = False  # as typing's: what is imported here is imported before Ctrl-C is ours
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType, TracebackType
     from typing import Any, NoReturn
 
     Work = Callable[[], object]
+
+
+TYPE_CHECKING = False  # as typing's: what is imported here is imported before Ctrl-C is ours
 
 INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE  # as shells count a program that wrote to a closed pipe
@@ -165,3 +169,39 @@ def _read_by_nobody() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(nowhere, stream.fileno())
+
+
+# --- How OpenMP's threads wait --------------------------------------------------------------------------------------
+
+
+SETTLED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # by the user
+RUNNING = "/proc/loadavg"  # its fourth word: threads that run or want to, of how many
+LOOKS, BETWEEN = 10, 0.005  # how often to look, and how many seconds apart
+
+
+def sleep_if_busy() -> None:
+    """Lets OpenMP's threads sleep while they wait where other processes want their cores, and says so."""
+    if any(name in os.environ for name in SETTLED) or os.environ.get("OMP_NUM_THREADS", "") == "1":
+        return
+    others = wanted_by_others()
+    if others is None or others + len(os.sched_getaffinity(0)) <= (os.cpu_count() or 1):
+        return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    print(
+        f"afd: this machine is busy ({others} threads of other processes, {os.cpu_count()} cores), so threads sleep "
+        "while they wait (OMP_WAIT_POLICY=ACTIVE lets them spin)",
+        file=sys.stderr,
+    )
+
+
+def wanted_by_others() -> int | None:
+    """Cores that other processes keep busy just now, to the nearest one; None where the system does not say."""
+    total = 0
+    for _ in range(LOOKS):
+        try:
+            with open(RUNNING) as file:  # noqa: PTH123  (pathlib is not imported yet)
+                total += int(file.read().split()[3].partition("/")[0]) - 1
+        except (OSError, ValueError, IndexError):
+            return None
+        time.sleep(BETWEEN)
+    return round(total / LOOKS)

@@ -28,7 +28,7 @@ from afd.bench.show import Column
 from afd.data import load
 from afd.errors import count, one_of
 from afd.extras import needed_by
-from afd.paths import check_path
+from afd.files import check_path
 
 with needed_by("afd bench agreement"):
     from tyro.conf import Suppress

@@ -14,8 +14,7 @@ import torch
 from afd.bench.place import device_name, versions
 from afd.bench.timing import Timing
 from afd.errors import AfdError
-from afd.files import write_whole
-from afd.paths import check_source
+from afd.files import check_source, write_whole
 from afd.training.settings import commit
 
 FORMAT, VERSION = "afd-bench", 1

@@ -20,8 +20,7 @@ from afd.bench.show import Column
 from afd.errors import InputError, count, one_of
 from afd.evaluation.place import device_named
 from afd.extras import needed_by
-from afd.files import check_writable
-from afd.paths import check_file_target, check_path, missing, remove_empty
+from afd.files import check_file_target, check_path, check_writable, missing, remove_empty
 
 with needed_by("a benchmark"):
     from rich.console import Console

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from afd.bench.document import Case, Document, Figure
-from afd.extras import needed_by
-from afd.pictures import save
+from afd.extras import needed_by, save_picture
 
 with needed_by("a benchmark"):
     from matplotlib.axes import Axes
@@ -107,7 +106,7 @@ def chart(path: Path, document: Document) -> None:
     for axes, (name, case) in zip(panels.flat, cases.items(), strict=False):
         _bars(axes, name, case)
     figure.suptitle(f"{title(document)}\nbars: medians, whiskers: p20 to p80", fontsize=9)
-    save(figure, path)
+    save_picture(figure, path)
 
 
 def _bars(axes: Axes, name: str, case: Case) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from afd.data.datasets import NAMES, Splits, load
-from afd.data.errors import DataError
 from afd.data.images import Images
 from afd.data.loader import Batches
+from afd.errors import DataError
 
 __all__ = ["NAMES", "Batches", "DataError", "Images", "Splits", "load"]

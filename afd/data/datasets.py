@@ -1,21 +1,166 @@
-"""The datasets by name, each split the same way: train, validation and test."""
+"""The datasets by name, each split the same way: train, validation and test. Digits and MNIST are read here."""
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from afd.data import cifar, digits, fetch, mnist
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from afd.data import cifar, fetch
+from afd.data.fetch import Source, locate
 from afd.data.images import Images
-from afd.data.numbers import whole
-from afd.data.split import drawn, stratified
-from afd.errors import InputError, one_of
+from afd.errors import DataError, InputError, one_of, whole
+from afd.extras import needed_by
+
+
+def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Positions that stay and positions held out, the held-out part drawn class by class.
+
+    Args:
+        labels: int64 [N].
+        fraction: part of every class to hold out, in (0, 1), to the nearest image: at least one image of a class is
+            held out and at least one stays, unless the class has a single image, which stays.
+        seed: which draw; the same labels, fraction and seed give the same positions on every machine and version.
+
+    Returns:
+        Two int64 tensors of ascending positions, disjoint, together all of [0, N).
+    """
+    # NumPy promises that RandomState's streams never change; torch and newer NumPy generators do not. Were the split to
+    # move, a saved model's validation score would be measured on its own training images.
+    order = np.random.RandomState(seed).permutation(len(labels))
+    classes = labels.cpu().numpy()[order]
+    held = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(classes):
+        members = order[classes == label]
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        held[members[:count]] = True
+    return torch.from_numpy(np.flatnonzero(~held)), torch.from_numpy(np.flatnonzero(held))
+
+
+def drawn_by_class(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Positions of `count` images, drawn class by class in proportion, ascending; of all where there are no more.
+
+    Args:
+        labels: int64 [N].
+        count: of images, at least 1. Every class is among them if there are as many classes or fewer.
+        seed: which draw, as for `stratified`; of two counts, the smaller one's images are among the larger one's.
+    """
+    order = np.random.RandomState(seed).permutation(len(labels))
+    classes = labels.cpu().numpy()[order]
+    share = np.zeros(len(labels))  # of its class that comes before an image
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        share[members] = np.arange(len(members)) / len(members)
+    first = np.lexsort((classes, share))[:count]
+    return torch.from_numpy(np.sort(order[first]))
+
+
+TEST_FRACTION = 0.2
+TEST_SEED = 2021
+
+
+def read_digits() -> tuple[Images, Images]:
+    """Training and test images, 1797 in all; the bundle has no test set, so a fixed fifth of every class is one.
+
+    Raises:
+        ExtraMissingError: scikit-learn, which has them, is not installed.
+    """
+    with needed_by("the data set digits", "scikit-learn"):
+        from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    pixels = torch.from_numpy(bundle.images).to(torch.uint8).unsqueeze(1)
+    digits = Images(pixels, torch.from_numpy(bundle.target).to(torch.int64), scale=16.0, num_classes=10, name="digits")
+    train, test = stratified(digits.labels, TEST_FRACTION, TEST_SEED)
+    return digits.take(train), digits.take(test)
+
+
+UNSIGNED_BYTE = 0x08
+
+
+def read_idx(path: Path, dims: int) -> npt.NDArray[np.uint8]:
+    """An IDX file of unsigned bytes, plain or gzip-packed.
+
+    Args:
+        path: the file; a name that ends in .gz is unpacked.
+        dims: the rank it must have: 3 for images [N, H, W], 1 for labels [N].
+
+    Returns:
+        Its values, uint8, in the shape its header states.
+
+    Raises:
+        DataError: it cannot be read, is of another type or rank, or is longer or shorter than its header states.
+    """
+    data = fetch.read_bytes(path)
+    header = struct.Struct(f">{1 + dims}I")
+    if len(data) < header.size:
+        raise DataError(f"{path} holds {len(data)} bytes; expected at least the {header.size} bytes of an IDX header")
+    magic, *shape = header.unpack_from(data)
+    expected_magic = UNSIGNED_BYTE << 8 | dims
+    if magic != expected_magic:
+        raise DataError(f"{path} starts with magic number {magic:#010x}; expected {expected_magic:#010x}")
+    expected = header.size + math.prod(shape)
+    if len(data) != expected:
+        raise DataError(f"{path} holds {len(data)} bytes; expected {expected} for the shape {shape} in its header")
+    return np.frombuffer(data, dtype=np.uint8, offset=header.size).reshape(shape)
+
+
+MNIST = Source(
+    name="mnist",
+    files=(
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ),
+    folders=("mnist", "MNIST/raw"),
+    url="https://ossci-datasets.s3.amazonaws.com/mnist/",
+    md5={
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+)
+
+
+def read_mnist(root: Path, *, download: bool) -> tuple[Images, Images]:
+    """Training and test images, 1x28x28."""
+    train_images, train_labels, test_images, test_labels = locate(MNIST, root, download=download)
+    return read_pair(train_images, train_labels), read_pair(test_images, test_labels)
+
+
+def read_pair(image_file: Path, label_file: Path) -> Images:
+    """One set, from its image file and its label file."""
+    pixels, labels = read_idx(image_file, dims=3), read_idx(label_file, dims=1)
+    count, height, width = pixels.shape
+    if (height, width) != (28, 28):
+        raise DataError(f"{image_file} holds images of {height}x{width}; expected 28x28")
+    if count != len(labels):
+        raise DataError(f"{image_file} holds {count} images but {label_file} {len(labels)} labels; expected as many")
+    if count == 0:
+        raise DataError(f"{image_file} holds no images; expected at least one")
+    fetch.check_labels(label_file, int(labels.max()), 10)
+    return Images(
+        torch.from_numpy(pixels.copy()).unsqueeze(1),
+        torch.from_numpy(labels.astype(np.int64)),
+        scale=255.0,
+        num_classes=10,
+        name="mnist",
+    )
+
 
 VALIDATION_SEED, LIMIT_SEED = 6621, 6622
 
 READERS: dict[str, Callable[..., tuple[Images, Images]]] = {
-    "mnist": mnist.read,
+    "mnist": read_mnist,
     "cifar10": cifar.CIFAR10.read,
     "cifar100": cifar.CIFAR100.read,
 }
@@ -47,7 +192,7 @@ class Splits:
             return self
         whole("limit", limit, 1)
         parts = (self.train, self.validation, self.test)
-        return Splits(*(part.take(drawn(part.labels, limit, LIMIT_SEED)) for part in parts))
+        return Splits(*(part.take(drawn_by_class(part.labels, limit, LIMIT_SEED)) for part in parts))
 
 
 def load(
@@ -84,7 +229,7 @@ def load(
     if limit is not None:
         whole("limit", limit, 1)
     if name == "digits":
-        train, test = digits.read()
+        train, test = read_digits()
     else:
         folder = fetch.default_root() if root is None else Path(root).expanduser()
         train, test = READERS[name](folder, download=download)

@@ -1,7 +1,8 @@
-"""Finding a dataset's files on disk, and fetching them by checksum where they are missing."""
+"""Finding a dataset's files on disk, fetching them by checksum where they are missing, and reading their bytes."""
 
 from __future__ import annotations
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -10,9 +11,9 @@ from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from afd.data.errors import DataError
+from afd.errors import DataError
 from afd.extras import needed_by
-from afd.paths import check_target
+from afd.files import check_target
 
 
 @dataclass(frozen=True)
@@ -159,3 +160,26 @@ def _advice(source: Source, root: Path, reason: object) -> str:
         f"or put the files into {home} "
         f"(for files that lie elsewhere, name their folder with --data-root, or root= in Python)"
     )
+
+
+def read_bytes(path: Path) -> bytes:
+    """All bytes of a file; a name that ends in .gz is unpacked.
+
+    Raises:
+        DataError: the file cannot be read, or is not the whole of a gzip file.
+    """
+    try:
+        if path.suffix != ".gz":
+            return path.read_bytes()
+        with gzip.open(path) as stream:
+            return stream.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}); replace it by a fresh copy") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def check_labels(path: Path, label: int, num_classes: int) -> None:
+    """Raises DataError if a file's label, its largest or its least, is not in [0, num_classes)."""
+    if not 0 <= label < num_classes:
+        raise DataError(f"{path} holds label {label}; expected labels 0 to {num_classes - 1}")

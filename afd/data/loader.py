@@ -1,18 +1,60 @@
-"""Batches straight from memory: the images stay on the device as bytes, and one op makes a batch of them."""
+"""Batches: straight from memory, augmented and scaled by one op, or whatever a loader of somebody else's yields."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from afd.data.augment import CropAndFlip
 from afd.data.images import Images
-from afd.data.numbers import whole
-from afd.errors import InputError, InputTypeError
+from afd.errors import InputError, InputTypeError, at_least, whole
 from afd.ops import load_batch
+from afd.ops.loading import reference
+
+
+@dataclass(frozen=True)
+class CropAndFlip:
+    """A random crop of the zero-padded image, then a horizontal flip half of the time: the usual CIFAR augmentation.
+
+    Each image is replaced by one of the (2 * padding + 1)^2 windows of its own size, all equally likely. `Batches` has
+    it done by the op that loads a batch (`afd.ops.load_batch`); called, it augments any batch.
+
+    Attributes:
+        padding: width of the zero border on each side, at least 0.
+        flip: whether images are mirrored; False for those that mean something else then, such as digits.
+
+    Raises:
+        InputError: padding is negative.
+    """
+
+    padding: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("padding", self.padding, 0)
+
+    def __call__(self, x: Tensor, draws: Tensor) -> Tensor:
+        """The augmented batch, a new tensor like x.
+
+        Args:
+            x: images [B, C, H, W], any dtype and device.
+            draws: int64 [B] on the device of x, uniform in [0, 2^62): one for each image.
+
+        Raises:
+            InputError, InputTypeError: x or draws is not as described.
+        """
+        if x.dim() != 4:
+            raise InputError(f"x has shape {list(x.shape)}; it must be [B, C, H, W]")
+        if draws.dtype != torch.int64:
+            raise InputTypeError(f"draws is {draws.dtype}; it must be torch.int64")
+        if draws.shape != x.shape[:1]:
+            raise InputError(f"draws has shape {list(draws.shape)}; it must be [{len(x)}], one for each image")
+        return reference.crop_and_flip(x, draws, self.padding, self.flip)
+
 
 Augment = Callable[[Tensor, Tensor], Tensor]
 
@@ -142,3 +184,68 @@ class Batches:
         # SeedSequence hashes its inputs, so that neighbouring seeds and epochs share no stream, as seed + epoch would.
         state = np.random.SeedSequence(self.seed, spawn_key=(self.epoch, purpose)).generate_state(1, np.uint64)
         return torch.Generator("cpu").manual_seed(int(state[0]))
+
+
+# --- Batches of other loaders ---------------------------------------------------------------------------------------
+
+
+# in the order in which they are looked for
+IMAGES, LABELS, INDEX = ("image", "images", "pixel_values"), ("label", "labels"), ("index", "indices", "idx")
+
+
+@overload
+def images_and_labels(item: Any, required: Literal[True] = True) -> tuple[Tensor, Tensor]: ...
+@overload
+def images_and_labels(item: Any, required: bool) -> tuple[Tensor, Tensor | None]: ...
+def images_and_labels(item: Any, required: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Images and labels of one batch, as tensors whose values nobody has looked at.
+
+    Args:
+        item: a tuple or list that begins with images and labels (behind them, an index and the like), or a mapping or
+            an object that has them under one of the names in `IMAGES` and one of those in `LABELS`.
+        required: whether there must be labels; else the item may also be images alone.
+
+    Raises:
+        InputTypeError: it is none of these.
+        InputError: they are on the device meta.
+    """
+    x, y = _named(item, IMAGES), _named(item, LABELS)
+    if isinstance(item, tuple | list) and (x is None or y is None):
+        x, y = (*item, None, None)[:2]
+    elif isinstance(item, Tensor) and not required:
+        x = item
+    if isinstance(x, Tensor) and (isinstance(y, Tensor) or (y is None and not required)):
+        if x.is_meta:
+            raise InputError("x is on the device meta, where tensors hold no values")
+        return x, y
+    raise InputTypeError(
+        f"the loader yields {_described(item)}; a batch must be (images, labels, ...), or a dict or an object with "
+        f"{' / '.join(map(repr, IMAGES))} and {' / '.join(map(repr, LABELS))}, both of them tensors"
+    )
+
+
+def index_in(item: Any, images: int) -> Tensor | None:
+    """Which images of the data set a batch holds, int64 [N], as far as its loader says.
+
+    Args:
+        item: as of `images_and_labels`; the index is the third of a tuple, or under one of the names in `INDEX`.
+        images: N.
+    """
+    index = item[2] if isinstance(item, tuple | list) and len(item) > 2 else _named(item, INDEX)
+    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.shape == (images,)
+    return index if fits else None
+
+
+def _named(item: Any, names: tuple[str, ...]) -> Any:
+    if isinstance(item, Mapping):
+        return next((item[name] for name in names if name in item), None)
+    return next((getattr(item, name) for name in names if hasattr(item, name)), None)
+
+
+def _described(item: Any) -> str:
+    kind = type(item).__name__
+    if isinstance(item, Mapping):
+        return f"a {kind} with the keys {', '.join(map(str, item)) or '(none)'}"
+    if isinstance(item, tuple | list):
+        return f"a {kind} of {', '.join(type(one).__name__ for one in item[:8]) or 'nothing'}"
+    return f"a {kind}"

@@ -15,8 +15,7 @@ from afd.errors import AfdError
 from afd.evaluation import results as files
 from afd.evaluation.place import Place
 from afd.evaluation.state import FINGERPRINT, StateError, Store, saved_fingerprint
-from afd.files import LOCK, PART, FolderError, FolderLock, new_folder, point_to
-from afd.paths import check_target, missing, remove_empty
+from afd.files import LOCK, PART, FolderError, FolderLock, check_target, missing, new_folder, point_to, remove_empty
 
 PARENT = Path("runs/evaluations")
 STATE = "state"

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from afd.extras import needed_by
-from afd.pictures import save
+from afd.extras import needed_by, save_picture
 
 with needed_by("the pictures of an evaluation"):
     from matplotlib.figure import Figure
@@ -42,7 +41,7 @@ def plot_curves(
     axes.title.set_fontsize(10)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper right")
-    save(figure, path)
+    save_picture(figure, path)
 
 
 def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -77,7 +76,7 @@ def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
     figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9, frameon=False)
     data = results[0]["data"]
     figure.suptitle(f"{data['name']}, {data['images']} {data['split']} images; dotted: chance", fontsize=10)
-    save(figure, path)
+    save_picture(figure, path)
 
 
 def _line(axes: Any, results: dict[str, Any], name: str, colour: str) -> None:
@@ -110,7 +109,7 @@ def plot_divergence(path: Path, results: dict[str, Any]) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, ncols=2, loc="upper left")
-    save(figure, path)
+    save_picture(figure, path)
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> Non
     if not examples:
         figure = Figure(figsize=(6, 1.2), dpi=110)
         figure.text(0.5, 0.5, f"{title}: no adversarial image was found", ha="center", va="center", fontsize=10)
-        save(figure, path)
+        save_picture(figure, path)
         return
     columns = len(examples)
     figure = Figure(figsize=(max(1.35 * columns + 1.1, 5.6), 4.9), dpi=130, layout="constrained")
@@ -160,7 +159,7 @@ def plot_examples(path: Path, examples: Sequence[Example], *, title: str) -> Non
     for row, text in enumerate(("clean", "attacked", f"difference × {gain:.3g}\n(grey: none)")):
         panels[row][0].set_ylabel(text, fontsize=10)
     figure.suptitle(title, fontsize=10)
-    save(figure, path)
+    save_picture(figure, path)
 
 
 def _show(axes: Any, image: Tensor) -> None:

@@ -18,9 +18,8 @@ from afd.evaluation.outcome import Outcome, normalised_area
 from afd.evaluation.protocol import Stage
 from afd.evaluation.subject import Subject
 from afd.evaluation.target import NORMS
-from afd.files import write_whole
+from afd.files import check_source, write_whole
 from afd.nn.classifier import unwrapped
-from afd.paths import check_source
 
 FORMAT, VERSION = "afd-evaluation", 1
 FILE = "results.json"

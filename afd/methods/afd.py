@@ -4,8 +4,8 @@ Players: features F_θ, classifier C_φ, discriminator D_ψ. With x' an attacked
 
     (θ, φ) ← (θ, φ) - α ∇L_C        ψ ← ψ - β ∇L_D        θ ← θ - γ ∇L_F
 
-where L_C is the cross-entropy on x alone and L_D, L_F come from `afd.methods.losses`. `afd.methods.simultaneous` and
-`afd.methods.alternating` play it.
+where L_C is the cross-entropy on x alone and L_D, L_F come from `afd.methods.game`. `afd.methods.game` and
+`afd.methods.game` play it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,12 @@ from torch.optim import Optimizer
 
 from afd.attacks.settings import AttackSettings, PGDSettings
 from afd.errors import at_least, one_of
-from afd.methods.alternating import AlternatingRound
 from afd.methods.base import unwrapped
 from afd.methods.execution import Execution, Wrap, as_torch_starts, feature_dtype
-from afd.methods.foreign import as_split
-from afd.methods.game import Game
-from afd.methods.losses import game_loss
-from afd.methods.optimized import Optimized
+from afd.methods.game import AFDStep, AlternatingStep, JointSGDStep, SimultaneousStep, game_loss
+from afd.methods.inputs import as_split
 from afd.methods.optimizers import optimizer_for
-from afd.methods.simultaneous import JointRound, SimultaneousRound
+from afd.methods.supervised import Optimized
 from afd.nn import ProjectionDiscriminator, Split
 
 SCHEDULES = ("simultaneous", "alternating")
@@ -89,7 +86,7 @@ class AFD(Optimized):
         model: nn.Module | Split,
         execution: Execution = Execution(),
         wrap: Wrap = unwrapped,
-    ) -> Game:
+    ) -> AFDStep:
         """A step that trains `model` against a fresh discriminator, which is on the model's device.
 
         Raises:
@@ -101,10 +98,10 @@ class AFD(Optimized):
         with as_torch_starts():  # drawn alike on whatever device, and in float32 whatever the default is
             discriminator = ProjectionDiscriminator(model.num_features, model.num_classes, self.hidden)
         discriminator.to(weight.device, feature_dtype(model))
-        kind: type[Game] = AlternatingRound
+        kind: type[AFDStep] = AlternatingStep
         if self.schedule == "simultaneous":
             one_rule = self.optimizer == "sgd" and not {"task", "features"} & self.optimizers.keys()
-            kind = JointRound if one_rule else SimultaneousRound
+            kind = JointSGDStep if one_rule else SimultaneousStep
         return kind(self, model, execution, wrap(passes), wrap(discriminator))
 
     def optimizer_of(self, player: str, parameters: Iterable[nn.Parameter]) -> Optimizer:

@@ -1,4 +1,4 @@
-"""What both schedules of the game share: players, losses, and how gradients are gathered and steps taken.
+"""The game of AFD: its losses, the step that both schedules share, and the two schedules.
 
 The discriminator sees natural and attacked features as ONE batch, so its spectral norms take one power iteration an
 update; its other passes use the norms as they stand. (The released code passes one after the other.)
@@ -7,17 +7,18 @@ update; its other passes use the norms as they stand. (The released code passes 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afd.errors import InputError
+from afd.errors import InputError, ModelError, one_of
 from afd.methods.base import Batch, Part, Step, parts
 from afd.methods.execution import Execution, alone, unsynchronised
-from afd.methods.losses import game_loss, gradient_penalty
 from afd.methods.optimizers import reaching, take_step, trainable
 from afd.nn import Split
 
@@ -25,7 +26,72 @@ if TYPE_CHECKING:
     from afd.methods.afd import AFD
 
 
-class Game(Step):
+@dataclass(frozen=True)
+class GameLoss:
+    """discriminator(natural, attacked) -> L_D and features(attacked) -> L_F."""
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    features: Callable[[Tensor], Tensor]
+
+
+def _dcgan_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
+    return F.softplus(-natural).mean() + F.softplus(attacked).mean()
+
+
+def _dcgan_features(attacked: Tensor) -> Tensor:
+    return F.softplus(-attacked).mean()
+
+
+def _wgan_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
+    return attacked.mean() - natural.mean()
+
+
+def _hinge_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
+    return F.relu(1 - natural).mean() + F.relu(1 + attacked).mean()
+
+
+def _critic_features(attacked: Tensor) -> Tensor:
+    return -attacked.mean()
+
+
+GAME_LOSSES = {
+    "dcgan": GameLoss(_dcgan_discriminator, _dcgan_features),
+    "wgan": GameLoss(_wgan_discriminator, _critic_features),
+    "hinge": GameLoss(_hinge_discriminator, _critic_features),
+}
+
+
+def game_loss(name: str) -> GameLoss:
+    """The pair of losses called "dcgan", "wgan" or "hinge".
+
+    Raises:
+        InputError: unknown name.
+    """
+    one_of("loss", name, GAME_LOSSES)
+    return GAME_LOSSES[name]
+
+
+def gradient_penalty(discriminator: nn.Module, natural: Tensor, attacked: Tensor) -> Tensor:
+    """mean (‖∇_z D(z)‖₂ - 1)² at random points z between natural and attacked features (Gulrajani et al. 2017).
+
+    As in the paper's code the discriminator is asked without a label.
+
+    Args:
+        discriminator: (z) -> scores [N].
+        natural: features F(x) [N, num_features], detached.
+        attacked: features F(x') [N, num_features], detached.
+    """
+    share = torch.rand(natural.shape[0], 1, dtype=natural.dtype, device=natural.device)
+    between = torch.lerp(natural, attacked, share).requires_grad_()
+    (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+    penalty: Tensor = (slope.norm(dim=1) - 1).square().mean()
+    return penalty
+
+
+# --- The step -------------------------------------------------------------------------------------------------------
+
+
+class AFDStep(Step):
     """One round a step: the losses L_C, L_D, L_F and the optimizers of (θ, φ) and ψ.
 
     Args:
@@ -160,3 +226,163 @@ class Gradients:
 def weighted(part: Part, losses: Iterator[Tensor] | Sequence[Tensor]) -> Tensor:
     """A part's losses as what they add to the batch's, in one detached tensor."""
     return part.share * torch.stack([loss.detach() for loss in losses])
+
+
+# --- The simultaneous schedule --------------------------------------------------------------------------------------
+
+
+class SimultaneousStep(AFDStep):
+    """Any optimizers: the gradients of θ from L_C and from L_F are gathered apart, and each player steps on its own."""
+
+    def __init__(self, settings: AFD, *parts: Any) -> None:
+        super().__init__(settings, *parts)
+        self.own_optimizer()
+
+    def own_optimizer(self) -> None:
+        """What the features need besides what every game has."""
+        self.optimizers["features"] = self.settings.optimizer_of("features", self.theta_phi)
+        self.gradients = Gradients(self.theta_phi)
+
+    def play(self, batch: Sequence[Part]) -> Tensor:
+        """See `Game.play`."""
+        self.gradients.forget()
+        losses = torch.stack([self.gather(part) for part in batch]).sum(0)
+        self.take_step("discriminator")
+        self.take_step("task")
+        if self.features_answer:
+            self.gradients.swap()
+            self.take_step("features")
+        return losses
+
+    def gather(self, part: Part) -> Tensor:
+        """Adds the gradients of a part; returns its share of the losses."""
+        z, task = self.gather_task(part)
+        if self.features_answer and self.features_learn:
+            with self.gathering(self.passes, part):
+                (z_adv,) = self.passes(part.attacked, False)
+                pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
+                self.gradients.swap()
+                self.backward_features(z_adv, pull)
+                self.gradients.swap()
+        else:
+            _, *game = self.gather_discriminator(z, self.look(part.attacked), part)
+        return weighted(part, [task, *game])
+
+    def gather_task(self, part: Part) -> tuple[Tensor, Tensor]:
+        """The part of L_C: returns detached features of x, and the loss."""
+        with self.gathering(self.passes, part):
+            return self._task(part)
+
+    def _task(self, part: Part) -> tuple[Tensor, Tensor]:
+        z, logits = self.passes(part.x)
+        task, self.features_learn = self.task_loss(logits, part), z.requires_grad
+        self.backward(task, part, self.theta_phi)
+        return z.detach(), task
+
+    def gather_discriminator(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """The part of L_D: returns the weighted gradient of L_F at F(x'), L_D and L_F."""
+        with self.gathering(self.discriminator, part):
+            z_adv.requires_grad_()
+            natural, attacked = self.judge(z, z_adv, part)
+            discriminator = self.discriminator_loss(natural, attacked, z, z_adv)
+            features = self.loss.features(attacked)
+            (pull,) = torch.autograd.grad(features, z_adv, retain_graph=True)
+            self.backward(discriminator, part, self.psi)
+        return part.share * pull, discriminator, features
+
+
+class JointSGDStep(SimultaneousStep):
+    """SGD of one momentum: the two updates of θ equal one optimizer on L_C + (γ/α)·L_F, which is how they are done.
+
+    The schedules scale α and γ alike, so their ratio stays.
+    """
+
+    def own_optimizer(self) -> None:
+        """Nothing: θ has one optimizer."""
+
+    def play(self, batch: Sequence[Part]) -> Tensor:
+        """See `Game.play`."""
+        losses = torch.stack([self.gather(part) for part in batch]).sum(0)
+        self.take_step("discriminator")
+        self.take_step("task")
+        return losses
+
+    def gather(self, part: Part) -> Tensor:
+        """See `SimultaneousRound.gather`; the gradients of L_F join those of L_C."""
+        if not self.features_answer:
+            return super().gather(part)
+        with unsynchronised(self.passes):  # the backward through x' averages both
+            z, task = self._task(part)
+        with self.gathering(self.passes, part):
+            # the logits come along, so that the classifier, whose gradient was gathered above, does not count as unused
+            z_adv, logits = self.passes(part.attacked)
+            pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
+            share = self.settings.lr_features / self.settings.lr
+            self.backward_features(z_adv, share * pull, logits)
+        return weighted(part, [task, *game])
+
+
+# --- The alternating schedule ---------------------------------------------------------------------------------------
+
+
+class AlternatingStep(AFDStep):
+    """The three steps of the released code; in micro-batches, F(x') is computed once more instead of kept."""
+
+    def __init__(self, settings: AFD, *parts: Any) -> None:
+        super().__init__(settings, *parts)
+        self.optimizers["features"] = settings.optimizer_of("features", self.theta_phi)
+
+    def play(self, batch: Sequence[Part]) -> Tensor:
+        """See `Game.play`."""
+        task = torch.stack([self.gather_task(part) for part in batch]).sum(0)
+        self.take_step("task")
+        try:
+            return self.answer(batch, task)
+        except InputError as error:  # about weights that this very step may have spoilt
+            if not task.isfinite().all():
+                raise ModelError(
+                    f"the loss 'task' became {task.item()}: the logits are not finite, or the learning rate is too "
+                    "large"
+                ) from error
+            raise
+
+    def answer(self, batch: Sequence[Part], task: Tensor) -> Tensor:
+        """The steps of the discriminator and of the features, after that on L_C."""
+        kept = self.features(batch[0].attacked) if len(batch) == 1 else None
+        discriminator = torch.stack([self.gather_discriminator(part, kept) for part in batch]).sum(0)
+        self.take_step("discriminator")
+        features = torch.stack([self.gather_features(part, kept) for part in batch]).sum(0)
+        if self.features_answer:
+            self.take_step("features")
+        return torch.cat([task, discriminator, features])
+
+    def features(self, x: Tensor) -> Tensor:
+        """F(x), with a graph where it has a trainable parameter."""
+        z: Tensor = self.passes(x, False)[0] if self.features_learn else self.look(x)
+        return z
+
+    def gather_task(self, part: Part) -> Tensor:
+        """Adds the gradients of L_C; returns the part's share of it."""
+        with self.gathering(self.passes, part):
+            z, logits = self.passes(part.x)
+            task, self.features_learn = self.task_loss(logits, part), z.requires_grad
+            self.backward(task, part, self.theta_phi)
+        return weighted(part, [task])
+
+    def gather_discriminator(self, part: Part, kept: Tensor | None) -> Tensor:
+        """Adds the gradients of L_D, at features without a graph."""
+        z = self.look(part.x)
+        z_adv = self.look(part.attacked) if kept is None else kept.detach()
+        with self.gathering(self.discriminator, part):
+            loss = self.discriminator_loss(*self.judge(z, z_adv, part), z, z_adv)
+            self.backward(loss, part, self.psi)
+        return weighted(part, [loss])
+
+    def gather_features(self, part: Part, kept: Tensor | None) -> Tensor:
+        """Adds the gradients of L_F where the features answer in this round."""
+        with self.gathering(self.passes, part):
+            z_adv = self.features(part.attacked) if kept is None else kept
+            features = self.loss.features(self.score(z_adv, part))
+            if self.features_answer and self.features_learn:
+                self.backward(features, part, self.theta_phi)
+        return weighted(part, [features])

@@ -3,22 +3,97 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from afd.attacks.settings import AttackSettings, PGDSettings
-from afd.errors import InputError, InputTypeError
-from afd.methods.attacking import Attacks
+from afd.errors import InputError, InputTypeError, at_least, one_of
+from afd.methods.attacking import Attacks, check_attacks
 from afd.methods.base import Batch, Method, Step, parts, unwrapped
 from afd.methods.execution import Execution, Wrap, unsynchronised
-from afd.methods.foreign import as_split
-from afd.methods.optimized import Optimized
-from afd.methods.optimizers import reaching, take_step, trainable
+from afd.methods.inputs import as_split
+from afd.methods.optimizers import (
+    OPTIMIZERS,
+    OptimizerFactory,
+    check_factories,
+    check_update,
+    optimizer_for,
+    reaching,
+    take_step,
+    trainable,
+)
 from afd.nn import Split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimized(Method):
+    """Base of methods: how the model's weights are updated.
+
+    Attributes:
+        lr: learning rate of the model.
+        momentum: of every SGD optimizer.
+        weight_decay: on the model's weights.
+        optimizer: of every player: "sgd" or "adam".
+        optimizers: the user's own instead, as {player: factory}; the model's is "task".
+        label_smoothing: share of the label that is spread over all classes, as in `torch.nn.CrossEntropyLoss`.
+        clip: largest norm of each optimizer's gradient; None for any.
+        micro_batches: parts of the batch that are passed one by one, to save memory; updates are those of the whole
+            batch (BatchNorm apart).
+
+    Raises:
+        InputError: an unknown optimizer, or a number out of range.
+    """
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizers: Mapping[str, OptimizerFactory] = field(default_factory=dict)
+    label_smoothing: float = 0.0
+    clip: float | None = None
+    micro_batches: int = 1
+
+    of_optimizers: ClassVar[frozenset[str]] = frozenset({"lr", "momentum", "weight_decay"})
+    players: ClassVar[tuple[str, ...]] = ("task",)  # that have an optimizer
+    rates: ClassVar[Mapping[str, Mapping[str, float]]] = {}  # that an optimizer wants where nobody names any
+
+    def __post_init__(self) -> None:
+        check_attacks(self)
+        at_least("lr", self.lr, 1e-12)
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
+        check_factories(self.optimizers, self.players)
+        check_update(
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            label_smoothing=self.label_smoothing,
+            clip=self.clip,
+            micro_batches=self.micro_batches,
+        )
+
+    def optimizer_of(self, player: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
+        """The optimizer that a player's parameters are moved by."""
+        return optimizer_for(
+            parameters,
+            self.optimizers.get(player),
+            name=self.optimizer,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+    def cross_entropy(self, logits: Tensor, y: Tensor | None) -> Tensor:
+        """The mean cross-entropy [] of logits [N, K] and a batch's labels, smoothed as set."""
+        if y is None:
+            raise InputError("y is None; the loss needs labels")
+        return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
 
 TERMS = 'it must be a dict of terms by name, such as {"task": loss}, each a tensor [] that is a mean over the rows'
 

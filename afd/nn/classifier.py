@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd.errors import InputError, InputTypeError
-from afd.nn import heads
+from afd.nn import outputs
 from afd.nn.modes import without_wrappers
 from afd.nn.outputs import logits_of
 
@@ -150,15 +150,15 @@ class FeatureSplit(nn.Module):
         if normalize is not None and not isinstance(normalize, bool):
             raise InputTypeError(f"normalize is {normalize!r}; it must be True, False or None")
         self.plain_layout = self.settles = False
-        linear = heads.linear_layers(model)
+        linear = outputs.linear_layers(model)
         self.named = feature_layer is not None
         self.feature_layer = list(linear)[-1] if feature_layer is None else feature_layer
         if self.feature_layer not in linear:
             raise InputError(f"feature_layer is {feature_layer!r}; the model's linear layers are {', '.join(linear)}")
         self.model = model
-        heads.check_visible(model, self.feature_layer)
+        outputs.check_visible(model, self.feature_layer)
         self.num_features = self.classifier.in_features
-        self.num_classes = num_classes or heads.classes(linear, self.feature_layer)
+        self.num_classes = num_classes or outputs.classes(linear, self.feature_layer)
         self.entrance = _entrance_at(self.classifier, normalize)
 
     @property
@@ -183,11 +183,11 @@ class FeatureSplit(nn.Module):
                 logits are those of another layer, or may be. The message names the layers in question.
             InputTypeError: the output holds no logits.
         """
-        with torch.no_grad(), heads.outputs(self.model) as called:
+        with torch.no_grad(), outputs.layer_outputs(self.model) as called:
             entered, output = self._watched(x)
         logits = logits_of(output, len(x))
         if not self.named:
-            heads.check_choice(self.feature_layer, called, logits)
+            outputs.check_choice(self.feature_layer, called, logits)
         self._features(entered, len(x))
         self.num_classes, self.settles = logits.shape[1], False
 

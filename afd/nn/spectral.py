@@ -6,15 +6,15 @@ forward takes n_iter iterations; in evaluation mode u and v stay, and σ follows
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd import ops
-from afd.errors import InputError, InputTypeError, at_least
-from afd.nn.spectral_state import read_older
+from afd.errors import InputError, InputTypeError, at_least, one_of
 from afd.ops import Spectrum
 from afd.ops.ambient import transformed
 
@@ -25,7 +25,7 @@ class SpectralLayer(nn.Module):
     """What the layers share: a weight [rows, columns], its u and v, and an optional bias [rows].
 
     Alone, a layer runs its own power iteration; in a `SpectralGroup`, it is handed its spectrum. State dictionaries in
-    the forms of torch's two spectral norms are read too (`afd.nn.spectral_state`).
+    the forms of torch's two spectral norms are read too (`afd.nn.spectral`).
 
     Args:
         weight: the initial weight.
@@ -178,3 +178,53 @@ def _move(names: Sequence[str], state: list[Tensor], moved: list[Tensor]) -> Non
             f"the state of {names[0]} was made in torch.inference_mode, and cannot move on outside of it; make the "
             "layer elsewhere"
         ) from error
+
+
+# --- State in its three forms ---------------------------------------------------------------------------------------
+
+
+T = TypeVar("T")
+
+FORMS: dict[str, tuple[str, str, str]] = {
+    "afd": ("weight", "u", "v"),
+    "parametrized": (
+        "parametrizations.weight.original",
+        "parametrizations.weight.0._u",
+        "parametrizations.weight.0._v",
+    ),
+    "hooked": ("weight_orig", "weight_u", "weight_v"),
+}
+
+
+def convert_spectral_state(state: Mapping[str, T], form: str) -> dict[str, T]:
+    """A state dictionary with every spectral-normalised layer in it, whichever form it has, in the form asked for.
+
+    Keys of other layers, biases among them, stay as they are, and so does the order.
+
+    Args:
+        state: of a module, at any depth.
+        form: "afd", "parametrized" or "hooked".
+
+    Raises:
+        InputError: unknown form.
+    """
+    one_of("form", form, FORMS)
+    renamed = {}
+    for names in FORMS.values():
+        for prefix in _layers_in(state, names):
+            renamed.update({prefix + old: prefix + new for old, new in zip(names, FORMS[form], strict=True)})
+    return {renamed.get(key, key): value for key, value in state.items()}
+
+
+def _layers_in(state: Mapping[str, Any], names: tuple[str, str, str]) -> list[str]:
+    """Prefixes under which all three names are found."""
+    prefixes = (key.removesuffix(names[0]) for key in state if f".{key}".endswith(f".{names[0]}"))
+    return [prefix for prefix in prefixes if all(prefix + name in state for name in names)]
+
+
+def read_older(_module: Any, state: MutableMapping[str, Any], prefix: str, *_: Any) -> None:
+    """Renames the older forms of one layer's state in place, before the layer reads it."""
+    for names in FORMS.values():
+        if all(prefix + name in state for name in names):
+            for old, new in zip(names, FORMS["afd"], strict=True):
+                state[prefix + new] = state.pop(prefix + old)

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
-from afd.data.numbers import number
-from afd.errors import InputError
+from afd.errors import InputError, number
 from afd.methods.execution import as_torch_starts
 
 WIDE = 4  # bytes of a number that averages are kept in

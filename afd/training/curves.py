@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from afd.errors import InputError
-from afd.extras import needed_by
-from afd.paths import check_path
-from afd.pictures import check_format, save
+from afd.extras import check_format, needed_by, save_picture
+from afd.files import check_path
 from afd.training.logs import logged
 
 with needed_by("the picture of learning curves"):
@@ -63,7 +62,7 @@ def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
         axes.set(xlabel="epoch", xlim=(0, None))
         axes.xaxis.set_major_locator(MaxNLocator(8 if axes is wide else 4, integer=True))
         axes.grid(alpha=0.3)
-    save(figure, path)
+    save_picture(figure, path)
 
 
 def read_log(folder: Path | str) -> Entries:

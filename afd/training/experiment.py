@@ -17,14 +17,13 @@ from afd.attacks import Attack
 from afd.attacks.settings import PGDSettings
 from afd.config import TrainConfig
 from afd.data import Batches, Images, Splits
-from afd.data.augment import CropAndFlip
+from afd.data.loader import CropAndFlip
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.evaluation.place import device_named
 from afd.extras import needed_by
-from afd.files import write_whole
+from afd.files import check_source, write_whole
 from afd.methods.registry import spelled
 from afd.nn import FeatureClassifier, build_model
-from afd.paths import check_source
 from afd.training import distributed
 from afd.training.checkpoint import CheckpointError, load_checkpoint
 from afd.training.curves import plot_curves

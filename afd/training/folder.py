@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from afd.files import FolderError, FolderLock, new_folder, point_to
-from afd.paths import missing, remove_empty
+from afd.files import FolderError, FolderLock, missing, new_folder, point_to, remove_empty
 from afd.training.distributed import Group
 from afd.training.keeper import Keeper
 

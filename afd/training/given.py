@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afd.attacks.base import GradientAttack
-from afd.data.numbers import number, whole
-from afd.errors import InputError, InputTypeError
+from afd.errors import InputError, InputTypeError, number, whole
 from afd.methods import Execution, Method
 
 if TYPE_CHECKING:

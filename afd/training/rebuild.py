@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from afd.errors import AfdError, in_a_line
 from afd.evaluation.subject import said
+from afd.files import check_source
 from afd.methods.registry import METHODS, known
 from afd.nn import ProjectionDiscriminator
-from afd.nn.build import from_recipe
 from afd.nn.classifier import MARKER
-from afd.paths import check_source
+from afd.nn.networks import from_recipe
 from afd.training.checkpoint import CheckpointError, OtherFileError, load_checkpoint
 from afd.training.run_state import NETWORK, SCALED, SCALED_FOR
 from afd.training.weights import load_plainly, load_state, read_weights

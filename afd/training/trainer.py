@@ -19,7 +19,7 @@ from afd.deprecated import overridden
 from afd.errors import InputError
 from afd.methods import AFD, Execution, Method
 from afd.methods.execution import isolated, lay_out_plainly
-from afd.methods.foreign import device_of, settle, taken_in
+from afd.methods.inputs import device_of, settle, taken_in
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
 from afd.processes import all_or_none

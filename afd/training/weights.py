@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from afd.errors import in_a_line
 from afd.files import write_whole
 from afd.nn import FeatureClassifier, FeatureSplit, split
-from afd.nn.build import recipe_of
 from afd.nn.classifier import MARKER, entrance_of, unscaled, unwrapped
 from afd.nn.modes import without_wrappers
+from afd.nn.networks import recipe_of
 from afd.training.checkpoint import CheckpointError
 
 KEY = "afd"
@@ -31,7 +31,7 @@ PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
 def facts_of(model: nn.Module) -> dict[str, Any]:
     """What belongs to a network's function beside its weights, in plain JSON; see `load_state`.
 
-    "recipe" says how to build it again, where afd knows (`afd.nn.build.recipe_of`).
+    "recipe" says how to build it again, where afd knows (`afd.nn.networks.recipe_of`).
     """
     model = without_wrappers(model)
     inner = unwrapped(model)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from afd.data import DataError, cifar, datasets, fetch, load, mnist
+from afd.data import DataError, cifar, datasets, fetch, load
 from afd.errors import InputError
 
 Write = Callable[..., Path]
@@ -51,8 +51,8 @@ def small_mnist(served: tuple[Path, str], write_mnist: Write, monkeypatch: pytes
     """A small MNIST on the server, where `load` fetches it."""
     folder, url = served
     write_mnist(folder, ".gz")
-    source = replace(mnist.SOURCE, url=url, md5={name: md5(folder / name) for name in mnist.SOURCE.md5})
-    monkeypatch.setattr(mnist, "SOURCE", source)
+    source = replace(datasets.MNIST, url=url, md5={name: md5(folder / name) for name in datasets.MNIST.md5})
+    monkeypatch.setattr(datasets, "SOURCE", source)
     return source
 
 
@@ -85,7 +85,7 @@ def test_without_a_network(tmp_path: Path, no_network: None, name: str, download
     with pytest.raises(DataError) as caught:
         load(name, tmp_path, download=download)
     message = str(caught.value)
-    source = {"mnist": mnist.SOURCE, "cifar10": cifar.CIFAR10.source, "cifar100": cifar.CIFAR100.source}[name]
+    source = {"mnist": datasets.MNIST, "cifar10": cifar.CIFAR10.source, "cifar100": cifar.CIFAR100.source}[name]
     for file in source.files:
         assert file in message
     assert str(tmp_path) in message
@@ -121,7 +121,7 @@ def test_a_root_below_a_file_or_too_long_is_said_so(tmp_path: Path, no_network: 
 
 
 def test_checksums_are_of_the_published_files() -> None:
-    for source in (mnist.SOURCE, cifar.CIFAR10.source, cifar.CIFAR100.source):
+    for source in (datasets.MNIST, cifar.CIFAR10.source, cifar.CIFAR100.source):
         assert source.url.startswith("https://")
         assert source.url.endswith("/")
         assert all(len(value) == 32 for value in source.md5.values())
@@ -148,7 +148,7 @@ def test_fetches_only_what_is_missing(tmp_path: Path, small_mnist: fetch.Source,
     before = kept.stat().st_mtime_ns
     assert len(load("mnist", tmp_path / "root").test) == 20
     assert kept.stat().st_mtime_ns == before
-    assert contents(home) == {*mnist.SOURCE.files, "t10k-images-idx3-ubyte.gz"} - {"t10k-images-idx3-ubyte"}
+    assert contents(home) == {*datasets.MNIST.files, "t10k-images-idx3-ubyte.gz"} - {"t10k-images-idx3-ubyte"}
 
 
 def test_wrong_checksum_is_refused(tmp_path: Path, served: tuple[Path, str], small_mnist: fetch.Source) -> None:

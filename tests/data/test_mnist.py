@@ -12,14 +12,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from afd.data import DataError, load, mnist
+from afd.data import DataError, datasets, load
 
 Write = Callable[..., Path]
 HEADER = 16
 
 
 def test_real_mnist(real_data: Path) -> None:
-    train, test = mnist.read(real_data, download=False)
+    train, test = datasets.read_mnist(real_data, download=False)
     assert train.pixels.shape == (60_000, 1, 28, 28)
     assert test.pixels.shape == (10_000, 1, 28, 28)
     assert train.labels[:5].tolist() == [5, 0, 4, 1, 9]
@@ -46,7 +46,7 @@ def test_finds_the_files(tmp_path: Path, write_mnist: Write, folder: str, suffix
     splits = load("mnist", str(tmp_path), download=False)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (30, 10, 20)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 28, 28)).astype(np.uint8)
-    train, _ = mnist.read(tmp_path, download=False)
+    train, _ = datasets.read_mnist(tmp_path, download=False)
     assert np.array_equal(train.pixels.squeeze(1).numpy(), pixels)
     assert train.labels.tolist() == [i % 10 for i in range(40)]
 
@@ -136,13 +136,13 @@ def test_not_gzip_at_all(tmp_path: Path, write_mnist: Write) -> None:
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_corrupt_gzip_is_told_or_harmless(tmp_path: Path, write_mnist: Write, share: float, flip: int) -> None:
     path = write_mnist(tmp_path, ".gz") / "t10k-images-idx3-ubyte.gz"
-    _, whole = mnist.read(tmp_path, download=False)
+    _, whole = datasets.read_mnist(tmp_path, download=False)
     data = bytearray(path.read_bytes())
     data[round(share * (len(data) - 1))] ^= flip
     path.write_bytes(data)
     told = ""
     try:
-        _, found = mnist.read(tmp_path, download=False)
+        _, found = datasets.read_mnist(tmp_path, download=False)
     except DataError as error:
         told, found = str(error), whole
     assert path.name in told or not told

@@ -12,7 +12,7 @@ from ambient import MODES
 from torch import Tensor
 
 from afd.data import Batches, load
-from afd.data.augment import CropAndFlip
+from afd.data.loader import CropAndFlip
 
 Write = Callable[..., Path]
 

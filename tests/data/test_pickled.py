@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from afd.data import DataError, cifar, datasets, load, pickled
+from afd.data import DataError, cifar, datasets, load
 
 Layouts = dict[str, cifar.Layout]
 Write = Callable[..., Path]
@@ -219,7 +219,7 @@ def test_a_hostile_file_runs_nothing_and_is_one_line(tmp_path: Path, kind: str) 
     path, made = tmp_path / "data_batch_1", tmp_path / "made"
     path.write_bytes(touched(made)[kind])
     with pytest.raises(DataError) as caught:
-        pickled.read(path, COUNT, 3072, "labels", 10)
+        cifar.read_pickled(path, COUNT, 3072, "labels", 10)
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
@@ -296,7 +296,7 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path: Path, kind: str) -> None:
     path.write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError, match=message) as caught:
-        pickled.read(path, COUNT, 3072, "labels", 10)
+        cifar.read_pickled(path, COUNT, 3072, "labels", 10)
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
@@ -306,13 +306,13 @@ def test_truncated_anywhere_is_one_line(tmp_path: Path) -> None:
     whole = python_2(PIXELS, "labels", LABELS)
     path = tmp_path / "data_batch_3"
     path.write_bytes(whole)
-    pixels, labels = pickled.read(path, COUNT, 3072, "labels", 10)
+    pixels, labels = cifar.read_pickled(path, COUNT, 3072, "labels", 10)
     assert pixels.shape == (COUNT, 3072)
     assert labels.tolist() == LABELS
     for length in (*range(0, 260, 7), *range(len(whole) - 400, len(whole), 7)):
         path.write_bytes(whole[:length])
         with pytest.raises(DataError, match="data_batch_3") as caught:
-            pickled.read(path, COUNT, 3072, "labels", 10)
+            cifar.read_pickled(path, COUNT, 3072, "labels", 10)
         assert "\n" not in str(caught.value)
 
 
@@ -326,12 +326,12 @@ def test_one_file_does_not_change_how_the_next_is_read(tmp_path: Path) -> None:
     whole.write_bytes(entries())
     for _ in range(2):
         with pytest.raises(DataError):
-            pickled.read(hostile, COUNT, 3072, "labels", 10)
-        assert pickled.read(whole, COUNT, 3072, "labels", 10)[0].shape == (COUNT, 3072)
+            cifar.read_pickled(hostile, COUNT, 3072, "labels", 10)
+        assert cifar.read_pickled(whole, COUNT, 3072, "labels", 10)[0].shape == (COUNT, 3072)
 
 
 def test_the_published_files_use_no_other_instructions() -> None:
     """Those of `python_2` are those of the files that are to be had, which none of these tests may fetch."""
     used = {opcode.name for opcode, *_ in pickletools.genops(python_2(PIXELS, "labels", LABELS))}
-    assert used <= pickled.OPCODES
+    assert used <= cifar.OPCODES
     assert {"SHORT_BINSTRING", "BINSTRING", "GLOBAL", "REDUCE", "BUILD", "BINPUT"} <= used

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afd.data import load
-from afd.data.split import drawn, stratified
+from afd.data.datasets import drawn_by_class, stratified
 from afd.errors import InputError
 
 
@@ -93,10 +93,10 @@ def test_unknown_name() -> None:
 @given(labels=st.lists(st.integers(0, 5), max_size=80), count=st.integers(1, 90), seed=st.integers(0, 2**32 - 1))
 def test_what_is_drawn_is_in_proportion_and_grows_with_the_count(labels: list[int], count: int, seed: int) -> None:
     classes = torch.tensor(labels, dtype=torch.int64)
-    found = drawn(classes, count, seed)
+    found = drawn_by_class(classes, count, seed)
     assert len(found) == min(count, len(labels))
     assert found.tolist() == sorted(set(found.tolist()))
-    assert set(found.tolist()) <= set(drawn(classes, count + 1, seed).tolist())
+    assert set(found.tolist()) <= set(drawn_by_class(classes, count + 1, seed).tolist())
     numbers = torch.bincount(classes[found], minlength=6)
     if count >= len(set(labels)):
         assert all(numbers[label] for label in set(labels))
@@ -105,7 +105,7 @@ def test_what_is_drawn_is_in_proportion_and_grows_with_the_count(labels: list[in
 
 
 def test_draw_of_today_is_the_draw_of_tomorrow() -> None:
-    found = drawn(torch.arange(1000) % 10, 100, 6622)
+    found = drawn_by_class(torch.arange(1000) % 10, 100, 6622)
     assert torch.bincount(found % 10).tolist() == [10] * 10
     assert hashlib.sha256(found.numpy().astype("<i8").tobytes()).hexdigest()[:16] == "68429fa21ceef164"
 

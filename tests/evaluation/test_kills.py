@@ -86,7 +86,7 @@ class Evaluations:
 
 @pytest.fixture
 def evaluations(tmp_path, natural):
-    network = {"recipe": afd.nn.build.recipe_of(natural), "normalize": True}
+    network = {"recipe": afd.nn.networks.recipe_of(natural), "normalize": True}
     metadata = {"network": network, "config": {"data": {"name": "digits"}, "test": {"eps": 0.15}}}
     save_checkpoint(tmp_path / "net.pt", {"model": natural.state_dict()}, metadata)
     server = Evaluations(tmp_path)

@@ -20,7 +20,7 @@ from afd.evaluation import results as files
 from afd.evaluation.epsilon import Epsilon
 from afd.evaluation.subject import Subject
 from afd.methods import AFD, Execution, Natural
-from afd.nn.build import from_recipe, recipe_of
+from afd.nn.networks import from_recipe, recipe_of
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights
 from afd.training.rebuild import rebuild
 

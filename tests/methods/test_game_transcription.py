@@ -13,13 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from afd.methods import AFD, Execution
-from afd.methods.alternating import AlternatingRound
-from afd.methods.simultaneous import JointRound, SimultaneousRound
+from afd.methods.game import AlternatingStep, JointSGDStep, SimultaneousStep
 from afd.nn import FeatureClassifier
 
 ALPHA, BETA, GAMMA, MOMENTUM, DECAY = 0.1, 0.07, 0.3, 0.9, 1e-2
 CLASSES, FEATURES, BATCH, ROUNDS = 3, 5, 6, 20
-ROUNDS_OF = {"joint": JointRound, "separate": SimultaneousRound, "alternating": AlternatingRound}
+ROUNDS_OF = {"joint": JointSGDStep, "separate": SimultaneousStep, "alternating": AlternatingStep}
 
 
 def tiny_model():
