@@ -20,10 +20,7 @@ def _asked() -> process.Work:
     from afd.namesake import apart
 
     apart()
-    from afd import (
-        cli,
-        process,  # only now: they may lie under the other one's files
-    )
+    from afd import cli, process
 
     words = sys.argv[1:]
     if words[:1] in (["train"], ["evaluate"]) and "--help" not in words:

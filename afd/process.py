@@ -8,17 +8,14 @@ import signal
 import sys
 import time
 import warnings
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # as typing's: what is imported here is imported before Ctrl-C is ours
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType, TracebackType
     from typing import Any, NoReturn
 
     Work = Callable[[], object]
-
-
-TYPE_CHECKING = False  # as typing's: what is imported here is imported before Ctrl-C is ours
 
 INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE  # as shells count a program that wrote to a closed pipe

@@ -153,8 +153,6 @@ SHAPE = (3, 32, 32)  # the red plane, then green, then blue, each row by row
 PIXELS = 3 * 32 * 32
 URL = "https://www.cs.toronto.edu/~kriz/"
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-
 
 @dataclass(frozen=True)
 class Layout:

@@ -1,11 +1,10 @@
 """Adversarial Feature Desensitization: the settings of the three-player game of Bashivan et al. (NeurIPS 2021).
 
-Players: features F_θ, classifier C_φ, discriminator D_ψ. With x' an attacked copy of x, one round does
+Players: features F_θ, classifier C_φ, discriminator D_ψ. With x' an attacked copy of x, one step does
 
     (θ, φ) ← (θ, φ) - α ∇L_C        ψ ← ψ - β ∇L_D        θ ← θ - γ ∇L_F
 
-where L_C is the cross-entropy on x alone and L_D, L_F come from `afd.methods.game`. `afd.methods.game` and
-`afd.methods.game` play it.
+where L_C is the cross-entropy on x alone; L_D, L_F and the steps are in `afd.methods.game`.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from afd.attacks.settings import AttackSettings, PGDSettings
 from afd.errors import at_least, one_of
 from afd.methods.base import unwrapped
 from afd.methods.execution import Execution, Wrap, as_torch_starts, feature_dtype
-from afd.methods.game import AFDStep, AlternatingStep, JointSGDStep, SimultaneousStep, game_loss
+from afd.methods.game import AFDStep, AlternatingStep, GameSettings, JointSGDStep, SimultaneousStep, game_loss
 from afd.methods.inputs import as_split
 from afd.methods.optimizers import optimizer_for
 from afd.methods.supervised import Optimized
@@ -31,7 +30,7 @@ SCHEDULES = ("simultaneous", "alternating")
 
 
 @dataclass(frozen=True)
-class AFD(Optimized):
+class AFD(GameSettings):
     """Settings of the game; the defaults are the paper's. `AFD.adam` has those of its Adam variant.
 
     Attributes:

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,8 @@ from afd.errors import InputError, ModelError, one_of
 from afd.methods.base import Batch, Part, Step, parts
 from afd.methods.execution import Execution, alone, unsynchronised
 from afd.methods.optimizers import reaching, take_step, trainable
+from afd.methods.supervised import Optimized
 from afd.nn import Split
-
-if TYPE_CHECKING:
-    from afd.methods.afd import AFD
 
 
 @dataclass(frozen=True)
@@ -91,8 +89,17 @@ def gradient_penalty(discriminator: nn.Module, natural: Tensor, attacked: Tensor
 # --- The step -------------------------------------------------------------------------------------------------------
 
 
+class GameSettings(Optimized):
+    """What a step of the game reads of its settings: `afd.methods.AFD` declares them as fields."""
+
+    loss: str
+    lr_features: float
+    discriminator_rounds: int
+    penalty: float
+
+
 class AFDStep(Step):
-    """One round a step: the losses L_C, L_D, L_F and the optimizers of (θ, φ) and ψ.
+    """One step of the three players: the losses L_C, L_D, L_F and the optimizers of (θ, φ) and ψ.
 
     Args:
         settings: of the game.
@@ -103,7 +110,7 @@ class AFDStep(Step):
     """
 
     def __init__(
-        self, settings: AFD, network: Split, execution: Execution, passes: nn.Module, discriminator: nn.Module
+        self, settings: GameSettings, network: Split, execution: Execution, passes: nn.Module, discriminator: nn.Module
     ) -> None:
         super().__init__(settings, network, execution)
         self.passes, self.discriminator, self.settings = passes, discriminator, settings
@@ -117,7 +124,7 @@ class AFDStep(Step):
         self.features_learn = True  # whether a parameter of F is trainable, as the pass of L_C has found
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        """Attacks the batch and plays one round on it.
+        """Attacks the batch and moves the three players once.
 
         Returns:
             L_C, L_D and L_F as "task", "discriminator" and "features", detached.
@@ -127,9 +134,9 @@ class AFDStep(Step):
             raise InputError(f"y is {told}; the discriminator is conditioned on classes [N]")
         x_adv = self.attacks(self.method.attack, batch)
         names = ("task", "discriminator", "features")
-        return dict(zip(names, self.play(list(parts(batch, self.settings.micro_batches, x_adv))), strict=True))
+        return dict(zip(names, self.run(list(parts(batch, self.settings.micro_batches, x_adv))), strict=True))
 
-    def adopt(self, method: AFD) -> None:
+    def adopt(self, method: GameSettings) -> None:
         """See `Step.adopt`."""
         self.method = self.settings = method
 
@@ -138,12 +145,12 @@ class AFDStep(Step):
         return (self.steps + 1) % self.settings.discriminator_rounds == 0
 
     @abstractmethod
-    def play(self, batch: Sequence[Part]) -> Tensor:
-        """The updates of one round; returns L_C, L_D, L_F of the batch as one tensor [3], detached."""
+    def run(self, batch: Sequence[Part]) -> Tensor:
+        """The updates of one step; returns L_C, L_D, L_F of the batch as one tensor [3], detached."""
 
     @property
     def features_answer(self) -> bool:
-        """Whether θ moves on L_F in this round."""
+        """Whether θ moves on L_F in this step."""
         return self.steps % self.settings.discriminator_rounds == 0
 
     def task_loss(self, logits: Tensor, part: Part) -> Tensor:
@@ -153,7 +160,7 @@ class AFDStep(Step):
     def judge(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Scores of natural and attacked features, in the pass of the discriminator that its update rests on.
 
-        Only the first part of a batch takes a power iteration: one a round, and all parts see the same norms.
+        Only the first part of a batch takes a power iteration: one a step, and all parts see the same norms.
         """
         self.discriminator.train(part.first)
         natural, attacked = self.discriminator(torch.cat([z, z_adv]), part.classes.repeat(2)).chunk(2)
@@ -180,16 +187,16 @@ class AFDStep(Step):
         z: Tensor = alone(self.passes)(x, False)[0]
         return z
 
-    def backward_features(self, z_adv: Tensor, pull: Tensor, logits: Tensor | None = None) -> None:
-        """Adds the gradients of L_F, whose gradient at F(x') is `pull`: none where all of F is frozen.
+    def backward_features(self, z_adv: Tensor, grad_features: Tensor, logits: Tensor | None = None) -> None:
+        """Adds the gradients of L_F, whose gradient at F(x') is `grad_features`: none where all of F is frozen.
 
         Args:
             z_adv: F(x').
-            pull: like z_adv.
+            grad_features: like z_adv.
             logits: of the same pass, where processes wait for a backward of it to average what was gathered before.
         """
         if z_adv.requires_grad:
-            torch.autograd.backward(z_adv, pull, inputs=self.theta_phi)
+            torch.autograd.backward(z_adv, grad_features, inputs=self.theta_phi)
         elif logits is not None:
             torch.autograd.backward(logits, torch.zeros_like(logits), inputs=self.theta_phi)
 
@@ -214,7 +221,7 @@ class Gradients:
         self.others: list[Tensor | None] = [None] * len(parameters)
 
     def forget(self) -> None:
-        """Lets go of the other set, which a round that broke off may have left."""
+        """Lets go of the other set, which a step that broke off may have left."""
         self.others = [None] * len(self.parameters)
 
     def swap(self) -> None:
@@ -234,7 +241,7 @@ def weighted(part: Part, losses: Iterator[Tensor] | Sequence[Tensor]) -> Tensor:
 class SimultaneousStep(AFDStep):
     """Any optimizers: the gradients of θ from L_C and from L_F are gathered apart, and each player steps on its own."""
 
-    def __init__(self, settings: AFD, *parts: Any) -> None:
+    def __init__(self, settings: GameSettings, *parts: Any) -> None:
         super().__init__(settings, *parts)
         self.own_optimizer()
 
@@ -243,8 +250,8 @@ class SimultaneousStep(AFDStep):
         self.optimizers["features"] = self.settings.optimizer_of("features", self.theta_phi)
         self.gradients = Gradients(self.theta_phi)
 
-    def play(self, batch: Sequence[Part]) -> Tensor:
-        """See `Game.play`."""
+    def run(self, batch: Sequence[Part]) -> Tensor:
+        """See `AFDStep.run`."""
         self.gradients.forget()
         losses = torch.stack([self.gather(part) for part in batch]).sum(0)
         self.take_step("discriminator")
@@ -260,9 +267,9 @@ class SimultaneousStep(AFDStep):
         if self.features_answer and self.features_learn:
             with self.gathering(self.passes, part):
                 (z_adv,) = self.passes(part.attacked, False)
-                pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
+                grad_features, *game = self.gather_discriminator(z, z_adv.detach(), part)
                 self.gradients.swap()
-                self.backward_features(z_adv, pull)
+                self.backward_features(z_adv, grad_features)
                 self.gradients.swap()
         else:
             _, *game = self.gather_discriminator(z, self.look(part.attacked), part)
@@ -286,9 +293,9 @@ class SimultaneousStep(AFDStep):
             natural, attacked = self.judge(z, z_adv, part)
             discriminator = self.discriminator_loss(natural, attacked, z, z_adv)
             features = self.loss.features(attacked)
-            (pull,) = torch.autograd.grad(features, z_adv, retain_graph=True)
+            (grad_features,) = torch.autograd.grad(features, z_adv, retain_graph=True)
             self.backward(discriminator, part, self.psi)
-        return part.share * pull, discriminator, features
+        return part.share * grad_features, discriminator, features
 
 
 class JointSGDStep(SimultaneousStep):
@@ -300,15 +307,15 @@ class JointSGDStep(SimultaneousStep):
     def own_optimizer(self) -> None:
         """Nothing: θ has one optimizer."""
 
-    def play(self, batch: Sequence[Part]) -> Tensor:
-        """See `Game.play`."""
+    def run(self, batch: Sequence[Part]) -> Tensor:
+        """See `AFDStep.run`."""
         losses = torch.stack([self.gather(part) for part in batch]).sum(0)
         self.take_step("discriminator")
         self.take_step("task")
         return losses
 
     def gather(self, part: Part) -> Tensor:
-        """See `SimultaneousRound.gather`; the gradients of L_F join those of L_C."""
+        """See `SimultaneousStep.gather`; the gradients of L_F join those of L_C."""
         if not self.features_answer:
             return super().gather(part)
         with unsynchronised(self.passes):  # the backward through x' averages both
@@ -316,9 +323,9 @@ class JointSGDStep(SimultaneousStep):
         with self.gathering(self.passes, part):
             # the logits come along, so that the classifier, whose gradient was gathered above, does not count as unused
             z_adv, logits = self.passes(part.attacked)
-            pull, *game = self.gather_discriminator(z, z_adv.detach(), part)
+            grad_features, *game = self.gather_discriminator(z, z_adv.detach(), part)
             share = self.settings.lr_features / self.settings.lr
-            self.backward_features(z_adv, share * pull, logits)
+            self.backward_features(z_adv, share * grad_features, logits)
         return weighted(part, [task, *game])
 
 
@@ -328,12 +335,12 @@ class JointSGDStep(SimultaneousStep):
 class AlternatingStep(AFDStep):
     """The three steps of the released code; in micro-batches, F(x') is computed once more instead of kept."""
 
-    def __init__(self, settings: AFD, *parts: Any) -> None:
+    def __init__(self, settings: GameSettings, *parts: Any) -> None:
         super().__init__(settings, *parts)
         self.optimizers["features"] = settings.optimizer_of("features", self.theta_phi)
 
-    def play(self, batch: Sequence[Part]) -> Tensor:
-        """See `Game.play`."""
+    def run(self, batch: Sequence[Part]) -> Tensor:
+        """See `AFDStep.run`."""
         task = torch.stack([self.gather_task(part) for part in batch]).sum(0)
         self.take_step("task")
         try:
@@ -379,7 +386,7 @@ class AlternatingStep(AFDStep):
         return weighted(part, [loss])
 
     def gather_features(self, part: Part, kept: Tensor | None) -> Tensor:
-        """Adds the gradients of L_F where the features answer in this round."""
+        """Adds the gradients of L_F where the features answer in this step."""
         with self.gathering(self.passes, part):
             z_adv = self.features(part.attacked) if kept is None else kept
             features = self.loss.features(self.score(z_adv, part))

@@ -138,9 +138,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
     }
     if not linear:
         kind = type(model).__name__
-        raise InputError(
-            f"model is a {kind} without a linear layer, which features would enter{_hint_of_layers(model)}"
-        )
+        raise InputError(f"model is a {kind} without a linear layer, which features would enter{_layers_hint(model)}")
     return linear
 
 
@@ -211,7 +209,7 @@ def _equal(output: Tensor, logits: Tensor) -> bool:
     return output is logits or torch.equal(output.nan_to_num(), logits.nan_to_num())
 
 
-def _hint_of_layers(model: nn.Module) -> str:
+def _layers_hint(model: nn.Module) -> str:
     if any(isinstance(module, torch.jit.ScriptModule | torch.fx.GraphModule) for module in model.modules()):
         return "; pass the Python module that the TorchScript or exported program was made from"
     return ""
