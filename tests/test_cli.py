@@ -176,10 +176,10 @@ def test_the_demo_reaches_its_bars(tmp_path):
     """Natural: at least 97% clean without robustness; AFD: at least 97% clean and 70% under PGD-40 at 0.2."""
     from rich.console import Console
 
-    from afd.demo import digits
+    from afd import demo
 
-    curves = digits.run(tmp_path, Console(quiet=True))
-    at = digits.EPSILONS.index(0.2)
+    curves = demo.run(tmp_path, Console(quiet=True))
+    at = demo.EPSILONS.index(0.2)
     assert curves["natural"][at] < 0.2
     assert curves["AFD-WGAN"][0] >= 0.97
     assert curves["AFD-WGAN"][at] >= 0.70

@@ -1,6 +1,16 @@
-"""Trains a natural and an AFD network on real digits and shows what each is worth under attack."""
+"""``make demo`` or ``python -m afd.demo``: what a natural and an AFD network are worth under attack, on real digits."""
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # takes Ctrl-C first, then imports what it needs
+    from afd import process
+
+    def _asked() -> process.Work:
+        from afd.demo import asked
+
+        return asked()
+
+    process.run(_asked, "afd.demo")
 
 import argparse
 import dataclasses
@@ -28,6 +38,7 @@ with needed_by("the demo"):
     from rich.console import Console
     from rich.table import Table
 
+DESCRIPTION = "Trains a natural and an AFD network on real digits and shows what each is worth under attack."
 EPSILONS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 RUNS = {
     "natural": TrainConfig(method=Natural(), data=DataConfig(batch_size=32), epochs=30),
@@ -71,7 +82,7 @@ def run(out: Path, console: Console, runs: dict[str, TrainConfig] = RUNS) -> dic
 
 def asked() -> Callable[[], object]:
     """What the command line of the demo asks for."""
-    parser = argparse.ArgumentParser(prog="afd.demo", usage=argparse.SUPPRESS, description=__doc__)
+    parser = argparse.ArgumentParser(prog="afd.demo", usage=argparse.SUPPRESS, description=DESCRIPTION)
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for checkpoints, logs and curves.png")
     parser.add_argument("--quick", action="store_true", help="a twentieth of the epochs: to see that it runs")
     words = parser.parse_args()

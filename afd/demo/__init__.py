@@ -1,1 +1,0 @@
-"""``make demo`` or ``python -m afd.demo``: what a natural and an AFD network are worth under attack."""
