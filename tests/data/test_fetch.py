@@ -52,7 +52,7 @@ def small_mnist(served: tuple[Path, str], write_mnist: Write, monkeypatch: pytes
     folder, url = served
     write_mnist(folder, ".gz")
     source = replace(datasets.MNIST, url=url, md5={name: md5(folder / name) for name in datasets.MNIST.md5})
-    monkeypatch.setattr(datasets, "SOURCE", source)
+    monkeypatch.setattr(datasets, "MNIST", source)
     return source
 
 
