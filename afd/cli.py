@@ -46,7 +46,7 @@ def train(words: Sequence[str]) -> Work:
 def evaluate(words: Sequence[str]) -> Work:
     """Attack a trained classifier, look for self-deception, and write a report."""
     from afd.evaluate import EvaluateConfig, run
-    from afd.parsing import parsed
+    from afd.options import parsed
 
     return partial(run, parsed(EvaluateConfig, "evaluate", words, evaluate.__doc__))
 
@@ -57,7 +57,7 @@ def bench(words: Sequence[str]) -> Work:
         from rich.console import Console
 
     from afd.bench.program import run
-    from afd.parsing import parsed
+    from afd.options import parsed
 
     return partial(run, parsed(benchmarks(), "bench", words, bench.__doc__), Console())
 
@@ -65,7 +65,7 @@ def bench(words: Sequence[str]) -> Work:
 def curves(words: Sequence[str]) -> Work:
     """Draw the learning curves of runs in one picture."""
     from afd.files import check_file_target
-    from afd.parsing import parsed, tyro
+    from afd.options import parsed, tyro
     from afd.training.curves import named, plot_curves
 
     def drawn(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("curves.png")) -> Any:
@@ -91,7 +91,7 @@ def curves(words: Sequence[str]) -> Work:
 def info(words: Sequence[str]) -> Work:
     """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
     from afd import info as information
-    from afd.parsing import parsed
+    from afd.options import parsed
 
     def shown() -> Any:
         """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
@@ -112,7 +112,7 @@ def benchmarks() -> Any:
     from afd.bench.discriminator import DiscriminatorBench
     from afd.bench.kernels import KernelBench
     from afd.bench.rounds import RoundBench
-    from afd.parsing import tyro
+    from afd.options import tyro
 
     kinds: tuple[type[Benchmark], ...] = (AttackBench, KernelBench, RoundBench, DiscriminatorBench, AgreementBench)
     return Union[tuple(Annotated[kind, tyro.conf.subcommand(kind.name)] for kind in kinds)]  # noqa: UP007
@@ -145,7 +145,7 @@ def asked(words: Sequence[str]) -> Work:
 
 def _refuse_empty(words: Sequence[str]) -> None:
     """Raises UsageError for a word that says nothing, as an unset variable of a shell leaves it."""
-    from afd.parsing import UsageError
+    from afd.options import UsageError
 
     for before, word in pairwise(words):
         option, equals, value = word.partition("=")
@@ -177,7 +177,7 @@ def _spelling(work: Work) -> Work:
 
 def overview(words: Sequence[str]) -> Work:
     """Shows the commands, or says that there is no such one."""
-    from afd.parsing import UsageError, show_commands
+    from afd.options import UsageError, show_commands
 
     if not words:
         raise UsageError(f"the command is missing; allowed are {', '.join(COMMANDS)} (afd --help says more)")

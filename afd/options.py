@@ -1,4 +1,4 @@
-"""The options of ``afd train``, read from the dataclasses of a method, its wrappers and its attack.
+"""The words of a command line, and the options of ``afd train``, read from the dataclasses of a method and its attack.
 
 ``afd train METHOD --data mnist`` and ``afd train --data mnist METHOD`` say the same; METHOD is afd where none is named.
 A setting of the method has its own name (``--beta``), one of its attack begins with attack (``--attack-steps``), but
@@ -7,21 +7,149 @@ for the ball and the step size (``--norm``, ``--eps``, ``--alpha``). Lists, func
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import os
 import re
+import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from afd import deprecated
 from afd.attacks.settings import ATTACKS, AttackSettings
 from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of, method_for
 from afd.errors import InputError
+from afd.extras import needed_by
 from afd.methods import METHODS, WRAPPERS, Method
-from afd.methods.registry import attack_of, classes_of, described, known, made, options, spelled
-from afd.parsing import UsageError, fraction, parsed, tyro
+from afd.methods.registry import attack_of, attributes, classes_of, described, known, made, options, spelled
+
+with needed_by("the command afd"):
+    import tyro as tyro
+    from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+BAR, ANSI = re.compile("[─-]{10,}"), re.compile(r"\x1b\[[0-9;]*m")
+NUMBERS = tyro.constructors.ConstructorRegistry()
+
+
+class UsageError(InputError):
+    """Words that a command does not understand."""
+
+
+def fraction(text: str) -> float:
+    """A number written as "0.3" or "8/255".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"{text!r} is neither a number such as 0.3 nor a fraction such as 8/255") from None
+
+
+def whole(text: str) -> int:
+    """A number written as "3".
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text[:40]!r} is no whole number") from None
+
+
+@NUMBERS.primitive_rule
+def number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """How an option that is a number, or may be left out, is read, and written in the help."""
+    types = [one for one in get_args(kind.type) or (kind.type,) if one is not NoneType]
+    if types == [float]:
+        reader: Callable[[str], float] = fraction
+    elif types == [int]:
+        reader = whole
+    else:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT|P/Q" if reader is fraction else "INT",
+        instance_from_str=lambda words: reader(words[0]),
+        is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
+        str_from_instance=lambda value: [str(value) if value is None or reader is whole else f"{value:g}"],
+    )
+
+
+def parsed(kind: Any, command: str, words: Sequence[str], described: str | None) -> Any:
+    """What the words of a command say, as an object of a kind, or what a function of that name returns.
+
+    Raises:
+        UsageError: they are not understood.
+        SystemExit: they ask for help, which was shown.
+    """
+    marks = (tyro.conf.OmitArgPrefixes,)
+    read = partial(tyro.cli, kind, prog=f"afd {command}", description=described, config=marks, registry=NUMBERS)
+    return _read(read, words)
+
+
+def show_commands(described: str, commands: Mapping[str, str], words: Sequence[str]) -> None:
+    """Shows commands with what they are for; otherwise as `parsed`."""
+
+    def named(text: str) -> Callable[[], None]:
+        def command() -> None: ...
+
+        command.__doc__ = text
+        return command
+
+    known = {name: named(text) for name, text in commands.items()}
+    _read(partial(tyro.extras.subcommand_cli_from_dict, known, prog="afd", description=described), words)
+
+
+def _read(read: Callable[..., Any], words: Sequence[str]) -> Any:
+    said, options = io.StringIO(), tyro._experimental_options
+    coloured = options["ansi_codes"]
+    options["ansi_codes"] = coloured and not os.environ.get("NO_COLOR")
+    try:
+        with contextlib.redirect_stderr(said):
+            made = read(args=list(words))
+    except SystemExit as ended:
+        if not ended.code:
+            raise
+        raise UsageError(in_a_line(said.getvalue())) from None
+    finally:
+        options["ansi_codes"] = coloured
+    sys.stderr.write(said.getvalue())
+    return made
+
+
+def in_a_line(box: str) -> str:
+    """What stands in a box that tyro draws around a mistake: what is wrong, what may be meant, where to read more."""
+    plain = [ANSI.sub("", row) for row in box.splitlines()]
+    framed = [row.strip("│") for row in plain if row.startswith("│")]
+    rows = [" ".join(row.split()) for row in framed or plain]  # a terminal without these letters has no frame
+    parts = [part.strip().split("\n") for part in BAR.split("\n".join(rows))]
+    first, *others = parts if framed else parts[1:]  # but the title as a part of its own
+    told = [" ".join(first).removeprefix("Error parsing ").rstrip(". ")]
+    if "Got errors: " in told[0]:  # of each type that the option may have; the last says most
+        option, last = told[0].partition(":")[0], told[0].rpartition(" - ")[2].rpartition(">: ")[2]
+        told[0] = re.sub(r"\[/?bold\]", "", f"{option}: {last}")
+    for title, *more in others:
+        if title.startswith("Perhaps you meant"):
+            told.append(" ".join([title, *more[:1]]).replace("Perhaps you meant: ", "perhaps you meant "))
+        elif title.startswith("Available"):
+            told.append(title[0].lower() + title[1:])
+        elif more_is_at := re.search(r"afd[a-z ]* --help", title):
+            told.append(f"see {more_is_at[0]}")
+    return "; ".join(told)
+
+
+# --- Options of a run -----------------------------------------------------------------------------------------------
+
 
 PLAIN = {"norm", "eps", "alpha"}  # settings of an attack that are options by their own names
 OWN = {"targeted", "outputs", "bounds", "precision", "piece", "look", "fold", "seed"}  # that training sees to itself
@@ -220,19 +348,6 @@ def _holder(method: Any, name: str) -> type[Any]:
 
 def _option(name: str) -> str:
     return name.replace("_", "-")
-
-
-def attributes(kind: type[Any]) -> dict[str, str]:
-    """What the docstrings of a dataclass and its bases say first of its fields, under "Attributes:"."""
-    found: dict[str, str] = {}
-    for one in reversed(kind.__mro__):
-        section = re.search(r"Attributes:\n((?:[ ]{8}.*\n|\s*\n)+)", f"{one.__doc__ or ''}\n")
-        for entry in re.finditer(r"^ {8}(\w+): ((?:.*)(?:\n {10,}.*)*)", section[1] if section else "", re.MULTILINE):
-            text = " ".join(entry[2].split())
-            sentence = re.split(r"\. (?=[A-Z])", text)[0].rstrip(".")
-            first = sentence[:1].upper() if sentence[:1].isascii() else sentence[:1]
-            found[entry[1]] = f"{first}{sentence[1:]}."
-    return found
 
 
 def _said(described_as: str | None) -> str:

@@ -181,7 +181,7 @@ def test_a_table_is_of_one_kind_of_device(tables, tmp_path):
 
 def test_every_benchmark_command_in_the_readme_is_understood(tables):
     from afd.cli import benchmarks
-    from afd.parsing import parsed
+    from afd.options import parsed
 
     commands = re.findall(r"^afd bench (.+?)(?:  +#.*)?$", README, re.MULTILINE)
     assert len(commands) >= 4

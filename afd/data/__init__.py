@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from afd.data.datasets import NAMES, Splits, load
-from afd.data.images import Images
-from afd.data.loader import Batches
+from afd.data.images import Batches, Images
 from afd.errors import DataError
 
 __all__ = ["NAMES", "Batches", "DataError", "Images", "Splits", "load"]

@@ -1,14 +1,18 @@
-"""A labelled set of images, kept as the bytes they were stored in."""
+"""A labelled set of images, kept as the bytes they were stored in; batches of it, and of loaders of other people."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any, Literal, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from afd.errors import InputError, InputTypeError
+from afd.errors import InputError, InputTypeError, at_least, whole
 from afd.ops import load_batch
+from afd.ops.loading import reference
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,3 +128,238 @@ def _lasting(tensor: Tensor) -> Tensor:
         return tensor
     with torch.inference_mode(False):
         return tensor.clone()
+
+
+@dataclass(frozen=True)
+class CropAndFlip:
+    """A random crop of the zero-padded image, then a horizontal flip half of the time: the usual CIFAR augmentation.
+
+    Each image is replaced by one of the (2 * padding + 1)^2 windows of its own size, all equally likely. `Batches` has
+    it done by the op that loads a batch (`afd.ops.load_batch`); called, it augments any batch.
+
+    Attributes:
+        padding: width of the zero border on each side, at least 0.
+        flip: whether images are mirrored; False for those that mean something else then, such as digits.
+
+    Raises:
+        InputError: padding is negative.
+    """
+
+    padding: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("padding", self.padding, 0)
+
+    def __call__(self, x: Tensor, draws: Tensor) -> Tensor:
+        """The augmented batch, a new tensor like x.
+
+        Args:
+            x: images [B, C, H, W], any dtype and device.
+            draws: int64 [B] on the device of x, uniform in [0, 2^62): one for each image.
+
+        Raises:
+            InputError, InputTypeError: x or draws is not as described.
+        """
+        if x.dim() != 4:
+            raise InputError(f"x has shape {list(x.shape)}; it must be [B, C, H, W]")
+        if draws.dtype != torch.int64:
+            raise InputTypeError(f"draws is {draws.dtype}; it must be torch.int64")
+        if draws.shape != x.shape[:1]:
+            raise InputError(f"draws has shape {list(draws.shape)}; it must be [{len(x)}], one for each image")
+        return reference.crop_and_flip(x, draws, self.padding, self.flip)
+
+
+Augment = Callable[[Tensor, Tensor], Tensor]
+
+ORDER, AUGMENTATION = 0, 1
+
+
+class Batches:
+    """Batches of one epoch, as often as they are iterated.
+
+    Order and augmentation depend on `seed` and the epoch only, and what an image is augmented by on its index besides:
+    an interrupted run that sets the epoch again sees the same batches, on CPU and CUDA, in one process or several.
+    `set_epoch` moves to another epoch; iterating does not.
+
+    Yields `(x, y)`: x float32 [B, C, H, W] in [0, 1], y int64 [B], both on the device of the images.
+
+    Args:
+        images: the images to serve.
+        batch_size: images per batch of all processes together, at least 1; the last batch may have fewer.
+        shuffle: serve in an order drawn anew for each epoch, instead of the images' own order.
+        seed: which sequence of orders and augmentations, at least 0.
+        augment: a `CropAndFlip`, which costs no pass of its own; or called with (pixels uint8 [B, C, H, W], draws int64
+            [B] uniform in [0, 2^62)), to return the pixels to serve. None to serve them as they are.
+        drop_last: leave out a last batch that has fewer images.
+        device: where to keep the images and serve batches; None for where the images are.
+        rank: which of `world_size` processes this is; it is served its rows of each batch. All are served as many:
+            what is left of the last batch then goes to none.
+        world_size: number of processes that share the batches.
+        channels_last: lay out the batches channels-last, as training passes and attacks want them.
+
+    Raises:
+        InputTypeError: images is no `Images`, or a number is of another type.
+        InputError: there is nothing to serve, a number is out of range, or the processes cannot share a batch evenly.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        augment: Augment | None = None,
+        drop_last: bool = False,
+        device: torch.device | str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        channels_last: bool = False,
+    ) -> None:
+        if not isinstance(images, Images):
+            raise InputTypeError(f"images is a {type(images).__name__}; it must be an afd.data.Images")
+        whole("batch_size", batch_size, 1)
+        whole("seed", seed, 0)
+        if batch_size % world_size:
+            raise InputError(
+                f"batch_size is {batch_size}; it must be a multiple of the {world_size} processes that share it"
+            )
+        if not 0 <= rank < world_size:
+            raise InputError(f"rank is {rank}; it must be in [0, {world_size})")
+        if len(images) == 0:
+            raise InputError("images is empty; there must be at least one image")
+        if len(images) < world_size:
+            raise InputError(f"images holds {len(images)}; {world_size} processes need at least one each")
+        if drop_last and len(images) < batch_size:
+            raise InputError(f"batch_size is {batch_size}; with drop_last it must be at most the {len(images)} images")
+        self.images = images if device is None else images.to(device)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.augment = augment
+        self.drop_last = drop_last
+        self.rank, self.world_size = rank, world_size
+        self.channels_last = channels_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, at least 0, that the next iteration serves."""
+        if epoch < 0:
+            raise InputError(f"epoch is {epoch}; it must be at least 0")
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole if self.drop_last or rest < self.world_size else whole + 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.starting_at(0)
+
+    def starting_at(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The epoch's batches from number `batch` on, counted from 0, without serving those before."""
+        return ((x, y) for x, y, _ in self.with_index(batch))
+
+    def with_index(self, batch: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """As `starting_at`, and which of the images each batch holds, int64 [B]."""
+        device = self.images.device
+        order = self._order().to(device)
+        draws = None if self.augment is None else self._draws().to(device)
+        for joint in torch.split(order, self.batch_size)[batch : len(self)]:
+            rows = len(joint) // self.world_size
+            index = joint[self.rank * rows : (self.rank + 1) * rows]
+            yield self._load(index, draws), self.images.labels.index_select(0, index), index
+
+    def _load(self, index: Tensor, draws: Tensor | None) -> Tensor:
+        """The images at these positions as they are served."""
+        images, crop = self.images, self.augment
+        if crop is not None and draws is not None and not isinstance(crop, CropAndFlip):
+            x = images.scaled(crop(images.pixels.index_select(0, index), draws.index_select(0, index)))
+            return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+        padding, flip = (crop.padding, crop.flip) if isinstance(crop, CropAndFlip) else (0, False)
+        return load_batch(
+            images.pixels, index, scale=images.scale, draws=draws, padding=padding, flip=flip,
+            channels_last=self.channels_last,
+        )  # fmt: skip
+
+    def _order(self) -> Tensor:
+        count = len(self.images)
+        if not self.shuffle:
+            return torch.arange(count, device="cpu")
+        return torch.randperm(count, generator=self._generator(ORDER), device="cpu")
+
+    def _draws(self) -> Tensor:
+        """One draw an image for the whole epoch: which batch it falls in, and in which process, has no say."""
+        generator = self._generator(AUGMENTATION)
+        return torch.randint(2**62, (len(self.images),), generator=generator, device="cpu")
+
+    def _generator(self, purpose: int) -> torch.Generator:
+        """A CPU generator for one purpose in one epoch: augmenting or not leaves the order as it is."""
+        # SeedSequence hashes its inputs, so that neighbouring seeds and epochs share no stream, as seed + epoch would.
+        state = np.random.SeedSequence(self.seed, spawn_key=(self.epoch, purpose)).generate_state(1, np.uint64)
+        return torch.Generator("cpu").manual_seed(int(state[0]))
+
+
+# --- Batches of other loaders ---------------------------------------------------------------------------------------
+
+
+# in the order in which they are looked for
+IMAGES, LABELS, INDEX = ("image", "images", "pixel_values"), ("label", "labels"), ("index", "indices", "idx")
+
+
+@overload
+def images_and_labels(item: Any, required: Literal[True] = True) -> tuple[Tensor, Tensor]: ...
+@overload
+def images_and_labels(item: Any, required: bool) -> tuple[Tensor, Tensor | None]: ...
+def images_and_labels(item: Any, required: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Images and labels of one batch, as tensors whose values nobody has looked at.
+
+    Args:
+        item: a tuple or list that begins with images and labels (behind them, an index and the like), or a mapping or
+            an object that has them under one of the names in `IMAGES` and one of those in `LABELS`.
+        required: whether there must be labels; else the item may also be images alone.
+
+    Raises:
+        InputTypeError: it is none of these.
+        InputError: they are on the device meta.
+    """
+    x, y = _named(item, IMAGES), _named(item, LABELS)
+    if isinstance(item, tuple | list) and (x is None or y is None):
+        x, y = (*item, None, None)[:2]
+    elif isinstance(item, Tensor) and not required:
+        x = item
+    if isinstance(x, Tensor) and (isinstance(y, Tensor) or (y is None and not required)):
+        if x.is_meta:
+            raise InputError("x is on the device meta, where tensors hold no values")
+        return x, y
+    raise InputTypeError(
+        f"the loader yields {_described(item)}; a batch must be (images, labels, ...), or a dict or an object with "
+        f"{' / '.join(map(repr, IMAGES))} and {' / '.join(map(repr, LABELS))}, both of them tensors"
+    )
+
+
+def index_in(item: Any, images: int) -> Tensor | None:
+    """Which images of the data set a batch holds, int64 [N], as far as its loader says.
+
+    Args:
+        item: as of `images_and_labels`; the index is the third of a tuple, or under one of the names in `INDEX`.
+        images: N.
+    """
+    index = item[2] if isinstance(item, tuple | list) and len(item) > 2 else _named(item, INDEX)
+    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.shape == (images,)
+    return index if fits else None
+
+
+def _named(item: Any, names: tuple[str, ...]) -> Any:
+    if isinstance(item, Mapping):
+        return next((item[name] for name in names if name in item), None)
+    return next((getattr(item, name) for name in names if hasattr(item, name)), None)
+
+
+def _described(item: Any) -> str:
+    kind = type(item).__name__
+    if isinstance(item, Mapping):
+        return f"a {kind} with the keys {', '.join(map(str, item)) or '(none)'}"
+    if isinstance(item, tuple | list):
+        return f"a {kind} of {', '.join(type(one).__name__ for one in item[:8]) or 'nothing'}"
+    return f"a {kind}"

@@ -14,7 +14,7 @@ from afd.attacks import Attack
 from afd.attacks.base import GradientAttack
 from afd.attacks.inputs import check_form, largest_label
 from afd.attacks.strangers import BOUNDS, attacked_by, inside
-from afd.data.loader import images_and_labels
+from afd.data.images import images_and_labels
 from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, number, warn_caller
 from afd.evaluation.predictions import predict
 from afd.evaluation.target import per_row
@@ -35,7 +35,7 @@ def accuracy(
     Args:
         model: images -> logits [N, K], in any form of `afd.nn.outputs`; left as it was found.
         batches: yields (images [N, ...] float32 or float64, labels [N] int64 in [0, K), ...), or mappings or objects
-            with them, as a loader does (`afd.data.loader`); read once.
+            with them, as a loader does (`afd.data.images`); read once.
         attack: applied to a copy of each batch first; its starts do not depend on the batch size.
         bounds: lowest and highest value of an image; by default those of the attack, or [0, 1].
 

@@ -7,6 +7,7 @@ A name is one of `METHODS`, with wrappers of `WRAPPERS` behind it (``trades+awp`
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field, fields, is_dataclass
@@ -65,6 +66,19 @@ def options(method: Method) -> Iterator[tuple[Field[Any], Any]]:
     for field in fields(method):  # type: ignore[arg-type]
         if not (isinstance(method, Wrapper) and field.name == "method"):
             yield field, getattr(method, field.name)
+
+
+def attributes(kind: type[Any]) -> dict[str, str]:
+    """What the docstrings of a dataclass and its bases say first of its fields, under "Attributes:"."""
+    found: dict[str, str] = {}
+    for one in reversed(kind.__mro__):
+        section = re.search(r"Attributes:\n((?:[ ]{8}.*\n|\s*\n)+)", f"{one.__doc__ or ''}\n")
+        for entry in re.finditer(r"^ {8}(\w+): ((?:.*)(?:\n {10,}.*)*)", section[1] if section else "", re.MULTILINE):
+            text = " ".join(entry[2].split())
+            sentence = re.split(r"\. (?=[A-Z])", text)[0].rstrip(".")
+            first = sentence[:1].upper() if sentence[:1].isascii() else sentence[:1]
+            found[entry[1]] = f"{first}{sentence[1:]}."
+    return found
 
 
 def described(method: Method) -> dict[str, Any]:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from afd.nn.classifier import FeatureClassifier, FeatureSplit, Split, split
-from afd.nn.discriminator import ProjectionDiscriminator
 from afd.nn.networks import MODELS, ConvNet, ResNet18, build_model
-from afd.nn.spectral import SpectralEmbedding, SpectralGroup, SpectralLayer, SpectralLinear, convert_spectral_state
+from afd.nn.spectral import (
+    ProjectionDiscriminator,
+    SpectralEmbedding,
+    SpectralGroup,
+    SpectralLayer,
+    SpectralLinear,
+    convert_spectral_state,
+)
 
 __all__ = ["MODELS", "ConvNet", "FeatureClassifier", "FeatureSplit", "ProjectionDiscriminator", "ResNet18", "Split"]
 __all__ += ["SpectralEmbedding", "SpectralGroup", "SpectralLayer", "SpectralLinear", "build_model"]

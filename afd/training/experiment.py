@@ -17,7 +17,7 @@ from afd.attacks import Attack
 from afd.attacks.settings import PGDSettings
 from afd.config import TrainConfig
 from afd.data import Batches, Images, Splits
-from afd.data.loader import CropAndFlip
+from afd.data.images import CropAndFlip
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.evaluation.place import device_named
 from afd.extras import needed_by

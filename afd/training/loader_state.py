@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from afd.data.loader import images_and_labels
+from afd.data.images import images_and_labels
 from afd.training import rng
 
 LONGEST = 100  # of a list or dict that is looked into; what is longer is data

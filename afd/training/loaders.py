@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from afd.data import Batches
-from afd.data.loader import images_and_labels
+from afd.data.images import images_and_labels
 from afd.errors import AfdError, InputError, InputTypeError
 from afd.methods.inputs import check_form, check_labels, check_values
 from afd.training import loader_state
@@ -19,7 +19,7 @@ from afd.training.distributed import Group, LostError
 Loader = Iterable[Any]
 """Any re-iterable of batches: a DataLoader, `Batches`, a list.
 
-A batch is what `afd.data.loader.images_and_labels` reads: (images [N, ...] in [0, 1], labels [N] int64, ...), a dict or
+A batch is what `afd.data.images.images_and_labels` reads: (images [N, ...] in [0, 1], labels [N] int64, ...), a dict or
 an object; a training batch may have soft labels [N, K] or, for a method that asks for none, none. Where the loader has
 a ``set_epoch(epoch)``, or a sampler or data set of it has, that is called before each pass. What a loader draws at
 random is drawn again when a run is resumed, as far as `loader_state` finds its generators.

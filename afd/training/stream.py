@@ -11,7 +11,7 @@ from torch import Tensor
 
 from afd.attacks.inputs import outside_inference
 from afd.data import Batches
-from afd.data.loader import images_and_labels, index_in
+from afd.data.images import images_and_labels, index_in
 from afd.errors import InputError, warn_caller
 from afd.training import loader_state, rng
 from afd.training.loaders import Loader, checked

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from afd.data.loader import CropAndFlip
+from afd.data.images import CropAndFlip
 
 
 def generator(seed: int = 0) -> torch.Generator:

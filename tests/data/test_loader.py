@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from afd.data import Batches, Images
-from afd.data.loader import CropAndFlip
+from afd.data.images import CropAndFlip
 
 
 def numbered(count: int) -> Images:

@@ -12,7 +12,7 @@ from ambient import MODES
 from torch import Tensor
 
 from afd.data import Batches, load
-from afd.data.loader import CropAndFlip
+from afd.data.images import CropAndFlip
 
 Write = Callable[..., Path]
 

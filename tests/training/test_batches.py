@@ -12,7 +12,7 @@ from toy_methods import Steady
 
 from afd.attacks import PGDSettings
 from afd.data import Batches, Images
-from afd.data.loader import CropAndFlip
+from afd.data.images import CropAndFlip
 from afd.errors import AfdError, InputError, InputTypeError
 from afd.methods import AFD, AT, Execution, Natural
 from afd.training import Trainer, recording

@@ -12,7 +12,7 @@ from afd import data
 from afd.attacks import CaptureWarning
 from afd.cli import main
 from afd.evaluation import accuracy
-from afd.parsing import fraction
+from afd.options import fraction
 from afd.training import experiment
 from afd.training.checkpoint import load_checkpoint
 

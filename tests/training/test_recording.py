@@ -10,7 +10,7 @@ from torch import nn
 from afd.attacks import APGDSettings, CaptureWarning, PGDSettings, base, replay
 from afd.attacks.replay import KEPT
 from afd.data import Batches, Images
-from afd.data.loader import CropAndFlip
+from afd.data.images import CropAndFlip
 from afd.methods import AFD, Execution, Natural
 from afd.methods.attacking import GivenAttack
 from afd.methods.optimizers import make_recordable

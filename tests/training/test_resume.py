@@ -20,7 +20,7 @@ from toy_methods import Perturbed, Replays
 from afd.attacks import APGDSettings, PGDSettings
 from afd.cli import main
 from afd.data import Batches, Images
-from afd.data.loader import CropAndFlip
+from afd.data.images import CropAndFlip
 from afd.methods import AFD, AT, Execution, Natural
 from afd.nn import FeatureClassifier
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights
