@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from afd.attacks.settings import AttackSettings, attack_named
-from afd.errors import InputError, at_least, count, in_a_line, in_levels
+from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, in_words, without_fractions
 from afd.extras import needed_by
 from afd.files import check_path, check_target
 from afd.methods import Method
-from afd.methods.base import fits, in_words, numbers
 from afd.methods.registry import classes_of, described, made, options
 
 with needed_by("afd.config"):
@@ -229,7 +228,7 @@ class TrainConfig(RunConfig):
         for name in PARTS:
             if given.get(name) is not None and not isinstance(given[name], Mapping):
                 raise InputError(f"{name} is {given[name]!r}; it must be a table, [{name}]")
-        parts: dict[str, Any] = {"method": made(numbers(given.pop("method")))} if given.get("method") else {}
+        parts: dict[str, Any] = {"method": made(without_fractions(given.pop("method")))} if given.get("method") else {}
         given.pop("method", None)
         for name, kind in (("data", DataConfig), ("model", ModelConfig), ("test", TestConfig)):
             parts[name] = _of(kind, given.pop(name, {}), name)
@@ -373,7 +372,7 @@ def _of(kind: type[_Kind], given: Mapping[str, Any], told: str) -> _Kind:
         if name not in known:
             raise InputError(f"{told} has no setting {name!r}; it has {', '.join(sorted(known))}")
     values: dict[str, Any] = {
-        name: tuple(one) if isinstance(one, list) else one for name, one in numbers(given).items()
+        name: tuple(one) if isinstance(one, list) else one for name, one in without_fractions(given).items()
     }
     hints = get_type_hints(kind)
     for name, one in values.items():

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +15,7 @@ from torch.optim import Optimizer
 from afd.attacks.inputs import outside_inference
 from afd.attacks.settings import PGDSettings
 from afd.attacks.strangers import BOUNDS
-from afd.errors import InputError, InputTypeError
+from afd.errors import InputError, InputTypeError, fits
 from afd.methods.attacking import Attacks, judge_of
 from afd.methods.execution import Execution, Wrap, explained, isolated
 from afd.methods.inputs import check_dtype, check_features, check_form, check_values, device_of
@@ -298,44 +295,3 @@ def _outside_inference(batch: Batch) -> Batch:
 def unwrapped(module: nn.Module) -> nn.Module:
     """The `Wrap` of a single process: the module itself."""
     return module
-
-
-# --- Values that were read from a file ------------------------------------------------------------------------------
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a value that was read is of a type, as far as that is made of plain ones; a whole number is a number."""
-    parts = get_args(hint)
-    if get_origin(hint) in (Union, UnionType):
-        return any(fits(value, part) for part in parts)
-    if get_origin(hint) is Literal:
-        return value in parts and not isinstance(value, bool)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(fits(one, parts[0]) for one in value)
-    if hint is type(None) or hint is None:
-        return value is None
-    if hint in (int, float):
-        return isinstance(value, int | hint) and not isinstance(value, bool)
-    if hint in (str, Path):
-        return isinstance(value, str)
-    return isinstance(value, hint) if hint is bool else True
-
-
-def in_words(hint: Any) -> str:
-    """A type in words."""
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(in_words(part) for part in get_args(hint) if part is not type(None))
-    if get_origin(hint) is Literal:
-        return " or ".join(map(repr, get_args(hint)))
-    return "a list" if get_origin(hint) is tuple else f"a {getattr(hint, '__name__', hint)}"
-
-
-def numbers(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was read, with fractions such as "8/255" as numbers."""
-    found = {name: numbers(one) if isinstance(one, Mapping) else one for name, one in given.items()}
-    return {name: [*map(_number, one)] if isinstance(one, list) else _number(one) for name, one in found.items()}
-
-
-def _number(value: Any) -> Any:
-    fraction = re.fullmatch(r"\s*([0-9.]+)\s*/\s*([0-9.]+)\s*", value) if isinstance(value, str) else None
-    return value if fraction is None else float(fraction[1]) / float(fraction[2])

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from afd.attacks.settings import ATTACKS, AttackSettings, attack_named
-from afd.errors import InputError, InputTypeError, in_a_line
+from afd.errors import InputError, InputTypeError, fits, in_a_line, in_words
 from afd.methods.afd import AFD
-from afd.methods.base import Method, check_declared, fits, in_words
+from afd.methods.base import Method, check_declared
 from afd.methods.supervised import AT, Natural, Wrapper
 
 METHODS: dict[str, type[Method]] = {"natural": Natural, "at": AT, "afd": AFD}
