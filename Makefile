@@ -50,11 +50,11 @@ BENCH := $(BIN)/python -m afd bench
 LIBRARIES := torchattacks,foolbox,art
 
 bench: $(PEERS)
-	$(BENCH) attacks --model lenet --batch 256 --eps 8/255 --steps 5 --rounds 5 --against $(LIBRARIES),art-defaults,eager,eager-bf16
-	$(BENCH) attacks --model resnet18 --steps 3 --rounds 3 --against $(LIBRARIES),eager-bf16
-	$(BENCH) kernels --sizes cifar --rounds 40
-	$(BENCH) discriminator --rounds 100
-	$(BENCH) round --case small --rounds 9
+	$(BENCH) attacks --model lenet --batch 256 --eps 8/255 --steps 5 --repeats 5 --against $(LIBRARIES),art-defaults,eager,eager-bf16
+	$(BENCH) attacks --model resnet18 --steps 3 --repeats 3 --against $(LIBRARIES),eager-bf16
+	$(BENCH) kernels --sizes cifar --repeats 40
+	$(BENCH) discriminator --repeats 100
+	$(BENCH) step --case small --repeats 9
 	$(BIN)/python benchmarks/readme.py
 
 # A day on a GPU, with nothing fetched: make gpu STAGES=1,2,3 BUDGET=350 WHEELS=build/wheels DATA=folder OUT=folder

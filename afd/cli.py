@@ -18,7 +18,7 @@ from afd import extras, process
 from afd._version import __version__
 
 if TYPE_CHECKING:
-    from afd.bench.program import Benchmark
+    from afd.bench.base import Benchmark
     from afd.process import Work
 
 
@@ -29,8 +29,8 @@ def train(words: Sequence[str]) -> Work:
     config = train_config(words, train.__doc__)
     for warning in config.settled().warnings():
         print(f"afd: warning: {warning}", file=sys.stderr)
-    from afd.training.distributed import leave
-    from afd.training.experiment import train as run
+    from afd.experiments.train import train as run
+    from afd.processes import leave
 
     extras.require("tensorboard", "afd train")
     if config.data.name == "digits":
@@ -45,28 +45,29 @@ def train(words: Sequence[str]) -> Work:
 
 def evaluate(words: Sequence[str]) -> Work:
     """Attack a trained classifier, look for self-deception, and write a report."""
-    from afd.evaluate import EvaluateConfig, run
+    from afd.evaluation.command import EvaluateConfig, run
     from afd.options import parsed
 
     return partial(run, parsed(EvaluateConfig, "evaluate", words, evaluate.__doc__))
 
 
 def bench(words: Sequence[str]) -> Work:
-    """Measure attacks, kernels and training rounds beside what else does the same work."""
+    """Measure attacks, kernels and training steps beside what else does the same work."""
     with extras.needed_by("afd bench"):
         from rich.console import Console
 
-    from afd.bench.program import run
+    from afd.bench.base import run
+    from afd.deprecated import bench_words
     from afd.options import parsed
 
-    return partial(run, parsed(benchmarks(), "bench", words, bench.__doc__), Console())
+    return partial(run, parsed(benchmarks(), "bench", bench_words(words), bench.__doc__), Console())
 
 
 def curves(words: Sequence[str]) -> Work:
     """Draw the learning curves of runs in one picture."""
+    from afd.experiments.display import named, plot_curves
     from afd.files import check_file_target
     from afd.options import parsed, tyro
-    from afd.training.curves import named, plot_curves
 
     def drawn(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("curves.png")) -> Any:
         """Draw the learning curves of runs in one picture.
@@ -109,12 +110,11 @@ def benchmarks() -> Any:
     """All benchmarks as one type for the parser."""
     from afd.bench.agreement import AgreementBench
     from afd.bench.attacks import AttackBench
-    from afd.bench.discriminator import DiscriminatorBench
-    from afd.bench.kernels import KernelBench
-    from afd.bench.rounds import RoundBench
+    from afd.bench.kernels import DiscriminatorBench, KernelBench
+    from afd.bench.methods import StepBench
     from afd.options import tyro
 
-    kinds: tuple[type[Benchmark], ...] = (AttackBench, KernelBench, RoundBench, DiscriminatorBench, AgreementBench)
+    kinds: tuple[type[Benchmark], ...] = (AttackBench, KernelBench, StepBench, DiscriminatorBench, AgreementBench)
     return Union[tuple(Annotated[kind, tyro.conf.subcommand(kind.name)] for kind in kinds)]  # noqa: UP007
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from afd.attacks.settings import AttackSettings, attack_named
+from afd.attacks import NORMS, AttackSettings, Norm, attack_named
 from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, in_words, without_fractions
 from afd.extras import needed_by
 from afd.files import check_path, check_target
@@ -66,7 +66,7 @@ class ModelConfig:
 class TestConfig:
     """The ball in which PGD tests the trained network: that of the method's attack, where it has one."""
 
-    norm: Literal["Linf", "L2", "L1"] = "Linf"
+    norm: Norm = "Linf"
     """Norm of the ball."""
     eps: Number | None = None
     """Radius of the ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR; in L2 2 MNIST, 0.5 CIFAR; in L1 10 and 12."""
@@ -85,7 +85,7 @@ class RunConfig:
     eps_warmup: Number = 0.0
     """Epochs in which the training attack grows to its full radius."""
     ema: Number | None = None
-    """Decay a round of an exponential average of the weights, which is then validated and tested. Default: none."""
+    """Decay a step of an exponential average of the weights, which is then validated and tested. Default: none."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Arithmetic of the network in attack and training; auto: bf16 where the device multiplies it in hardware."""
     compile: bool = False
@@ -93,8 +93,8 @@ class RunConfig:
     sync_batchnorm: bool = False
     """BatchNorm statistics over the batches of all processes (CUDA only)."""
     graph: bool = False
-    """Record the whole round, attack and optimizer steps included, in one CUDA graph and replay it. What a model's code
-    reads outside of its tensors and attributes (a closure, a global, Python's random numbers) stays as recorded."""
+    """Capture the whole step, attack and optimizer steps included, in one CUDA graph and replay it. What a model's code
+    reads outside of its tensors and attributes (a closure, a global, Python's random numbers) stays as captured."""
     seed: int = 0
     """Of initial weights, batch order, augmentation and attack starts."""
     device: str = "auto"
@@ -110,9 +110,9 @@ class RunConfig:
     weights: Path | None = None
     """Begin with these weights: a checkpoint, or a file that holds a state_dict, such as a run's model.pt."""
     save_every: int = 0
-    """Rounds between checkpoints within an epoch; there is always one at its end."""
+    """Steps between checkpoints within an epoch; there is always one at its end."""
     log_every: int = 50
-    """Rounds between lines of the log."""
+    """Steps between lines of the log."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class TrainConfig(RunConfig):
             count("limit", data.limit, 1)
         count("width", model.width, 1)
         at_least("eps", test.eps, 0)
-        if test.norm == "Linf":
+        if NORMS[test.norm].in_levels:
             for name, length in (("eps", test.eps), ("alpha", getattr(self.attack, "alpha", None))):
                 if length is not None and length > 1:
                     raise InputError(
@@ -197,7 +197,7 @@ class TrainConfig(RunConfig):
     def warnings(self) -> list[str]:
         """What is allowed, of a settled config, and yet hardly meant."""
         test = self.test
-        if self.attack is None or test.norm != "Linf" or test.eps is None or test.eps < GREY:
+        if self.attack is None or not NORMS[test.norm].in_levels or test.eps is None or test.eps < GREY:
             return []
         return [
             f"eps is {test.eps:g}: from {GREY} on, any image may become the same grey as any other, and nothing "

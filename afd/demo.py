@@ -28,11 +28,11 @@ from afd.config import DataConfig, TrainConfig, method_for
 from afd.data import Batches
 from afd.evaluation import accuracy_curve
 from afd.evaluation.plots import plot_curves
+from afd.experiments.train import TEST_STEPS, test_attack, train
 from afd.extras import needed_by, require
 from afd.files import check_writable
 from afd.methods import AFD, Natural
-from afd.training import StoppedError, train
-from afd.training.experiment import TEST_STEPS, test_attack
+from afd.training import StoppedError
 
 with needed_by("the demo"):
     from rich.console import Console

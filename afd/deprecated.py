@@ -1,30 +1,42 @@
-"""Spellings of earlier days: what they mean now, said with a DeprecationWarning. CHANGELOG.md lists them."""
+"""Spellings of earlier days: what they mean now, said with a DeprecationWarning. CHANGELOG.md lists them.
+
+Tables and what reads them: whoever is asked by an old name passes it through here, and knows none itself.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from typing import Any
+import functools
+import importlib
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from afd.attacks import AttackFactory, AttackSettings
 from afd.errors import warn_caller
-from afd.methods import METHODS, Method, Wrapper
-from afd.methods.attacking import GivenAttack
 
 WITHOUT_EFFECT = {  # of `afd train --method natural`, which took every option of afd
-    "loss", "schedule", "lr-discriminator", "lr-features", "discriminator-rounds", "penalty", "attack", "attack-steps",
+    "loss", "schedule", "lr-discriminator", "lr-features", "discriminator-steps", "penalty", "attack", "attack-steps",
     "alpha", "eval-steps",
 }  # fmt: skip
+
+
+ATTACK_SETTINGS = {"piece": "chunk_size", "look": "validate", "fold": "fold_batchnorm"}
+METHOD_SETTINGS = {"discriminator_rounds": "discriminator_steps"}
 
 
 class OldSpellingWarning(DeprecationWarning):
     """Something is said as in earlier days, which will not be understood for ever."""
 
 
-def without_method_option(words: Sequence[str]) -> list[str]:
+# --- The command line -----------------------------------------------------------------------------------------------
+
+
+def without_method_option(words: Sequence[str], methods: Collection[str]) -> list[str]:
     """The words of ``afd train`` with a method as the first of them instead of behind ``--method``.
 
-    Somebody's own class may stand there as well as without it.
+    Somebody's own class may stand there as well as without it: the option warns where it names one of `methods`.
     """
     found, kept, words = None, [], list(words)
     while words:
@@ -35,16 +47,17 @@ def without_method_option(words: Sequence[str]) -> list[str]:
         found = value if equals else words.pop(0)
     if found is None:
         return kept
-    if found in METHODS:
+    if found in methods:
         _old(f"--method {found} is now {found}: afd train {found} ...")
     return [found, *kept]
 
 
-def without_effect(words: Sequence[str], method: str | None) -> list[str]:
-    """The words but for options of AFD that natural training took, and took no notice of."""
+def train_words(words: Sequence[str], method: str | None) -> list[str]:
+    """The words of ``afd train`` by today's names, but for options of AFD that natural training took no notice of."""
+    words = [_option_of_today(word) for word in words]
     if method != "natural":
-        return list(words)
-    kept, words = [], list(words)
+        return words
+    kept: list[str] = []
     while words:
         word = words.pop(0)
         name = word.partition("=")[0].removeprefix("--").replace("_", "-")
@@ -57,38 +70,156 @@ def without_effect(words: Sequence[str], method: str | None) -> list[str]:
     return kept
 
 
-def overridden(
-    method: Method, attack: AttackFactory | None, validation_attack: AttackFactory | None, seed: int
-) -> tuple[Method, Any]:
-    """A trainer's method, and the attack that it is validated by, where ``Trainer(attack=)`` overrides them.
+def _option_of_today(word: str) -> str:
+    """A word by today's name, if it is an option that is a method's setting."""
+    option, equals, value = word.partition("=")
+    new = METHOD_SETTINGS.get(option.removeprefix("--").replace("-", "_"))
+    if new is None or not option.startswith("--"):
+        return word
+    renamed = f"--{new.replace('_', '-')}"
+    _old(f"{option} is now {renamed}")
+    return f"{renamed}{equals}{value}"
 
-    Args:
-        method: with attacks of its own.
-        attack: instead of its training attack, as a function of the model.
-        validation_attack: likewise; where only `attack` is given, there is none.
-        seed: of the method's own validation attack.
-    """
-    given = {"attack": attack, "validation_attack": validation_attack}
-    named = [f"{name}=" for name, one in given.items() if one is not None]
-    if not named:
-        return method, method.judge(seed)
+
+def bench_words(words: Sequence[str]) -> list[str]:
+    """The words of ``afd bench``, or of ``python -m afd.bench``, which takes options as key=value, in today's names."""
+    name, *options = words or [""]
+    if name == "round":
+        name = "step"
+        _old("afd bench round is now afd bench step")
+    for i, word in enumerate(options):
+        option, equals, value = word.partition("=")
+        if option == "--rounds" or (option == "rounds" and equals):
+            options[i] = option.replace("rounds", "repeats") + equals + value
+            _old(f"{option} is now {option.replace('rounds', 'repeats')}")
+    return [name, *options] if words else []
+
+
+# --- Settings -------------------------------------------------------------------------------------------------------
+
+
+def understand(kind: type[Any], names: Mapping[str, str]) -> None:
+    """Has a class of settings take them by earlier names as well: as arguments, and as attributes."""
+    init = kind.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *positional: Any, **given: Any) -> None:  # noqa: N807
+        init(self, *positional, **(today(given, names) if names.keys() & given.keys() else given))
+
+    kind.__init__ = __init__
+    for old, new in names.items():
+        setattr(kind, old, _renamed(old, new))
+
+
+def today(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Settings by today's names; one by its earlier name is somebody's word, and so counts where both are given."""
+    earlier = {name: names[name] for name in given if name in names}
+    if earlier:
+        _old("; ".join(f"{old}= is now {new}=" for old, new in earlier.items()))
+    return {name: one for name, one in given.items() if name not in earlier} | {
+        new: given[old] for old, new in earlier.items()
+    }
+
+
+def settings_of_today(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint holds of a run's settings, by the names that they have now; says nothing."""
+    found = {name: settings_of_today(one) if isinstance(one, Mapping) else one for name, one in run.items()}
+    names = METHOD_SETTINGS | (ATTACK_SETTINGS if "eps" in found else {})
+    return {names.get(name, name): one for name, one in found.items()}
+
+
+def _renamed(old: str, new: str) -> property:
+    def read(self: Any) -> Any:
+        _old(f"{type(self).__name__}.{old} is now {new}")
+        return getattr(self, new)
+
+    def write(self: Any, value: Any) -> None:
+        _old(f"{type(self).__name__}.{old} is now {new}")
+        setattr(self, new, value)
+
+    return property(read, write)
+
+
+def trainer_attacks(named: Sequence[str]) -> None:
+    """Says that ``Trainer(attack=)`` and the like are the method's own now."""
     _old(
         f"Trainer({', '.join(named)}) is deprecated; a method owns its attacks, e.g. "
         "AFD(attack=PGDSettings(eps=0.3), validation_attack='pgd-20')"
     )
-    if attack is not None and method.attack is not None:
-        method = _against(method, attack if isinstance(attack, AttackSettings) else GivenAttack(attack))
-    if validation_attack is not None:
-        own = isinstance(validation_attack, AttackSettings)
-        return method, validation_attack if own else GivenAttack(validation_attack, "validation_attack")
-    return method, None if attack is not None else method.judge(seed)
-
-
-def _against(method: Any, attack: Any) -> Any:
-    if isinstance(method, Wrapper):
-        return dataclasses.replace(method, method=_against(method.method, attack))
-    return dataclasses.replace(method, attack=attack)
 
 
 def _old(message: str) -> None:
     warn_caller(message, OldSpellingWarning)
+
+
+# --- Reports and files of training ----------------------------------------------------------------------------------
+
+ATTRIBUTES = {  # of a class, by its name
+    "IntervalReport": {"round": "global_step"},
+    "EpochReport": {"round": "global_step"},
+}
+KEYS = {"round": "global_step", "rounds": "steps", "meter": "losses"}  # of logs and checkpoints
+
+
+class OldAttributes:
+    """Base of a class whose attributes had other names."""
+
+    if not TYPE_CHECKING:  # which would take it for an answer to every name
+
+        def __getattr__(self, name: str) -> Any:
+            new = ATTRIBUTES.get(type(self).__name__, {}).get(name)
+            if new is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            _old(f"{type(self).__name__}.{name} is now {new}")
+            return getattr(self, new)
+
+
+def with_new_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What lies in a log or checkpoint, whose keys may be those of earlier days."""
+    return {KEYS.get(name, name): value for name, value in entry.items()}
+
+
+# --- Modules --------------------------------------------------------------------------------------------------------
+
+MODULES = {  # that were moved, by their names within afd
+    "training.checkpoint": "checkpoint",
+    "training.curves": "experiments.display",
+    "training.distributed": "runtime",
+    "training.experiment": "experiments.train",
+    "training.keeper": "checkpoint",
+    "training.rebuild": "training.weights",
+    "training.reports": "training.callbacks",
+    "training.schedule": "training.schedules",
+}
+NAMES = {  # that were moved, of modules that are still there
+    "training.Result": "experiments.train",
+    "training.train": "experiments.train",
+}
+
+
+def moved(module: str, name: str) -> Any:
+    """What a module had, from where it is now: for the module's ``__getattr__``.
+
+    Raises:
+        AttributeError: it has never had that.
+    """
+    here = NAMES.get(f"{module}.{name}".removeprefix("afd."))
+    if here is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    _old(f"{module}.{name} is now in afd.{here}")
+    return getattr(importlib.import_module(f"afd.{here}"), name)
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Imports a module that was moved from where it is now."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
+        return ModuleSpec(name, self) if name.removeprefix("afd.") in MODULES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        here = f"afd.{MODULES[module.__name__.removeprefix('afd.')]}"
+        _old(f"{module.__name__} is now {here}")
+        sys.modules[module.__name__] = importlib.import_module(here)
+
+
+sys.meta_path.append(_Moved())

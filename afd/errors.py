@@ -142,6 +142,19 @@ def in_words(hint: Any) -> str:
     return "a list" if get_origin(hint) is tuple else f"a {getattr(hint, '__name__', hint)}"
 
 
+def look_up(values: Any, *names: str) -> Any:
+    """What stands in nested dicts under these names; None where one of them is missing, or no dict.
+
+    A run's own config may hold anything under the names that `afd train` uses.
+    """
+    found: Any = values
+    for name in names:
+        if not isinstance(found, Mapping):
+            return None
+        found = found.get(name)
+    return found
+
+
 def without_fractions(given: Mapping[str, Any]) -> dict[str, Any]:
     """What was read, with fractions such as "8/255" as numbers."""
     found = {name: without_fractions(one) if isinstance(one, Mapping) else one for name, one in given.items()}

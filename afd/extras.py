@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "afd-torch"  # what pip calls this library
 EXTRAS = {  # modules, by the extra that brings them
-    "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch", "tomli_w"),
+    "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch", "tomli_w", "jinja2"),
     "evaluate": ("foolbox", "pyautoattack"),
 }
 PACKAGES = {"sklearn": "scikit-learn", "tomli_w": "tomli-w"}  # what pip calls a module, where that is not its name

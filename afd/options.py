@@ -22,7 +22,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from afd import deprecated
-from afd.attacks.settings import ATTACKS, AttackSettings
+from afd.attacks import ATTACKS, NORMS, AttackSettings
 from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of, method_for
 from afd.errors import InputError
 from afd.extras import needed_by
@@ -152,7 +152,8 @@ def in_a_line(box: str) -> str:
 
 
 PLAIN = {"norm", "eps", "alpha"}  # settings of an attack that are options by their own names
-OWN = {"targeted", "outputs", "bounds", "precision", "piece", "look", "fold", "seed"}  # that training sees to itself
+# what training sees to itself
+OWN = {"targeted", "outputs", "bounds", "precision", "chunk_size", "validate", "fold_batchnorm", "seed"}
 ATTACKS_OF = {"attack", "validation_attack"}
 TAKEN = {one.name for kind in (RunConfig, DataConfig, ModelConfig) for one in dataclasses.fields(kind)}
 TAKEN |= {"config", "data", "data_root", "model", "attack", "eval_steps", "method"}
@@ -166,10 +167,10 @@ def train_config(words: Sequence[str], described_as: str | None) -> TrainConfig:
         UsageError, InputError: they describe none.
         SystemExit: they ask for help, which was shown.
     """
-    words, name = method_in(deprecated.without_method_option(words))
+    words, name = method_in(deprecated.without_method_option(words, METHODS))
     if name is None and words and not words[0].startswith("-"):
         classes_of(words[0])  # which says that there is none, and which there are
-    words = deprecated.without_effect(words, name)
+    words = deprecated.train_words(words, name)
     base = _base(words, name)
     try:
         found = parsed(_kind(base), "train", words, _said(described_as))
@@ -219,7 +220,7 @@ def _base(words: Sequence[str], name: str | None) -> TrainConfig:
     optimizer, attack = last_value(words, "optimizer"), last_value(words, "attack")
     if own is None or name not in (None, spelled(own)):
         radius = _radius(eps)
-        known_norm = norm if norm in ("Linf", "L2", "L1") else None
+        known_norm = norm if norm in NORMS else None
         ball = base.test if own is None else ball_of(own) or base.test
         base = dataclasses.replace(base, test=ball)
         if file is not None and last_value(words, "data") is None and ball.eps is not None:  # the file's ball stays

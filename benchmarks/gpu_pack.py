@@ -1,7 +1,6 @@
 """``make gpu-pack``: what a GPU day's machine lacks, in one folder: wheels, the module for it, and data if asked."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from pathlib import Path
 
 from gpu_day import DayError
 from gpu_day.module import ROOT, compiled
-from gpu_day.results import write
 from gpu_day.run import environment
 
 PACKAGES = (
@@ -23,10 +21,6 @@ LARGEST, BALLAST = 40 * 2**20, 2**18  # bytes: of a pack; of a packed file that,
 DATA = ("cifar10-jpeg", "unpack_cifar10.py", "cifar-10-batches-bin")
 HEADERS = "import sys, sysconfig, pathlib; include = pathlib.Path(sysconfig.get_path('include'), 'Python.h')\n"
 HEADERS += "sys.exit(not (include.is_file() and sys.version_info[:2] == (3, 12)))"
-PTXAS = re.compile(
-    r"Compiling entry function '(\S+)' .*?Function properties for \1\s+(\d+) bytes stack frame, "
-    r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.DOTALL,
-)  # fmt: skip
 COMMAND = "make gpu PYTHON=python3 STAGES=%s BUDGET=%d WHEELS=build/wheels COMMIT=%s OUT=%s"
 
 
@@ -62,8 +56,7 @@ def pack(folder: Path, python: str, data: Path | None, commit: str) -> None:
         lighten(wheel)
     for name in ("pybind11", "setuptools"):
         zipfile.ZipFile(next(folder.glob(f"{name}-*.whl"))).extractall(work / "site")
-    said = compiled(folder / "module", python, "90", given)
-    write(folder / "module" / "registers.json", registers(said))
+    compiled(folder / "module", python, "90", given)
     if data:
         carry(data, folder / "data")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -101,12 +94,6 @@ def lighten(path: Path) -> None:
             if file.compress_size <= BALLAST or file.filename.endswith(".py"):
                 kept.writestr(file, full.read(file))
     light.replace(path)
-
-
-def registers(said: str) -> dict[str, dict[str, int]]:
-    """By kernel, what ptxas said of its stack, spills and registers."""
-    names = ("stack", "spill_stores", "spill_loads", "registers")
-    return {found[0]: dict(zip(names, map(int, found[1:]), strict=True)) for found in PTXAS.findall(said)}
 
 
 if __name__ == "__main__":

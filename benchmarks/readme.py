@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afd.bench.document import Candidate, Document, DocumentError, Figure, read
-from afd.bench.show import Column, duration, mebibytes
+from afd.bench.report import Column, duration, mebibytes
+from afd.bench.results import Candidate, Document, DocumentError, Figure, read
 from afd.errors import AfdError
-from afd.evaluation.results import read as read_evaluation
-from afd.evaluation.tables import Table, robustbench, table_1, table_2
+from afd.evaluation.outcome import read_results as read_evaluation
+from afd.evaluation.report import Table, robustbench, table_1, table_2
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
@@ -28,22 +28,46 @@ EVALUATED = re.compile(r"(<!-- (table 1|table 2|autoattack): (.+?) -->\n).*?(<!-
 Rows = Iterator[tuple[str, ...]]  # the first holds the headings
 
 
-def attacks(documents: list[Document]) -> Rows:
-    """Every candidate: its rate, how many times as fast afd is, and what its speed is bought with."""
-    yield ("attack", "by", "image-steps/s", "time over the floor", "afd faster", '`precision="auto"` faster',
-           "of matmul rate", "peak MiB", "host reads", "accuracy left")  # fmt: skip
+def by_candidate(
+    documents: list[Document], headings: tuple[str, ...], work: str, columns: Mapping[str, str | Callable[[float], str]]
+) -> Rows:
+    """A row for each candidate, under the case's `work`: its figures of these names, written so."""
+    yield headings
     for document in documents:
         for name, case in document.cases.items():
-            work = f"{sign(name)}, {document.settings['model']}"
+            told = work.format(name=sign(name), **{**document.settings, **case.settings})
             for candidate, found in case.candidates.items():
-                figures = found.figures
-                yield (
-                    work, candidate, shown(figures["image_steps_per_second"], "{:,.0f}"),
-                    *(shown(figures[key], "{:.2f}x") for key in ("over_floor", "over_afd", "over_auto")),
-                    shown(figures.get("matmul_share"), "{:.0%}"), shown(figures["peak_bytes"], mebibytes),
-                    shown(figures.get("host_reads"), "{}"), shown(figures["accuracy_left"], "{:.1%}"),
-                )  # fmt: skip
-                work = ""
+                yield told, candidate, *(shown(found.figures.get(key), form) for key, form in columns.items())
+                told = ""
+
+
+def attacks(documents: list[Document]) -> Rows:
+    """Every candidate: its rate, how many times as fast afd is, and what its speed is bought with."""
+    headings = ("attack", "by", "image-steps/s", "time over the floor", "afd faster", '`precision="auto"` faster',
+                "of matmul rate", "peak MiB", "host reads", "accuracy left")  # fmt: skip
+    columns = {"image_steps_per_second": "{:,.0f}", "over_floor": "{:.2f}x", "over_afd": "{:.2f}x",
+               "over_auto": "{:.2f}x", "matmul_share": "{:.0%}", "peak_bytes": mebibytes, "host_reads": "{}",
+               "accuracy_left": "{:.1%}"}  # fmt: skip
+    return by_candidate(documents, headings, "{name}, {model}", columns)
+
+
+def agreement(documents: list[Document]) -> Rows:
+    """What each library leaves standing, and breaks alone."""
+    headings = ("APGD-CE", "by", "accuracy left", "images broken by it alone")
+    columns = {"accuracy_left": "{:.1%}", "broken_alone": "{}"}
+    return by_candidate(documents, headings, "{name}, ε = {eps:g}, {steps} steps", columns)
+
+
+def steps(documents: list[Document]) -> Rows:
+    """Each step of ours beside the released one."""
+    yield "network and batch", "step", "times as fast as released", "outside the attack", "its share of the time"
+    for document in documents:
+        whole, outside = (document.cases[part].candidates for part in ("whole", "outside the attack"))
+        network = "{case}, {batch}, APGD-{steps}".format(**document.settings)
+        for name, found in whole.items():
+            speeds = (shown(part[name].figures["speedup"], "{:.2f}x") for part in (whole, outside))
+            yield network, name, *speeds, shown(found.figures["share"], "{:.0%}")
+            network = ""
 
 
 def kernels(documents: list[Document]) -> Rows:
@@ -51,25 +75,11 @@ def kernels(documents: list[Document]) -> Rows:
     on_gpu = documents[0].device_type == "cuda"
     beside = ("host time", "of the copy's rate") if on_gpu else ("of the floor's rate",)
     yield "op", "device time" if on_gpu else "time", *beside, "over eager PyTorch", "over torch.compile"
-    for document in documents:
-        for name, case in document.cases.items():
-            op, rest = name.split(" ", 1)
-            native, others = case.candidates["native"], case.candidates
-            share = figure(others, "native", "share_of_copy" if on_gpu else "share_of_floor", "{:.0%}")
-            faster = (figure(others, key, "over_native", "{:.2g}x") for key in ("eager", "compiled"))
-            yield f"`{op}` {sign(rest)}", *times(native), share, *faster
-
-
-def rounds(documents: list[Document]) -> Rows:
-    """Each round of ours beside the released one."""
-    yield "network and batch", "round", "times as fast as released", "outside the attack", "its share of the time"
-    for document in documents:
-        whole, outside = (document.cases[part].candidates for part in ("whole", "outside the attack"))
-        network = f"{document.settings['case']}, {document.settings['batch']}, APGD-{document.settings['steps']}"
-        for name, found in whole.items():
-            speeds = (shown(part[name].figures["speedup"], "{:.2f}x") for part in (whole, outside))
-            yield network, name, *speeds, shown(found.figures["share"], "{:.0%}")
-            network = ""
+    for name, others in cases(documents):
+        op, rest = name.split(" ", 1)
+        share = figure(others, "native", "share_of_copy" if on_gpu else "share_of_floor", "{:.0%}")
+        faster = (figure(others, key, "over_native", "{:.2g}x") for key in ("eager", "compiled"))
+        yield f"`{op}` {sign(rest)}", *times(others["native"]), share, *faster
 
 
 def discriminator(documents: list[Document]) -> Rows:
@@ -78,26 +88,17 @@ def discriminator(documents: list[Document]) -> Rows:
     work = f"width 512, {'forward, backward and SGD' if on_gpu else 'forward and backward'}"
     time = ("device time", "host time") if on_gpu else ("time",)
     yield work, *time, "of plain layers' time", "faster than torch's parametrisation", "than torch.compile's"
-    for document in documents:
-        for name, case in document.cases.items():
-            others = case.candidates
-            slower = (figure(others, key, "over_afd", "{:.2f}x") for key in ("parametrized", "compiled"))
-            yield name, *times(others["afd"]), figure(others, "afd", "over_plain", "{:.2f}"), *slower
+    for name, others in cases(documents):
+        slower = (figure(others, key, "over_afd", "{:.2f}x") for key in ("parametrized", "compiled"))
+        yield name, *times(others["afd"]), figure(others, "afd", "over_plain", "{:.2f}"), *slower
 
 
-def agreement(documents: list[Document]) -> Rows:
-    """What each library leaves standing, and breaks alone."""
-    yield "APGD-CE", "by", "accuracy left", "images broken by it alone"
-    for document in documents:
-        for norm, case in document.cases.items():
-            work = f"{sign(norm)}, ε = {case.settings['eps']:g}, {document.settings['steps']} steps"
-            for name, found in case.candidates.items():
-                yield work, name, shown(found.figures["accuracy_left"], "{:.1%}"), str(found.figures["broken_alone"])
-                work = ""
+TABLES = {"attacks": attacks, "kernels": kernels, "step": steps, "discriminator": discriminator, "agreement": agreement}
 
 
-TABLES = {"attacks": attacks, "kernels": kernels, "round": rounds, "discriminator": discriminator}
-TABLES["agreement"] = agreement
+def cases(documents: list[Document]) -> Iterator[tuple[str, Mapping[str, Candidate]]]:
+    """The candidates of every case, by its name."""
+    return ((name, case.candidates) for document in documents for name, case in document.cases.items())
 
 
 def times(candidate: Candidate) -> tuple[str, ...]:
@@ -132,11 +133,7 @@ def shown(value: Figure, form: str | Callable[[float], str]) -> str:
 
 
 def rendered(files: list[str], results: Path) -> str:
-    """Table, without columns that say nothing, and caption of the documents in these files.
-
-    Raises:
-        DocumentError: a run was cut off, or they are of several benchmarks, or of CPUs and GPUs alike.
-    """
+    """Table, without columns that say nothing, and caption of the documents in these files."""
     documents = [read(results / name) for name in files]
     for name, document in zip(files, documents, strict=True):
         if not document.finished:
@@ -168,15 +165,14 @@ def autoattack(found: list[dict[str, Any]]) -> Table:
 
 
 def caption(documents: dict[str, Document]) -> str:
-    """Machine, rounds, and where the whole of it lies, a sentence for each machine."""
+    """Machine, repeats, and where the whole of it lies, a sentence for each machine."""
     places: dict[str, list[str]] = {}
     for file, document in documents.items():
-        timed = any(found.seconds for case in document.cases.values() for found in case.candidates.values())
-        rounds = f"medians of {document.rounds} rounds: " if timed else ""
+        repeats = f"medians of {document.repeats} repeats: " if document.timed else ""
         link = RESULTS / file
         picture = f", [picture]({link.with_suffix('.png')})" if (ROOT / link).with_suffix(".png").exists() else ""
         place = f"{document.machine}, torch {document.versions['torch']}"
-        places.setdefault(place, []).append(f"{rounds}[JSON]({link}){picture}")
+        places.setdefault(place, []).append(f"{repeats}[JSON]({link}){picture}")
     return "\n".join(f"{place}; {'; '.join(found)}." for place, found in places.items())
 
 

@@ -1,4 +1,4 @@
-"""What the tests of recorded attacks share: models, images, attacks, and the steps one by one to compare with."""
+"""What the tests of captured attacks share: models, images, attacks, and the eager steps to compare with."""
 
 from __future__ import annotations
 
@@ -54,9 +54,14 @@ def images(device="cpu", seed=1):
     return x.to(device), torch.randint(5, (8,), generator=generator).to(device)
 
 
-def step_by_step(attack):
-    attack._replays.refused = True
+def eagerly(attack):
+    attack._graphs.cache.refused = True
     return attack
+
+
+def held(cache):
+    """The graphs that a cache keeps."""
+    return [entry.captured for entry in cache._entries.values() if entry.captured is not None]
 
 
 def replays(tapes):

@@ -32,8 +32,8 @@ SHORTER = (  # added to a command that begins so
     ("torchrun", QUICK),
     ("afd evaluate --compare", ""),
     ("afd evaluate", "--images 10"),
-    ("afd bench attacks --attack apgd", "--batch 8 --steps 6 --rounds 1"),
-    ("afd bench attacks", "--batch 8 --steps 1 --rounds 1"),
+    ("afd bench attacks --attack apgd", "--batch 8 --steps 6 --repeats 1"),
+    ("afd bench attacks", "--batch 8 --steps 1 --repeats 1"),
     ("afd bench agreement", "--images 20 --steps 1"),
 )
 NOT_RUN = (

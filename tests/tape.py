@@ -1,7 +1,7 @@
 """What a CUDA graph is, on the CPU: the ops of one run, to be run again with the numbers and on the memory they had.
 
-Whatever Python did between them is not done again. What is read back to the host cannot be recorded. As in a capture,
-recording computes nothing: it runs the ops, then undoes what they wrote, and leaves NaN in what they made.
+Whatever Python did between them is not done again. What is read back to the host cannot be captured. As on a GPU, a
+capture computes nothing: it runs the ops, then undoes what they wrote, and leaves NaN in what they made.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
 
 
 class Tape(TorchDispatchMode):
-    """In the place of `afd.attacks.capture.Graph`."""
+    """In the place of `afd.graphs.Graph`."""
 
     recording = False  # whether any is
 

@@ -201,22 +201,21 @@ for words in sys.argv[1:] or ["--help", "train --help", "train --method magic", 
         cli.main(words.split())
     except SystemExit:
         pass
-from afd.bench.document import Candidate, Case, Document
-from afd.bench.at_work import begin, telling
-from afd.bench.timing import Timing
-from afd.bench import show
-from afd.training.progress import Terminal
-from afd.training.reports import EpochReport, IntervalReport
-from afd.evaluation.progress import Bar
+from afd.bench.results import Candidate, Case, Document, Timing
+from afd.bench.base import begin, telling
+from afd.bench import report
+from afd.experiments.display import Terminal
+from afd.training.callbacks import EpochReport, IntervalReport
+from afd.evaluation.evaluate import ProgressBar
 document = Document("kernels", "a CPU", "cpu", 1, {"torch": "2"}, None, "", 3, {}, {
     "case": Case({}, {"afd": Candidate(Timing(1, 2, 3), {"rate": 0.5})})})
-show.whole(Console(), show.table(document, (show.Column("rate", "rate"),)))
+report.whole(Console(), report.table(document, (report.Column("rate", "rate"),)))
 with telling(Console(), "bench"):
     begin("a case")
 with Terminal(Console(), 1, "digits") as bar:
     bar(IntervalReport(1, 1, 1, 2, {"task": 1.0}, {"task": 0.1}))
     bar(EpochReport(1, 2, {"task": 1.0}, 0.9, 0.5, 100.0, {"task": 0.1}))
-with Bar(Console()) as bar:
+with ProgressBar(Console()) as bar:
     bar.start(2.0)
     bar.moved(1.0, "PGD")
 """

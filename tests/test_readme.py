@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from afd.bench.document import Candidate, Case, Document, DocumentError
-from afd.bench.timing import Timing
+from afd.bench.results import Candidate, Case, Document, DocumentError, Timing
 from afd.cli import main
 from afd.methods import METHODS
 
@@ -112,12 +111,12 @@ def device(seconds, host_us, timed="graph", **figures):
 def rows(tables, tmp_path, document):
     document.write(tmp_path / "gpu.json")
     table, caption = tables.rendered(["gpu.json"], tmp_path).strip().split("\n\n")
-    assert caption.startswith("Imaginary H200, torch 2.11; medians of 20 rounds")
+    assert caption.startswith("Imaginary H200, torch 2.11; medians of 20 repeats")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return [lines[0], *lines[2:]]
 
 
-def test_kernels_of_a_gpu_show_device_and_host_time_and_the_copys_rate(tables, tmp_path):
+def test_tables_of_a_gpu_show_device_and_host_time_and_graphs(tables, tmp_path):
     cases = {
         "pgd_step Linf 128x3x32x32 fp32": {
             "native": device(2.5e-6, 21.0, share_of_floor=0.9, share_of_copy=0.83),
@@ -135,46 +134,33 @@ def test_kernels_of_a_gpu_show_device_and_host_time_and_the_copys_rate(tables, t
         ["`load_batch` 128x3x32x32", "1.5 µs", "20 µs", "50%", "2e+02x (no graph)"],
         ["`spectral_linear` 128 x 512", "40 µs", "200 µs", "–", "–"],
     ]
-
-
-def test_the_discriminator_of_a_gpu(tables, tmp_path):
+    plain = device(3e-4, 900.0, over_plain=3.75, over_afd=3.0)
     cases = {
-        "batch 128, 10 classes": {
-            "afd": device(1e-4, 400.0, over_plain=1.25, over_afd=1.0),
-            "parametrized": device(3e-4, 900.0, over_plain=3.75, over_afd=3.0),
-        },
+        "batch 128, 10 classes": {"afd": device(1e-4, 400.0, over_plain=1.25, over_afd=1.0), "parametrized": plain},
         "power iteration in a CUDA graph": {"afd": device(1.1e-5, 30.0)},
     }
-    assert rows(tables, tmp_path, on_gpu("discriminator", cases)) == [
-        ["width 512, forward, backward and SGD", "device time", "host time", "of plain layers' time",
-         "faster than torch's parametrisation"],
-        ["batch 128, 10 classes", "100 µs", "400 µs", "1.25", "3.00x"],
-        ["power iteration in a CUDA graph", "11 µs", "30 µs", "–", "–"],
-    ]  # fmt: skip
-
-
-def test_rounds_of_a_gpu_have_graphs(tables, tmp_path):
+    assert [row[1:] for row in rows(tables, tmp_path, on_gpu("discriminator", cases))] == [
+        ["device time", "host time", "of plain layers' time", "faster than torch's parametrisation"],
+        ["100 µs", "400 µs", "1.25", "3.00x"],
+        ["11 µs", "30 µs", "–", "–"],
+    ]
     names = ["released", "afd simultaneous auto", "afd simultaneous auto graph"]
     whole = {name: (0.1 / (i + 1), {"speedup": i + 1.0, "share": 0.25}) for i, name in enumerate(names)}
     outside = {name: (0.025, {"speedup": 2.0, "share": None}) for name in names}
-    made = on_gpu("round", {"whole": whole, "outside the attack": outside})
-    made = replace(made, settings={"case": "resnet18", "batch": 128, "steps": 10})
-    found = rows(tables, tmp_path, made)
-    assert [row[1] for row in found] == ["round", *names]
+    settings = {"case": "resnet18", "batch": 128, "steps": 10}
+    found = rows(tables, tmp_path, on_gpu("step", {"whole": whole, "outside the attack": outside}, settings=settings))
+    assert [row[1] for row in found] == ["step", *names]
     assert found[-1] == ["", "afd simultaneous auto graph", "3.00x", "2.00x", "25%"]
 
 
-def test_a_run_that_was_cut_off_is_refused(tables, tmp_path):
-    made = on_gpu("kernels", {"pgd_step Linf x": {"native": device(1e-6, 1.0)}}, finished=False)
-    made.write(tmp_path / "cut.json")
+def test_what_is_no_table_is_refused(tables, tmp_path):
+    made = on_gpu("kernels", {"pgd_step Linf x": {"native": device(1e-6, 1.0)}})
+    for name, document in {
+        "cut": replace(made, finished=False), "gpu": made, "cpu": replace(made, device_type="cpu"),
+    }.items():  # fmt: skip
+        document.write(tmp_path / f"{name}.json")
     with pytest.raises(DocumentError, match=r"cut\.json is not finished: it holds 1 cases of a run that was cut off"):
         tables.rendered(["cut.json"], tmp_path)
-
-
-def test_a_table_is_of_one_kind_of_device(tables, tmp_path):
-    made = on_gpu("kernels", {})
-    made.write(tmp_path / "gpu.json")
-    replace(made, device_type="cpu").write(tmp_path / "cpu.json")
     with pytest.raises(DocumentError, match="are of kernels on cpu, kernels on cuda; a table is of one benchmark"):
         tables.rendered(["gpu.json", "cpu.json"], tmp_path)
 

@@ -13,30 +13,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from imports import cycles
 
 from afd import ops
+from afd.bench import op_cases
 
 ROOT = Path(__file__).parents[1]
 PACKAGE, CSRC = ROOT / "afd", ROOT / "csrc"
-OPS = ("pgd_step", "project", "random_start", "apgd_step", "apgd_update")
-OPS += ("load_batch",)
-OPS += ("spectral_norm", "spectral_linear", "projection_logits")
+OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu") if path.stem != "runtime")
+MOST_FILES, MOST_LINES = 110, 400  # of the library in Python: what one can find one's way in, and read at a sitting
 
 # From the ground up; a room may import from lower floors and from itself.
 FLOORS = (
     {"_version", "errors"},
-    {"extras", "files", "namesake", "paths", "process", "processes", "threads", "values"},
+    {"deprecated", "files", "process", "processes"},
+    {"extras", "graphs", "python_state", "runtime"},
     {"_C"},
-    {"ops", "pictures"},
+    {"ops"},
     {"data", "nn"},
+    {"execution"},
     {"attacks"},
+    {"metrics"},
     {"methods"},
-    {"config", "deprecated"},
-    {"evaluation"},
+    {"config", "checkpoint"},
     {"training"},
-    {"bench", "demo", "evaluate", "info"},
+    {"evaluation"},
+    {"experiments"},
+    {"bench", "demo", "info"},
     {""},  # afd/__init__.py
-    {"parsing"},
     {"options"},
     {"cli"},
     {"__main__"},
@@ -76,6 +80,17 @@ def test_imports_go_down(path):
         assert below == room or FLOOR[below] < FLOOR[room], f"{module_name(path)} imports {imported}"
 
 
+def test_no_module_imports_one_that_imports_it():
+    assert cycles() == []
+
+
+def test_files_are_few_and_short():
+    assert len(SOURCES) <= MOST_FILES
+    assert {
+        module_name(path): lines for path in SOURCES if (lines := len(path.read_text().splitlines())) > MOST_LINES
+    } == {}
+
+
 def test_only_native_imports_the_compiled_module():
     assert [module_name(path) for path in SOURCES if "afd._C" in afd_imports(path)] == ["afd.ops.native"]
 
@@ -86,7 +101,7 @@ def test_the_library_and_its_benchmarks_need_no_command_line_package():
     import sys
     sys.modules["tyro"] = None
     import afd.info
-    from afd.bench import attacks, discriminator, kernels, program, rounds
+    from afd.bench import attacks, base, kernels, methods
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
@@ -110,7 +125,7 @@ def test_build_does_not_import_torch():
 def test_one_op_has_one_name_in_every_room(op):
     files = [
         f"csrc/include/afd/{op}.h", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu",
-        f"tests/ops/test_{op}.py", f"benchmarks/bench_{op}.py",
+        f"tests/ops/test_{op}.py",
     ]  # fmt: skip
     assert [name for name in files if not (ROOT / name).is_file()] == []
     for room in ("native", "reference"):
@@ -119,9 +134,8 @@ def test_one_op_has_one_name_in_every_room(op):
     assert {op, f"{op}_"} & set(ops.__all__)  # with the underscore, it works in place
 
 
-def test_the_list_of_ops_is_complete():
-    kernels = {path.stem for path in (CSRC / "cuda").glob("*.cu")} - {"runtime"}
-    assert kernels == set(OPS)
+def test_every_op_is_timed_and_checked_by_its_cases():
+    assert {case.op for case in op_cases.timed("cifar")} == {case.op for case in op_cases.small()} == set(OPS)
 
 
 # --- The compiled module --------------------------------------------------------------------------------------------

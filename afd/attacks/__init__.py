@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
-from torch import Tensor, nn
-
-from afd.attacks.apgd import APGD
-from afd.attacks.capture import CaptureWarning
-from afd.attacks.fgsm import FGSM
-from afd.attacks.mim import MIM
-from afd.attacks.pgd import PGD
-from afd.attacks.settings import (
-    ATTACKS,
-    APGDSettings,
-    AttackSettings,
-    FGSMSettings,
-    KeepsAttacks,
-    MIMSettings,
-    PGDSettings,
-    attack_named,
-)
-from afd.attacks.watch import Report
+from afd.attacks.apgd import APGD, APGDSettings
+from afd.attacks.ball import NORMS, Ball, Norm
+from afd.attacks.base import GradientAttack
+from afd.attacks.diagnostics import Report
+from afd.attacks.pgd import FGSM, MIM, PGD, FGSMSettings, MIMSettings, PGDSettings
+from afd.attacks.settings import ATTACKS, Attack, AttackFactory, AttackSettings, KeepsAttacks, attack_named
+from afd.deprecated import ATTACK_SETTINGS, understand
 from afd.errors import ModelWarning
+from afd.graphs import CaptureWarning
 
 __all__ = ["APGD", "FGSM", "MIM", "PGD", "Attack", "AttackFactory", "CaptureWarning", "ModelWarning", "Report"]
 __all__ += ["ATTACKS", "APGDSettings", "AttackSettings", "FGSMSettings", "MIMSettings", "PGDSettings"]
-__all__ += ["KeepsAttacks", "attack_named"]
+__all__ += ["NORMS", "Ball", "KeepsAttacks", "Norm", "attack_named"]
 
+ATTACKS |= {"pgd": PGDSettings, "apgd": APGDSettings, "fgsm": FGSMSettings, "mim": MIMSettings}
 
-class Attack(Protocol):
-    """(x, y) -> x_adv, in the terms of `PGD.__call__`."""
-
-    def __call__(self, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
-        """Adversarial images like x."""
-
-
-AttackFactory = Callable[[nn.Module], Attack]
+_WITH_EARLIER_NAMES: tuple[type[object], ...] = (AttackSettings, GradientAttack, *ATTACKS.values())
+for _kind in _WITH_EARLIER_NAMES:
+    understand(_kind, ATTACK_SETTINGS)

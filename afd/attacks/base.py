@@ -13,23 +13,23 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import engine, execution, inputs, watch
-from afd.attacks.batchnorm import Norms
-from afd.attacks.call import Call
-from afd.attacks.capture import CaptureWarning, guard, recordable
+from afd.attacks import diagnostics, engine, inputs
+from afd.attacks.ball import Ball
+from afd.attacks.batchnorm import BatchNorms
+from afd.attacks.inputs import Call, Chunk
 from afd.attacks.joining import Joining
 from afd.attacks.losses import loss_of
-from afd.attacks.piece import Piece
-from afd.attacks.python_state import key_of
-from afd.attacks.replay import Climb, Replays
+from afd.attacks.replay import AttackGraphs, StepsFn
 from afd.attacks.settings import AttackSettings
 from afd.errors import InputTypeError, warn_caller
+from afd.execution import needs_plain_layout
+from afd.graphs import CaptureWarning, capturable, guard
 from afd.nn.modes import local
 from afd.nn.outputs import saying_once
+from afd.python_state import key_of
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # between the logits of a replay and of the model, as a share of the largest
-NO_SETTINGS = {"model", "report", "_replays", "_joining", "_norms", "_scalar"}
-NO_VIEW = ("view size is not compatible", "Cannot view a tensor")  # how torch, and torch.compile, say it
+NO_SETTINGS = {"model", "report", "execution", "_graphs", "_joining", "_batchnorms", "_scalar"}
 OUTDATED = (
     "an earlier call of this attack replayed a graph in which the model gave other logits than it did by then, though "
     "no weight, hook, mode or attribute of a module had changed: something outside of it had. Its points are those of "
@@ -45,9 +45,10 @@ class GradientAttack(ABC):
     """Base of the attacks: settles common settings; `_run` is the algorithm.
 
     Attributes:
-        report: what the last call saw of the model (`afd.attacks.watch.Report`); None if it did not look.
-        own_graphs: whether, on CUDA, steps are recorded and replayed by the attack itself; False where somebody records
-            whole calls.
+        execution: how it runs (`afd.execution.AttackExecution`).
+        report: what the last call saw of the model (`afd.attacks.diagnostics.Report`); None if it did not look.
+        own_graphs: whether, on CUDA, steps are captured and replayed by the attack itself; False where somebody
+            captures whole calls.
 
     Raises:
         InputTypeError: the model is no module.
@@ -64,12 +65,11 @@ class GradientAttack(ABC):
         self.model, self.norm, self.steps = model, settings.norm, steps
         self.eps, self.bounds, self.targeted = settings.eps, settings.bounds, settings.targeted
         self.loss, self.outputs = loss_of(settings.loss, targeted=settings.targeted), settings.outputs
-        self.seed, self.precision = seed, settings.precision or "fp32"
-        self.piece, self.look, self.fold = settings.piece, settings.look, settings.fold
+        self.seed, self.execution = seed, settings.execution
+        self.validate, self.fold_batchnorm = settings.validate, settings.fold_batchnorm
         self.batchnorm = settings.batchnorm
-        self.report: watch.Report | None = None
-        self.own_graphs, self._replays, self._joining, self._norms = True, Replays(), Joining(), Norms()
-        self._channels_last = True  # until the model has shown that it does not take such images
+        self.report: diagnostics.Report | None = None
+        self.own_graphs, self._graphs, self._joining, self._batchnorms = True, AttackGraphs(), Joining(), BatchNorms()
         self._scalar = False  # until the loss has returned one value for all
         if self.outputs == "features":
             engine.check_offers(self._module, "features")
@@ -97,7 +97,7 @@ class GradientAttack(ABC):
                 and a loss of your own (APGD leaves the likeliest of them). Or None, where the loss needs none: with
                 "kl", or where it is given a target.
             seed: overrides the attack's own for this call; as an int64 tensor [] it is read on the device (by a graph
-                that records this call, at each replay).
+                that captures this call, at each replay).
             first_sample: index of x's first row in the whole data set, so that batches of any size start alike.
             target: [N, ...], what a loss of your own is called with, y if there is none; with "kl" the clean logits
                 [N, K], which spares their forward.
@@ -132,17 +132,17 @@ class GradientAttack(ABC):
 
     def _attacked(self, call: Call) -> Tensor:
         """`__call__` outside of inference mode, on a batch that is not empty."""
-        if recordable(call.x) and self._replays.outdated(wait=False):
+        if capturable(call.x) and self._graphs.outdated(wait=False):
             warn_caller(OUTDATED, CaptureWarning)
-        self._replays.paused = not self.own_graphs or self.batchnorm != "eval"
+        self._graphs.paused = not self.own_graphs or self.batchnorm != "eval"
         x_adv = torch.empty_like(call.x)
-        with self._norms.running(self.model, self.batchnorm), saying_once():
-            trace = self._fill(x_adv, call)
-            if trace is not None and self._replays.outdated(wait=True):
-                self._replays.paused = True  # once more, step by step
-                trace = self._fill(x_adv, call)
-        if trace is not None:
-            self.report = watch.settle(trace)
+        with self._batchnorms.running(self.model, self.batchnorm), saying_once():
+            counters = self._fill(x_adv, call)
+            if counters is not None and self._graphs.outdated(wait=True):
+                self._graphs.paused = True  # once more, eagerly
+                counters = self._fill(x_adv, call)
+        if counters is not None:
+            self.report = diagnostics.summarize(counters)
         return x_adv
 
     def _fill(self, x_adv: Tensor, call: Call) -> Tensor | None:
@@ -153,37 +153,53 @@ class GradientAttack(ABC):
         """
         while True:
             undecided = self.loss.judged_by == "target" and not self._scalar
-            draw_again = execution.draws(call.x.device if undecided else torch.device("cpu"))
+            draw_again = _draws(call.x.device if undecided else torch.device("cpu"))
             try:
                 return self._fill_once(x_adv, call)
             except RuntimeError as error:
-                if not self._channels_last or not any(text in str(error) for text in NO_VIEW):
+                if not self.execution.channels_last or not needs_plain_layout(error):
                     raise
-                self._channels_last, self._joining = False, Joining(channels_last=False)
+                self.execution = replace(self.execution, channels_last=False)
+                self._joining = Joining(channels_last=False)
             except ScalarLossError:
                 self._scalar = True
             draw_again()
-            self._norms.begin_again()
+            self._batchnorms.begin_again()
 
     def _fill_once(self, x_adv: Tensor, call: Call) -> Tensor | None:
-        """Runs the algorithm piece by piece into x_adv; returns what was noted on the way, if anybody looks."""
+        """Runs the algorithm chunk by chunk into x_adv; returns what was noted on the way, if anybody looks."""
         x = call.x
-        if self._as_one:
-            pieces = [slice(0, len(x))]
-        else:
-            pieces = list(execution.pieces(self._module, x, self.piece, self.precision))
-        largest_label = inputs.largest_label(x, call.y, self.bounds, call.start) if self.look else -1
-        trace = watch.new_trace(len(x), x.device) if self.look else None
-        self._replays.begin()
-        self._norms.find(lambda: self._first_outputs(self._laid_out(x)))
-        joins = self.fold and self.batchnorm == "eval"
+        chunks = [slice(0, len(x))] if self._as_one else list(self.execution.chunks(self._module, x))
+        largest_label = inputs.largest_label(x, call.y, self.bounds, call.start) if self.validate else -1
+        counters = diagnostics.new_counters(len(x), x.device) if self.validate else None
+        self._graphs.begin()
+        self._batchnorms.find(lambda: self._first_outputs(self._laid_out(x)))
+        joins = self.fold_batchnorm and self.batchnorm == "eval"
         with self._joining.joined(self._module) if joins else nullcontext():
-            for rows in pieces:
-                x_adv[rows] = self._run(call.piece(rows, self._laid_out, largest_label, trace))
-        return trace
+            for rows in chunks:
+                x_adv[rows] = self._run(call.chunk(rows, self._laid_out, largest_label, counters))
+        return counters
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        return execution.channels_last(x, self._module) if self._channels_last else x.contiguous()
+        return self.execution.laid_out(x, self._module)
+
+    @property
+    def precision(self) -> str:
+        """That the model runs in."""
+        return self.execution.precision
+
+    @precision.setter
+    def precision(self, value: str) -> None:
+        self.execution = replace(self.execution, precision=value)
+
+    @property
+    def chunk_size(self) -> int | None:
+        """Rows attacked together, if that is not left to the library."""
+        return self.execution.chunk_size
+
+    @chunk_size.setter
+    def chunk_size(self, value: int | None) -> None:
+        self.execution = replace(self.execution, chunk_size=value)
 
     @property
     def _module(self) -> nn.Module:
@@ -214,78 +230,78 @@ class GradientAttack(ABC):
         return self(x, y, seed=seed, first_sample=first_sample, target=target, start=start)
 
     @abstractmethod
-    def _run(self, piece: Piece) -> Tensor:
-        """The algorithm on a checked piece that is not empty, its model in evaluation mode, without autograd."""
+    def _run(self, chunk: Chunk) -> Tensor:
+        """The algorithm on a checked chunk that is not empty, its model in evaluation mode, without autograd."""
 
-    def _aimed(self, piece: Piece, clean: Tensor | None = None, rank: int = 0) -> Piece:
-        """The piece with what the loss is judged by; `clean`: logits of its images, if known; `rank`: of the target."""
-        if clean is None and self.look and not self.steps:  # no step will look
-            clean = self._clean(piece)
-        given = piece.y
-        if piece.target is not None:
-            given, clean = piece.target, piece.target  # one of them is what this loss is judged by
-        aim = self.loss.aim(lambda: self._clean(piece) if clean is None else clean, given, rank)
-        return replace(piece, aim=aim, target=None, start=None)
+    def _with_loss_target(self, chunk: Chunk, clean: Tensor | None = None, rank: int = 0) -> Chunk:
+        """The chunk with what the loss is judged by; `clean`: logits of its images, if known; `rank`: of the target."""
+        if clean is None and self.validate and not self.steps:  # no step will look
+            clean = self._clean(chunk)
+        given = chunk.y
+        if chunk.target is not None:
+            given, clean = chunk.target, chunk.target  # one of them is what this loss is judged by
+        loss_target = self.loss.target(lambda: self._clean(chunk) if clean is None else clean, given, rank)
+        return replace(chunk, loss_target=loss_target, target=None, start=None)
 
-    def _ball(self, piece: Piece, radius: float = 1.0) -> dict[str, Any]:
-        """Where the iterates may lie, in the words of the ops; `radius` counts in eps."""
-        return {"eps": piece.of(self.eps, radius), "bounds": self.bounds, "norm": self.norm}
+    def _ball(self, chunk: Chunk, radius: float = 1.0) -> Ball:
+        """Where the iterates may lie; `radius` counts in eps."""
+        return Ball(self.norm, chunk.of(self.eps, radius), self.bounds)
 
-    def _ascent(self, x_adv: Tensor, piece: Piece, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _ascent(self, x_adv: Tensor, chunk: Chunk, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Gradient, losses and logits at x_adv, with the model in the attack's precision."""
-        self._norms.begin_forward()
+        self._batchnorms.begin_forward()
         are_logits = self._shown is not engine.features
-        check = piece.check_classes if are_logits else None
-        with execution.autocast(self.precision, x_adv.device):
+        check = chunk.check_classes if are_logits else None
+        with self.execution.autocast(x_adv.device):
             grad, losses, outputs = engine.loss_gradient(
-                self._module, self.loss.value, x_adv, piece.aim, check, self._shown
+                self._module, self.loss.value, x_adv, chunk.loss_target, check, self._shown
             )
         if not losses.dim():
-            losses = self._everybodys(losses, piece)
-        if not piece.first_outputs:
-            piece.first_outputs.append(outputs)
-        watch.note(piece, step, outputs, losses, grad, are_logits)
+            losses = self._everybodys(losses, chunk)
+        if not chunk.first_outputs:
+            chunk.first_outputs.append(outputs)
+        diagnostics.note(chunk, step, outputs, losses, grad, are_logits)
         return grad, losses, outputs
 
-    def _everybodys(self, loss: Tensor, piece: Piece) -> Tensor:
+    def _everybodys(self, loss: Tensor, chunk: Chunk) -> Tensor:
         """One loss of the whole batch, as one for each of its samples."""
-        if not piece.whole:
+        if not chunk.whole:
             raise ScalarLossError
         self._scalar = True
-        return loss.repeat(len(piece.x))
+        return loss.repeat(len(chunk.x))
 
     def _as_written(self, x: Tensor) -> Tensor:
         """Logits in full precision, of layers that are not joined: what a success must hold up to."""
-        self._norms.begin_forward()
-        with self._joining.suspended(), self._norms.untouched():
+        self._batchnorms.begin_forward()
+        with self._joining.suspended(), self._batchnorms.untouched():
             return engine.judged(self._module, x)
 
-    def _clean(self, piece: Piece) -> Tensor:
+    def _clean(self, chunk: Chunk) -> Tensor:
         """Logits of the images themselves, as written, looked at like those of a step."""
-        logits = self._as_written(piece.x)
-        piece.check_classes(logits)
-        watch.note_clean(piece, logits)
+        logits = self._as_written(chunk.x)
+        chunk.check_classes(logits)
+        diagnostics.note_clean(chunk, logits)
         return logits
 
-    def _climbed(self, climb: Climb, piece: Piece, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:
-        """climb(piece, x_adv), on CUDA by replaying a graph; `settings` are those of the climb, not of the attack."""
+    def _all_steps(self, steps_fn: StepsFn, chunk: Chunk, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:
+        """steps_fn(chunk, x_adv), on CUDA by replaying a graph; `settings` are its own, not the attack's."""
         if not self.steps:
-            return climb(piece, x_adv)
+            return steps_fn(chunk, x_adv)
         tolerance = TOLERANCE if self.precision == "fp32" else TOLERANCE_BF16
         name = (*settings, *self.settings())
-        return self._replays(name, self.model, climb, piece, x_adv, self._first_outputs, tolerance, self.memory)
+        return self._graphs(name, self.model, steps_fn, chunk, x_adv, self._first_outputs, tolerance, self.memory)
 
     def _first_outputs(self, x_adv: Tensor) -> Tensor:
-        with execution.autocast(self.precision, x_adv.device):
+        with self.execution.autocast(x_adv.device):
             return engine.logits_alone(self._module, x_adv, self._shown)
 
     def settings(self) -> Iterator[Hashable]:
-        """What a recorded graph holds of the attack: numbers and names, and where what it reads lies in memory.
+        """What a captured graph holds of the attack: numbers and names, and where what it reads lies in memory.
 
         Live numbers on the model's device lie there; on another they count as the numbers that they are.
         """
         here = next((one.device for one in chain(self.model.parameters(), self.model.buffers())), None)
-        for name, value in vars(self).items():
+        for name, value in {**vars(self), **vars(self.execution)}.items():
             if name in NO_SETTINGS:
                 continue
             if isinstance(value, Tensor) and not value.dim() and value.device != (here or value.device):
@@ -294,5 +310,19 @@ class GradientAttack(ABC):
         yield "loss's own", key_of(getattr(self.loss.value, "function", None), tensors=True)
 
     def memory(self) -> tuple[object, ...]:
-        """What a recorded graph writes to that is neither the model's nor its own."""
+        """What a captured graph writes to that is neither the model's nor its own."""
         return tuple(self._joining.pairs.values())
+
+
+def _draws(device: torch.device) -> Callable[[], None]:
+    """What puts torch's generators, the CPU's and that of a device, back to where they are now."""
+    kept = torch.get_rng_state()
+    on_cuda = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    on_device = torch.cuda.get_rng_state(device) if on_cuda else None
+
+    def put_back() -> None:
+        torch.set_rng_state(kept)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+    return put_back

@@ -10,7 +10,7 @@
 Everything else, such as dropout, is in evaluation mode. A layer that stands in evaluation mode inside a model that is
 in training mode is frozen on purpose and stays so; in a model that is wholly in evaluation mode all take part. In
 "train" only the forwards at the attack's own points update anything: those that look at the images themselves, for
-`look`, for "kl" or for what APGD counts as broken, do not.
+`validate`, for "kl" or for what APGD counts as broken, do not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from afd.nn.modes import Buffers, eager, evaluating, held, local
 MODES = ("eval", "train", "batch", "clean")
 
 
-class Norms:
+class BatchNorms:
     """The BatchNorm layers of one attack's model, for the length of a call.
 
     Attributes:
@@ -44,7 +44,7 @@ class Norms:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles of the attack: a call begins anew."""
-        return Norms, ()
+        return BatchNorms, ()
 
     @contextmanager
     def running(self, model: nn.Module, mode: str) -> Iterator[None]:

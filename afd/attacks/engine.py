@@ -12,7 +12,7 @@ from afd.attacks.losses import Value
 from afd.errors import InputError, InputTypeError, ModelError
 from afd.nn.modes import evaluating
 from afd.nn.outputs import logits_of
-from afd.ops.library import described
+from afd.ops.checks import described
 
 __all__ = ["Outputs", "check_offers", "evaluating", "features", "features_and_logits", "judged", "logits"]
 __all__ += ["logits_alone", "loss_gradient", "shown"]
@@ -69,18 +69,18 @@ def loss_gradient(
     model: nn.Module,
     loss: Value,
     x: Tensor,
-    aim: Any,
+    loss_target: Any,
     check: Callable[[Tensor], None] | None = None,
     outputs: Outputs = logits,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """∇_x Σ loss(model(x), aim) with the losses and logits behind it, all detached.
+    """∇_x Σ loss(model(x), loss_target) with the losses and logits behind it, all detached.
 
     Args:
         model: classifier; call inside `evaluating`.
         loss: one value per sample; their sum is differentiated, so that samples do not depend on their batch. Or one
             value for all.
         x: images [N, ...], leaf or not; not modified.
-        aim: what the loss is judged by, [N, ...].
+        loss_target: what the loss is judged by, [N, ...].
         check: is shown the logits before the loss is.
         outputs: of the model: `logits`, `features` or `features_and_logits`.
 
@@ -98,7 +98,7 @@ def loss_gradient(
         given, seen = outputs(model, x)
         if check is not None:
             check(seen)
-        losses = loss(given, aim)
+        losses = loss(given, loss_target)
         _check_losses(losses, given)
         try:
             (grad,) = torch.autograd.grad(losses.sum(), x, allow_unused=True)

@@ -1,17 +1,102 @@
-"""What an attack asks of a batch before it starts: one look at the values, so one wait for the device."""
+"""What one call of an attack is given: checked before it starts, and cut into chunks that are attacked together."""
 
 from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from afd.attacks.losses import Loss
 from afd.errors import InputError, InputTypeError, at_least
-from afd.ops import checks, settings
+from afd.ops import checks
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows of a batch that are attacked together.
+
+    Attributes:
+        x: images [n, ...] of these rows.
+        y: labels [n], soft labels [n, K], or None.
+        rows: which rows of the batch they are, a slice or indices [n].
+        whole: whether these are all rows of the batch.
+        seed: of random starts; a tensor [] on the device where a recorded graph is to follow it.
+        first_sample: index of the first row in the whole data set.
+        largest_label: max(y) or more, known to the host; -1 if nobody looked.
+        counters: what `afd.attacks.diagnostics` counts of the whole batch; None if nobody looks.
+        target: what the call was given for the loss, [n, ...], if anything.
+        start: where to begin, like x, if the call said so.
+        loss_target: what the loss is judged by, [n, ...]: y, for most.
+        first_outputs: those of the first evaluation of the model, once there was one.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    rows: slice | Tensor
+    whole: bool
+    seed: int | Tensor
+    first_sample: int
+    largest_label: int
+    counters: Tensor | None
+    target: Tensor | None = None
+    start: Tensor | None = None
+    loss_target: Tensor | None = None
+    first_outputs: list[Tensor] = field(default_factory=list)
+
+    def of(self, setting: float | Tensor, factor: float = 1.0) -> float | Tensor:
+        """A setting of the batch for these rows, times a factor: one number, or one per row.
+
+        A live number, a tensor [] on the images' device, is read there, and rounded once, as a number is.
+        """
+        if isinstance(setting, Tensor) and not setting.dim():
+            if setting.device != self.x.device:
+                return factor * float(setting)
+            return (factor * setting.double()).to(self.x.dtype).repeat(len(self.x))
+        return factor * (setting[self.rows] if isinstance(setting, Tensor) else setting)
+
+    def take(self, kept: Tensor) -> Chunk:
+        """Those of the rows that the indices `kept` name."""
+        rows = self.rows
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=kept.device)
+        y, loss_target = (None if one is None else one[kept] for one in (self.y, self.loss_target))
+        return replace(self, x=take(self.x, kept), y=y, loss_target=loss_target, rows=rows[kept], whole=False)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a recorded graph reads of it."""
+        return tuple(one for one in (self.x, self.y, self.loss_target, self.counters) if one is not None)
+
+    def cloned(self) -> Chunk:
+        """The same on memory of its own, nothing evaluated yet."""
+        y, loss_target, counters = (
+            None if one is None else one.clone() for one in (self.y, self.loss_target, self.counters)
+        )
+        return replace(self, x=self.x.clone(), y=y, loss_target=loss_target, counters=counters, first_outputs=[])
+
+    def check_classes(self, logits: Tensor) -> None:
+        """Raises InputError unless logits [n, K] have a class for each label; there is one for -1."""
+        classes = logits.shape[1]
+        if self.largest_label >= classes:
+            raise InputError(f"y holds the label {self.largest_label}; the model has classes 0 ... {classes - 1}")
+        if self.y is not None and self.y.dim() == 2 and self.y.shape[1] != classes:
+            raise InputError(f"y is soft labels of {self.y.shape[1]} classes; the model has {classes}")
+
+
+def take(x: Tensor, kept: Tensor) -> Tensor:
+    """x[kept], its rows laid out as those of x are."""
+    out = torch.empty_strided((len(kept), *x.shape[1:]), x.stride(), dtype=x.dtype, device=x.device)
+    return torch.index_select(x, 0, kept, out=out)
+
+
+def rows_of(values: Tensor, x: Tensor) -> Tensor:
+    """One value per sample, [N], in a shape that broadcasts against x."""
+    return values.view(-1, *([1] * (x.dim() - 1)))
 
 
 def check_form(x: Tensor, y: Tensor) -> None:
@@ -148,7 +233,7 @@ def size(name: str, value: Any) -> float | Tensor:
         return value.detach()
     if isinstance(value, Tensor | np.ndarray) and not value.ndim:
         value = value.item()
-    number = settings.number(name, value, "a number, or a tensor of one per sample")
+    number = checks.number(name, value, "a number, or a tensor of one per sample")
     at_least(name, number, 0.0)
     return number
 
@@ -159,7 +244,7 @@ def number(name: str, value: Any, least: float) -> float:
     Raises:
         InputTypeError, InputError: it is something else, smaller, or not finite.
     """
-    found = settings.number(name, value)
+    found = checks.number(name, value)
     at_least(name, found, least)
     return found
 
@@ -170,7 +255,7 @@ def count(name: str, value: Any, least: int) -> int:
     Raises:
         InputTypeError, InputError: it is something else, or smaller.
     """
-    found = settings.integer(name, value)
+    found = checks.integer(name, value)
     if found < least:
         raise InputError(f"{name} is {found}; it must be an integer >= {least}")
     return found
@@ -182,7 +267,7 @@ def counter(name: str, value: Any) -> int:
     Raises:
         InputTypeError, InputError: it is no integer, or not in [0, 2**63).
     """
-    found = settings.integer(name, value)
+    found = checks.integer(name, value)
     checks.counter(name, found)
     return found
 
@@ -211,3 +296,85 @@ def check_length(name: str, setting: float | Tensor | None, x: Tensor) -> None:
         raise InputTypeError(
             f"{name} is {setting.dtype} on {setting.device}; it must be {x.dtype} on {x.device}, like the images"
         )
+
+
+# --- One call -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of `afd.attacks.PGD.__call__`."""
+
+    x: Tensor
+    y: Tensor | None
+    target: Tensor | None
+    start: Tensor | None
+    seed: int | Tensor
+    first_sample: int
+
+    def check(self, loss: Loss, *, starts: bool) -> None:
+        """Checks what can be known without a look at the values.
+
+        Args:
+            loss: of the attack.
+            starts: whether the attack has a start of its own that is not x.
+
+        Raises:
+            InputTypeError, InputError: an argument is not as described there, or the loss lacks one, or takes none.
+        """
+        x, y, judged_by = self.x, self.y, loss.judged_by
+        beside = {"y": y, "target": self.target, "start": self.start}
+        check_images(x, **{name: tensor for name, tensor in beside.items() if tensor is not None})
+        counter("first_sample", self.first_sample)
+        if y is not None:
+            if y.is_floating_point() and y.dim() == 2 and y.shape[1] and judged_by != "classes":
+                check_rows("y", y, x)
+            else:
+                check_classes(x, y)
+        elif judged_by in ("classes", "labels"):
+            raise InputError("y is None; the loss needs labels, [N] of torch.int64")
+        elif judged_by == "target" and self.target is None:
+            raise InputError("y and target are None; a loss of your own is called with target, or else with y")
+        if self.target is not None:
+            self._check_target(self.target, judged_by)
+        if self.start is not None:
+            checks.iterate("start", self.start, x)
+        elif judged_by == "prediction" and not starts:
+            raise InputError(
+                "loss is 'kl', whose gradient at the image itself is 0; it needs a random start, or start="
+            )
+
+    def _check_target(self, target: Tensor, judged_by: str) -> None:
+        check_rows("target", target, self.x)
+        if judged_by in ("classes", "labels"):
+            raise InputError("target is given; the loss is judged by y alone (only 'kl' and functions take a target)")
+        if judged_by == "prediction" and (target.dim() != 2 or not target.is_floating_point()):
+            raise InputError(
+                f"target is {target.dtype} of shape {list(target.shape)}; with 'kl' it must be the clean logits [N, K]"
+            )
+
+    def outside_inference(self) -> Call:
+        """The same, of tensors that autograd can work with, and has nothing to do with yet."""
+        y, target, start = (
+            None if one is None else outside_inference(one).detach() for one in (self.y, self.target, self.start)
+        )
+        return replace(self, x=outside_inference(self.x), y=y, target=target, start=start)
+
+    def chunk(
+        self, rows: slice, laid_out: Callable[[Tensor], Tensor], largest_label: int, counters: Tensor | None
+    ) -> Chunk:
+        """Some of its rows.
+
+        Args:
+            rows: which.
+            laid_out: puts images into the layout in which the model is shown them.
+            largest_label: as in `Chunk`.
+            counters: likewise.
+        """
+        y, target = (None if one is None else one[rows] for one in (self.y, self.target))
+        start = None if self.start is None else laid_out(self.start[rows]).clone()
+        whole = rows.start == 0 and rows.stop == len(self.x)
+        return Chunk(
+            laid_out(self.x[rows]), y, rows, whole, self.seed, self.first_sample + rows.start, largest_label, counters,
+            target=target, start=start,
+        )  # fmt: skip

@@ -30,8 +30,8 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from afd.attacks.callers import hooked, next_module
-from afd.attacks.execution import unsafe_channels_last
 from afd.errors import ModelError
+from afd.execution import unsafe_channels_last
 from afd.nn.modes import eager, version_of
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -188,7 +188,9 @@ class Joining:
         """Raises ModelError if a joined result went elsewhere than it was seen to go: it must not be used silently."""
         if self.between is not None and self.here:
             self.between = None
-            raise ModelError("the result of a joined convolution did not reach its BatchNorm; attack with fold=False")
+            raise ModelError(
+                "the result of a joined convolution did not reach its BatchNorm; attack with fold_batchnorm=False"
+            )
 
     @property
     def here(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from afd.errors import InputError, one_of
 
-Value = Callable[[Tensor, Tensor], Tensor]  # (outputs [N, K], aim) -> losses [N], or, one of yours, a scalar []
+Value = Callable[[Tensor, Tensor], Tensor]  # (outputs [N, K], target) -> losses [N], or, one of yours, a scalar []
 JudgedBy = Literal["classes", "labels", "prediction", "target"]
 OUTPUTS = ("logits", "features")
 
@@ -110,17 +110,17 @@ def a_likely_class(clean: Callable[[], Tensor], y: Tensor, rank: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss, and what it is judged by: `aim(clean, y, rank)`, clean giving the logits of x where they are needed.
+    """A loss, and what it is judged by: `target(clean, y, rank)`, clean giving the logits of x where they are needed.
 
     Attributes:
-        value: (outputs, aim) -> losses.
-        aim: what it is judged by.
+        value: (outputs, target) -> losses.
+        target: what it is judged by.
         judged_by: what a call must give for that: "classes" (y [N]); "labels" (y, or soft labels [N, K]); "prediction"
             (nothing, or the clean logits as target); or "target" (target, or any y): a loss of somebody's own.
     """
 
     value: Value
-    aim: Callable[[Callable[[], Tensor], Any, int], Tensor]
+    target: Callable[[Callable[[], Tensor], Any, int], Tensor]
     judged_by: JudgedBy = "classes"
 
 

@@ -1,30 +1,41 @@
-"""Attacks without a model: their settings as dataclasses, checked, documented once, and called by training methods."""
+"""What attacks can be told: their settings as dataclasses, checked and documented once, called by training methods."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import batchnorm, execution, inputs, starts
+from afd.attacks import batchnorm, inputs
+from afd.attacks.ball import Norm, ball_of_norm
 from afd.attacks.losses import Value, check_outputs, loss_of
-from afd.errors import InputError, one_of
+from afd.deprecated import ATTACK_SETTINGS, today
+from afd.errors import InputError, InputTypeError, one_of
+from afd.execution import AttackExecution
 from afd.ops import checks
-from afd.ops import settings as op_settings
 
-if TYPE_CHECKING:
-    from afd.attacks.base import GradientAttack
-
-
-Norm = Literal["Linf", "L2", "L1"]
+Given = ParamSpec("Given")
+Kind = TypeVar("Kind")
+One = TypeVar("One")
 LossName = Literal["ce", "margin", "dlr", "dlr-targeted", "kl"]
 OutputsName = Literal["logits", "features"]
 BatchNormMode = Literal["eval", "train", "batch", "clean"]
-Init = Literal["uniform", "gaussian", "coin-flip"]
+
+
+class Attack(Protocol):
+    """(x, y) -> x_adv, in the terms of `afd.attacks.PGD.__call__`."""
+
+    def __call__(self, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
+        """Adversarial images like x."""
+
+
+AttackFactory = Callable[[nn.Module], Attack]
 
 
 class Batch(Protocol):
@@ -69,25 +80,25 @@ class AttackSettings(ABC):
         targeted: y is the class to reach, and the loss is descended.
         loss: that is ascended: "ce"; "margin"; or, untargeted, "dlr", "dlr-targeted" (at the likeliest other class) or
             "kl" (TRADES: from the clean prediction). Or a function (outputs, target) -> losses [N], which are summed,
-            or one loss [] of the whole batch. For such a scalar the batch is never split (`piece`), and no sample is
-            left out early. outputs come in float32 or wider; target is what the call is given as such, or y. What else
-            a function reads, a recorded graph does not see change.
+            or one loss [] of the whole batch. For such a scalar the batch is never split (`chunk_size`), and no sample
+            is left out early. outputs come in float32 or wider; target is what the call is given as such, or y. What
+            else a function reads, a recorded graph does not see change.
         outputs: what a loss of your own is given: "logits", or "features", model.features(x) [N, D].
         bounds: lowest and highest value of an image.
         batchnorm: what BatchNorm layers normalise by during the attack: "eval", their running statistics; "train",
             those of the batch at hand, by which the running ones are updated; "batch", likewise but not updated;
-            "clean", those of the clean batch. See `afd.attacks.batchnorm`. All but "eval" attack the batch in one
-            piece, layer by layer and without CUDA graphs of the attack's own, whatever `piece`, `fold` and
+            "clean", those of the clean batch. See `afd.attacks.batchnorm`. All but "eval" attack the batch as
+            one, layer by layer and without CUDA graphs of the attack's own, whatever `chunk_size`, `fold_batchnorm` and
             `early_stop` say.
         precision: "fp32", "bf16" (the model runs in bfloat16, everything else in float32), or "auto" (bfloat16 where
             the device multiplies it in hardware). None: that of the training passes where a training method attacks,
             and "fp32" elsewhere.
-        piece: rows attacked together on a CPU; by default as many as keep the model's activations in its caches, or
-            all where a forward hook of yours looks on.
-        look: check the values of what a call is given and of the model's outputs, which waits for the device before the
-            first step and after the last; False is for loops that see to that themselves (a label that is no class is
-            then an error of torch's, or, -100 with "ce", one that the loss leaves out).
-        fold: let convolutions do the work of the BatchNorm behind them, which changes rounding only
+        chunk_size: rows attacked together on a CPU; by default as many as keep the model's activations in its caches,
+            or all where a forward hook of yours looks on.
+        validate: check the values of what a call is given and of the model's outputs, which waits for the device before
+            the first step and after the last; False is for loops that see to that themselves (a label that is no class
+            is then an error of torch's, or, -100 with "ce", one that the loss leaves out).
+        fold_batchnorm: let convolutions do the work of the BatchNorm behind them, which changes rounding only
             (`afd.attacks.joining`).
 
     Raises:
@@ -103,21 +114,26 @@ class AttackSettings(ABC):
     bounds: tuple[float, float] = (0.0, 1.0)
     batchnorm: BatchNormMode = "eval"
     precision: str | None = None
-    piece: int | None = None
-    look: bool = True
-    fold: bool = True
+    chunk_size: int | None = None
+    validate: bool = True
+    fold_batchnorm: bool = True
 
     def __post_init__(self) -> None:
-        checks.norm(self.norm)
-        bounds = op_settings.box(self.bounds)
+        ball_of_norm(self.norm)
+        bounds = checks.split_bounds(self.bounds)
         checks.bounds(*bounds)
         one_of("batchnorm", self.batchnorm, batchnorm.MODES)
-        self._settle(bounds=bounds, piece=execution.check_execution(self.precision, self.piece))
-        self._settle(eps=inputs.size("eps", self.eps))
-        for name in ("targeted", "look", "fold"):
-            self._settle(**{name: inputs.truth(name, getattr(self, name))})
+        self._set(bounds=bounds, chunk_size=self.execution.chunk_size)
+        self._set(eps=inputs.size("eps", self.eps))
+        for name in ("targeted", "validate", "fold_batchnorm"):
+            self._set(**{name: inputs.truth(name, getattr(self, name))})
         check_outputs(self.outputs, self.loss)
         loss_of(self.loss, targeted=self.targeted)
+
+    @property
+    def execution(self) -> AttackExecution:
+        """How the attack runs, as these settings say."""
+        return AttackExecution("fp32" if self.precision is None else self.precision, chunk_size=self.chunk_size)
 
     def __call__(
         self, model: nn.Module, batch: Batch, *, target: Tensor | None = None, start: Tensor | None = None
@@ -132,23 +148,39 @@ class AttackSettings(ABC):
         """
         if isinstance(model, KeepsAttacks):
             return model.attacked(self, batch, target, start)
-        attack = self.build(model)
-        return attack(
+        attack: Any = self.build(model)
+        found: Tensor = attack(
             batch.x, batch.y, seed=batch.seed, first_sample=batch.first_sample, target=target, start=start
-        )  # fmt: skip
+        )
+        return found
 
-    def build(self, model: nn.Module, **changes: Any) -> GradientAttack:
+    def build(self, model: nn.Module, **changes: Any) -> Attack:
         """The attack on a model; `changes` are settings that take the place of these."""
-        attack: GradientAttack = self._kind()(model, **{**self, **changes})
-        return attack
+        return self._attack()(model, **{**self, **changes})
 
-    def pgd(self, steps: int, seed: int = 0) -> PGDSettings:
+    def pgd(self, steps: int, seed: int = 0) -> AttackSettings:
         """PGD in the same ball, with steps of 2.5 eps / steps (Madry et al. 2018): what validation attacks with."""
-        return PGDSettings(norm=self.norm, eps=self.eps, bounds=self.bounds, steps=steps, seed=seed)
+        kind: Any = attack_named("pgd")
+        found: AttackSettings = kind(norm=self.norm, eps=self.eps, bounds=self.bounds, steps=steps, seed=seed)
+        return found
 
     def resolved(self) -> Self:
         """The same settings with what hangs on other settings, such as alpha, as the number that it is now."""
         return self
+
+    @classmethod
+    def named(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings by their names, as they are read from a file.
+
+        Raises:
+            InputError: this attack has no such setting.
+        """
+        own = sorted(field.name for field in fields(cls))
+        given = today(given, ATTACK_SETTINGS)
+        for name in given:
+            if name not in own:
+                raise InputError(f"the attack {cls.__name__} has no setting {name!r}; it has {', '.join(own)}")
+        return dict(given)
 
     def keys(self) -> Iterator[str]:
         """The settings' names, so that ``**settings`` gives them all."""
@@ -160,145 +192,50 @@ class AttackSettings(ABC):
         return getattr(self, name)
 
     @abstractmethod
-    def _kind(self) -> Any:
-        """The attack's class, which is imported when it is asked for: it is made of these settings."""
+    def _attack(self) -> Callable[..., Attack]:
+        """The attack's class, which is made of these settings: `takes`."""
 
-    def _settle(self, **values: Any) -> None:
+    def _set(self, **values: Any) -> None:
         """Puts checked values in the place of what was given, numbers of Python's in that of NumPy's, say."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PGDSettings(AttackSettings):
-    """What `afd.attacks.PGD` can be told, beside `AttackSettings`.
+def takes(
+    settings: Callable[Given, Kind], **own: Any
+) -> Callable[[Callable[[One, nn.Module, Kind], None]], Callable[Concatenate[One, nn.Module, Given], None]]:
+    """Makes an attack's ``__init__(self, model, settings)`` one of ``(self, model, *, norm="Linf", eps=8 / 255, ...)``.
 
-    Attributes:
-        alpha: step size, in units of the image; None is 2.5 * eps / max(steps, 1). Of the same kinds as eps.
-        steps: number of steps, >= 0.
-        random_start: start at a random point instead of at x. A call may be given its start.
-        init: the random point: "uniform" in the ball; "gaussian", x + start_scale * N(0, 1), not projected before the
-            first step (the released code of TRADES and MART); or "coin-flip", each element of x moved by start_scale up
-            or down, projected (GAT). Drawn from seed, sample and element, so that it is equal for any split of the
-            batch.
-        start_scale: of a start that is not uniform, in units of the image, >= 0; None is 0.001 for "gaussian", eps for
-            "coin-flip".
-        seed: of the random start; the same seed gives the same result.
+    Args:
+        settings: the class of its settings, in which alone they are declared.
+        own: defaults that take the place of the settings'.
     """
+    signature = inspect.signature(settings)
+    keywords = [one.replace(default=own.get(one.name, one.default)) for one in signature.parameters.values()]
 
-    alpha: float | Tensor | None = None
-    steps: int = 10
-    random_start: bool = True
-    init: Init = "uniform"
-    start_scale: float | None = None
-    seed: int = 0
+    def decorated(
+        init: Callable[[One, nn.Module, Kind], None],
+    ) -> Callable[Concatenate[One, nn.Module, Given], None]:
+        @functools.wraps(init)
+        def __init__(self: One, model: nn.Module, **given: Any) -> None:  # noqa: N807
+            try:
+                chosen = settings(**(own | given))  # type: ignore[call-arg]
+            except TypeError as error:
+                for name in given:
+                    if f"unexpected keyword argument '{name}'" in str(error):
+                        allowed = ", ".join(signature.parameters)
+                        raise InputTypeError(f"{name} is no setting of this attack; it takes {allowed}") from None
+                raise
+            init(self, model, chosen)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _settle_steps(self)
-        random_start = inputs.truth("random_start", self.random_start)
-        scale = starts.check_start(self.init, self.start_scale, random_start)
-        self._settle(random_start=random_start, start_scale=scale, seed=inputs.counter("seed", self.seed))
+        first = list(inspect.signature(init).parameters.values())[:2]
+        vars(__init__)["__signature__"] = signature.replace(parameters=[*first, *keywords], return_annotation=None)
+        return __init__  # type: ignore[return-value]
 
-    def resolved(self) -> Self:
-        """See `AttackSettings`."""
-        return replace(self, alpha=step_size(self.alpha, self.eps, self.steps))
-
-    def _kind(self) -> Any:
-        from afd.attacks.pgd import PGD
-
-        return PGD
-
-
-@dataclass(frozen=True, kw_only=True)
-class FGSMSettings(AttackSettings):
-    """What `afd.attacks.FGSM` can be told: `AttackSettings`, eps being the length of the step."""
-
-    def _kind(self) -> Any:
-        from afd.attacks.fgsm import FGSM
-
-        return FGSM
+    return decorated
 
 
-@dataclass(frozen=True, kw_only=True)
-class MIMSettings(AttackSettings):
-    """What `afd.attacks.MIM` can be told, beside `AttackSettings`.
-
-    Attributes:
-        alpha: step size, as in `PGDSettings`.
-        steps: number of steps, >= 0.
-        decay: μ, of the gathered gradient, >= 0.
-    """
-
-    alpha: float | Tensor | None = None
-    steps: int = 10
-    decay: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _settle_steps(self)
-        self._settle(decay=inputs.number("decay", self.decay, 0.0))
-
-    def resolved(self) -> Self:
-        """See `AttackSettings`."""
-        return replace(self, alpha=step_size(self.alpha, self.eps, self.steps))
-
-    def _kind(self) -> Any:
-        from afd.attacks.mim import MIM
-
-        return MIM
-
-
-@dataclass(frozen=True, kw_only=True)
-class APGDSettings(AttackSettings):
-    """What `afd.attacks.APGD` can be told, beside `AttackSettings`.
-
-    With loss "dlr-targeted" (APGD-T) each restart runs once for every target class.
-
-    Attributes:
-        steps: number of steps, >= 0.
-        n_restarts: number of runs, >= 1, each from its own random start (the first from the call's, if it has one).
-        rho: share of steps in which the loss must rise, or the step is halved; in [0, 1]; no matter in L1.
-        eot_iter: evaluations of the model that are averaged at each point, >= 1; for models that draw at random.
-        n_target_classes: the likeliest other classes that "dlr-targeted" aims at, one after the other.
-        early_stop: stop working on a sample once the model is fooled, or at once if it is wrong at x. The same samples
-            are broken, in less time; only the points found for them differ, which are earlier ones of the same runs.
-            Each step waits for the device.
-        seed: of the random starts; the same seed gives the same result.
-    """
-
-    steps: int = 100
-    n_restarts: int = 1
-    rho: float = 0.75
-    eot_iter: int = 1
-    n_target_classes: int = 9
-    early_stop: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._settle(
-            steps=inputs.count("steps", self.steps, 0), n_restarts=inputs.count("n_restarts", self.n_restarts, 1)
-        )
-        self._settle(eot_iter=inputs.count("eot_iter", self.eot_iter, 1), seed=inputs.counter("seed", self.seed))
-        self._settle(n_target_classes=inputs.count("n_target_classes", self.n_target_classes, 1))
-        rho, early_stop = inputs.number("rho", self.rho, 0.0), inputs.truth("early_stop", self.early_stop)
-        if rho > 1:
-            raise InputError(f"rho is {rho}; it must be in [0, 1]")
-        self._settle(rho=rho, early_stop=early_stop)
-
-    def _kind(self) -> Any:
-        from afd.attacks.apgd import APGD
-
-        return APGD
-
-
-ATTACKS: dict[str, type[AttackSettings]] = {
-    "pgd": PGDSettings,
-    "apgd": APGDSettings,
-    "fgsm": FGSMSettings,
-    "mim": MIMSettings,
-}
+ATTACKS: dict[str, type[AttackSettings]] = {}  # by name; `afd.attacks` registers them
 
 
 def attack_named(name: str) -> type[AttackSettings]:
@@ -318,8 +255,3 @@ def step_size(alpha: float | Tensor | None, eps: float | Tensor, steps: int) -> 
     if isinstance(eps, Tensor) and not eps.dim():
         eps = eps.to(torch.float64)  # rounded once, as a number is
     return 2.5 * eps / max(steps, 1)
-
-
-def _settle_steps(settings: PGDSettings | MIMSettings) -> None:
-    alpha = None if settings.alpha is None else inputs.size("alpha", settings.alpha)
-    settings._settle(steps=inputs.count("steps", settings.steps, 0), alpha=alpha)

@@ -1,15 +1,31 @@
-"""``python -m afd.bench``: takes Ctrl-C first, then imports what it needs."""
+"""A benchmark without the parser of the command line: ``python -m afd.bench kernels sizes=cifar repeats=9``.
+
+Takes Ctrl-C first, then imports what it needs.
+"""
 
 from __future__ import annotations
 
 from afd import process
 
 
-def _asked() -> process.Work:
-    from afd.bench.command import asked
+def asked() -> process.Work:
+    """What the arguments of this process ask for."""
+    import sys
+    from functools import partial
 
-    return asked()
+    from afd import extras
+    from afd.bench.attacks import AttackBench
+    from afd.bench.base import built, run
+    from afd.bench.kernels import DiscriminatorBench, KernelBench
+    from afd.bench.methods import StepBench
+    from afd.deprecated import bench_words
+
+    with extras.needed_by("afd.bench"):
+        from rich.console import Console
+
+    kinds = (AttackBench, DiscriminatorBench, KernelBench, StepBench)
+    return partial(run, built(kinds, bench_words(sys.argv[1:])), Console())
 
 
 if __name__ == "__main__":
-    process.run(_asked, "afd.bench")
+    process.run(asked, "afd.bench")

@@ -7,7 +7,7 @@ leaves, and how many each breaks that the other does not.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,17 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afd.attacks import PGD
-from afd.attacks.settings import Norm
-from afd.bench import at_work
-from afd.bench.document import Candidate, Case, Figure
-from afd.bench.models import lenet
-from afd.bench.peers import PEERS, adapted
-from afd.bench.program import Benchmark, Say
-from afd.bench.request import Request, Run, ours
-from afd.bench.show import Column
+from afd.attacks import PGD, Norm
+from afd.bench import base
+from afd.bench.attacks import lenet
+from afd.bench.base import Benchmark, Say
+from afd.bench.baselines import BASELINES, Request, Run, adapted, ours
+from afd.bench.report import Column
+from afd.bench.results import Candidate, Case
 from afd.data import load
-from afd.errors import count, one_of
+from afd.errors import one_of
 from afd.extras import needed_by
 from afd.files import check_path
 
@@ -40,15 +38,12 @@ RADII: dict[Norm, float] = {"Linf": 0.15, "L2": 1.5, "L1": 8.0}
 class AgreementBench(Benchmark):
     """Which of a thousand MNIST images afd breaks, and which another library does. Nothing is timed."""
 
-    name = "agreement"
-    columns = (
-        Column("accuracy left", "accuracy_left", "{:.1%}"),
-        Column("broken by it alone", "broken_alone", "{}"),
-    )
+    name, shared, counts = "agreement", ("images", "steps", "precision"), ("images", "steps")
+    columns = (Column("accuracy left", "accuracy_left", "{:.1%}"), Column("broken by it alone", "broken_alone", "{}"))
 
     data: Path | None = None
     """Folder of MNIST's files; by default a cache folder, filled from the network."""
-    rounds: Suppress[int] = 1  # the same seed finds the same points
+    repeats: Suppress[int] = 1  # the same seed finds the same points
     images: int = 1000
     """Of the test set."""
     steps: int = 100
@@ -59,48 +54,33 @@ class AgreementBench(Benchmark):
     """Of afd."""
 
     @property
-    def settings(self) -> Mapping[str, Figure]:
-        """Of all norms."""
-        return {"images": self.images, "steps": self.steps, "precision": self.precision}
-
-    @property
-    def packages(self) -> Iterable[str]:
+    def packages(self) -> list[str]:
         """The peer."""
-        one_of("peer", self.peer, PEERS)
-        return [PEERS[self.peer].package]
+        return [BASELINES[self.peer].package]
 
     def check(self) -> None:
-        """Counts, the peer and the data's folder, too."""
+        """The peer and the data's folder, too."""
         super().check()
-        count("images", self.images, 1)
-        count("steps", self.steps, 1)
-        one_of("peer", self.peer, PEERS)
+        one_of("peer", self.peer, BASELINES)
         if self.data is not None:
             check_path("data", self.data)
 
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each norm."""
         del say
-        at_work.begin("training a LeNet on MNIST")
+        base.begin("training a LeNet on MNIST")
         sets = load("mnist", self.data)
         model = trained(sets.train.images().to(device), sets.train.labels.to(device))
         x, y = (part[: self.images].to(device) for part in (sets.test.images(), sets.test.labels))
-        for norm in RADII:
-            yield norm, self.agreement(norm, model, x, y)
-
-    def agreement(self, norm: Norm, model: nn.Module, x: Tensor, y: Tensor) -> Case:
-        """Both libraries on the same images."""
-        eps = RADII[norm]
-        at_work.begin(f"{norm}: both libraries attack {len(x)} images")
-        request = Request("apgd", norm, eps, alpha=eps, steps=self.steps)
-        runs = {"afd": ours(model, request, self.precision), self.peer: adapted(self.peer, model, request)}
-        left, other = (standing(model, run, x, y) for run in runs.values())
-        alone = ((~left & other).sum(), (left & ~other).sum())
-        found = {
-            name: Candidate(None, {"accuracy_left": float(stand.double().mean()), "broken_alone": int(count)})
-            for name, stand, count in zip(runs, (left, other), alone, strict=True)
-        }
-        return Case({"eps": eps}, found)
+        for norm, eps in RADII.items():
+            base.begin(f"{norm}: both libraries attack {len(x)} images")
+            request = Request("apgd", norm, eps, alpha=eps, steps=self.steps)
+            runs = {"afd": ours(model, request, self.precision), self.peer: adapted(self.peer, model, request)}
+            left = {name: robust(model, run, x, y) for name, run in runs.items()}
+            somebody = torch.stack(list(left.values())).any(0)
+            yield norm, Case({"eps": eps}, {name: Candidate(None, {
+                "accuracy_left": float(kept.double().mean()), "broken_alone": int((somebody & ~kept).sum()),
+            }) for name, kept in left.items()})  # fmt: skip
 
 
 def trained(x: Tensor, y: Tensor, eps: float = 0.1) -> nn.Module:
@@ -119,7 +99,7 @@ def trained(x: Tensor, y: Tensor, eps: float = 0.1) -> nn.Module:
 
 
 @torch.no_grad()
-def standing(model: nn.Module, run: Run, x: Tensor, y: Tensor) -> Tensor:
+def robust(model: nn.Module, run: Run, x: Tensor, y: Tensor) -> Tensor:
     """Which images the model still classifies rightly after an attack, [N] bool."""
     with torch.enable_grad():
         attacked = [(run(a, b), b) for a, b in zip(x.split(250), y.split(250), strict=True)]

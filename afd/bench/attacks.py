@@ -12,38 +12,54 @@ the candidates named after it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, partial
+from typing import ClassVar
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from afd.attacks.settings import Norm
-from afd.bench import at_work
-from afd.bench.arithmetic import tf32
-from afd.bench.contest import fitting
-from afd.bench.document import Case, Figure
-from afd.bench.models import MODELS, image_shape, subject
-from afd.bench.peers import PEERS
-from afd.bench.program import Benchmark, Say, listed
-from afd.bench.request import ATTACKS, NORMS, Request, requests
-from afd.bench.show import Column, mebibytes
-from afd.errors import InputError, at_least, count
-from afd.evaluation.subject import from_factory
-from afd.evaluation.target import check_radius
+from afd import execution
+from afd.attacks import Norm, engine
+from afd.attacks.joining import Joining
+from afd.bench import base
+from afd.bench.base import Benchmark, Say
+from afd.bench.baselines import (
+    ATTACKS,
+    BASELINES,
+    NORMS,
+    BaselineMissingError,
+    NotOfferedError,
+    Request,
+    Run,
+    adapted,
+    ours,
+)
+from afd.bench.metering import HostReads, interleaved, matmul_rate, pass_flops, peak_bytes, tf32
+from afd.bench.report import Column, mebibytes
+from afd.bench.results import Candidate, Case, Figure
+from afd.errors import InputError, at_least, out_of_memory
+from afd.evaluation.attacks import check_radius
+from afd.evaluation.model import from_factory
+from afd.nn import build_model
+from afd.ops.backend import fast_bf16
 
 RADII: dict[int, dict[Norm, float]] = {  # by channels: the usual ones of MNIST and of CIFAR-10
     1: {"Linf": 0.3, "L2": 2.0, "L1": 10.0},
     3: {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0},
 }
+FLOOR, OURS, AUTO = "floor", "afd", "afd auto"
+BASES = {"floor": FLOOR, "afd": OURS, "auto": AUTO}  # that times are given as multiples of
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttackBench(Benchmark):
     """Attacks of afd beside other libraries': speed, memory, host reads, and the accuracy that each leaves."""
 
-    name = "attacks"
+    name, labels, shared, counts = "attacks", ("model", "attack", "steps"), ("model",), ("batch", "steps")
+    lists: ClassVar = {"attack": ATTACKS, "norm": NORMS, "against": BASELINES}
     columns = (
         Column("images/s", "images_per_second", "{:,.0f}"),
         Column("image-steps/s", "image_steps_per_second", "{:,.0f}"),
@@ -59,7 +75,7 @@ class AttackBench(Benchmark):
     model: str = "lenet"
     """lenet, resnet18, or package.module:factory, a function that returns a classifier."""
     batch: int | None = None
-    """Images a batch, halved until it fits in memory. Default: 512 for lenet, else 128."""
+    """Images a batch. Default: 512 for lenet, else 128."""
     shape: tuple[int, int, int] | None = None
     """Channels, height and width of an image, for a factory's model. Default: 3 32 32."""
     attack: str = "pgd"
@@ -70,70 +86,197 @@ class AttackBench(Benchmark):
     """Radius, where one norm is asked for. Default: the usual one of MNIST (1 channel) or CIFAR-10."""
     steps: int = 20
     """Of each attack."""
-    against: str = ",".join(PEERS)
-    """Peers, comma-separated; what is not installed or has no such attack is named and left out."""
-
-    @property
-    def subject(self) -> str:
-        """Model, attacks and steps."""
-        return f"{self.model} {self.attack} {self.steps}"
-
-    @property
-    def settings(self) -> Mapping[str, Figure]:
-        """The model; the batch is the cases' own."""
-        return {"model": self.model}
+    against: str = ",".join(BASELINES)
+    """Baselines, comma-separated; what is not installed or has no such attack is named and left out."""
 
     @property
     def packages(self) -> Iterable[str]:
-        """Of the peers asked for."""
-        asked = [PEERS[name] for name in listed("against", self.against, PEERS)]
-        return sorted({peer.package for peer in asked if peer.installed} - {"torch"})
+        """Of the baselines asked for."""
+        asked = [BASELINES[name] for name in self.listed("against")]
+        return sorted({baseline.package for baseline in asked if baseline.installed} - {"torch"})
 
     def check(self) -> None:
-        """The settings of all attacks, and a factory's model."""
+        """The settings of all attacks, and a factory's model, too."""
         super().check()
-        self._asked()
-        if self.batch is not None:
-            count("batch", self.batch, 1)
-        _ = self.own
+        _ = self.requests(), self.model in MODELS or self.own
 
     @cached_property
-    def own(self) -> nn.Module | None:
-        """The model of the user's factory, if that is what was named."""
-        if self.model in MODELS:
-            return None
+    def own(self) -> nn.Module:
+        """The model of the user's factory."""
         torch.manual_seed(0)
-        return from_factory(self.model, torch.device("cpu")).model
+        return from_factory(self.model, torch.device("cpu")).network
 
-    def _asked(self) -> tuple[list[Request], list[str]]:
-        """The attacks and the peers."""
-        attacks, norms = listed("attack", self.attack, ATTACKS), listed("norm", self.norm, NORMS)
-        against = listed("against", self.against, PEERS)
-        count("steps", self.steps, 1)
-        shape = image_shape(self.model, self.shape)
-        return requests(attacks, norms, self.steps, self.radii(norms, shape)), against
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The shape of an image."""
+        if self.model not in MODELS and ":" not in self.model:
+            raise InputError(f"model is {self.model!r}; allowed are {', '.join(MODELS)}, and package.module:factory")
+        found = self.shape or (MODELS[self.model][1] if self.model in MODELS else (3, 32, 32))
+        if min(found) < 1:
+            raise InputError(f"shape is {'x'.join(map(str, found))}; each side must be at least 1")
+        return found
 
-    def radii(self, norms: Sequence[Norm], shape: tuple[int, ...]) -> Mapping[Norm, float]:
-        """By norm, for images of a shape.
-
-        Raises:
-            InputError: a radius for several norms, which measure differently, or one below 0 or longer than images are
-                apart.
-        """
-        if self.eps is None:
-            return RADII[1 if shape[0] == 1 else 3]
-        if len(norms) > 1:
-            raise InputError(f"eps is {self.eps:g} for {', '.join(norms)}; ask for one norm at a time")
-        at_least("eps", self.eps, 0)
-        check_radius(self.eps, norms[0], math.prod(shape))
-        return {norms[0]: self.eps}
+    def requests(self) -> list[Request]:
+        """Every attack in every norm; PGD's steps together are 2.5 times as long as the radius (Madry et al. 2018)."""
+        norms: list[Norm] = self.listed("norm")
+        radii = RADII[1 if self.size[0] == 1 else 3]
+        if self.eps is not None:
+            if len(norms) > 1:
+                raise InputError(f"eps is {self.eps:g} for {', '.join(norms)}; ask for one norm at a time")
+            at_least("eps", self.eps, 0)
+            check_radius(self.eps, norms[0], math.prod(self.size))
+            radii = {norms[0]: self.eps}
+        return [Request(attack, norm, radii[norm], radii[norm] * 2.5 / self.steps, self.steps)
+                for attack in self.listed("attack") for norm in norms]  # fmt: skip
 
     def measure(self, device: torch.device, say: Say) -> Iterator[tuple[str, Case]]:
         """A case for each attack in each norm."""
-        wanted, against = self._asked()
-        at_work.begin(f"building {self.model}")
-        target = subject(self.model, self.batch, self.shape, device, self.own)
-        for request in wanted:
+        base.begin(f"building {self.model}")
+        timed = self.timed(device)
+        for request in self.requests():
             with tf32(False):
-                target, found = fitting(target, request, against, self.rounds, say)
-            yield f"{request.name}, {target.size}", found
+                found = case(timed, request, self.listed("against"), self.repeats, say)
+            yield f"{request.name}, {timed.size}", found
+
+    def timed(self, device: torch.device) -> TimedModel:
+        """The model with random images; an InputError if it does not take them."""
+        torch.manual_seed(0)
+        known = MODELS.get(self.model)
+        model = (known[0]().eval() if known else self.own).to(device)
+        x = torch.rand(self.batch or (known[2] if known else 128), *self.size, device=device)
+        try:
+            with torch.no_grad():
+                y = torch.cat([model(part).argmax(1) for part in x.split(128)])
+        except (RuntimeError, ValueError, IndexError) as error:
+            if out_of_memory(error):
+                raise
+            told, reason = "x".join(map(str, self.size)), str(error).split("\n", 1)[0]
+            raise InputError(f"shape is {told}, which model {self.model} does not take: {reason}") from error
+        return TimedModel(self.model, model, x, y)
+
+
+# --- What attacks are timed on ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """A model in evaluation mode with a batch it classifies rightly."""
+
+    name: str  # what it was asked for by
+    model: nn.Module  # images -> logits
+    x: Tensor  # images [N, C, H, W] in [0, 1]
+    y: Tensor  # the model's own predictions [N], so that every library has every image to attack
+
+    @property
+    def size(self) -> str:
+        """The batch's shape, as in 128x3x32x32."""
+        return "x".join(map(str, self.x.shape))
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor) -> float:
+        """Share of images that the model still classifies as it did."""
+        right = [(self.model(part).argmax(1) == y) for part, y in zip(x.split(128), self.y.split(128), strict=True)]
+        return float(torch.cat(right).float().mean())
+
+
+def lenet() -> nn.Module:
+    """LeNet-size network for 1x28x28 images, as attack libraries use in their MNIST examples."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64 * 49, 1024), nn.ReLU(), nn.Linear(1024, 10),
+    )  # fmt: skip
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {  # with an image's shape, and images
+    "lenet": (lenet, (1, 28, 28), 512),
+    "resnet18": (lambda: build_model("resnet18", (3, 32, 32), 10, 64), (3, 32, 32), 128),
+}
+
+
+# --- One attack by everybody -----------------------------------------------------------------------------------------
+
+
+def case(timed: TimedModel, request: Request, against: Sequence[str], repeats: int, say: Say) -> Case:
+    """Everybody timed in turn, after two untimed calls.
+
+    The first is watched for host reads, and its points for the accuracy they leave; the second for memory. (On CUDA
+    afd records its graph in the second, so that its memory counts and its recording takes no timed call's time.)
+    """
+    runs = candidates(timed, request, against, say)
+    device, x, y = timed.x.device, timed.x, timed.y
+    facts: dict[str, dict[str, Figure]] = {}
+    base.begin(f"{request.name}, {timed.size}")
+    for name, (run, _) in list(runs.items()):
+        base.detail(f"two untimed calls of {name}")
+        try:
+            with HostReads() as reads:
+                attacked = run(x, y)
+        except NotOfferedError as error:
+            say(f"{request.name}, left out: {error}")
+            del runs[name]
+            continue
+        facts[name] = {
+            "accuracy_left": None if name == FLOOR else timed.accuracy(attacked),
+            "host_reads": reads.count,
+            "peak_bytes": peak_bytes(partial(run, x, y), device),
+        }
+    times = interleaved({name: partial(run, x, y) for name, (run, _) in runs.items()}, repeats, 0, device)
+    base.detail("counting its arithmetic, and timing matrix products")
+    flops = pass_flops(timed.model, x, y)
+    rates = {kind: _rate(kind, device) for kind in sorted({kind for _, kind in runs.values()})}
+    for name, taken in times.items():
+        # The share of the matrix products' rate is that of the work everybody needs: what a candidate computes beside
+        # that lowers it, and a convolution that is not computed as a matrix product may raise it.
+        facts[name] = {
+            "images_per_second": len(x) / taken.p50,
+            "image_steps_per_second": len(x) * request.steps / taken.p50,
+            **{f"over_{word}": taken.p50 / times[other].p50 for word, other in BASES.items()},
+            "matmul_share": request.passes * flops / taken.p50 / rates[runs[name][1]],
+            "arithmetic": runs[name][1],
+            **facts[name],
+        }
+    return Case(
+        settings={"images": timed.size, **asdict(request), "flops_per_pass": flops},
+        candidates={name: Candidate(taken, facts[name]) for name, taken in times.items()},
+        measured={f"matmul_{kind}": rate for kind, rate in rates.items()},
+    )
+
+
+_rate = cache(matmul_rate)
+
+
+def candidates(timed: TimedModel, request: Request, against: Sequence[str], say: Say) -> dict[str, tuple[Run, str]]:
+    """The floor, afd in each of its precisions, and the baselines that are present and offer the attack.
+
+    Each with the arithmetic that its model works in: fp32, tf32 or bf16.
+    """
+    device = timed.x.device
+    found = {FLOOR: (floor(timed, request), "fp32"), OURS: (ours(timed.model, request), "fp32")}
+    if device.type == "cuda":
+        found["afd tf32"] = (tf32(True)(ours(timed.model, request)), "tf32")
+    found[AUTO] = (ours(timed.model, request, precision="auto"), "bf16" if fast_bf16(device) else "fp32")
+    absent = []
+    for name in against:
+        try:
+            found[name] = (adapted(name, timed.model, request), BASELINES[name].arithmetic)
+        except (BaselineMissingError, NotOfferedError) as error:
+            absent.append(str(error))
+    if absent:
+        say(f"{request.name}, left out: {'; '.join(dict.fromkeys(absent))}")
+    return found
+
+
+def floor(timed: TimedModel, request: Request) -> Run:
+    """The model's own cost: forward and input gradient, as often as the attack takes them."""
+    joining = Joining()
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        with engine.evaluating(timed.model), joining.joined(timed.model):
+            for rows in execution.AttackExecution().chunks(timed.model, x):
+                images, labels = execution.channels_last(x[rows]).requires_grad_(), y[rows]
+                for _ in range(request.passes):
+                    torch.autograd.grad(F.cross_entropy(timed.model(images), labels, reduction="sum"), images)
+        return x
+
+    return run

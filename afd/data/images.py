@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from afd.errors import InputError, InputTypeError, at_least, whole
-from afd.ops import load_batch
-from afd.ops.loading import reference
+from afd.ops import load_batch, reference
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -1,7 +1,7 @@
-"""What training achieved, measured."""
+"""Evaluation: what training achieved, measured."""
 
 from __future__ import annotations
 
-from afd.evaluation.robustness import accuracy, accuracy_curve
+from afd.metrics import accuracy, accuracy_curve
 
 __all__ = ["accuracy", "accuracy_curve"]

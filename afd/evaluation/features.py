@@ -1,4 +1,4 @@
-"""What the features look like, and how far attacked ones lie from natural ones (Bashivan et al. 2021, sections 4-5)."""
+"""Features: their dimension, and how far attacked ones lie from natural ones (Bashivan et al. 2021, sections 4-5)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def principal_components(features: Tensor, share: float) -> int:
     return int((held < share - 1e-12).sum()) + 1
 
 
-class DomainWatch:
+class DomainCounter:
     """Counts how the discriminator takes images: the two shares that the HΔH distance is made of.
 
     Args:

@@ -1,17 +1,53 @@
-"""Which image was broken by which attack at which radius, and the figures that follow from it."""
+"""The outcome of an evaluation: which attack found an adversarial image of what, and what results.json says of it."""
 
 from __future__ import annotations
 
+import json
+import platform
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from afd.errors import AfdError, InputError
-from afd.evaluation.place import Place
+from afd._version import __version__
+from afd.attacks.ball import NORMS
+from afd.data import Images
+from afd.errors import AfdError, InputError, look_up
+from afd.evaluation.model import Model
 from afd.evaluation.protocol import Protocol, Stage
-from afd.evaluation.state import Unit
+from afd.files import check_source, write_whole
+from afd.nn.classifier import unwrapped
+from afd.runtime import Group
+
+FORMAT, VERSION = "afd-evaluation", 1
+RESULTS = "results.json"
+BLIND_AND_ROBUST = "blind and standing"  # a count's name in the store of earlier versions, too
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """What a work item found on a batch.
+
+    Attributes:
+        rows: positions in the batch of the images that fooled the model, int64 [M].
+        images: their adversarial images [M, ...], float32, exactly as the model was shown them.
+        lengths: distance of each from its original, float64 [M].
+        attacked: how many images were attacked.
+        illegal: how many came back outside of the ball or of [0, 1], or not finite; none of these is adversarial.
+        counts: whatever else was counted, by name.
+        seconds: how long it took.
+    """
+
+    rows: Tensor
+    images: Tensor
+    lengths: Tensor
+    attacked: int
+    illegal: int
+    counts: dict[str, int]
+    seconds: float
 
 
 class ShardingError(AfdError):
@@ -28,7 +64,7 @@ class Outcome:
         correct: whether the model is right on the clean image [N].
         found: by stage, whether an adversarial image was found at that very radius, bool [radii, N].
         counts: by stage, sums of attacked and illegal images, of milliseconds over all processes, and of whatever was
-            watched.
+            counted.
     """
 
     protocol: Protocol
@@ -59,76 +95,76 @@ class Outcome:
             if stage.scope == "all":
                 self.found[stage.name][:, rows] |= images.cpu()
 
-    def broken(self, stage: Stage, position: int, images: Tensor, unit: Unit) -> None:
-        """Notes the images that a unit broke at a radius; what it counted is noted with its first radius."""
+    def adversarial(self, stage: Stage, position: int, images: Tensor, result: ItemResult) -> None:
+        """Notes images of which one was found at a radius; what the result counted is noted with its first radius."""
         self.found[stage.name][position, images] = True
         if stage.minimal and position:
             return
-        spent = {"attacked": unit.attacked, "illegal": unit.illegal, "milliseconds": round(1000 * unit.seconds)}
-        self.count(stage.name, {**spent, **unit.counts})
+        spent = {"attacked": result.attacked, "illegal": result.illegal, "milliseconds": round(1000 * result.seconds)}
+        self.count(stage.name, {**spent, **result.counts})
 
     def count(self, stage: str, counts: dict[str, int]) -> None:
         """Adds to the counts of a stage."""
         self.counts.setdefault(stage, Counter()).update(counts)
 
-    def gathered(self, place: Place) -> Outcome:
+    def gathered(self, group: Group) -> Outcome:
         """The same over all processes.
 
         Raises:
             ShardingError: an image was evaluated twice, or not at all.
         """
-        self.seen, self.correct = place.total(self.seen), place.total(self.correct.int()).bool()
+        self.seen, self.correct = group.total(self.seen), group.total(self.correct.int()).bool()
         if wrong := int((self.seen != 1).sum()):
             raise ShardingError(f"{wrong} of {len(self.seen)} images were not evaluated exactly once")
         for name in sorted(self.found):
-            self.found[name] = place.total(self.found[name].int()).bool()
-        self.counts = place.merged(self.counts)
+            self.found[name] = group.total(self.found[name].int()).bool()
+        self.counts = group.merged(self.counts)
         return self
 
-    def standing(self, stage: Stage) -> Tensor:
-        """Whether each image stands against a stage at each of its radii, bool [radii, N].
+    def robust(self, stage: Stage) -> Tensor:
+        """Whether the model is robust on each image to a stage at each of its radii, bool [radii, N].
 
-        What is broken at one radius is broken at all larger ones, unless the stage takes each radius on its own; an
-        image that the model gets wrong anyway never stands, unless the stage attacked those too.
+        What is adversarial at one radius is so at all larger ones, unless the stage takes each radius on its own; on an
+        image that the model gets wrong anyway it is never robust, unless the stage attacked those too.
         """
-        broken = self.found[stage.name]
+        fooled = self.found[stage.name]
         if stage.scope in ("survivors", "remaining"):
-            broken = broken.int().cummax(0).values.bool()
+            fooled = fooled.int().cummax(0).values.bool()
         if stage.scope == "remaining":
             for other in self.protocol.stages:
                 if other.name == stage.name:
                     break
                 if other.scope == "remaining":
-                    broken = broken | self.found[other.name].int().cummax(0).values.bool()
-        return ~broken if stage.scope == "all" else self.correct & ~broken
+                    fooled = fooled | self.found[other.name].int().cummax(0).values.bool()
+        return ~fooled if stage.scope == "all" else self.correct & ~fooled
 
     def accuracies(self, stage: Stage) -> list[float]:
-        """Share of images that stand against a stage, at each of its radii; of those it looked at."""
+        """Robust accuracy under a stage at each of its radii, on the images that it looked at."""
         looked_at = slice(stage.first)
-        return [float(row[looked_at].double().mean()) for row in self.standing(stage)]
+        return [float(row[looked_at].double().mean()) for row in self.robust(stage)]
 
     def blind(self, stage: Stage) -> list[int | None]:
-        """How many images stand against a stage, at each of its radii, whose attack could not aim at any time.
+        """On how many images the model is robust to a stage, at each radius, whose attack could not aim at any time.
 
         None where no attack said what it saw: those of other libraries do not.
         """
         counts = self.counts.get(stage.name, Counter())
-        return [counts.get(f"{position} blind and standing") for position in range(len(stage.epsilons))]
+        return [counts.get(f"{position} {BLIND_AND_ROBUST}") for position in range(len(stage.epsilons))]
 
     def worst_case(self, norm: str) -> dict[str, float]:
-        """Share of images that stand against every attack in a norm together, by radius (as printed).
+        """Robust accuracy under every attack in a norm together, by radius (as printed).
 
-        An image falls at a radius if any attack that counts, or was transferred, broke it there or at a smaller one.
+        An image is lost at a radius if any attack that counts, or was transferred, fooled the model there or below.
         """
         stages = [stage for stage in self.protocol.stages if stage.norm == norm and stage.role != "probe"]
         radii = sorted({epsilon for stage in stages if stage.role == "score" for epsilon in stage.epsilons})
         result = {}
         for radius in radii:
-            standing = self.correct.clone()
+            robust = self.correct.clone()
             for stage in stages:
                 reached = [i for i, epsilon in enumerate(stage.epsilons) if epsilon <= radius]
-                standing &= ~self.found[stage.name][reached].any(0)
-            result[str(radius)] = float(standing.double().mean())
+                robust &= ~self.found[stage.name][reached].any(0)
+            result[str(radius)] = float(robust.double().mean())
         return result
 
 
@@ -146,3 +182,140 @@ def normalised_area(radii: list[float], accuracies: list[float]) -> float:
         raise InputError(f"radii are {radii} for {len(accuracies)} accuracies; they must ascend from 0, one for each")
     heights, places = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (accuracies, radii))
     return float(torch.trapezoid(heights, places)) / radii[-1]
+
+
+class ResultsError(AfdError):
+    """A folder holds no results that this afd can read."""
+
+
+def summarize(
+    outcome: Outcome,
+    *,
+    model: Model,
+    surrogate: Model | None,
+    images: Images,
+    split: str,
+    checks: list[dict[str, Any]],
+    verdict: str,
+    features: dict[str, Any] | None,
+    divergence: list[dict[str, Any]],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything there is to say about an evaluation, in plain types.
+
+    Args:
+        outcome: gathered over all processes.
+        model: the model.
+        surrogate: the model that transfer attacks were made on.
+        images: what was attacked, from the first of their split on.
+        split: which part of the data they are.
+        checks: for self-deception, in plain types.
+        verdict: the worst of theirs.
+        features: see `features.feature_summary`.
+        divergence: see `features.divergences`.
+        settings: seed, batch size, processes and whatever else the run was given.
+    """
+    protocol = outcome.protocol
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "subject": describe(model),
+        "surrogate": None if surrogate is None else describe(surrogate),
+        "data": {
+            "name": images.name,
+            "split": split,
+            "images": f"the first {len(images)}",
+            "count": len(images),
+            "shape": list(images.shape),
+            "classes": images.num_classes,
+        },
+        "protocol": protocol.as_json(),
+        "verdict": verdict,
+        "clean": float(outcome.correct.double().mean()),
+        "attacks": [attack_summary(outcome, stage) for stage in protocol.stages],
+        "worst_case": {norm: worst for norm in NORMS if (worst := outcome.worst_case(norm))},
+        "checks": checks,
+        "features": features,
+        "divergence": divergence,
+        "settings": settings,
+        "versions": {"afd": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {"device": device_name(images.device), "system": platform.system()},
+    }
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """A model in plain types."""
+    return {
+        "name": model.name,
+        "source": model.source,
+        "sha256": model.digest(),
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+        "architecture": architecture(model),
+        "metadata": model.metadata,
+    }
+
+
+def architecture(model: Model) -> str:
+    """What a table calls the network."""
+    recipe = look_up(model.metadata, "network", "recipe") or look_up(model.metadata, "config", "model")
+    if isinstance(recipe, dict) and {"name", "width"} <= set(recipe):
+        return f"{recipe['name']} (width {recipe['width']})"
+    return type(unwrapped(model.network)).__name__
+
+
+def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
+    """A stage with its accuracies and the area under them."""
+    accuracies, counts = outcome.accuracies(stage), outcome.counts.get(stage.name, Counter())
+    curve = [float(outcome.correct[: stage.first].double().mean()), *accuracies]
+    points = [
+        {**epsilon.as_json(), "accuracy": accuracy, "blind": blind}
+        for epsilon, accuracy, blind in zip(stage.epsilons, accuracies, outcome.blind(stage), strict=True)
+    ]
+    return {
+        **stage.as_json(),
+        "accuracies": points,
+        "area": normalised_area([0.0, *map(float, stage.epsilons)], curve),
+        "attacked": counts.get("attacked", 0),
+        "illegal": counts.get("illegal", 0),
+        "not_finite": counts.get("not finite", 0),
+        "seconds": counts.get("milliseconds", 0) / 1000,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What the evaluation ran on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
+
+
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """Writes results.json, whole or not at all.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    write_whole(folder / RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results in a folder of an evaluation, or in its results.json.
+
+    Raises:
+        ResultsError: there are none, or they are of another version.
+    """
+    check_source("compare", path)
+    file = path / RESULTS if path.is_dir() else path
+    check_source("compare", file)
+    if not file.is_file():
+        raise ResultsError(f"{path} holds no {RESULTS}; compare takes folders that afd evaluate has finished")
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{file} is not JSON: {error}") from error
+    if not isinstance(results, dict) or results.get("format") != FORMAT:
+        raise ResultsError(f"{file} is not the result of an afd evaluation")
+    if results.get("version") != VERSION:
+        raise ResultsError(f"{file} has version {results.get('version')}; this afd reads {VERSION}")
+    return results

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from afd.attacks.ball import NORMS
+from afd.evaluation.outcome import ItemResult
+from afd.evaluation.protocol import WorkItem
+from afd.evaluation.runner import Runner
 from afd.extras import needed_by, save_picture
 
 with needed_by("the pictures of an evaluation"):
     from matplotlib.figure import Figure
-
-NORM_SIGNS = {"Linf": "L∞", "L2": "L2", "L1": "L1"}
 
 
 def plot_curves(
@@ -65,7 +67,7 @@ def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
             _line(axes, one, name, f"C{number}")
         chance = 100 / results[0]["data"]["classes"]
         axes.axhline(chance, color="grey", linestyle=":", linewidth=1)
-        axes.set_title(f"{name} ({NORM_SIGNS[attack['norm']]})", fontsize=10)
+        axes.set_title(f"{name} ({NORMS[attack['norm']].sign})", fontsize=10)
         axes.set(xlabel="ε", ylim=(-2, 102), xlim=(0, None))
         axes.grid(alpha=0.3)
     for axes in list(panels)[len(attacks) :]:
@@ -169,3 +171,37 @@ def _show(axes: Any, image: Tensor) -> None:
         pixels = np.repeat(pixels, 3, axis=2)
     axes.imshow(pixels[..., :3], interpolation="nearest")
     axes.set(xticks=[], yticks=[])
+
+
+SHOWN = 8
+Ranked = tuple[tuple[bool, bool, bool, float], int, int, WorkItem, ItemResult]
+
+
+def examples(runner: Runner) -> tuple[str, list[Example]]:
+    """A title and up to eight adversarial images of this process, from the first attack that has any.
+
+    Scoring attacks in the protocol's norm come first, and of their radii the largest that does not exceed the
+    reference; images at larger radii follow only where there are no others.
+    """
+    protocol = runner.protocol
+    ranked: list[Ranked] = []
+    for number, item, result in runner.saved():
+        stage, eps = item.stage, item.largest
+        if not len(result.rows) or stage.role != "score":
+            continue
+        beyond = eps > protocol.reference and not stage.minimal
+        place = (stage.norm != protocol.norm, beyond, stage.minimal, -float(eps) if not beyond else float(eps))
+        ranked.append((place, number, len(ranked), item, result))
+    if not ranked:
+        return runner.protocol.name, []
+    _, number, _, item, result = min(ranked, key=lambda entry: entry[:3])
+    rows, shown = result.rows[:SHOWN], result.images[:SHOWN].to(runner.images.device)
+    index = rows + number * runner.batch_size
+    clean, labels = runner.images.images(index), runner.images.labels[index.to(runner.images.device)]
+    said = runner.predict(shown).classes
+    radius = "nearest" if item.stage.minimal else f"ε = {item.largest}"
+    found = [
+        Example(clean[i], shown[i], int(labels[i]), int(said[i]), float(result.lengths[i])) for i in range(len(rows))
+    ]
+    sign = NORMS[item.stage.norm].sign
+    return f"{item.stage.name}, {sign}, {radius}: true class → what the model says", found

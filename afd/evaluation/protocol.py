@@ -1,17 +1,17 @@
-"""What an evaluation does: stages, each one attack over ascending radii."""
+"""Protocols: what an evaluation does, as stages, each one attack over ascending radii; and those that have a name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, Literal
 
-from afd.attacks.settings import Norm
-from afd.errors import InputError
-from afd.evaluation.catalogue import ATTACKS
-from afd.evaluation.epsilon import Epsilon, ascending
-from afd.evaluation.target import check_radius
-from afd.extras import require
+from afd.attacks import Norm
+from afd.attacks.ball import NORMS
+from afd.errors import InputError, one_of
+from afd.evaluation.attacks import ATTACKS, Epsilon, ascending, check_radius
+from afd.extras import installed, require
 
 Scope = Literal["all", "correct", "survivors", "remaining"]
 Role = Literal["score", "transfer", "probe"]
@@ -23,15 +23,15 @@ class Stage:
 
     Attributes:
         name: unique in its protocol; names rows of tables and panels of plots.
-        attack: a key of `catalogue.ATTACKS`.
+        attack: a key of `attacks.ATTACKS`.
         norm: "Linf", "L2" or "L1".
         epsilons: ascending radii > 0; at 0 the clean accuracy stands.
         settings: of the attack, in the words of its builder.
         scope: which images are attacked. "all": every one, at each radius on its own. "correct": those that the model
-            gets right. "survivors": of these, those that this stage has not broken at a smaller radius: an adversarial
+            gets right. "survivors": of these, those that are robust to this stage at the smaller radii: an adversarial
             image at 0.1 is one at 0.2 too, so the sweep goes on from what is left, and ends where nothing is.
-            "remaining": those that no stage with this scope has broken yet (AutoAttack's cascade).
-        role: "score": counts in the worst case. "transfer": attacks the surrogate, and is judged on the subject.
+            "remaining": those that are robust to every stage with this scope so far (AutoAttack's cascade).
+        role: "score": counts in the worst case. "transfer": attacks the surrogate, and is judged on the model.
             "probe": only looks for self-deception.
         first: attack only so many images from the beginning; None for all.
     """
@@ -57,10 +57,10 @@ class Stage:
         return ATTACKS[self.attack].minimal and self.role != "transfer"
 
     @property
-    def units(self) -> list[tuple[int, ...]]:
-        """The radii, by their position, that each run of the attack serves."""
-        positions = tuple(range(len(self.epsilons)))
-        return [positions] if self.minimal else [(position,) for position in positions]
+    def work_items(self) -> list[WorkItem]:
+        """One for each radius, or one for them all."""
+        positions = range(len(self.epsilons))
+        return [WorkItem(self, tuple(positions))] if self.minimal else [WorkItem(self, (i,)) for i in positions]
 
     def as_json(self) -> dict[str, Any]:
         """Plain types that say all there is to know about the stage."""
@@ -77,6 +77,37 @@ class Stage:
             "settings": dict(self.settings),
             "epsilons": [epsilon.as_json() for epsilon in self.epsilons],
         }
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """A stage at one radius, or at all where one run of its attack serves them all; done and kept batch by batch.
+
+    Attributes:
+        stage: what is done.
+        positions: of the radii among the stage's.
+    """
+
+    stage: Stage
+    positions: tuple[int, ...]
+
+    def __str__(self) -> str:
+        name, radius = self.stage.name, self.stage.epsilons[self.positions[0]]
+        return name if self.stage.minimal else f"{name} at ε = {radius}"
+
+    @property
+    def largest(self) -> Epsilon:
+        """The radius that the attack is made for."""
+        return self.stage.epsilons[self.positions[-1]]
+
+    @property
+    def passes(self) -> float:
+        """Forwards and backwards that it costs an image, roughly."""
+        return float(ATTACKS[self.stage.attack].passes(dict(self.stage.settings)))
+
+    def key(self, batch: int) -> str:
+        """The name that what it finds on a batch has in the store."""
+        return f"{self.stage.name}.{'-'.join(map(str, self.positions))}.{batch}"
 
 
 @dataclass(frozen=True)
@@ -130,15 +161,15 @@ class Protocol:
             if self.name != "paper" and stage.role != "probe":
                 check_radius(stage.epsilons[-1], stage.norm, pixels)
 
-    def order(self) -> list[tuple[Stage, tuple[int, ...]]]:
-        """(stage, radii by position) in the order in which one batch meets them.
+    def order(self) -> list[WorkItem]:
+        """The work items in the order in which one batch meets them.
 
         A cascade meets all its attacks at one radius before the next radius.
         """
-        cascade = [stage for stage in self.stages if stage.scope == "remaining"]
-        others = [(stage, unit) for stage in self.stages if stage.scope != "remaining" for unit in stage.units]
-        rounds = max((len(stage.units) for stage in cascade), default=0)
-        return [(stage, stage.units[i]) for i in range(rounds) for stage in cascade if i < len(stage.units)] + others
+        cascade = [stage.work_items for stage in self.stages if stage.scope == "remaining"]
+        radii = max(map(len, cascade), default=0)
+        together = [items[i] for i in range(radii) for items in cascade if i < len(items)]
+        return together + [item for stage in self.stages if stage.scope != "remaining" for item in stage.work_items]
 
     def as_json(self) -> dict[str, Any]:
         """Plain types that say all there is to know about the protocol."""
@@ -148,3 +179,158 @@ class Protocol:
             "reference": self.reference.as_json(),
             "stages": [stage.as_json() for stage in self.stages],
         }
+
+
+# --- The protocols by name: quick, autoattack (ours or the reference) and the paper's, each with probes ---------------
+
+NAMES = ("quick", "autoattack", "paper")
+PROBED = 200  # images that the probes attack
+
+# Bashivan et al. 2021: the sweeps of the released notebook; the radii of CIFAR's Linf attacks are in 255ths.
+SWEEPS = {
+    "mnist": {
+        "pgd-linf": ("0.1", "0.3", "0.35", "0.4", "0.45", "0.5"),
+        "pgd-l2": ("2", "5", "10", "20"),
+        "pgd-l1": ("10", "50", "100", "200", "400"),
+        "fgsm": ("0.1", "0.3", "0.35", "0.4", "0.45", "0.5"),
+        "mim": ("0.1", "0.3", "0.35", "0.4", "0.45", "0.5"),
+        "ddn": ("1", "2", "5", "10"),
+        "deepfool": ("0.01", "0.1", "0.3", "0.5", "1"),
+        "cw": ("1", "2", "5"),
+    },
+    "cifar": {
+        "pgd-linf": ("2/255", "4/255", "8/255", "16/255", "32/255"),
+        "pgd-l2": ("1", "2", "5", "10", "20"),
+        "pgd-l1": ("10", "50", "100", "200", "400"),
+        "fgsm": ("2/255", "4/255", "8/255", "16/255", "32/255", "64/255"),
+        "mim": ("2/255", "4/255", "8/255", "16/255", "32/255"),
+        "ddn": ("2", "5", "10", "15"),
+        "deepfool": ("2/255", "4/255", "8/255", "16/255", "32/255", "64/255"),
+        "cw": ("1",),
+    },
+}
+FAMILY = {"mnist": "mnist", "cifar10": "cifar", "cifar100": "cifar"}
+PGD_RADIUS, CW_RADIUS = {"mnist": "0.3", "cifar": "8/255"}, "1"  # of table 1
+
+
+def quick(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
+    """PGD-20 and APGD-CE (100 steps), each on every image."""
+    stages = (
+        Stage("pgd-20", "pgd", norm, tuple(epsilons), {"steps": 20}),
+        Stage("apgd-ce", "apgd-ce", norm, tuple(epsilons), {"steps": 100}),
+    )
+    return Protocol("quick", norm, reference, stages + probes(norm, reference))
+
+
+def autoattack(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
+    """AutoAttack's standard version: APGD-CE and APGD-T on our engine, then FAB-T and Square, each on what is left.
+
+    APGD-T needs a model with at least 4 classes.
+    """
+    restarts, classes = (5, 5) if norm == "L1" else (1, 9)
+    settings: dict[str, dict[str, int]] = {
+        "apgd-ce": {"steps": 100, "n_restarts": restarts},
+        "apgd-t": {"steps": 100, "n_target_classes": classes},
+        "fab-t": {"steps": 100},
+        "square": {"queries": 5000},
+    }
+    stages = tuple(
+        Stage(name, name, norm, tuple(epsilons), chosen, scope="remaining") for name, chosen in settings.items()
+    )
+    return Protocol("autoattack", norm, reference, stages + probes(norm, reference))
+
+
+def autoattack_reference(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
+    """AutoAttack's standard version, all of it pyautoattack's; it needs a model with at least 10 classes."""
+    stages = (Stage("autoattack", "autoattack", norm, tuple(epsilons)),)
+    return Protocol("reference", norm, reference, stages + probes(norm, reference))
+
+
+def paper(data: str, *, transfer: bool) -> Protocol:
+    """The eight attacks of Bashivan et al. 2021 over their sweeps, and with `transfer` those made on a surrogate.
+
+    Args:
+        data: "mnist", "cifar10" or "cifar100"; others take MNIST's sweeps.
+        transfer: whether there is a surrogate.
+    """
+    family = FAMILY.get(data, "mnist")
+    reference, cw_radius = Epsilon.of(PGD_RADIUS[family]), Epsilon.of(CW_RADIUS)
+    sweeps = {name: ascending(radii) for name, radii in SWEEPS[family].items()}
+    many, adam = (40, 50) if family == "mnist" else (20, 20)
+    alpha = {} if family == "mnist" else {"alpha": 2 / 255}
+    linf = {"steps": many, **alpha}
+    stages = [
+        Stage("pgd-linf", "pgd", "Linf", sweeps["pgd-linf"], linf),
+        Stage("pgd-l2", "pgd", "L2", sweeps["pgd-l2"], {"steps": many}),
+        Stage("pgd-l1", "pgd", "L1", sweeps["pgd-l1"], {"steps": many}),
+        Stage("fgsm", "fgsm", "Linf", sweeps["fgsm"], scope="correct"),
+        Stage("mim", "mim", "Linf", sweeps["mim"], {"steps": many}),
+        Stage("ddn", "ddn", "L2", sweeps["ddn"], {"steps": 100}),
+        Stage("deepfool", "deepfool", "Linf", sweeps["deepfool"], {"steps": 50}),
+        Stage("cw", "cw", "L2", sweeps["cw"], {"steps": adam}),
+    ]
+    if transfer:
+        stages += [
+            Stage("pgd-linf-transfer", "pgd", "Linf", (reference,), linf, scope="correct", role="transfer"),
+            Stage("cw-transfer", "cw", "L2", (cw_radius,), {"steps": adam}, scope="correct", role="transfer"),
+        ]
+    return Protocol("paper", "Linf", reference, (*stages, *probes("Linf", reference)))
+
+
+def probes(norm: Norm, reference: Epsilon) -> tuple[Stage, ...]:
+    """Attacks whose only purpose is to show masked gradients, on the first images; Square where it is installed."""
+    here, far = (reference,), ascending((Fraction(1, 2), Fraction(1)))
+    found = [
+        Stage("probe-noise", "noise", norm, here, {"draws": 20}, "correct", "probe", PROBED),
+        Stage("probe-fgsm", "fgsm", norm, here, {}, "all", "probe", PROBED),
+        Stage("probe-pgd-20", "pgd", norm, here, {"steps": 20}, "correct", "probe", PROBED),
+        Stage("probe-pgd-40", "pgd", norm, here, {"steps": 40}, "correct", "probe", PROBED),
+        Stage("probe-far", "pgd", "Linf", far, {"steps": 40}, "survivors", "probe", PROBED),
+    ]
+    if installed("pyautoattack"):
+        found.append(Stage("probe-square", "square", norm, here, {"queries": 1000}, "correct", "probe", PROBED))
+    return tuple(found)
+
+
+def named(
+    name: str,
+    *,
+    data: str,
+    norm: Norm,
+    epsilons: Sequence[Epsilon] | None,
+    trained_at: Epsilon,
+    reference: bool = False,
+    transfer: bool = False,
+) -> Protocol:
+    """The protocol that a user asked for.
+
+    Args:
+        name: "quick", "autoattack" or "paper".
+        data: the data set, whose sweeps the paper's protocol takes.
+        norm: of quick and autoattack.
+        epsilons: of quick and autoattack, ascending; None for `trained_at` alone.
+        trained_at: radius that the model was trained at, or its data set's.
+        reference: let pyautoattack do all of autoattack.
+        transfer: there is a surrogate (paper).
+
+    Raises:
+        InputError: an unknown name, or an option that this protocol does not have.
+    """
+    one_of("protocol", name, NAMES)
+    one_of("norm", norm, NORMS)
+    if reference and name != "autoattack":
+        raise InputError(f"reference is set, but protocol is {name!r}; allowed with it is autoattack")
+    if transfer and name != "paper":
+        raise InputError(f"transfer-from is set, but protocol is {name!r}; allowed with it is paper")
+    if name == "paper":
+        if epsilons is not None or norm != "Linf":
+            raise InputError("eps or norm is set, but the paper's protocol has its own radii and norms; leave them out")
+        return paper(data, transfer=transfer)
+    if epsilons is None and norm != "Linf":
+        raise InputError(f"eps is missing; norm {norm} has no usual radius, so name one with --eps")
+    radii = tuple(epsilon for epsilon in epsilons or (trained_at,) if epsilon.exact > 0)
+    if not radii:
+        raise InputError("eps is 0 alone, where nothing is attacked; it needs a radius > 0")
+    judged_at = trained_at if trained_at in radii else radii[0]
+    build = {"quick": quick, "autoattack": autoattack_reference if reference else autoattack}[name]
+    return build(norm, radii, judged_at)

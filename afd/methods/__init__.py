@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from afd.deprecated import METHOD_SETTINGS, understand
+from afd.execution import Execution
 from afd.methods.afd import AFD
 from afd.methods.base import Batch, Method, Step
-from afd.methods.execution import Execution
 from afd.methods.registry import METHODS, WRAPPERS
 from afd.methods.supervised import AT, Natural, Supervised, SupervisedStep, TrainedModel, Wrapper
 
@@ -23,3 +24,5 @@ __all__ = [
     "TrainedModel",
     "Wrapper",
 ]
+
+understand(AFD, METHOD_SETTINGS)

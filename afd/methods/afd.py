@@ -16,10 +16,11 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from afd.attacks.settings import AttackSettings, PGDSettings
+from afd.attacks import PGDSettings
+from afd.attacks.settings import AttackSettings
 from afd.errors import at_least, one_of
+from afd.execution import Execution, Wrap, as_torch_starts, feature_dtype
 from afd.methods.base import unwrapped
-from afd.methods.execution import Execution, Wrap, as_torch_starts, feature_dtype
 from afd.methods.game import AFDStep, AlternatingStep, GameSettings, JointSGDStep, SimultaneousStep, game_loss
 from afd.methods.inputs import as_split
 from afd.methods.optimizers import optimizer_for
@@ -42,7 +43,7 @@ class AFD(GameSettings):
         weight_decay: on θ and φ.
         optimizers: as in `Optimized`; the players are "task" (θ, φ on L_C), "discriminator" and "features" (θ on L_F).
         label_smoothing: of L_C.
-        discriminator_rounds: the features answer the discriminator in every so many rounds (1: each).
+        discriminator_steps: the features answer the discriminator in every so many steps (1: each).
         penalty: weight λ of the gradient penalty in L_D; 0 leaves it out.
         hidden: width of the discriminator; by default that of the features.
         attack: that makes x'.
@@ -55,7 +56,7 @@ class AFD(GameSettings):
     schedule: Literal["simultaneous", "alternating"] = "simultaneous"
     lr_discriminator: float = 0.1
     lr_features: float = 0.5
-    discriminator_rounds: int = 1
+    discriminator_steps: int = 1
     penalty: float = 0.0
     hidden: int | None = None
     attack: AttackSettings = PGDSettings()
@@ -73,7 +74,7 @@ class AFD(GameSettings):
         one_of("schedule", self.schedule, SCHEDULES)
         for name in ("lr_discriminator", "lr_features", "penalty"):
             at_least(name, getattr(self, name), 0.0)
-        at_least("discriminator_rounds", self.discriminator_rounds, 1)
+        at_least("discriminator_steps", self.discriminator_steps, 1)
 
     @classmethod
     def adam(cls, **settings: Any) -> AFD:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from afd.attacks import Attack, AttackFactory
 from afd.attacks.base import GradientAttack
+from afd.attacks.external import attacked_by, check_values
 from afd.attacks.settings import AttackSettings
-from afd.attacks.strangers import attacked_by, check_values
 from afd.errors import InputError, InputTypeError
 
 KEPT = 8  # attacks of one step that stay built
@@ -78,7 +78,7 @@ class Attacks:
         if known is None:
             attack = settings.build(self.network, precision=getattr(settings, "precision", None) or self.precision)
             if isinstance(attack, GradientAttack):
-                attack.look = False  # the loader's batches are checked, and the losses show what is wrong
+                attack.validate = False  # the loader's batches are checked, and the losses show what is wrong
             known = self._built[id(settings)] = settings, attack
             while len(self._built) > KEPT:
                 self._built.popitem(last=False)

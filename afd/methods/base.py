@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from afd.attacks import PGDSettings
+from afd.attacks.external import BOUNDS
 from afd.attacks.inputs import outside_inference
-from afd.attacks.settings import PGDSettings
-from afd.attacks.strangers import BOUNDS
 from afd.errors import InputError, InputTypeError, fits
+from afd.execution import Execution, Wrap, explained, isolated
 from afd.methods.attacking import Attacks, judge_of
-from afd.methods.execution import Execution, Wrap, explained, isolated
 from afd.methods.inputs import check_dtype, check_features, check_form, check_values, device_of
 from afd.nn import Split
 

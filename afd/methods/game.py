@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd.errors import InputError, ModelError, one_of
+from afd.execution import Execution, alone, unsynchronised
 from afd.methods.base import Batch, Part, Step, parts
-from afd.methods.execution import Execution, alone, unsynchronised
 from afd.methods.optimizers import reaching, take_step, trainable
 from afd.methods.supervised import Optimized
 from afd.nn import Split
@@ -94,7 +94,7 @@ class GameSettings(Optimized):
 
     loss: str
     lr_features: float
-    discriminator_rounds: int
+    discriminator_steps: int
     penalty: float
 
 
@@ -142,7 +142,7 @@ class AFDStep(Step):
 
     def kind(self) -> bool:
         """Whether θ will move on L_F in the next step."""
-        return (self.steps + 1) % self.settings.discriminator_rounds == 0
+        return (self.steps + 1) % self.settings.discriminator_steps == 0
 
     @abstractmethod
     def run(self, batch: Sequence[Part]) -> Tensor:
@@ -151,7 +151,7 @@ class AFDStep(Step):
     @property
     def features_answer(self) -> bool:
         """Whether θ moves on L_F in this step."""
-        return self.steps % self.settings.discriminator_rounds == 0
+        return self.steps % self.settings.discriminator_steps == 0
 
     def task_loss(self, logits: Tensor, part: Part) -> Tensor:
         """L_C."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from afd.attacks.external import BOUNDS, inside
 from afd.attacks.inputs import check_classes, check_images, check_rows, largest_label, outside_inference
-from afd.attacks.strangers import BOUNDS, inside
 from afd.errors import AfdError, InputError, InputTypeError, warn_caller
-from afd.methods.execution import Execution, TrainingPass, explained, isolated, lay_out_plainly, needs_plain_layout
+from afd.execution import Execution, TrainingPass, explained, isolated, lay_out_plainly, needs_plain_layout
 from afd.nn import ConvNet, FeatureClassifier, FeatureSplit, ResNet18, Split, split
 from afd.nn.modes import evaluating, without_wrappers, wraps_compiled
 from afd.ops import checks

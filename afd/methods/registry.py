@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from afd.attacks.settings import ATTACKS, AttackSettings, attack_named
+from afd.deprecated import METHOD_SETTINGS, today
 from afd.errors import InputError, InputTypeError, fits, in_a_line, in_words
 from afd.methods.afd import AFD
 from afd.methods.base import Method, check_declared
@@ -98,6 +99,7 @@ def made(description: Mapping[str, Any]) -> Method:
     if not isinstance(name, str):
         raise InputError(f"the method's name is {name!r}; allowed are {', '.join(METHODS)} and package.module:Class")
     core, *around = classes_of(name)
+    settings = today(settings, METHOD_SETTINGS)
     for kind in (core, *around):
         for field in fields(kind):
             if isinstance(settings.get(field.name), Mapping) and field.name != "optimizers":
@@ -136,12 +138,9 @@ def attack_of(description: Mapping[str, Any], default: Any = None) -> AttackSett
     Raises:
         InputError: there is no such attack, or it has no such setting, or not of that value.
     """
-    settings = dict(description)
-    kind: Any = attack_named(str(settings.pop("name", "pgd")))
-    own = {field.name for field in fields(kind)}
-    for name in settings:
-        if name not in own:
-            raise InputError(f"the attack {kind.__name__} has no setting {name!r}; it has {', '.join(sorted(own))}")
+    given = dict(description)
+    kind: Any = attack_named(str(given.pop("name", "pgd")))
+    settings = kind.named(given)
     if type(default) is kind:
         settings = {**default} | settings
     made_of: AttackSettings = kind(

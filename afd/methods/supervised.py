@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from afd.attacks.settings import AttackSettings, PGDSettings
+from afd.attacks import PGDSettings
+from afd.attacks.settings import AttackSettings
 from afd.errors import InputError, InputTypeError, at_least, one_of
+from afd.execution import Execution, Wrap, unsynchronised
 from afd.methods.attacking import Attacks, check_attacks
 from afd.methods.base import Batch, Method, Step, parts, unwrapped
-from afd.methods.execution import Execution, Wrap, unsynchronised
 from afd.methods.inputs import as_split
 from afd.methods.optimizers import (
     OPTIMIZERS,

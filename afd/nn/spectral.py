@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from afd import ops
 from afd.errors import InputError, InputTypeError, at_least, one_of
 from afd.ops import Spectrum
-from afd.ops.ambient import transformed
-from afd.ops.spectral import projection_network
+from afd.ops.library import transformed
+from afd.ops.spectral.network import projection_network
 
 WARM_UP = 15  # power iterations of a new layer, as torch.nn.utils.parametrizations.spectral_norm takes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -10,13 +11,64 @@ from torch import Tensor
 
 from afd.errors import InputError, InputTypeError, one_of
 from afd.ops import backend, checks, native, reference
-from afd.ops.library import call, define
-from afd.ops.schema import _register
-from afd.ops.settings import Bounds, Setting, box, integer, number, split
+from afd.ops.checks import Bounds, Setting, detached, integer, number, split_bounds, split_setting
+from afd.ops.library import Arguments, Written, call, define, functional, in_place
+from afd.ops.steps import Inputs, define_variants
 
 STEP_NORMS = ("Linf",)
 
+# --- apgd_step ------------------------------------------------------------------------------------------------------
 
+
+def _apgd_step(
+    x_adv: Tensor,
+    x_adv_old: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step: float,
+    eps: float,
+    a: float,
+    low: float,
+    high: float,
+    steps: Tensor | None = None,
+    epsilons: Tensor | None = None,
+) -> Inputs:
+    checks.images("x", x)
+    checks.iterate("x_adv", x_adv, x)
+    checks.iterate("x_adv_old", x_adv_old, x)
+    checks.gradient(grad, x)
+    checks.setting("step", step, steps, x, signed=True)
+    checks.setting("eps", eps, epsilons, x)
+    checks.box(low, high, x)
+    _share("a", a)
+    return {"x": x, "grad": grad, "step": steps, "eps": epsilons}
+
+
+def _made(x_adv: Tensor, x_adv_old: Tensor, *rest: Any) -> Tensor:
+    _apgd_step(x_adv, x_adv_old, *rest)
+    if not backend.serves_natively(x_adv):
+        return reference.apgd_step(x_adv, x_adv_old, *rest)
+    out = x_adv.clone()
+    native.apgd_step(out, x_adv_old.clone(), *rest)
+    return out
+
+
+def _written(x_adv: Tensor, x_adv_old: Tensor, *rest: Any) -> None:
+    read = _apgd_step(x_adv, x_adv_old, *rest)
+    checks.written("x_adv", x_adv, x_adv_old=x_adv_old, **read)
+    checks.written("x_adv_old", x_adv_old, **read)
+    if backend.serves_natively(x_adv):
+        return native.apgd_step(x_adv, x_adv_old, *rest)
+    x_new = reference.apgd_step(x_adv, x_adv_old, *rest)
+    x_adv_old.copy_(x_adv)
+    x_adv.copy_(x_new)
+    return None
+
+
+define_variants(_apgd_step, _made, _written, written=2)
+
+
+@functional
 def apgd_step(
     x_adv: Tensor,
     x_adv_old: Tensor,
@@ -28,7 +80,7 @@ def apgd_step(
     a: float = 0.75,
     bounds: Bounds = (0.0, 1.0),
     norm: str = "Linf",
-) -> Tensor:
+) -> Arguments:
     """The step of Auto-PGD: along the gradient, with momentum (Croce & Hein 2020, Algorithm 1).
 
     ``z = P(x_adv + step * sign(grad))``, then ``P(x_adv + a * (z - x_adv) + (1 - a) * (x_adv - x_adv_old))``, where P
@@ -53,32 +105,19 @@ def apgd_step(
         TypeError: a dtype that is not allowed.
         ValueError: shapes or devices that disagree, eps < 0, a out of range, reversed bounds, unknown norm.
     """
-    settings = _step_settings(step, eps, a, bounds, norm)
-    with torch.no_grad():
-        out: Tensor = call(torch.ops.afd.apgd_step.default, x_adv, x_adv_old, x, grad, *settings)
-    return out
+    one_of("norm", norm, STEP_NORMS)
+    (size, sizes), (radius, radii) = split_setting("step", step), split_setting("eps", eps)
+    tensors = detached(x_adv), detached(x_adv_old), detached(x), detached(grad)
+    return *tensors, size, radius, number("a", a), *split_bounds(bounds), sizes, radii
 
 
-def apgd_step_(
-    x_adv: Tensor,
-    x_adv_old: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    *,
-    step: Setting,
-    eps: Setting,
-    a: float = 0.75,
-    bounds: Bounds = (0.0, 1.0),
-    norm: str = "Linf",
-) -> Tensor:
+apgd_step_ = in_place(
+    apgd_step,
     """`apgd_step` in place: x_adv_old becomes x_adv, x_adv the next iterate, which is returned; one pass over the data.
 
     Neither may share memory with the other, with x or with grad.
-    """
-    settings = _step_settings(step, eps, a, bounds, norm)
-    with torch.no_grad():
-        call(torch.ops.afd.apgd_step_.default, x_adv, x_adv_old, x, grad, *settings)
-    return x_adv
+    """,
+)
 
 
 def momentum_point(x_adv: Tensor, x_adv_old: Tensor, z: Tensor, a: float = 0.75) -> Tensor:
@@ -89,6 +128,14 @@ def momentum_point(x_adv: Tensor, x_adv_old: Tensor, z: Tensor, a: float = 0.75)
     """
     with torch.no_grad():
         return reference.momentum_point(x_adv, x_adv_old, z, a)
+
+
+def _share(name: str, value: float) -> None:
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise InputError(f"{name} is {value}; it must be in [0, 1]")
+
+
+# --- apgd_update ----------------------------------------------------------------------------------------------------
 
 
 def apgd_update_(
@@ -154,89 +201,17 @@ def apgd_update_(
         )  # fmt: skip
 
 
-# --- As torch sees them: apgd_step ----------------------------------------------------------------------------------
-
-
-def _step_settings(
-    step: Setting, eps: Setting, a: float, bounds: Bounds, norm: str
-) -> tuple[float, float, float, float, float, Tensor | None, Tensor | None]:
-    one_of("norm", norm, STEP_NORMS)
-    (size, sizes), (radius, radii) = split("step", step), split("eps", eps)
-    return size, radius, number("a", a), *box(bounds), sizes, radii
-
-
-def _check_step(
-    x_adv: Tensor,
-    x_adv_old: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    step: float,
-    eps: float,
-    a: float,
-    low: float,
-    high: float,
-    steps: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> None:
-    checks.images("x", x)
-    checks.iterate("x_adv", x_adv, x)
-    checks.iterate("x_adv_old", x_adv_old, x)
-    checks.gradient(grad, x)
-    checks.setting("step", step, steps, x, signed=True)
-    checks.setting("eps", eps, epsilons, x)
-    checks.box(low, high, x)
-    _share("a", a)
-
-
-def _step(x_adv: Tensor, x_adv_old: Tensor, *rest: Any) -> Tensor:
-    _check_step(x_adv, x_adv_old, *rest)
-    if not backend.serves_natively(x_adv):
-        return reference.apgd_step(x_adv, x_adv_old, *rest)
-    out = x_adv.clone()
-    native.apgd_step(out, x_adv_old.clone(), *rest)
-    return out
-
-
-def _step_(x_adv: Tensor, x_adv_old: Tensor, x: Tensor, grad: Tensor, *settings: Any) -> None:
-    _check_step(x_adv, x_adv_old, x, grad, *settings)
-    *_, steps, epsilons = (*settings, None, None)[:7]
-    checks.written("x_adv", x_adv, x_adv_old=x_adv_old, x=x, grad=grad, step=steps, eps=epsilons)
-    checks.written("x_adv_old", x_adv_old, x=x, grad=grad, step=steps, eps=epsilons)
-    if backend.serves_natively(x_adv):
-        return native.apgd_step(x_adv, x_adv_old, x, grad, *settings)
-    x_new = reference.apgd_step(x_adv, x_adv_old, x, grad, *settings)
-    x_adv_old.copy_(x_adv)
-    x_adv.copy_(x_new)
-    return None
-
-
-_SETTINGS = (
-    "Tensor x, Tensor grad, float step, float eps, float a, float low, float high, "
-    "Tensor? steps=None, Tensor? epsilons=None"
-)
-_register(
-    "apgd_step",
-    f"Tensor x_adv, Tensor x_adv_old, {_SETTINGS}",
-    _step,
-    f"Tensor(a!) x_adv, Tensor(b!) x_adv_old, {_SETTINGS}",
-    _step_,
-)
-
-
-# --- apgd_update ----------------------------------------------------------------------------------------------------
-
+_SIGNATURE = inspect.signature(reference.apgd_update, eval_str=True).parameters
+_TENSORS = list(_SIGNATURE)[:-2]
+_UPDATED = [name for name in _TENSORS if _SIGNATURE[name].annotation == Written]
 _ROWS = ("x_adv", "grad", "x_best", "grad_best", "x_best_adv")  # [N, ...]
-_UPDATED = (
-    *_ROWS, "loss_best", "loss_last", "loss_at_check", "step", "increases", "reduced", "broken", "moves",
-)  # fmt: skip
-_UPDATE_TENSORS = (*_ROWS[:2], "loss", "fooled", *_UPDATED[2:])  # in the order of the arguments
 _KINDS = {"fooled": torch.bool, "reduced": torch.bool, "broken": torch.bool, "increases": torch.int32,
           "moves": torch.uint8}  # fmt: skip
 
 
 def _check_update(*arguments: Any) -> None:
-    tensors: dict[str, Tensor] = dict(zip(_UPDATE_TENSORS, arguments, strict=False))
-    interval, rho = arguments[-2:]
+    *given, interval, rho = arguments
+    tensors: dict[str, Tensor] = dict(zip(_TENSORS, given, strict=True))
     x_adv, grad = tensors["x_adv"], tensors["grad"]
     checks.images("x_adv", x_adv)
     if grad.dtype not in checks.GRAD_DTYPES:
@@ -262,20 +237,9 @@ def _check_update(*arguments: Any) -> None:
     _share("rho", rho)
 
 
-def _share(name: str, value: float) -> None:
-    if not (math.isfinite(value) and 0 <= value <= 1):
-        raise InputError(f"{name} is {value}; it must be in [0, 1]")
-
-
-def _update_(*arguments: Any) -> None:
+def _apgd_update_(*arguments: Any) -> None:
     _check_update(*arguments)
     (native if backend.serves_natively(arguments[0]) else reference).apgd_update(*arguments)
 
 
-def _update_arguments() -> str:
-    marks = iter("abcdefghijklm")
-    listed = (f"Tensor{f'({next(marks)}!)' if name in _UPDATED else ''} {name}" for name in _UPDATE_TENSORS)
-    return ", ".join(listed)
-
-
-define("apgd_update_", f"{_update_arguments()}, int interval, float rho", "()", _update_, lambda *_: None)
+define(_apgd_update_, lambda *_: None, like=reference.apgd_update)

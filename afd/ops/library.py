@@ -1,35 +1,51 @@
-"""How an op is made known to torch, and how it is called: the one way for all of them."""
+"""How an op is made known to torch, how it is called, and how its results are kept out of what a call stands in.
+
+A kernel is handed addresses, so what torch functions make on the way to it must be what they make everywhere. Every op
+is registered through `unaffected` (by `define`), as is whatever runs outside of an op: the passes of autograd and the
+fused network. The default dtype and device cannot be shut out; whoever makes a tensor names both.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import functools
+import inspect
+import string
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, Concatenate, ParamSpec, TypeVar, get_args, get_origin
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
 
 from afd.errors import AfdError, InputError, InputTypeError
-from afd.ops import ambient
+from afd.ops.checks import described, detached
 
 LIBRARY = torch.library.Library("afd", "DEF")  # lives as long as the process
 
 
 def define(
-    name: str, arguments: str, results: str, kernel: Callable[..., Any], fake: Callable[..., Any], autograd: Any = None
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: Callable[..., Any] | None = None,
+    *,
+    like: Callable[..., Any] | None = None,
 ) -> None:
-    """Registers ``name(arguments) -> results`` on CPU and CUDA.
+    """Registers ``torch.ops.afd.NAME`` on CPU and CUDA, with the schema that its kernel's signature tells.
 
     Args:
-        name: of the op.
-        arguments: with their types, as schemas have them.
-        results: their types.
-        kernel: what serves it; runs out of reach of ambient modes.
+        kernel: what serves it, called NAME or _NAME; runs out of reach of ambient modes.
         fake: what stands for it where tensors hold no memory.
         autograd: what runs above it where gradients are wanted.
+        like: whose signature to take in place of the kernel's own.
     """
-    LIBRARY.define(f"{name}({arguments}) -> {results}")
+    name = kernel.__name__.removeprefix("_")
+    signature = inspect.signature(like or kernel, eval_str=True)
+    defaults = [parameter.default for parameter in signature.parameters.values()]
+    LIBRARY.define(name + schema(signature))
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, ambient.unaffected(kernel), device)
+        LIBRARY.impl(name, unaffected(kernel, defaults), device)
     if autograd is not None:
         LIBRARY.impl(name, autograd, "Autograd")
     op = getattr(torch.ops.afd, name).default
@@ -44,19 +60,37 @@ def define(
     torch.library.register_fake(f"afd::{name}", on_one_device, lib=LIBRARY)
 
 
-def call(op: Any, *arguments: Any) -> Any:
-    """op(*arguments); where torch cannot take them, the error names the argument.
+Written = Annotated[Tensor, "written in place"]
+_KINDS = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[bool]: "bool[]", list[str]: "str[]",
+    float: "float", int: "int", bool: "bool", str: "str",
+}  # fmt: skip
 
-    Raises:
-        InputTypeError, InputError: of the op, or in the place of torch's own words.
+
+def schema(signature: inspect.Signature) -> str:
+    """A signature in torch's words: ``(Tensor(a!) x, float eps=0.1) -> ()``.
+
+    `Written` stands for a tensor that is written in place, ``Annotated[list[bool], 3]`` for a list of that length.
     """
-    try:
-        return op(*arguments)
-    except AfdError:
-        raise
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:  # None passes for a tensor with torch
-        _blame(op, arguments, error)
-        raise
+    arguments, marks = [], iter(string.ascii_lowercase)
+    for name, parameter in signature.parameters.items():
+        kind, default = parameter.annotation, parameter.default
+        if kind == Written:
+            words = f"Tensor({next(marks)}!)"
+        elif get_origin(kind) is Annotated:
+            of, length = get_args(kind)
+            words = f"{_KINDS[of].removesuffix(']')}{length}]"
+        else:
+            words = _KINDS[kind]
+        if default is not parameter.empty:
+            name = f'{name}="{default}"' if isinstance(default, str) else f"{name}={default}"
+        arguments.append(f"{words} {name}")
+    results = signature.return_annotation
+    if get_origin(results) is tuple:
+        returned = f"({', '.join(_KINDS[of] for of in get_args(results))})"
+    else:
+        returned = "()" if results is None else _KINDS[results]
+    return f"({', '.join(arguments)}) -> {returned}"
 
 
 def _without_lazy_signs(op: Any) -> Callable[..., Any]:
@@ -75,6 +109,78 @@ def _without_lazy_signs(op: Any) -> Callable[..., Any]:
         return op(*resolved)
 
     return run
+
+
+# --- Calls ----------------------------------------------------------------------------------------------------------
+
+Arguments = tuple[Any, ...]  # of an op, in its schema's order
+Parameters = list[inspect.Parameter]
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+
+
+def call(op: Any, *arguments: Any) -> Any:
+    """op(*arguments); where torch cannot take them, the error names the argument.
+
+    Raises:
+        InputTypeError, InputError: of the op, or in the place of torch's own words.
+    """
+    try:
+        return op(*arguments)
+    except Exception as error:
+        _blame(op, arguments, error)
+        raise
+
+
+def functional(arguments: Callable[P, Arguments]) -> Callable[P, Tensor]:
+    """The function that calls ``torch.ops.afd.NAME``, from NAME, which makes its arguments of what a caller gives."""
+    return _caller(arguments.__name__, arguments, _parameters(arguments), arguments.__doc__)
+
+
+def in_place(function: Callable[P, Tensor], doc: str) -> Callable[P, Tensor]:
+    """The same for ``torch.ops.afd.NAME_``: takes what `function` takes, and returns its first argument."""
+    arguments: Callable[P, Arguments] = function.__wrapped__  # type: ignore[attr-defined]
+    return _caller(f"{function.__name__}_", arguments, _parameters(function), doc)
+
+
+def into(function: Callable[P, Tensor], doc: str) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """The same with an x_adv, which is only written, in front of what `function` takes."""
+    read: Callable[P, Arguments] = function.__wrapped__  # type: ignore[attr-defined]
+
+    @functools.wraps(read)
+    def arguments(x_adv: Tensor, *given: P.args, **settings: P.kwargs) -> Arguments:
+        return detached(x_adv), *read(*given, **settings)
+
+    x_adv = inspect.Parameter("x_adv", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation="Tensor")
+    shown = [x_adv, *_parameters(function)]
+    return _caller(f"{function.__name__}_", arguments, shown, doc)  # type: ignore[return-value]  # x_adv may be named
+
+
+def _caller(name: str, arguments: Callable[Q, Arguments], shown: Parameters, doc: str | None) -> Callable[Q, Tensor]:
+    """The function of that name, with what `help` shows of it."""
+    op, first = getattr(torch.ops.afd, name).default, shown[0].name
+    writes = op._schema.is_mutable
+
+    @functools.wraps(arguments)
+    def run(*given: Q.args, **settings: Q.kwargs) -> Tensor:
+        found = arguments(*given, **settings)
+        try:  # as `call` does, with a frame less in every step
+            made = op(*found)
+        except Exception as error:
+            _blame(op, found, error)
+            raise
+        out: Any = made if not writes else given[0] if given else settings[first]
+        return out  # type: ignore[no-any-return]
+
+    run.__name__ = run.__qualname__ = name
+    run.__doc__ = doc
+    run.__signature__ = inspect.Signature(shown, return_annotation="Tensor")  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown} | {"return": "Tensor"}
+    return run
+
+
+def _parameters(function: Callable[..., Any]) -> Parameters:
+    return list(inspect.signature(function).parameters.values())
 
 
 # --- Whose fault it is ----------------------------------------------------------------------------------------------
@@ -116,7 +222,10 @@ def _tensors(op: Any, given: tuple[Any, ...]) -> list[tuple[str, Tensor]]:
 
 
 def _blame(op: Any, given: tuple[Any, ...], error: Exception) -> None:
-    """Raises what the user can mend, if that is what `error` comes from."""
+    """Raises what the user can mend, if that is what `error` comes from and it does not say so itself."""
+    kinds = (AttributeError, TypeError, ValueError, RuntimeError)  # None passes for a tensor with torch
+    if isinstance(error, AfdError) or not isinstance(error, kinds):
+        return
     for name, value, kind in _named(op, given):
         allowed, words = _ALLOWED.get(kind, (list, "a list"))
         if not isinstance(value, allowed):
@@ -150,6 +259,107 @@ def _oddity(tensor: Tensor) -> str:
     return f"quantised ({tensor.dtype})" if tensor.is_quantized else ""
 
 
-def described(value: object) -> str:
-    """A value of a type that is not allowed, in an error."""
-    return "None" if value is None else f"a {type(value).__name__}"
+# --- Ambient modes: autocast, modes of torch, transforms ------------------------------------------------------------
+
+Result = TypeVar("Result")
+
+# Asked at every call, so found once.
+_autocast = torch._C._is_any_autocast_enabled
+_function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_transforms, _keys_of = torch._C._functorch.peek_interpreter_stack, torch._C._dispatch_keys
+
+
+def unaffected(function: Callable[..., Result], defaults: Sequence[Any] = ()) -> Callable[..., Result]:
+    """The function, out of reach of autocast and of modes that intercept torch functions (a default device is one).
+
+    Torch leaves out the last arguments of a call that are as the schema has them: they are taken from `defaults`, which
+    holds one for each argument.
+    """
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Result:
+        if len(arguments) < len(defaults):
+            arguments = (*arguments, *defaults[len(arguments) :])
+        if not (_autocast() or _function_modes()):
+            return function(*arguments)
+        with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
+            return function(*arguments)
+
+    return run
+
+
+def room(like: Tensor, *shape: int) -> Tensor:
+    """Memory for a kernel to write, beside `like` and of its dtype, whatever mode looks on."""
+    if not _dispatch_modes():
+        return like.new_empty(shape)
+    with _disable_current_modes():
+        return like.new_empty(shape)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x, or a contiguous copy of it."""
+    if x.is_contiguous():
+        return x
+    return room(x, *x.shape).copy_(x)
+
+
+def widened(x: Any, weight: Tensor) -> Any:
+    """Half-precision x in the weight's precision, if autocast made it; x itself otherwise.
+
+    Torch's own float32-only functions do the same under autocast, and nobody outside of it.
+    """
+    if not (_autocast() and isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        return x
+    wide = weight.dtype in (torch.float32, torch.float64) and x.dtype in (torch.float16, torch.bfloat16)
+    return x.to(weight.dtype) if wide and torch.is_autocast_enabled(x.device.type) else x
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work, which only formulas can follow."""
+    if torch.compiler.is_compiling():
+        return False
+    return _transforms() is not None or forward_ad._current_level >= 0
+
+
+# --- Tensors that hold memory ---------------------------------------------------------------------------------------
+
+
+def _keys(device: torch.device) -> set[int]:
+    """Dispatch keys of an ordinary tensor, and of one made in inference mode."""
+    found = set()
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.add(_keys_of(torch.empty(0, dtype=torch.float32, device=device)).raw_repr())
+    return found
+
+
+_ordinary = _keys(torch.device("cpu"))
+
+
+def plain(*tensors: Tensor) -> bool:
+    """Whether these hold memory and nobody looks on: their op need not be dispatched."""
+    if torch.compiler.is_compiling() or _dispatch_modes() or transformed():
+        return False
+    for x in tensors:  # by their properties: a network has many, and asking for their keys takes thrice as long
+        kind = type(x)
+        if not (kind is Parameter or kind is Tensor) or x.layout is not torch.strided or x.is_neg():
+            return False
+        if not (x.is_cpu or x.is_cuda) or x.is_nested:
+            return False
+    return True
+
+
+def ordinary(x: Tensor) -> bool:
+    """Whether this is a dense tensor with memory of its own on CPU or GPU, in no disguise.
+
+    Sparse, nested, quantised and meta tensors, those of transforms, views with a lazy sign and zeros without memory are
+    not.
+    """
+    if type(x) is not Tensor and type(x) is not Parameter:
+        return False
+    return _keys_of(x).raw_repr() in _ordinary or (x.is_cuda and _ordinary_on_gpu(x))
+
+
+def _ordinary_on_gpu(x: Tensor) -> bool:
+    _ordinary.update(_keys(x.device))
+    return _keys_of(x).raw_repr() in _ordinary

@@ -4,12 +4,15 @@ Arguments arrive checked by `afd.ops.checks`; here layout is settled, addresses 
 launched on torch's current stream under the tensor's device guard. Tensors whose memory layout the kernels cannot walk
 are copied to a contiguous one first (and the result copied back), so every layout gives the same values (up to the
 last bit where L2 and L1 sum a sample in memory order).
+
+Loading a batch through the compiled kernels.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -95,124 +98,6 @@ def build_info() -> dict[str, Any]:
     }
 
 
-def project(
-    out: Tensor,
-    x_adv: Tensor,
-    x: Tensor,
-    eps: float,
-    low: float,
-    high: float,
-    epsilons: Tensor | None = None,
-    norm: str = "Linf",
-) -> None:
-    """`afd.ops.project` into `out`, which may be x_adv."""
-    if not _walked_alike(out, x_adv, x):
-        return _through_copy(project, out, x_adv, x, eps, low, high, epsilons, norm)
-    workspace = _workspace(out, norm)
-    return launch(
-        "project", out,
-        x_adv.data_ptr(), x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high,
-        _NORM_CODES[norm], _address(workspace),
-    )  # fmt: skip
-
-
-def pgd_step(
-    out: Tensor,
-    x_adv: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    alpha: float,
-    eps: float,
-    low: float,
-    high: float,
-    alphas: Tensor | None = None,
-    epsilons: Tensor | None = None,
-    norm: str = "Linf",
-    sparsity: float = 0.05,
-    sparsities: Tensor | None = None,
-) -> None:
-    """`afd.ops.pgd_step` into `out`, which may be x_adv."""
-    if not _walked_alike(out, x_adv, x, grad):
-        settings = (alpha, eps, low, high, alphas, epsilons, norm, sparsity, sparsities)
-        return _through_copy(pgd_step, out, x_adv, x, grad, *settings)
-    if grad.dtype == torch.float64:
-        grad = _in_float32(grad, norm)
-    workspace = _workspace(out, norm)
-    return launch(
-        "pgd_step", out,
-        x_adv.data_ptr(), x.data_ptr(), grad.data_ptr(), out.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
-        alpha, _address(alphas), eps, _address(epsilons), low, high,
-        _NORM_CODES[norm], sparsity, _address(sparsities), _address(workspace),
-    )  # fmt: skip
-
-
-def random_start(
-    out: Tensor,
-    x: Tensor,
-    eps: float,
-    low: float,
-    high: float,
-    seed: int,
-    first_sample: int = 0,
-    epsilons: Tensor | None = None,
-    norm: str = "Linf",
-    key: Tensor | None = None,
-) -> None:
-    """`afd.ops.random_start` into `out`, which may be x."""
-    if not (out.is_contiguous() and x.is_contiguous()):  # elements are numbered in logical order
-        return _through_copy(random_start, out, x, eps, low, high, seed, first_sample, epsilons, norm, key)
-    if norm != "Linf" and x.data_ptr() == out.data_ptr():
-        x = x.clone()  # out holds the draws while their norm is not yet known
-    return launch(
-        "random_start", out,
-        x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high, _NORM_CODES[norm],
-        seed, _address(key), first_sample,
-    )  # fmt: skip
-
-
-def apgd_step(
-    x_adv: Tensor,
-    x_adv_old: Tensor,
-    x: Tensor,
-    grad: Tensor,
-    step: float,
-    eps: float,
-    a: float,
-    low: float,
-    high: float,
-    steps: Tensor | None = None,
-    epsilons: Tensor | None = None,
-) -> None:
-    """`afd.ops.apgd_step_`: x_adv_old becomes x_adv, and x_adv the next iterate."""
-    if not _walked_alike(x_adv, x_adv_old, x, grad):
-        return _on_copies(apgd_step, 2, x_adv, x_adv_old, x, grad, step, eps, a, low, high, steps, epsilons)
-    if grad.dtype == torch.float64:
-        grad = grad.sign().float()
-    launch(
-        "apgd_step", x_adv,
-        x_adv.data_ptr(), x_adv_old.data_ptr(), x.data_ptr(), grad.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
-        step, _address(steps), eps, _address(epsilons), a, 1 - a, low, high,
-    )  # fmt: skip
-    return torch.autograd.graph.increment_version(x_adv_old)
-
-
-def apgd_update(*arguments: Any) -> None:
-    """`afd.ops.apgd_update_`; arguments as `reference.apgd_update` has them."""
-    *tensors, interval, rho = arguments
-    x_adv, grad, loss, fooled, x_best, grad_best, x_best_adv, *_ = tensors
-    if not (_walked_alike(x_adv, x_best, x_best_adv) and _walked_alike(grad, grad_best)):
-        return _on_copies(apgd_update, len(tensors), *arguments)
-    launch(
-        "apgd_update", x_adv,
-        *(tensor.data_ptr() for tensor in tensors), grad.element_size(), *_extent(x_adv),
-        interval > 0, math.floor(rho * interval),
-    )  # fmt: skip
-    for tensor in tensors:
-        if tensor is not x_adv and tensor is not loss and tensor is not fooled:
-            torch.autograd.graph.increment_version(tensor)
-    return None
-
-
 # --- From tensors to launches ---------------------------------------------------------------------------------------
 
 
@@ -263,24 +148,179 @@ def _in_float32(grad: Tensor, norm: str) -> Tensor:
     return (finite / largest.clamp_min(torch.finfo(grad.dtype).tiny)).float()
 
 
-def _walked_alike(*tensors: Tensor) -> bool:
+def _contiguous(tensors: Sequence[Tensor]) -> bool:
+    return all(map(Tensor.is_contiguous, tensors))
+
+
+def _walked_alike(tensors: Sequence[Tensor]) -> bool:
     """Whether the tensors hold their samples without gaps and in one order (strides of size-1 dimensions are idle)."""
     return all(map(Tensor.is_contiguous, tensors)) or all(
         x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) for x in tensors
     )
 
 
-def _through_copy(op: Any, out: Tensor, *arguments: Any) -> None:
-    """Runs op on contiguous copies and writes the result into `out`."""
-    dense = torch.empty_like(out, memory_format=torch.contiguous_format)
-    op(dense, *(a.contiguous() if isinstance(a, Tensor) else a for a in arguments))
-    out.copy_(dense)
+def _rows_walked_alike(tensors: Sequence[Tensor]) -> bool:
+    x_adv, grad, _loss, _fooled, x_best, grad_best, x_best_adv = tensors
+    return _walked_alike((x_adv, x_best, x_best_adv)) and _walked_alike((grad, grad_best))
 
 
-def _on_copies(op: Any, written: int, *arguments: Any) -> None:
-    """Runs op on contiguous copies and writes its first `written` arguments back."""
-    dense = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-    op(*dense)
-    for target, result in zip(arguments[:written], dense, strict=False):
-        if result is not target:
-            target.copy_(result)
+def _else_on_copies(
+    tensors: int, *, updated: int = 0, walkable: Callable[[Sequence[Tensor]], bool] = _walked_alike
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Has a launch run on contiguous copies unless its first `tensors` arguments are `walkable`.
+
+    What the first `updated` arguments become is written back; if that is 0, the first one is an output, never read.
+    """
+
+    def decorate(op: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(op)
+        def run(*arguments: Any) -> None:
+            if walkable(arguments[:tensors]):
+                return op(*arguments)
+            read = arguments if updated else arguments[1:]
+            dense = [a.contiguous() if isinstance(a, Tensor) else a for a in read]
+            if not updated:
+                dense.insert(0, torch.empty_like(arguments[0], memory_format=torch.contiguous_format))
+            op(*dense)
+            for target, result in zip(arguments[: updated or 1], dense, strict=False):
+                if result is not target:
+                    target.copy_(result)
+            return None
+
+        return run
+
+    return decorate
+
+
+# --- Ops ------------------------------------------------------------------------------------------------------------
+
+
+@_else_on_copies(3)
+def project(
+    out: Tensor,
+    x_adv: Tensor,
+    x: Tensor,
+    eps: float,
+    low: float,
+    high: float,
+    epsilons: Tensor | None,
+    norm: str,
+) -> None:
+    """`afd.ops.project` into `out`, which may be x_adv."""
+    workspace = _workspace(out, norm)
+    launch(
+        "project", out,
+        x_adv.data_ptr(), x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high,
+        _NORM_CODES[norm], _address(workspace),
+    )  # fmt: skip
+
+
+@_else_on_copies(4)
+def pgd_step(
+    out: Tensor,
+    x_adv: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    alpha: float,
+    eps: float,
+    low: float,
+    high: float,
+    alphas: Tensor | None,
+    epsilons: Tensor | None,
+    norm: str,
+    sparsity: float,
+    sparsities: Tensor | None,
+) -> None:
+    """`afd.ops.pgd_step` into `out`, which may be x_adv."""
+    if grad.dtype == torch.float64:
+        grad = _in_float32(grad, norm)
+    workspace = _workspace(out, norm)
+    launch(
+        "pgd_step", out,
+        x_adv.data_ptr(), x.data_ptr(), grad.data_ptr(), out.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
+        alpha, _address(alphas), eps, _address(epsilons), low, high,
+        _NORM_CODES[norm], sparsity, _address(sparsities), _address(workspace),
+    )  # fmt: skip
+
+
+@_else_on_copies(2, walkable=_contiguous)  # elements are numbered in logical order
+def random_start(
+    out: Tensor,
+    x: Tensor,
+    eps: float,
+    low: float,
+    high: float,
+    seed: int,
+    first_sample: int,
+    epsilons: Tensor | None,
+    norm: str,
+    key: Tensor | None,
+) -> None:
+    """`afd.ops.random_start` into `out`, which may be x."""
+    if norm != "Linf" and x.data_ptr() == out.data_ptr():
+        x = x.clone()  # out holds the draws while their norm is not yet known
+    launch(
+        "random_start", out,
+        x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high, _NORM_CODES[norm],
+        seed, _address(key), first_sample,
+    )  # fmt: skip
+
+
+@_else_on_copies(4, updated=2)
+def apgd_step(
+    x_adv: Tensor,
+    x_adv_old: Tensor,
+    x: Tensor,
+    grad: Tensor,
+    step: float,
+    eps: float,
+    a: float,
+    low: float,
+    high: float,
+    steps: Tensor | None,
+    epsilons: Tensor | None,
+) -> None:
+    """`afd.ops.apgd_step_`: x_adv_old becomes x_adv, and x_adv the next iterate."""
+    if grad.dtype == torch.float64:
+        grad = grad.sign().float()
+    launch(
+        "apgd_step", x_adv,
+        x_adv.data_ptr(), x_adv_old.data_ptr(), x.data_ptr(), grad.data_ptr(), _DTYPE_CODES[grad.dtype], *_extent(x),
+        step, _address(steps), eps, _address(epsilons), a, 1 - a, low, high,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(x_adv_old)
+
+
+@_else_on_copies(7, updated=15, walkable=_rows_walked_alike)
+def apgd_update(*arguments: Any) -> None:
+    """`afd.ops.apgd_update_`; arguments as `reference.apgd_update` has them."""
+    *tensors, interval, rho = arguments
+    x_adv, grad, loss, fooled, *_ = tensors
+    launch(
+        "apgd_update", x_adv,
+        *(tensor.data_ptr() for tensor in tensors), grad.element_size(), *_extent(x_adv),
+        interval > 0, math.floor(rho * interval),
+    )  # fmt: skip
+    for tensor in tensors:
+        if tensor is not x_adv and tensor is not loss and tensor is not fooled:
+            torch.autograd.graph.increment_version(tensor)
+
+
+def load_batch(
+    out: Tensor,
+    pixels: Tensor,
+    index: Tensor,
+    draws: Tensor | None,
+    scale: float,
+    padding: int,
+    flip: bool,
+    channels_last: bool,
+) -> None:
+    """`afd.ops.load_batch` into `out`, [B, C, H, W] in the layout asked for."""
+    index, draws = index.contiguous(), None if draws is None else draws.contiguous()
+    images, channels, height, width = pixels.shape
+    launch(
+        "load_batch", out,
+        pixels.data_ptr(), index.data_ptr(), _address(draws), out.data_ptr(),
+        images, len(index), channels, height, width, scale, padding, flip, channels_last,
+    )  # fmt: skip

@@ -1,6 +1,8 @@
 """Every op as its formula in plain PyTorch: what the kernels are tested against, and what serves where none runs.
 
 The functions take arguments that `afd.ops.checks` has already accepted. They work on any device and floating dtype.
+
+Loading a batch as its formula in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -8,7 +10,10 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from afd.ops.library import Written
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -235,10 +240,9 @@ def apgd_step(
     epsilons: Tensor | None = None,
 ) -> Tensor:
     """P(momentum_point(x_adv, x_adv_old, z, a)), z = P(x_adv + step·sign(grad)), P onto the L∞ ball and the bounds."""
-    z = pgd_step(x_adv, x, grad, step, eps, low, high, steps, epsilons)
-    radius = _per_sample(eps, epsilons, x)
-    mixed = momentum_point(x_adv, x_adv_old, z, a)
-    return torch.minimum(torch.maximum(mixed, x - radius), x + radius).clamp_(low, high)
+    stepped = x_adv + _per_sample(step, steps, x) * grad.sign().to(x.dtype)
+    z = project(stepped, x, eps, low, high, epsilons)
+    return project(momentum_point(x_adv, x_adv_old, z, a), x, eps, low, high, epsilons)
 
 
 def momentum_point(x_adv: Tensor, x_adv_old: Tensor, z: Tensor, a: float) -> Tensor:
@@ -247,21 +251,21 @@ def momentum_point(x_adv: Tensor, x_adv_old: Tensor, z: Tensor, a: float) -> Ten
 
 
 def apgd_update(
-    x_adv: Tensor,
-    grad: Tensor,
+    x_adv: Written,
+    grad: Written,
     loss: Tensor,
     fooled: Tensor,
-    x_best: Tensor,
-    grad_best: Tensor,
-    x_best_adv: Tensor,
-    loss_best: Tensor,
-    loss_last: Tensor,
-    loss_at_check: Tensor,
-    step: Tensor,
-    increases: Tensor,
-    reduced: Tensor,
-    broken: Tensor,
-    moves: Tensor,
+    x_best: Written,
+    grad_best: Written,
+    x_best_adv: Written,
+    loss_best: Written,
+    loss_last: Written,
+    loss_at_check: Written,
+    step: Written,
+    increases: Written,
+    reduced: Written,
+    broken: Written,
+    moves: Written,
     interval: int,
     rho: float,
 ) -> None:
@@ -289,3 +293,46 @@ def apgd_update(
         loss_at_check.copy_(loss_best)
         increases.zero_()
     moves.copy_(improved + 2 * fooled + 4 * halved)
+
+
+# --- Loading a batch ------------------------------------------------------------------------------------------------
+
+
+def load_batch(
+    pixels: Tensor,
+    index: Tensor,
+    draws: Tensor | None,
+    scale: float,
+    padding: int,
+    flip: bool,
+    channels_last: bool,
+) -> Tensor:
+    """pixels[index], cropped and mirrored as draws[index] say, over scale; NaN where the index names no image."""
+    named = (index >= 0) & (index < len(pixels))
+    index = torch.where(named, index, 0)
+    # index_select copies whole images; plain indexing would go pixel by pixel, twenty times slower on a CPU.
+    chosen = pixels.index_select(0, index) if len(pixels) else pixels.new_zeros(len(index), *pixels.shape[1:])
+    if draws is not None and len(draws):
+        chosen = crop_and_flip(chosen, draws.index_select(0, index), padding, flip)
+    # CUDA would turn a Python number as divisor into a multiplication by its rounded reciprocal, unlike the CPU.
+    x = chosen.to(torch.float32).div_(torch.full((), scale, dtype=torch.float32, device=pixels.device))
+    x = torch.where(named.view(-1, 1, 1, 1), x, torch.nan)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def crop_and_flip(x: Tensor, draws: Tensor, padding: int, flip: bool = True) -> Tensor:
+    """One of the (2·padding + 1)² windows of each zero-padded image [B, C, H, W], mirrored half of the time.
+
+    With d = draw mod 2·(2·padding + 1)², d // 2 numbers the window row by row, and an odd d mirrors it.
+    """
+    _, channels, height, width = x.shape
+    draws = draws.unsqueeze(1) % (2 * (2 * padding + 1) ** 2)
+    window, mirrored = draws // 2, draws % 2 == 1
+    top, left = window // (2 * padding + 1), window % (2 * padding + 1)
+    across = torch.arange(width, device=x.device)
+    rows = top + torch.arange(height, device=x.device)
+    columns = left + torch.where(mirrored & flip, across.flip(0), across)
+    # Where each output pixel lies in its padded plane: crop and flip become one gather, the same for all channels.
+    position = rows[:, :, None] * (width + 2 * padding) + columns[:, None, :]
+    planes = F.pad(x, (padding,) * 4).flatten(2)
+    return planes.gather(2, position.flatten(1).unsqueeze(1).expand(-1, channels, -1)).view(x.shape)

@@ -1,25 +1,21 @@
-"""Training: the loop, what it reports, checkpoints, and the run that a config describes."""
+"""Training: the loop, what it reports, and the weights that come of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from afd.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from afd.training.logs import json_lines, tensorboard
-from afd.training.reports import Callback, EpochReport, IntervalReport, TrainingError
+from afd.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from afd.deprecated import moved
+from afd.training.callbacks import Callback, EpochReport, IntervalReport, TrainingError, json_lines, tensorboard
 from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
 from afd.training.weights import load_weights, save_weights
-
-if TYPE_CHECKING:
-    from afd.training.experiment import Result, train
 
 __all__ = [
     "Callback",
     "CheckpointError",
     "EpochReport",
     "IntervalReport",
-    "Result",
     "StoppedError",
     "Trainer",
     "TrainingError",
@@ -29,14 +25,8 @@ __all__ = [
     "save_checkpoint",
     "save_weights",
     "tensorboard",
-    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """What a config describes, imported where it is asked for: it needs the packages of the command line."""
-    if name not in {"Result", "train"}:
-        raise AttributeError(f"module 'afd.training' has no attribute {name!r}")
-    from afd.training import experiment
-
-    return getattr(experiment, name)
+    return moved(__name__, name)

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from afd.data.images import images_and_labels
-from afd.training import rng
 
 LONGEST = 100  # of a list or dict that is looked into; what is longer is data
 MOST = 10_000  # objects that are looked at
@@ -132,7 +131,7 @@ def untouched(loader: Any) -> Iterator[None]:
     rows = [(value, list(value)) for value in values if type(value) is list and _is_row(value)]
     own = loader.state_dict() if _says_its_state(loader) else None
     states = [(one, _state_of(one)) for _, one in _walk({"": loader}) if _is_generator(one)]
-    generators = rng.capture()
+    generators = global_generators()
     try:
         yield
     finally:
@@ -145,7 +144,7 @@ def untouched(loader: Any) -> Iterator[None]:
             loader.load_state_dict(own)
         for one, kept in states:
             _put(one, kept)
-        rng.restore(generators)
+        set_global_generators(generators)
 
 
 # --- What lies within a loader --------------------------------------------------------------------------------------
@@ -308,3 +307,27 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return torch.equal(left, right)
     return type(left) is type(right) and bool(left == right)
+
+
+# --- The global generators ------------------------------------------------------------------------------------------
+
+
+def global_generators() -> dict[str, Any]:
+    """The state of the global random generators, as plain content: torch on CPU and CUDA, NumPy, Python."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, gauss],
+        "python": random.getstate(),
+    }
+
+
+def set_global_generators(state: dict[str, Any]) -> None:
+    """Puts every generator where `global_generators` found it."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([saved.cpu() for saved in state["cuda"]])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"])

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from afd.checkpoint import CheckpointError
 from afd.nn import FeatureClassifier, ProjectionDiscriminator
-from afd.training.checkpoint import CheckpointError
 
 State = Mapping[str, Tensor]
 

@@ -1,18 +1,144 @@
-"""A run's settings as plain facts, so that a checkpoint can say which of them another run changed."""
+"""The settings of a trainer: checked before anything starts, and as plain facts that a checkpoint compares."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import subprocess
-from collections.abc import Collection, Mapping
+import inspect
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
+from afd import errors
+from afd._version import __version__
+from afd.attacks import AttackFactory, AttackSettings
+from afd.attacks.base import GradientAttack
+from afd.deprecated import trainer_attacks
+from afd.errors import InputError, InputTypeError
+from afd.methods import Execution, Method, Wrapper
 from afd.methods.attacking import GivenAttack
+from afd.nn import FeatureSplit
+from afd.training.weights import SCALED, SCALED_FOR
+
+BUILT = (
+    "method", "schedule", "ema", "execution", "feature_layer", "normalize", "attack", "validation_attack", "folder",
+)  # fmt: skip
+"""Settings that a trainer has built on when it was made: a change of one would be followed by nobody."""
+
+FACTS = (
+    "method", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
+)  # fmt: skip
+"""Settings that must be the same in the run that goes on, where no config says which."""
+
+# of a config: may change when resumed
+FREE = {
+    "out", "overwrite", "device", "resume", "weights", "save_every", "log_every", "data.root", "graph",
+    "execution.graph",
+}  # fmt: skip
+
+
+def check_settings(given: Mapping[str, Any]) -> None:
+    """Checks the settings of a trainer, by name, its model apart: what cannot be meant is named before anything starts.
+
+    Raises:
+        InputTypeError: one is of a type that is not allowed.
+        InputError: one is out of range, or misses another.
+    """
+    errors.whole("epochs", given["epochs"], 0)
+    errors.number("eps_warmup", given["eps_warmup"], 0.0)
+    errors.whole("log_every", given["log_every"], 1)
+    errors.whole("save_every", given["save_every"], 0)
+    errors.whole("seed", given["seed"], 0)
+    _check_method(given["method"])
+    _expect("execution", given["execution"], Execution, "an afd.methods.Execution")
+    for name in ("attack", "validation_attack"):
+        check_factory(name, given[name])
+    callbacks, progress = given["callbacks"], given["progress"]
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise InputTypeError(f"callbacks is {_told(callbacks)}; it must be a list of functions of a report")
+    _expect("normalize", given["normalize"], bool | None, "True, False or None")
+    for name in ("folder", "resume"):
+        _expect(name, given[name], str | Path | None, "a path")
+    _expect("config", given["config"], Mapping | None, "a dict")
+    shows = progress is None or all(hasattr(progress, name) for name in ("began", "moved"))
+    if isinstance(progress, type) or not shows:
+        raise InputTypeError(f"progress is {_told(progress)}; it must be an object with the methods began and moved")
+    _check_folder(given["folder"], given["resume"], given["overwrite"])
+
+
+def _check_folder(folder: Path | str | None, resume: Path | str | None, overwrite: bool) -> None:
+    if resume == "auto" and folder is None:
+        raise InputError("resume is 'auto'; it needs a folder to look for checkpoints in")
+    if resume == "auto" and overwrite:
+        raise InputError(
+            "resume is 'auto' and overwrite is True; the run in folder is gone on with or discarded, not both"
+        )
+    within = folder is not None and Path(str(resume)).parent.resolve() == Path(folder).resolve()
+    if overwrite and resume is not None and within:
+        raise InputError(f"resume is {resume}, which overwrite would discard; name another folder")
+
+
+def _expect(name: str, value: Any, kind: Any, words: str) -> None:
+    if not isinstance(value, kind):
+        raise InputTypeError(f"{name} is {_told(value)}; it must be {words}")
+
+
+def check_factory(name: str, factory: Any) -> None:
+    """Raises InputTypeError unless a setting is an attack without its model, or None."""
+    if isinstance(factory, GradientAttack):
+        kind = type(factory).__name__
+        raise InputTypeError(
+            f"{name} is a {kind} that has its model already; give its settings alone, {kind}.partial(eps=...)"
+        )
+    if factory is not None and not callable(factory):
+        raise InputTypeError(
+            f"{name} is {_told(factory)}; it must be an attack without its model, such as PGD.partial(eps=...)"
+        )
+
+
+def _check_method(method: Any) -> None:
+    if isinstance(method, type):
+        raise InputTypeError(f"method is the class {method.__name__}; it must have settings: {method.__name__}(...)")
+    if not isinstance(method, Method):
+        raise InputTypeError(f"method is {_told(method)}; it must be a training method, such as AFD(...) or Natural()")
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, str):
+        return repr(value)
+    return f"the function {value.__name__}" if inspect.isfunction(value) else f"a {type(value).__name__}"
+
+
+# --- As plain facts -------------------------------------------------------------------------------------------------
+
+
+def built(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of a trainer that must stay as they are, in plain terms."""
+    described: dict[str, Any] = describe({name: settings[name] for name in BUILT})
+    return {**described, "folder": None if settings["folder"] is None else str(settings["folder"])}
+
+
+def facts(settings: Mapping[str, Any], judging: Any, processes: int, network: nn.Module) -> dict[str, Any]:
+    """What must be the same in the run that goes on.
+
+    Args:
+        settings: of the trainer.
+        judging: the attack that it is validated by.
+        processes: how many there are.
+        network: that is trained.
+    """
+    run = settings["config"]
+    if run is None:
+        run = {name: settings[name] for name in FACTS}
+        if settings["attack"] is not None or settings["validation_attack"] is not None:  # instead of the method's own
+            run["validation_attack"] = judging
+    if isinstance(network, FeatureSplit):
+        run = {**run, SCALED_FOR: SCALED[network.normalize]}
+    described: dict[str, Any] = describe({"afd": __version__, "processes": processes, **run})
+    return described
 
 
 def describe(value: Any) -> Any:
@@ -51,29 +177,41 @@ def _differ(one: Any, other: Any) -> bool:
     return bool(one != other) and repr(one) != repr(other)
 
 
-def commit() -> str | None:
-    """The commit this package is checked out from, or None for an installed one.
-
-    "-dirty" follows it where sources have local changes; results that were written meanwhile do not count.
-    """
-
-    def git(*arguments: str) -> str | None:
-        try:
-            ran = subprocess.run(["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=False)
-        except FileNotFoundError:  # no git here
-            return None
-        return ran.stdout.strip() if ran.returncode == 0 else None
-
-    here = Path(__file__)
-    tracked = git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie in some other repository
-    if tracked is None:
-        return None
-    changed = git("status", "--porcelain", "--", str(here.parents[1]), str(here.parents[2] / "csrc"))
-    return f"{git('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"
-
-
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for name, value in settings.items():
         found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
     return found
+
+
+# --- Attacks in the place of a method's own -------------------------------------------------------------------------
+
+
+def overridden(
+    method: Method, attack: AttackFactory | None, validation_attack: AttackFactory | None, seed: int
+) -> tuple[Method, Any]:
+    """A trainer's method, and the attack that it is validated by, where the trainer is given others.
+
+    Args:
+        method: with attacks of its own.
+        attack: instead of its training attack, as a function of the model.
+        validation_attack: likewise; where only `attack` is given, there is none.
+        seed: of the method's own validation attack.
+    """
+    given = {"attack": attack, "validation_attack": validation_attack}
+    named = [f"{name}=" for name, one in given.items() if one is not None]
+    if not named:
+        return method, method.judge(seed)
+    trainer_attacks(named)
+    if attack is not None and method.attack is not None:
+        method = _against(method, attack if isinstance(attack, AttackSettings) else GivenAttack(attack))
+    if validation_attack is not None:
+        own = isinstance(validation_attack, AttackSettings)
+        return method, validation_attack if own else GivenAttack(validation_attack, "validation_attack")
+    return method, None if attack is not None else method.judge(seed)
+
+
+def _against(method: Any, attack: Any) -> Any:
+    if isinstance(method, Wrapper):
+        return dataclasses.replace(method, method=_against(method.method, attack))
+    return dataclasses.replace(method, attack=attack)

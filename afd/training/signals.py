@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask training to stop after the round; a second one ends the process as it always would.
+"""SIGTERM and SIGINT ask training to stop after the step in progress; a second one ends the process as it always would.
 
 torchrun passes on what it is told, so with Ctrl-C in a terminal every process hears of it twice: there a second signal
 counts from a while after the first one on.
@@ -15,11 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 from afd.errors import AfdError
 from afd.processes import launched
-from afd.training.distributed import Agreement, Group
+from afd.runtime import Agreement, Group
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 ONE_AND_THE_SAME = 3.0  # seconds in which torchrun's signal is the one that was heard before
@@ -59,11 +57,10 @@ class Stop:
 
     Args:
         group: of the processes.
-        device: of the model.
     """
 
-    def __init__(self, group: Group, device: torch.device) -> None:
-        self.group, self.device, self.reason = group, device, 0
+    def __init__(self, group: Group) -> None:
+        self.group, self.reason = group, 0
         self._agreement = Agreement(group)
 
     def begin(self) -> None:
@@ -88,7 +85,7 @@ class Stop:
 
     def asked(self) -> bool:
         """Whether to stop now; all processes must ask."""
-        self.reason = self.group.largest(self.reason, self.device)
+        self.reason = self.group.largest(self.reason)
         return self.reason > 0
 
     def after_step(self) -> bool:

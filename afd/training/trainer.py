@@ -1,11 +1,11 @@
-"""The loop, and only the loop: attack, round, report, save, validate."""
+"""The loop, and only the loop: attack, step, report, save, validate."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,33 +14,37 @@ from typing import Any
 from torch import Tensor, nn
 
 from afd.attacks import Attack, AttackFactory
-from afd.attacks.capture import guard
-from afd.deprecated import overridden
+from afd.checkpoint import CheckpointManager
 from afd.errors import InputError
+from afd.execution import isolated, lay_out_plainly
+from afd.graphs import guard
 from afd.methods import AFD, Execution, Method
-from afd.methods.execution import isolated, lay_out_plainly
 from afd.methods.inputs import device_of, settle, taken_in
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
 from afd.processes import all_or_none
-from afd.training import distributed, loaders, recording, run_state
-from afd.training.average import averaged
-from afd.training.given import check_settings
-from afd.training.keeper import Keeper
-from afd.training.loaders import Loader
-from afd.training.meter import Meter, NotFiniteError
-from afd.training.reports import UNSEEN, Callback, EpochReport, IntervalReport, Progress, Report, TrainingError
-from afd.training.run_state import Position
-from afd.training.schedule import Rates, Schedule, schedule_named
-from afd.training.settings import differences
+from afd.runtime import join
+from afd.training.callbacks import (
+    UNSEEN,
+    Callback,
+    EpochReport,
+    IntervalReport,
+    LossTracker,
+    NotFiniteError,
+    Progress,
+    Report,
+    TrainingError,
+)
+from afd.training.data import Loader, check_loaders, shared_accuracy
+from afd.training.recording import recorded
+from afd.training.schedules import EpsWarmup, Rates, Schedule, averaged, schedule_named
+from afd.training.settings import built, check_settings, differences, overridden
 from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
-from afd.training.stream import Stream
-from afd.training.validation import shared_accuracy
-from afd.training.warmup import EpsWarmup
+from afd.training.state import Position, Resumable
 
 
 @dataclass
-class Trainer:
+class Trainer(Resumable):
     """Trains any image classifier with a method against an attack.
 
     Under torchrun, every process builds a trainer and they train one model together.
@@ -55,8 +59,8 @@ class Trainer:
         schedule: of all learning rates: "step" (a tenth after 1/2 and 5/6 of the run), "cosine", "one-cycle", or a
             function from progress in [0, 1) to a factor.
         eps_warmup: epochs in which the training attack grows to its full radius.
-        ema: decay a round of an exponential average of the weights, which is then what is validated; None for none.
-        execution: precision, memory layout and compilation of the training passes, and whether rounds are recorded.
+        ema: decay a step of an exponential average of the weights, which is then what is validated; None for none.
+        execution: precision, memory layout and compilation of the training passes, and whether steps are recorded.
         feature_layer: the linear layer that features enter; by default the last one.
         normalize: whether the features of somebody's own model are scaled to length 1: None for the discriminator
             alone, so that the model stays the function that it is; True for the layer that they enter, too, which makes
@@ -64,10 +68,10 @@ class Trainer:
             already, such as afd's own, says so itself.
         seed: of the attacks' random starts.
         callbacks: functions called with every report.
-        log_every: rounds between interval reports; losses are read, and checked, only then.
-        folder: for checkpoints (`Keeper`); None to keep none. While `fit` runs it is this trainer's alone.
+        log_every: steps between interval reports; losses are read, and checked, only then.
+        folder: for checkpoints (`CheckpointManager`); None to keep none. While `fit` runs it is this trainer's alone.
         overwrite: whether the checkpoints of another run in `folder` may be discarded; else they are an error.
-        save_every: rounds between checkpoints within an epoch; 0 for one at its end only.
+        save_every: steps between checkpoints within an epoch; 0 for one at its end only.
         resume: a checkpoint to go on from, or "auto": the newest whole one in `folder`, or none if there is none.
         config: kept in the checkpoints; a resumed run must have the same, but for `epochs`, which may grow. Default:
             what the settings above say.
@@ -97,30 +101,30 @@ class Trainer:
     resume: Path | str | None = None
     config: dict[str, Any] | None = None
     progress: Progress | None = None
-    stream: Stream = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_settings(self.settings())
         self.method, self.judging = overridden(self.method, self.attack, self.validation_attack, self.seed)
         self.factor = schedule_named(self.schedule)
-        self.group = distributed.join()
+        self.group = join()
         inner = taken_in(self.model)
         with held(inner.modules()):  # another thread that evaluates it has frozen its parameters
             network = split(inner, self.feature_layer, self.normalize)
             self.device = device_of(network)
+            self.group = dataclasses.replace(self.group, device=self.device)
             with isolated(self.device):
                 self.network = self.execution.prepare(network)
                 self._build_step()
                 self.average = None if self.ema is None else averaged(self.network, self.ema)
         # one for all epochs: what it has recorded stays
         self.judge = None if self.judging is None else self.judging.build(self.evaluated)
-        self.keeper = None if self.folder is None else Keeper(Path(self.folder), self.warn)
-        self.position, self.meter, self.history = Position(), Meter(self.group), list[EpochReport]()
-        self.best: EpochReport | None = None
-        self.stopping, self.begun = Stop(self.group, self.device), False
-        self.owed: bool | None = None  # a checkpoint that could not be written, and whether it is the best
-        self.generators: dict[str, Any] | None = None  # where they stood when `fit` ended
-        self._built, self._fitting = run_state.built(self), False
+        self.checkpoints = None if self.folder is None else CheckpointManager(Path(self.folder), self.warn)
+        self.stopping, self._built = Stop(self.group), built(self.settings())
+        self._reset()
+
+    def settings(self) -> dict[str, Any]:
+        """What this was made with, by name."""
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.init}
 
     def _build_step(self) -> None:
         self.step = self.method.build(self.network, self.execution, self.group.wrap)
@@ -139,7 +143,7 @@ class Trainer:
         return self.progress if self.progress is not None and self.group.leads else UNSEEN
 
     def stop(self, signal_number: int | None = None) -> None:
-        """Asks to stop after the round in progress; `fit` then saves and returns (or, for a signal, raises)."""
+        """Asks to stop after the step in progress; `fit` then saves and returns (or, for a signal, raises)."""
         self.stopping.ask(signal_number or BY_CALLBACK)
 
     def fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
@@ -157,7 +161,7 @@ class Trainer:
 
         Precision, gradients and inference mode are those of `execution`, whatever mode the caller is in. Nothing is
         trained before both loaders were looked at, a checkpoint was found readable, and a model that is not afd's own
-        was tried on images: one of another number of classes than its layers' widths made believe gets a new round.
+        was tried on images: one of another number of classes than its layers' widths made believe gets a new step.
 
         Raises:
             InputError, InputTypeError: images are not finite floats in [0, 1], labels not int64 classes of the model; a
@@ -166,35 +170,36 @@ class Trainer:
             FolderError: `folder` is used by another run, or holds one that is neither gone on with nor to be discarded.
             CheckpointError: a checkpoint cannot be written, read or gone on from.
             TrainingError: a loss stopped being finite.
-            StoppedError: SIGTERM or SIGINT came; the round was finished and a checkpoint saved.
+            StoppedError: SIGTERM or SIGINT came; the step was finished and a checkpoint saved.
         """
-        if self._fitting:
+        if self.fitting:
             raise InputError("fit was called while it runs; a callback may call stop")
-        self._fitting = True
+        self.fitting = True
         try:
             with guard(self.device), isolated(self.device), all_or_none(StoppedError), self._claimed():
                 return self._fit(train, validation)
         finally:
-            self._fitting = False
+            self.fitting = False
 
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
-        check_settings(self)
-        changed = differences(self._built, run_state.built(self))
+        settings = self.settings()
+        check_settings(settings)
+        changed = differences(self._built, built(settings))
         if changed:
             raise InputError(f"changed since the trainer was made: {'; '.join(changed)}; make another trainer for that")
         look_at = partial(settle, self.network, self.execution)
-        told = None if self.keeper is None else self.warn
-        rounds = loaders.look(train, validation, self.epochs, look_at, self.group, told, labels=self.method.labels)
+        told = None if self.checkpoints is None else self.warn
+        steps = check_loaders(train, validation, self.epochs, look_at, self.group, told, labels=self.method.labels)
         self._follow_what_was_found()
-        self.rates = Rates(self.step.optimizers, self.factor, max(1, self.epochs * rounds))
-        generators = run_state.begin(self, train, validation, rounds)
-        self.warmup = EpsWarmup(self.method, self.step, round(self.eps_warmup * rounds))
-        self.plays = recording.recorded(self)
+        self.rates = Rates(self.step.optimizers, self.factor, max(1, self.epochs * steps))
+        generators = self._begin(train, validation, steps)
+        self.warmup = EpsWarmup(self.method, self.step, round(self.eps_warmup * steps))
+        self.run_step = recorded(self.network, self.step, self.device, self.group.size, self.execution)
         self.stopping.begin()
         try:
             with on_signals(self.stopping.by_signal):
                 while self.position.epoch <= self.epochs and not self.stopping.asked():
-                    self._train_epoch(rounds, generators)
+                    self._train_epoch(generators)
                     generators = None
                     if self.stopping.asked() or not self._close_epoch(validation):
                         break
@@ -202,7 +207,7 @@ class Trainer:
             if self.stopping.asked():
                 self._end_early()
         finally:
-            self.generators = self.stream.capture()  # for the next call
+            self.generators = self._capture_generators()  # for the next call
         if isinstance(self.network, FeatureSplit) and self.network.normalize:
             self.warn(
                 f"the model now scales what enters {self.network.feature_layer!r} to length 1, as normalize=True "
@@ -210,18 +215,8 @@ class Trainer:
             )
         return self.history
 
-    @contextmanager
-    def _claimed(self) -> Iterator[None]:
-        """The folder for this trainer alone, and free for it; all processes raise together."""
-        with ExitStack() as stack:
-            with self.group.together():
-                if self.keeper is not None and self.group.leads:
-                    stack.enter_context(self.keeper.lock.held())
-                    self.keeper.check_untouched() if self.begun else self.keeper.check_free(self.resume, self.overwrite)
-            yield
-
     def _follow_what_was_found(self) -> None:
-        """Round and average as the model has turned out to be, when it was tried on images."""
+        """Step and average as the model has turned out to be, when it was tried on images."""
         with held(self.modules()):
             if self.network.num_classes != self._built_for:
                 self._build_step()
@@ -231,94 +226,94 @@ class Trainer:
                     lay_out_plainly(self.average.module)
 
     def modules(self) -> list[nn.Module]:
-        """All that a round reads or writes: held at once, so that no two threads wait for each other."""
+        """All that a step reads or writes: held at once, so that no two threads wait for each other."""
         others = [getattr(attack, "model", None) for attack in self.step.attacks]
         models = (self.network, None if self.average is None else self.average.module, *others)
         return [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
 
-    def _train_epoch(self, rounds: int, generators: dict[str, Any] | None) -> None:
+    def _train_epoch(self, generators: dict[str, Any] | None) -> None:
         """What is left of an epoch."""
         self._held = self.modules()
         with held(self._held):
             self.network.train()
-        at, since = self.position, time.perf_counter()
-        self.shown.began("training", at.epoch, at.batch, rounds, self.meter.peek)
-        for x, y, index in self.stream.epoch(at.epoch, at.batch, generators):
+        at, since, steps = self.position, time.perf_counter(), self.steps_per_epoch
+        self.shown.began("training", at.epoch, at.batch, steps, self.losses.peek)
+        for x, y, index in self.loader.epoch(at.epoch, at.batch, generators):
             try:
-                self._play(x, y, index)
+                self._train_step(x, y, index)
             except InputError:
                 if self.group.size == 1:  # several would wait for each other
-                    self._report_interval(rounds)  # a loss that is not finite explains it better
+                    self._report_interval()  # a loss that is not finite explains it better
                 raise
-            at.batch, at.round = at.batch + 1, at.round + 1
-            since = self.meter.count(len(x), since)
+            at.batch, at.global_step = at.batch + 1, at.global_step + 1
+            since = self.losses.count(len(x), since)
             self.shown.moved(self.group.size * len(x))
-            at_report = at.round % self.log_every == 0 or at.batch == rounds
+            at_report = at.global_step % self.log_every == 0 or at.batch == steps
             if at_report:
-                self._report_interval(rounds)
+                self._report_interval()
             if self.stopping.after_step():
                 break
-            if self.save_every and at.round % self.save_every == 0 and at.batch < rounds:
-                self._report_interval(rounds)
+            if self.save_every and at.global_step % self.save_every == 0 and at.batch < steps:
+                self._report_interval()
                 self.save(best=False)
-        self._report_interval(rounds)
+        self._report_interval()
 
     @property
-    def _played(self) -> int:
-        """Rounds until here, had all epochs had as many as this one: what schedules are asked with."""
-        return (self.position.epoch - 1) * self.stream.rounds + self.position.batch
+    def _done(self) -> int:
+        """Steps until here, had all epochs had as many as this one: what schedules are asked with."""
+        return (self.position.epoch - 1) * self.steps_per_epoch + self.position.batch
 
-    def _play(self, x: Tensor, y: Tensor | None, index: Tensor | None) -> None:
-        """One round, and the average."""
-        self.rates.set(self._played)
-        self.warmup.at(self._played)
+    def _train_step(self, x: Tensor, y: Tensor | None, index: Tensor | None) -> None:
+        """One step, and the average."""
+        self.rates.set(self._done)
+        self.warmup.at(self._done)
         # the processes' batches are rows of one joint batch, and each row has its own start
-        seed, first = self.seed + self.position.round, self.group.rank * len(x)
+        seed, first = self.seed + self.position.global_step, self.group.rank * len(x)
         with held(self._held):
-            self.meter.add(self.plays(x, y, index=index, seed=seed, first_sample=first))
+            self.losses.add(self.run_step(x, y, index=index, seed=seed, first_sample=first))
             if self.average is not None:
                 self.average.update_parameters(self.network)
 
-    def _report_interval(self, rounds: int) -> None:
+    def _report_interval(self) -> None:
         """Reads the losses and tells of them; the only place in an epoch that waits for the device."""
-        at, waiting = self.position, len(self.meter.waiting)
+        at, waiting = self.position, len(self.losses.waiting)
         try:
-            losses = self.meter.read()
+            losses = self.losses.read()
         except NotFiniteError as error:
-            number = at.round - waiting + error.rounds_before + 1
+            number = at.global_step - waiting + error.steps_before + 1
             raise TrainingError(
-                f"{error} in round {number} (epoch {at.epoch}); {self._where_it_stood(number)}"
+                f"{error} in step {number} (epoch {at.epoch}); {self._where_it_stood(number)}"
             ) from None
         if losses:
-            rates = self.rates.of_round(self._played)
-            self._tell(IntervalReport(at.epoch, at.round, at.batch, rounds, losses, rates))
+            rates = self.rates.of_step(self._done)
+            self._tell(IntervalReport(at.epoch, at.global_step, at.batch, self.steps_per_epoch, losses, rates))
 
     def _close_epoch(self, validation: Loader) -> bool:
         """Validation, report and checkpoint after a whole epoch; False if it was stopped in validation."""
-        generators = self.stream.capture()
+        generators = self.loader.capture()
         self.group.share_buffers(self.evaluated)
         try:
             natural = self._measure(validation, None)
             robust = None if self.judge is None else self._measure(validation, self.judge)
         except BaseException as error:
-            self.stream.restore(generators)  # validation begins anew when training goes on
+            self.loader.restore(generators)  # validation begins anew when training goes on
             if isinstance(error, LeftError):
                 return False
             raise
         report = EpochReport(
             self.position.epoch,
-            self.position.round,
-            self.meter.means(),
+            self.position.global_step,
+            self.losses.means(),
             natural=natural,
             robust=robust,
-            images_per_second=self.group.size * self.meter.speed,
-            learning_rates=self.rates.of_round(self._played),
+            images_per_second=self.group.size * self.losses.speed,
+            learning_rates=self.rates.of_step(self._done),
         )
         best = self.best is None or report.rank >= self.best.rank
         self.history.append(report)
         self.best = report if best else self.best
-        self.position = Position(self.position.epoch + 1, 0, self.position.round)
-        self.meter = Meter(self.group)
+        self.position = Position(report.epoch + 1, 0, report.global_step)
+        self.losses = LossTracker(self.group)
         try:
             self._tell(report)  # first: what is in the checkpoint is in the log
         finally:
@@ -336,44 +331,20 @@ class Trainer:
             self.stopping.leave()
 
         classes = self.network.num_classes
-        return shared_accuracy(self.evaluated, validation, attack, self.group, self.device, classes, each)
-
-    def save(self, *, best: bool) -> None:
-        """Writes the checkpoint of this moment, if there is a folder; all processes must ask."""
-        if self.keeper is None:
-            return
-        self.owed = best
-        self.group.share_buffers(self.network)
-        if not run_state.finite(self.network, self.step.players):
-            played = self.position.round
-            raise TrainingError(f"a weight stopped being finite by round {played}; {self._where_it_stood(played)}")
-        with held(self.modules()):
-            state, metadata = run_state.capture(self)
-        with self.group.together():
-            if self.group.leads:
-                self.keeper.save(state, metadata, best=best)
-        self.owed = None
+        return shared_accuracy(self.evaluated, validation, attack, self.group, classes, each)
 
     def _end_early(self) -> None:
         if self.position.batch:
             self.save(best=False)
         if self.stopping.reason == BY_CALLBACK:
             return
-        at, file = self.position, self.group.gather(self.keeper and self.keeper.newest)[0]
-        raise StoppedError(self.stopping.reason, f"stopped in epoch {at.epoch} after round {at.round}", file)
-
-    def _where_it_stood(self, number: int) -> str:
-        shown = ", ".join(f"{name} {rate:g}" for name, rate in self.rates.of_round(number).items())
-        return f"learning rates were {shown}; last good checkpoint: {(self.keeper and self.keeper.newest) or 'none'}"
+        at, file = self.position, self.group.gather(self.checkpoints and self.checkpoints.newest)[0]
+        raise StoppedError(self.stopping.reason, f"stopped in epoch {at.epoch} after step {at.global_step}", file)
 
     def _tell(self, report: Report) -> None:
         if self.group.leads:
             for callback in self.callbacks:
                 callback(report)
-
-    def warn(self, message: str) -> None:
-        """Says what the user should know, once."""
-        self.note(f"warning: {message}")
 
     def note(self, message: str) -> None:
         """Says what the user may want to know."""

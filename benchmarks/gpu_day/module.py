@@ -34,10 +34,9 @@ def misfit(folder: Path, architecture: str) -> str:
     """Why the module in a folder does not serve, on a GPU of that architecture ("90") or on none; "" if it does."""
     held = read_json(folder / "stamp.json")
     wanted = stamp(folder / "afd" / MODULE, architecture or held.get("architecture", ""))
-    others = [
-        f"its {name} is {held.get(name)}, not {value}" for name, value in wanted.items() if held.get(name) != value
-    ]
-    return ("; ".join(others) if held else "there is no stamp.json") if others else ""
+    others = [(name, held.get(name), value) for name, value in wanted.items() if held.get(name) != value]
+    told = "; ".join(f"its {name} is {found}, not {value}" for name, found, value in others)
+    return told if held else "there is no stamp.json"
 
 
 def stamp(module: Path, architecture: str) -> dict[str, str]:
@@ -46,19 +45,18 @@ def stamp(module: Path, architecture: str) -> dict[str, str]:
     return {"file": module.name, "architecture": architecture, "digest": digest(module), "digest of sources": sources}
 
 
-def compiled(into: Path, python: str, architecture: str, given: Mapping[str, str]) -> str:
-    """Compiles for a Python and a GPU ("" for the CPU alone) into a folder; returns what the compilers said."""
+def compiled(into: Path, python: str, architecture: str, given: Mapping[str, str]) -> None:
+    """Compiles for a Python and a GPU ("" for the CPU alone) into a folder."""
     shutil.rmtree(into, ignore_errors=True)
     cuda = {"AFD_CUDA": "on" if architecture else "off", "AFD_CUDA_ARCHITECTURES": f"{architecture}-real"}
     words = [python, "setup.py", "build_ext", f"--build-lib={into}", f"--build-temp={into}/objects"]
-    ran = subprocess.run(words, cwd=ROOT, env={**given, **cuda, "CUDAFLAGS": "-Xptxas=-v"}, text=True, check=False,
+    ran = subprocess.run(words, cwd=ROOT, env={**given, **cuda}, text=True, check=False,
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
     if ran.returncode:
         print(ran.stdout, flush=True)
         raise DayError(f"the module cannot be compiled here: {ran.stdout.strip().splitlines()[-1]} (more in build.log)")
     shutil.rmtree(into / "objects")
     write(into / "stamp.json", stamp(next((into / "afd").glob("_C*")), architecture))
-    return ran.stdout
 
 
 def install(work: str, pack: str, architecture: str, out: str) -> None:

@@ -16,7 +16,7 @@ TESTS = {*COMMAND_LINE, "hypothesis", "pytest", "xdist", "pytest_benchmark", "py
 MODULES = {1: AFD, 2: TESTS, 3: AFD, 4: AFD, 5: {*AFD, "pyautoattack"}, 6: {*COMMAND_LINE, "PIL"}}
 PEERS = "eager,eager-tf32,eager-bf16,torchattacks,foolbox,pyautoattack"
 ATTACKS = f"attacks attack=pgd,apgd norm=Linf steps=10 against={PEERS}"
-FEW = f"{ATTACKS} model=lenet batch=8 steps=2 rounds=1"  # for a few slow cores
+FEW = f"{ATTACKS} model=lenet batch=8 steps=2 repeats=1"  # for a few slow cores
 CIFAR10 = "--model resnet18 --width 64 --eps 8/255 --attack-steps 10"
 ALLOWED = "numbers from 1 to 6, each once, as in 1,2,4:128 (steps of that name)"
 TINY = "--model convnet --width 2 --attack-steps 1 --eval-steps 1"
@@ -50,12 +50,12 @@ def steps(data: Path | None, architecture: str) -> list[Step]:
         words = f"{on_gpu if gpu else on_cpu} device={device} out={{folder}}/{name}.json"
         return Step(stage, name, [f"{python} -m afd.bench {words}"], cap=cap)
 
-    def watched(tool: str, share: float = 0) -> Step:
+    def watched(tool: str) -> Step:
         sanitize = f"env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool {tool} --kernel-name kns=afd"
         sanitize += " --report-api-errors no --target-processes all"
         planted = f"nvcc -arch=sm_{architecture} -o {{folder}}/planted benchmarks/gpu_day/planted.cu"
         commands = [planted, f"{sanitize} {{folder}}/planted", f"{sanitize} {smoke}"]
-        return Step(2, tool, commands if gpu else [], results.sanitizer, 75, share)
+        return Step(2, tool, commands if gpu else [], results.sanitizer, 75)
 
     return [
         Step(1, "build", [f"{install} {{work}} {{wheels}} '{architecture}' {{folder}}/module.json"], cap=240),
@@ -63,19 +63,16 @@ def steps(data: Path | None, architecture: str) -> list[Step]:
         Step(2, "tests-gpu", [*([] if gpu else [small]), f"{pytest}gpu.xml -m 'gpu and not slow'"], results.tests, 120),
         watched("memcheck"),
         watched("racecheck"),
-        bench(3, "kernels-cifar", "kernels sizes=cifar rounds=30 against=eager",
-              "kernels sizes=cifar ops=pgd_step,spectral_norm rounds=2 against=eager"),
-        bench(3, "kernels-imagenet", "kernels sizes=imagenet rounds=30 against=eager",
-              "kernels sizes=imagenet ops=random_start rounds=1 against=eager"),
-        bench(3, "discriminator", "discriminator rounds=30 against=plain,parametrized",
-              "discriminator rounds=2 against=plain,parametrized", cap=30),
-        bench(4, "attacks-resnet18-128", f"{ATTACKS} model=resnet18 batch=128 rounds=15", FEW, 150),
-        bench(4, "attacks-resnet18-1024", f"{ATTACKS} model=resnet18 batch=1024 rounds=5", FEW, 150),
-        bench(5, "round-resnet18", "round case=resnet18 rounds=15", "round case=small batch=8 steps=2 rounds=1", 75),
+        bench(3, "kernels-cifar", "kernels sizes=cifar repeats=30 against=eager",
+              "kernels sizes=cifar ops=pgd_step,spectral_norm repeats=2 against=eager"),
+        bench(3, "kernels-imagenet", "kernels sizes=imagenet repeats=30 against=eager",
+              "kernels sizes=imagenet ops=random_start repeats=1 against=eager"),
+        bench(3, "discriminator", "discriminator repeats=30 against=plain,parametrized",
+              "discriminator repeats=2 against=plain,parametrized", cap=30),
+        bench(4, "attacks-resnet18-128", f"{ATTACKS} model=resnet18 batch=128 repeats=15", FEW, 150),
+        bench(5, "step-resnet18", "step case=resnet18 repeats=15", "step case=small batch=8 steps=2 repeats=1", 75),
         *training(data, python, device),
         Step(2, "ncu", [f"sh -c '\"$@\" || echo no counters here' sh {profile}"] if gpu else [], None, 30, share=5),
-        watched("initcheck", share=5),
-        watched("synccheck", share=5),
     ]  # fmt: skip
 
 
@@ -110,17 +107,16 @@ def chosen(text: str, known: list[Step]) -> list[Step]:
         if not names or int(number) in asked or (colon and not word):
             raise DayError(f"STAGES is {text!r}, where {part!r} cannot be used; allowed are {ALLOWED}")
         if not any(word in name for name in names):
-            raise DayError(
-                f"STAGES asks for {part}, but the steps of stage {number} are {', '.join(names)} with this DATA"
-            )
+            there = f"the steps of stage {number} are {', '.join(names)} with this DATA"
+            raise DayError(f"STAGES asks for {part}, but {there}")
         asked[int(number)] = word
     return [step for step in known if step.name == "build" or (step.stage in asked and asked[step.stage] in step.name)]
 
 
 def epochs(box: float, pace: dict[str, Any]) -> int:
     """Epochs that fit into a box, by the record of the step that trained one; 1 if it did not."""
-    if "round" not in pace.get("figures", {}):
+    if "global_step" not in pace.get("figures", {}):
         return 1
-    epoch: float = pace["figures"]["round"] * 128 / pace["figures"]["images_per_second"]
+    epoch: float = pace["figures"]["global_step"] * 128 / pace["figures"]["images_per_second"]
     rest: float = max(0.0, pace["seconds"] - epoch)  # start and test, and, with a fifth of it, an epoch's validation
     return max(1, min(100, math.floor((0.85 * box - rest) / (epoch + rest / 5))))

@@ -4,6 +4,7 @@
 
 #include "afd/apgd_step.h"
 
+#include "cpu/dispatch.h"
 #include "cpu/team.h"
 
 namespace afd::cpu::AFD_ISA {
@@ -53,3 +54,5 @@ void apgd_step(const ApgdStep& args, int threads) {
 }
 
 }  // namespace afd::cpu::AFD_ISA
+
+AFD_CPU_KERNEL(apgd_step, ApgdStep)

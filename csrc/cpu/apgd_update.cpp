@@ -6,6 +6,7 @@
 
 #include <cstring>
 
+#include "cpu/dispatch.h"
 #include "cpu/team.h"
 
 namespace afd::cpu::AFD_ISA {
@@ -44,3 +45,5 @@ void apgd_update(const ApgdUpdate& a, int threads) {
 }
 
 }  // namespace afd::cpu::AFD_ISA
+
+AFD_CPU_KERNEL(apgd_update, ApgdUpdate)

@@ -7,6 +7,7 @@
 
 #include <cstring>
 
+#include "cpu/dispatch.h"
 #include "cpu/team.h"
 
 namespace afd::cpu::AFD_ISA {
@@ -125,3 +126,5 @@ void load_batch(const LoadBatch& a, int threads) {
 }
 
 }  // namespace afd::cpu::AFD_ISA
+
+AFD_CPU_KERNEL(load_batch, LoadBatch)

@@ -9,6 +9,7 @@
 #include "afd/pgd_step.h"
 
 #include "afd/kth_largest.h"
+#include "cpu/dispatch.h"
 #include "cpu/rows.h"
 #include "cpu/team.h"
 
@@ -143,3 +144,5 @@ void pgd_step(const PgdStep& args, int threads) {
 }
 
 }  // namespace afd::cpu::AFD_ISA
+
+AFD_CPU_KERNEL(pgd_step, PgdStep)

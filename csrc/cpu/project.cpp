@@ -5,6 +5,7 @@
 
 #include "afd/project.h"
 
+#include "cpu/dispatch.h"
 #include "cpu/rows.h"
 #include "cpu/team.h"
 
@@ -40,3 +41,5 @@ void project(const Project& a, int threads) {
 }
 
 }  // namespace afd::cpu::AFD_ISA
+
+AFD_CPU_KERNEL(project, Project)

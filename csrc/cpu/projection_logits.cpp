@@ -5,6 +5,7 @@
 
 #include "afd/projection_logits.h"
 
+#include "cpu/dispatch.h"
 #include "cpu/rows.h"
 #include "cpu/vectors.h"
 
@@ -110,3 +111,6 @@ void projection_logits_backward(const ProjectionLogitsBackward& args, int thread
 }
 
 }  // namespace afd::cpu::AFD_ISA
+
+AFD_CPU_KERNEL(projection_logits, ProjectionLogits)
+AFD_CPU_KERNEL(projection_logits_backward, ProjectionLogitsBackward)

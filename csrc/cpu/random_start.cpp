@@ -6,6 +6,7 @@
 
 #include "afd/random_start.h"
 
+#include "cpu/dispatch.h"
 #include "cpu/rows.h"
 #include "cpu/team.h"
 
@@ -95,3 +96,5 @@ void random_start(const RandomStart& a, int threads) {
 }
 
 }  // namespace afd::cpu::AFD_ISA
+
+AFD_CPU_KERNEL(random_start, RandomStart)

@@ -4,6 +4,7 @@
 
 #include "afd/spectral_linear.h"
 
+#include "cpu/dispatch.h"
 #include "cpu/rows.h"
 
 namespace afd::cpu::AFD_ISA {
@@ -77,3 +78,6 @@ void spectral_linear_backward(const SpectralLinearBackward& args, int threads) {
 }
 
 }  // namespace afd::cpu::AFD_ISA
+
+AFD_CPU_KERNEL(spectral_linear, SpectralLinear)
+AFD_CPU_KERNEL(spectral_linear_backward, SpectralLinearBackward)

@@ -8,6 +8,7 @@
 
 #include "afd/spectral_norm.h"
 
+#include "cpu/dispatch.h"
 #include "cpu/rows.h"
 #include "cpu/vectors.h"
 
@@ -193,3 +194,5 @@ void spectral_norm(const SpectralNorm& args, int threads) {
 }
 
 }  // namespace afd::cpu::AFD_ISA
+
+AFD_CPU_KERNEL(spectral_norm, SpectralNorm)

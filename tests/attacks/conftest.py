@@ -13,7 +13,7 @@ from afd.attacks import base, replay
 def tapes(graphs_are_tapes, tape, monkeypatch):
     """Graphs of attacks are tapes, on any device; returns those that were recorded."""
     for module in (base, replay):
-        monkeypatch.setattr(module, "recordable", lambda _: not tape.Tape.recording)
+        monkeypatch.setattr(module, "capturable", lambda _: not tape.Tape.recording)
     return graphs_are_tapes(replay)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from afd import ops
 from afd.attacks import APGD, PGD
-from afd.attacks.apgd_walks import checkpoint_intervals
+from afd.attacks.apgd import checkpoint_intervals
 from afd.errors import InputError, InputTypeError
 from afd.ops import backend
 

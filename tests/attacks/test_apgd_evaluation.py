@@ -58,7 +58,7 @@ def test_early_stop_takes_the_radius_of_each_sample_along(batch):
     eps = torch.linspace(0, 0.3, 40, dtype=torch.float64)
     for norm in ("Linf", "L1"):
         radii = eps * (40 if norm == "L1" else 1)
-        settings = {"norm": norm, "eps": radii, "steps": 10, "n_restarts": 2, "piece": 16}
+        settings = {"norm": norm, "eps": radii, "steps": 10, "n_restarts": 2, "chunk_size": 16}
         slow, fast = (APGD(RowByRow(), early_stop=early, **settings)(x, y) for early in (False, True))
         broken = fooled(slow, y)
         assert 5 < broken.sum() < 40
@@ -97,7 +97,7 @@ def test_targeted_dlr_aims_at_each_of_the_likeliest_classes(batch, restarts):
     inner = attack.loss.value
     from dataclasses import replace
 
-    attack.loss = replace(attack.loss, value=lambda logits, aim: aims.append(aim) or inner(logits, aim))
+    attack.loss = replace(attack.loss, value=lambda logits, target: aims.append(target) or inner(logits, target))
     attack(x[5:], y[5:])
     order = RowByRow()(x[5:]).argsort(1, descending=True)
     assert len(aims) == restarts * 4 * 3

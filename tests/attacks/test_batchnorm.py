@@ -170,7 +170,7 @@ def test_equals_the_loop_that_sets_each_layer_by_hand(mode, state, caller):
     literal, before, start = Literal(model, mode, x), flags(model), ops.random_start(x, eps=EPS, seed=3)
     expected = pgd(literal.at(y), x, start, EPS, ALPHA, 4)
     with caller():
-        found = PGD(model, eps=EPS, alpha=ALPHA, steps=4, batchnorm=mode, fold=False)(x, y, seed=3)
+        found = PGD(model, eps=EPS, alpha=ALPHA, steps=4, batchnorm=mode, fold_batchnorm=False)(x, y, seed=3)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     assert not found.equal(x)
     same_buffers(model, literal.buffers())
@@ -192,7 +192,7 @@ def test_momentum_attacks_and_single_steps_follow_it_too(mode):
     model = Net().train()
     literal = Literal(model, mode, x)
     expected = mim(literal.at(y), x, x, EPS, ALPHA, 4)
-    found = MIM(model, eps=EPS, alpha=ALPHA, steps=4, batchnorm=mode, fold=False)(x, y)
+    found = MIM(model, eps=EPS, alpha=ALPHA, steps=4, batchnorm=mode, fold_batchnorm=False)(x, y)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     same_buffers(model, literal.buffers())
     expected = pgd(literal.at(y), x, x, EPS, EPS, 1)
@@ -215,7 +215,7 @@ def test_auto_pgd_follows_it_too_and_stops_for_no_sample(mode, early_stop):
     same_buffers(model, literal.buffers())
 
 
-@pytest.mark.parametrize("look", [False, True])
+@pytest.mark.parametrize("validate", [False, True])
 @pytest.mark.parametrize(
     ("attack", "forwards"),
     [
@@ -227,9 +227,9 @@ def test_auto_pgd_follows_it_too_and_stops_for_no_sample(mode, early_stop):
         (APGD.partial(steps=3, precision="bf16", n_restarts=2), 8),
     ],
 )
-def test_only_the_forwards_at_the_attacks_own_points_update_statistics(attack, forwards, look):
+def test_only_the_forwards_at_the_attacks_own_points_update_statistics(attack, forwards, validate):
     model, (x, y) = Net().float().train(), batch(70)
-    attack(model, batchnorm="train", look=look, piece=20)(x.float(), y)
+    attack(model, batchnorm="train", validate=validate, chunk_size=20)(x.float(), y)
     assert model.bn1.num_batches_tracked == forwards
     assert model.bn2.num_batches_tracked == 2 * forwards
 
@@ -254,16 +254,16 @@ def test_after_an_exception_all_is_as_the_loop_would_have_left_it(mode):
     again = Literal(model, mode, x)
     model.conv1._forward_pre_hooks.clear()
     expected = pgd(again.at(y), x, x, EPS, ALPHA, 2)
-    found = PGD(model, eps=EPS, alpha=ALPHA, steps=2, random_start=False, batchnorm=mode, fold=False)(x, y)
+    found = PGD(model, eps=EPS, alpha=ALPHA, steps=2, random_start=False, batchnorm=mode, fold_batchnorm=False)(x, y)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("mode", MODES[1:])
-def test_the_whole_batch_is_shown_layer_by_layer_whatever_is_said_of_pieces_and_folding(mode):
+def test_the_whole_batch_is_shown_layer_by_layer_whatever_is_said_of_chunks_and_folding(mode):
     model, (x, y), sizes = Net().train(), batch(90), []
     model.conv1.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
     model.bn1.eval()
-    attack = PGD(model, steps=2, piece=16, fold=True, batchnorm=mode)
+    attack = PGD(model, steps=2, chunk_size=16, fold_batchnorm=True, batchnorm=mode)
     attack(x, y)
     assert set(sizes) == {90}
     assert not attack._joining.pairs  # nor is the frozen layer joined
@@ -297,7 +297,9 @@ def test_the_attacks_own_graphs_are_off(mode, tapes):
 def test_a_graph_of_the_whole_call_follows_it(mode, tapes, tape):
     model, (x, y) = Net().train(), batch()
     plain = copy.deepcopy(model)
-    attack, by_hand = (PGD(one, eps=EPS, alpha=ALPHA, steps=2, batchnorm=mode, look=False) for one in (model, plain))
+    attack, by_hand = (
+        PGD(one, eps=EPS, alpha=ALPHA, steps=2, batchnorm=mode, validate=False) for one in (model, plain)
+    )
     attack.own_graphs = by_hand.own_graphs = False
     held = x.clone()
     recorded = tape.Tape()

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from afd.attacks import APGD, FGSM, MIM, PGD, ModelWarning
-from afd.attacks.replay import Known
 from afd.errors import InputError, InputTypeError, ModelError
 
 KINDS = {
@@ -26,6 +25,7 @@ KINDS = {
     "APGD early stop": APGD.partial(steps=3, early_stop=True),
     "APGD-T L1": APGD.partial(norm="L1", eps=5.0, steps=3, loss="dlr-targeted", n_target_classes=2),
 }
+TRUTHS = ("fold_batchnorm", "validate", "targeted")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -104,12 +104,12 @@ def seeded(attack, x, y):
 
 def test_the_look_at_a_models_size_leaves_no_trace():
     x, y = batch(65)
-    attack = PGD(Drawing(), steps=2, piece=None)
+    attack = PGD(Drawing(), steps=2, chunk_size=None)
     first = seeded(attack, x, y)
     assert attack.model.calls == 2
     assert attack.model.memory.shape == x.shape
     assert first.equal(seeded(attack, x, y))
-    assert first.equal(seeded(PGD(Drawing(), steps=2, piece=65), x, y))
+    assert first.equal(seeded(PGD(Drawing(), steps=2, chunk_size=65), x, y))
 
 
 def test_a_hook_is_told_of_the_batch_and_of_nothing_else():
@@ -126,7 +126,7 @@ def test_an_attack_that_has_run_can_be_copied_and_sent(kind):
         batch(),
     )
     expected = attack(x, y)
-    attack._replays._known["a climb"] = Known(0, threading.Lock())  # a recording can be neither copied nor sent
+    attack._graphs.cache.met("some steps", threading.Lock())  # a graph can be neither copied nor sent
     for other in (copy.deepcopy(attack), pickle.loads(pickle.dumps(attack))):
         assert other.model is not attack.model
         assert other(x, y).equal(expected)
@@ -223,8 +223,11 @@ def test_logits_on_another_device_are_named():
         *((PGD, {"bounds": value}, "bounds are .*; they must be a pair") for value in (None, 0.5, (0,), (0, 1, 2))),
         (PGD, {"bounds": ("0", "1")}, "the low bound is .*; it must be a number"),
         (PGD, {"bounds": torch.tensor([0.0, 1.0])}, "bounds are .*; they must be a pair"),
-        *((PGD, {"piece": value}, "piece is .*; it must be an integer") for value in ("2", 1.5, True)),
-        *((PGD, {name: "no"}, f"{name} is 'no'; it must be True or False") for name in ("fold", "look", "targeted")),
+        *((PGD, {"chunk_size": value}, "chunk_size is .*; it must be an integer") for value in ("2", 1.5, True)),
+        *(
+            (PGD, {name: "no"}, f"{name} is 'no'; it must be True or False")
+            for name in ("fold_batchnorm", "validate", "targeted")
+        ),
         (PGD, {"random_start": 1}, "random_start is 1; it must be True or False"),
         (APGD, {"early_stop": "no"}, "early_stop is 'no'; it must be True or False"),
         *((PGD, {"eps": value}, "eps is .*; it must be a number") for value in (True, "0.1", 1j)),
@@ -253,7 +256,7 @@ def test_what_a_call_is_given_is_checked_too(given):
 def test_numbers_of_other_libraries_are_numbers():
     x, y = batch()
     eps = torch.tensor(0.1, requires_grad=True)
-    attack = PGD(Flat(), eps=eps, alpha=np.array(0.05), steps=np.int64(2), seed=np.int32(3), look=np.bool_(True))
+    attack = PGD(Flat(), eps=eps, alpha=np.array(0.05), steps=np.int64(2), seed=np.int32(3), validate=np.bool_(True))
     assert attack(x, y).equal(PGD(Flat(), eps=eps.item(), alpha=0.05, steps=2, seed=3)(x, y))
 
 

@@ -58,7 +58,7 @@ def test_new_weights_are_folded_anew():
 
 def test_joined_attacks_agree_with_those_on_the_model_as_written():
     model, x, y = resnet(), torch.rand(6, 3, 16, 16), torch.arange(6) % 10
-    joined, written = (PGD(model, eps=0.03, steps=3, fold=fold)(x, y) for fold in (True, False))
+    joined, written = (PGD(model, eps=0.03, steps=3, fold_batchnorm=fold)(x, y) for fold in (True, False))
     assert (joined - written).abs().gt(1e-6).float().mean() < 0.01  # signs turn where gradients are all but zero
 
 

@@ -8,7 +8,7 @@ from recorded_attacks import images, net, replays
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd.attacks import APGD, FGSM, MIM, PGD, MIMSettings, PGDSettings
-from afd.attacks.piece import Piece
+from afd.attacks.inputs import Chunk
 from afd.errors import InputError, InputTypeError
 
 RADII = {"Linf": (8 / 255, 20 / 255), "L2": (0.5, 1.1), "L1": (6.0, 2.3)}
@@ -35,10 +35,10 @@ each_kind, each_norm = pytest.mark.parametrize("kind", KINDS), pytest.mark.param
 def test_bit_for_bit_the_same_as_the_numbers(kind, norm, dtype):
     x, y = images()
     live = torch.zeros((), dtype=dtype)
-    attack = KINDS[kind](net(), live, norm, piece=5)
+    attack = KINDS[kind](net(), live, norm, chunk_size=5)
     for number in RADII[norm]:
         live.fill_(number)
-        expected = KINDS[kind](net(), live.item() if dtype == torch.float32 else number, norm, piece=5)(x, y)
+        expected = KINDS[kind](net(), live.item() if dtype == torch.float32 else number, norm, chunk_size=5)(x, y)
         assert attack(x, y).equal(expected)
         assert not expected.equal(x)
 
@@ -55,7 +55,7 @@ def test_a_recording_follows_them_and_no_other_is_made(kind, norm, tapes):
         plain.own_graphs = False
         assert attack(x, y).equal(plain(x, y))
     assert tapes
-    assert len(tapes) <= 3  # those of one call: the climbs of different radii in L1
+    assert len(tapes) <= 3  # those of one call: the steps of different radii in L1
     assert min(replays(tapes)) >= 4
 
 
@@ -80,7 +80,7 @@ class NoWait(TorchDispatchMode):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "apgd early"])
 def test_reading_them_does_not_wait(kind):
     x, y = images()
-    attack = KINDS[kind](net(), torch.tensor(0.1), "Linf", look=False)
+    attack = KINDS[kind](net(), torch.tensor(0.1), "Linf", validate=False)
     with NoWait():
         attack(x, y)
 
@@ -88,10 +88,10 @@ def test_reading_them_does_not_wait(kind):
 def test_elsewhere_they_are_the_numbers_that_they_are_at_a_call():
     live = torch.tensor(0.25)
     x = torch.zeros(3, 2, device="meta")
-    piece = Piece(x, None, slice(0, 3), True, 0, 0, -1, None)
-    assert piece.of(live) == 0.25
-    assert piece.of(live, -2.0) == -0.5
-    assert piece.of(torch.tensor(0.25, device="meta")).shape == (3,)
+    chunk = Chunk(x, None, slice(0, 3), True, 0, 0, -1, None)
+    assert chunk.of(live) == 0.25
+    assert chunk.of(live, -2.0) == -0.5
+    assert chunk.of(torch.tensor(0.25, device="meta")).shape == (3,)
     model = net().to("meta")
     attack = PGD(model, eps=live)
     before = tuple(attack.settings())

@@ -64,25 +64,25 @@ def test_the_classes_aimed_at_are_the_likeliest_others(rank):
     y = torch.tensor([0, 1, 3])
     logits = torch.tensor([[9.0, 3.0, 1.0, 5.0], [3.0, 1.0, 2.0, 4.0], [0.0, 2.0, 1.0, 1.5]])
     ranked = [[3, 1, 2], [3, 0, 2], [1, 2, 0]]
-    aim = loss_named("dlr-targeted").aim(lambda: logits, y, rank)
-    assert aim.tolist() == [[own, others[rank]] for own, others in zip(y.tolist(), ranked, strict=True)]
+    target = loss_named("dlr-targeted").target(lambda: logits, y, rank)
+    assert target.tolist() == [[own, others[rank]] for own, others in zip(y.tolist(), ranked, strict=True)]
 
 
 def test_more_target_classes_than_there_are_is_an_error():
     with pytest.raises(InputError, match="aims at 4 other classes; the model has 4, so n_target_classes is at most 3"):
-        loss_named("dlr-targeted").aim(lambda: LOGITS, torch.tensor([0, 1, 2]), 3)
+        loss_named("dlr-targeted").target(lambda: LOGITS, torch.tensor([0, 1, 2]), 3)
 
 
 def aimed(loss, logits, y):
     """What the loss is judged by, from other logits than those at hand."""
-    return loss.aim(lambda: logits.detach().flip(0), y, 0)
+    return loss.target(lambda: logits.detach().flip(0), y, 0)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_gradients_are_right(loss):
     logits = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    aim = aimed(loss, logits, torch.arange(6) % 5)
-    assert torch.autograd.gradcheck(lambda z: loss.value(z, aim), logits)
+    target = aimed(loss, logits, torch.arange(6) % 5)
+    assert torch.autograd.gradcheck(lambda z: loss.value(z, target), logits)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -94,9 +94,9 @@ def test_half_precision_logits_give_float32_losses(loss):
 @pytest.mark.parametrize(("name", "classes", "least"), [("dlr-targeted", 3, 4), ("dlr", 2, 3), ("margin", 1, 2)])
 def test_too_few_classes_are_named(name, classes, least):
     words = f"loss is '{name}', which needs at least {least} classes; the model has {classes}"
-    aim = torch.zeros((2, 2) if name == "dlr-targeted" else 2, dtype=torch.int64)
+    target = torch.zeros((2, 2) if name == "dlr-targeted" else 2, dtype=torch.int64)
     with pytest.raises(InputError, match=words):
-        loss_named(name).value(torch.zeros(2, classes), aim)
+        loss_named(name).value(torch.zeros(2, classes), target)
 
 
 def test_a_clean_prediction_of_other_classes_is_named():

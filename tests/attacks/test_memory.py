@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from afd.attacks import APGD, PGD
-from afd.bench.memory import peak_bytes
+from afd.bench.metering import peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_peak_bytes_counts_what_is_held_and_not_what_was():
 def test_the_peak_is_that_of_the_model_and_a_few_images(setting, kind, norm, images):
     """APGD has to remember the best point, its gradient, the last point and the point that fooled the model."""
     model, x, y = setting
-    attack = kind(model, norm=norm, eps=0.1, steps=3, piece=32)
+    attack = kind(model, norm=norm, eps=0.1, steps=3, chunk_size=32)
     bare(model, x, y), attack(x, y)  # what is made once
     model_alone = peak_bytes(lambda: bare(model, x, y), CPU)
     assert model_alone > 4 * x.nbytes

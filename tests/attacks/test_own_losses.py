@@ -74,12 +74,12 @@ def features(model, x):
 
 
 @pytest.mark.parametrize("loss", [squares, nuclear])
-@pytest.mark.parametrize("piece", [None, 3])
-def test_a_loss_of_ones_own_is_ascended_like_any_other(loss, piece):
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_a_loss_of_ones_own_is_ascended_like_any_other(loss, chunk_size):
     x, _ = batch()
     target = Net()(x).detach().flip(0)
     start = ops.random_start(x, eps=EPS, seed=0)
-    settings = {"eps": EPS, "loss": loss, "piece": piece}
+    settings = {"eps": EPS, "loss": loss, "chunk_size": chunk_size}
     expected = pgd(at(loss, target), x, start, EPS, ALPHA, 5)
     found = PGD(Net(), alpha=ALPHA, steps=5, **settings)(x, target=target)
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
@@ -160,7 +160,7 @@ class Drawing(Net):
 def test_that_a_loss_is_a_scalar_is_seen_once_and_the_batch_is_begun_with_anew():
     x, _ = batch()
     target = torch.zeros(8, 4, dtype=torch.float64)
-    whole, attack = (PGD(Drawing(), eps=EPS, steps=2, loss=nuclear, piece=piece) for piece in (8, 3))
+    whole, attack = (PGD(Drawing(), eps=EPS, steps=2, loss=nuclear, chunk_size=chunk_size) for chunk_size in (8, 3))
     torch.manual_seed(3)
     expected = whole(x, target=target)
     torch.manual_seed(3)
@@ -277,8 +277,8 @@ def soft_labels(count=8):
     return torch.rand(count, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).softmax(1)
 
 
-@pytest.mark.parametrize("piece", [None, 3])
-def test_soft_labels(piece):
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_soft_labels(chunk_size):
     x, _ = batch()
     y, start = soft_labels(), ops.random_start(x, eps=EPS, seed=0)
 
@@ -287,10 +287,10 @@ def test_soft_labels(piece):
 
     expected = pgd(at(soft, y), x, start, EPS, ALPHA, 5)
     for loss in ("ce", soft):
-        found = PGD(Net(), eps=EPS, alpha=ALPHA, steps=5, loss=loss, piece=piece)(x, y)
+        found = PGD(Net(), eps=EPS, alpha=ALPHA, steps=5, loss=loss, chunk_size=chunk_size)(x, y)
         torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
         leave = apgd(at(soft, y), x, y.argmax(1), Net()(x).detach(), start, EPS, 9)
-        found = APGD(Net(), eps=EPS, steps=9, loss=loss, piece=piece)(x, y)
+        found = APGD(Net(), eps=EPS, steps=9, loss=loss, chunk_size=chunk_size)(x, y)
         same_points(found, leave)
     exact = F.one_hot(y.argmax(1), 4).double()
     settings = {"eps": EPS, "steps": 9, "early_stop": True}

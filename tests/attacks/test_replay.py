@@ -1,39 +1,40 @@
-"""Attacks as CUDA graphs, for which tapes stand, that repeat the ops they were recorded with: what is recorded."""
+"""Attacks as CUDA graphs, for which tapes stand, that repeat the ops of their capture: what is captured."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from recorded_attacks import ATTACKS, images, net, replays, step_by_step
+from recorded_attacks import ATTACKS, eagerly, images, net, replays
 from torch import nn
 
-from afd.attacks import APGD, PGD, CaptureWarning, replay
+from afd import graphs
+from afd.attacks import APGD, PGD, CaptureWarning
 from afd.errors import InputError
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_replays_are_the_steps_one_by_one_bit_for_bit(name, tapes, quiet):
+def test_replays_are_the_eager_steps_bit_for_bit(name, tapes, quiet):
     model = net()
-    recorded, plain = ATTACKS[name](model), step_by_step(ATTACKS[name](model))
+    captured, plain = ATTACKS[name](model), eagerly(ATTACKS[name](model))
     for seed in range(4):
         x, y = images(seed=seed)
-        assert torch.equal(recorded(x, y, seed=seed), plain(x, y, seed=seed))
-        assert torch.equal(recorded.report.evaluations, plain.report.evaluations)
-        assert torch.equal(recorded.report.zero_gradients, plain.report.zero_gradients)
+        assert torch.equal(captured(x, y, seed=seed), plain(x, y, seed=seed))
+        assert torch.equal(captured.report.evaluations, plain.report.evaluations)
+        assert torch.equal(captured.report.zero_gradients, plain.report.zero_gradients)
         with torch.no_grad():
             model[0].weight.mul_(1.1)
     assert tapes
     assert all(replays(tapes))
 
 
-def test_a_shape_is_recorded_the_second_time_and_then_replayed(tapes):
+def test_a_shape_is_captured_the_second_time_and_then_replayed(tapes):
     attack, (x, y) = ATTACKS["pgd"](net()), images()
     for rows in (8, 3, 8, 8, 3, 8):
         attack(x[:rows], y[:rows])
     assert replays(tapes) == [3, 1]
 
 
-def test_other_settings_are_recorded_apart(tapes):
+def test_other_settings_are_captured_apart(tapes):
     attack, (x, y) = ATTACKS["pgd"](net()), images()
     for eps in (0.1, 0.1, 0.2, 0.2, 0.1):
         attack.eps = eps
@@ -41,23 +42,23 @@ def test_other_settings_are_recorded_apart(tapes):
     assert replays(tapes) == [2, 1]
 
 
-def test_pieces_are_recorded_apart_for_they_write_their_own_rows(tapes):
+def test_pieces_are_captured_apart_for_they_write_their_own_rows(tapes):
     model, (x, y), eps = net(), images(), torch.linspace(0, 0.2, 8)
-    recorded, plain = (PGD(model, eps=eps, steps=3, piece=3) for _ in range(2))
-    step_by_step(plain)
+    captured, plain = (PGD(model, eps=eps, steps=3, chunk_size=3) for _ in range(2))
+    eagerly(plain)
     for _ in range(3):
-        assert torch.equal(recorded(x, y), plain(x, y))
+        assert torch.equal(captured(x, y), plain(x, y))
     assert replays(tapes) == [2, 2, 2]
 
 
-def test_rows_that_are_indices_are_not_recorded(tapes):
+def test_rows_that_are_indices_are_not_captured(tapes):
     attack = APGD(net(), eps=0.1, steps=4, n_restarts=2, early_stop=True)
     for _ in range(3):
         attack(*images())
     assert not tapes
 
 
-def test_a_larger_label_is_met_step_by_step_where_the_model_is_asked_for_its_classes(tapes):
+def test_a_larger_label_is_met_eagerly_where_the_model_is_asked_for_its_classes(tapes):
     attack, (x, y) = ATTACKS["pgd"](net()), images()
     for largest in (3, 3, 2, 4, 4, 3):
         attack(x, y.clamp(max=largest))
@@ -69,7 +70,7 @@ def test_a_larger_label_is_met_step_by_step_where_the_model_is_asked_for_its_cla
 
 def test_weights_may_change_but_not_move(tapes):
     model, (x, y) = net(), images()
-    attack, plain = ATTACKS["pgd"](model), step_by_step(ATTACKS["pgd"](model))
+    attack, plain = ATTACKS["pgd"](model), eagerly(ATTACKS["pgd"](model))
     for _ in range(2):
         attack(x, y)
     with torch.no_grad():
@@ -80,14 +81,14 @@ def test_weights_may_change_but_not_move(tapes):
     assert replays(tapes) == [2]
 
 
-def test_old_recordings_make_room(tapes):
+def test_graphs_used_longest_ago_make_room(tapes):
     attack, (x, y) = ATTACKS["pgd"](net()), images()
-    for rows in range(1, 2 + replay.KEPT):
+    for rows in range(1, 2 + graphs.KEPT):
         attack(x[:rows], y[:rows]), attack(x[:rows], y[:rows])
-    assert replays(tapes) == [1] * (replay.KEPT + 1)
-    assert len(attack._replays._known) == replay.KEPT
+    assert replays(tapes) == [1] * (graphs.KEPT + 1)
+    assert len(attack._graphs.cache._entries) == graphs.KEPT
     attack(x[:1], y[:1])
-    assert replays(tapes) == [1] * (replay.KEPT + 1)
+    assert replays(tapes) == [1] * (graphs.KEPT + 1)
 
 
 def test_a_failed_capture_is_told_once_and_the_attack_goes_on(tapes, quiet):
@@ -101,7 +102,7 @@ def test_a_failed_capture_is_told_once_and_the_attack_goes_on(tapes, quiet):
 
     attack, (x, y) = PGD(Waits(), eps=0.1, steps=2), images()
     first = attack(x, y)
-    with pytest.warns(CaptureWarning, match="without a CUDA graph, because recording one failed: operation not perm"):
+    with pytest.warns(CaptureWarning, match="without a CUDA graph, because its capture failed: operation not perm"):
         assert torch.equal(attack(x, y), first)
     assert torch.equal(attack(x, y), first)
     attack(x[:3], y[:3])

@@ -1,4 +1,4 @@
-"""What Python holds and a graph does not see: what changes makes a new recording, or is found by its logits."""
+"""What Python holds and a graph does not see: what changes makes another capture, or is found by its logits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import warnings
 
 import pytest
 import torch
-from recorded_attacks import ATTACKS, Scaled, images, net, replays, step_by_step
+from recorded_attacks import ATTACKS, Scaled, eagerly, images, net, replays
 from torch import nn
 
+from afd import graphs
 from afd.attacks import APGD, PGD, CaptureWarning, replay
 
 
@@ -38,16 +39,16 @@ CHANGES = {
 def test_a_change_that_python_makes_between_calls_is_seen(change, fold, tapes, monkeypatch, quiet):
     monkeypatch.setattr(Scaled, "forward", Scaled.forward)  # as it was, afterwards
     model, (x, y) = Scaled(), images()
-    recorded, plain = (PGD(model, eps=0.1, steps=3, fold=fold) for _ in range(2))
-    step_by_step(plain)
-    before = [recorded(x, y) for _ in range(3)]
+    captured, plain = (PGD(model, eps=0.1, steps=3, fold_batchnorm=fold) for _ in range(2))
+    eagerly(plain)
+    before = [captured(x, y) for _ in range(3)]
     assert replays(tapes) == [2]
     CHANGES[change](model)
     expected = plain(x, y)
     assert not torch.equal(expected, before[0])
     for _ in range(3):
-        assert torch.equal(recorded(x, y), expected)
-    assert replays(tapes)[1:] in ([1], [2]), "and is recorded anew"
+        assert torch.equal(captured(x, y), expected)
+    assert replays(tapes)[1:] in ([1], [2]), "and is captured anew"
 
 
 FLAGS = {
@@ -58,7 +59,7 @@ FLAGS = {
 
 
 @pytest.mark.parametrize("flag", FLAGS)
-def test_a_flag_of_torch_makes_a_recording_of_its_own(flag, tapes):
+def test_a_flag_of_torch_makes_a_capture_of_its_own(flag, tapes):
     attack, (x, y) = ATTACKS["pgd"](net()), images()
     try:
         for on in (False, False, True, True, False):
@@ -86,39 +87,39 @@ def outside(factor):
 def test_what_changes_outside_of_a_model_is_found_by_its_logits(tapes, quiet):
     factor, (x, y) = [1.0], images()
     model = outside(factor)
-    recorded, plain = ATTACKS["apgd"](model), step_by_step(ATTACKS["apgd"](model))
+    captured, plain = ATTACKS["apgd"](model), eagerly(ATTACKS["apgd"](model))
     for number in (1.0, 1.0, 1.0, -2.0, -2.0, -2.0, 3.0, 3.0, 3.0):
         factor[0] = number
-        assert torch.equal(recorded(x, y), plain(x, y)), number
-        assert torch.equal(recorded.report.evaluations, plain.report.evaluations)
-    assert not recorded._replays.refused
+        assert torch.equal(captured(x, y), plain(x, y)), number
+        assert torch.equal(captured.report.evaluations, plain.report.evaluations)
+    assert not captured._graphs.cache.refused
     assert len(tapes) == 3
 
 
 def test_without_a_look_it_is_told_at_the_next_call(tapes, quiet):
     factor, (x, y) = [1.0], images()
     model = outside(factor)
-    recorded = PGD(model, eps=0.1, steps=3, look=False)
-    plain = step_by_step(PGD(model, eps=0.1, steps=3, look=False))
+    captured = PGD(model, eps=0.1, steps=3, validate=False)
+    plain = eagerly(PGD(model, eps=0.1, steps=3, validate=False))
     for _ in range(3):
-        recorded(x, y)
+        captured(x, y)
     factor[0] = -2.0
-    assert not torch.equal(recorded(x, y), plain(x, y))
+    assert not torch.equal(captured(x, y), plain(x, y))
     with pytest.warns(CaptureWarning, match="an earlier call of this attack replayed a graph in which the model gave"):
-        assert torch.equal(recorded(x, y), plain(x, y))
+        assert torch.equal(captured(x, y), plain(x, y))
     for _ in range(2):
-        assert torch.equal(recorded(x, y), plain(x, y))
+        assert torch.equal(captured(x, y), plain(x, y))
 
 
-def test_a_model_that_draws_at_random_is_attacked_step_by_step_and_it_is_said(tapes):
+def test_a_model_that_draws_at_random_is_attacked_eagerly_and_it_is_said(tapes):
     model, (x, y) = nn.Sequential(net(), nn.Dropout()), images()
     model[1].forward = lambda logits: torch.nn.functional.dropout(logits, 0.3, training=True)
     attack = PGD(model, eps=0.1, steps=3)
     for _ in range(3):
         attack(x, y)
-    with pytest.warns(CaptureWarning, match="not those of its recording, time and again: it draws at random, or dep"):
+    with pytest.warns(CaptureWarning, match="not those of its replay, time and again: it draws at random, or dep"):
         attack(x, y)
-    assert attack._replays.refused
+    assert attack._graphs.cache.refused
     assert len(tapes) == replay.MOST_DROPS
     points = []
     for seed in (1, 1, 2):
@@ -130,7 +131,7 @@ def test_a_model_that_draws_at_random_is_attacked_step_by_step_and_it_is_said(ta
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_model_that_sometimes_gives_the_same_logits_again_does_not_go_on_for_ever(seed, tapes):
-    """Restarts of one call share a recording, and some of its replays are right by chance: one repetition is enough."""
+    """Restarts of one call share a graph, and some of its replays are right by chance: one repetition is enough."""
     factors = itertools.cycle([[1.0, 1.3], [1.3, 1.0, 1.0], [1.0, 1.0, 1.3]][seed])
 
     class Alternates(nn.Module):
@@ -153,7 +154,7 @@ def test_radii_of_samples_are_followed_where_they_lie(tapes, quiet):
     x, y = images()
     several = torch.linspace(0.01, 0.3, 16)
     attack, plain = (PGD(net(), eps=0.1, alpha=0.05, steps=3) for _ in range(2))
-    step_by_step(plain)
+    eagerly(plain)
     for eps in (several[:8], several[::2], several[:1].expand(8), several[8:]):
         for _ in range(3):
             attack.eps = plain.eps = eps
@@ -163,15 +164,15 @@ def test_radii_of_samples_are_followed_where_they_lie(tapes, quiet):
     assert replays(tapes) == [2, 2, 2, 3]
 
 
-def test_of_many_pieces_as_many_are_recorded_as_are_kept(tapes):
-    """And are not driven out by the others of the same call, to be recorded again in the next."""
-    attack, (x, y) = PGD(net(), eps=0.1, steps=2, piece=1), images()
+def test_of_many_pieces_as_many_are_captured_as_are_kept(tapes):
+    """And are not driven out by the others of the same call, to be captured again in the next."""
+    attack, (x, y) = PGD(net(), eps=0.1, steps=2, chunk_size=1), images()
     for _ in range(4):
         attack(x, y)
-    assert replays(tapes) == [3] * replay.KEPT
+    assert replays(tapes) == [3] * graphs.KEPT
 
 
-def test_a_model_that_differentiates_in_its_forward_is_recorded(tapes, quiet):
+def test_a_model_that_differentiates_in_its_forward_is_captured(tapes, quiet):
     class Purifies(nn.Module):
         def __init__(self):
             super().__init__()
@@ -184,7 +185,7 @@ def test_a_model_that_differentiates_in_its_forward_is_recorded(tapes, quiet):
             return self.inner(x - 0.01 * step)
 
     model, (x, y) = Purifies(), images()
-    attack, plain = PGD(model, eps=0.1, steps=2), step_by_step(PGD(model, eps=0.1, steps=2))
+    attack, plain = PGD(model, eps=0.1, steps=2), eagerly(PGD(model, eps=0.1, steps=2))
     for _ in range(3):
         assert torch.equal(attack(x, y), plain(x, y))
     assert replays(tapes) == [2]
@@ -216,7 +217,7 @@ def test_what_a_model_keeps_of_a_forward_is_never_memory_that_nobody_has_written
     assert model.calls == len(model.seen) == (6 if waits else 4)
 
 
-def test_counters_and_kept_activations_are_no_reason_for_another_recording(tapes, quiet):
+def test_counters_and_kept_activations_are_no_reason_for_another_capture(tapes, quiet):
     class Counts(Scaled):
         calls, nothing = 0, float("nan")
 
@@ -242,7 +243,7 @@ def test_each_call_costs_one_forward_of_the_model_and_keeps_nothing_of_it(tapes)
     attack(x, y)
     assert seen == [(True, True)], "as in a step"
     gc.collect()
-    assert not attack._replays._compared
+    assert not attack._graphs._compared
 
 
 def test_logits_differ_by_more_than_rounding():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recorded_attacks import ATTACKS, images, net, step_by_step
+from recorded_attacks import ATTACKS, eagerly, held, images, net
 from torch import nn
 
 from afd.attacks import APGD, PGD, CaptureWarning
@@ -20,38 +20,38 @@ def batch(cuda, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ATTACKS)
-def test_replays_equal_the_steps_one_by_one(name, batch, cuda):
+def test_replays_equal_the_eager_steps(name, batch, cuda):
     model = net(cuda)
-    recorded, plain = ATTACKS[name](model), ATTACKS[name](model)
-    step_by_step(plain)
+    captured, plain = ATTACKS[name](model), ATTACKS[name](model)
+    eagerly(plain)
     for seed in range(4):
         x, y = batch[0].roll(seed, 0), batch[1].roll(seed, 0)
-        torch.testing.assert_close(recorded(x, y, seed=seed), plain(x, y, seed=seed), atol=1e-5, rtol=0)
-        assert torch.equal(recorded.report.evaluations, plain.report.evaluations)
+        torch.testing.assert_close(captured(x, y, seed=seed), plain(x, y, seed=seed), atol=1e-5, rtol=0)
+        assert torch.equal(captured.report.evaluations, plain.report.evaluations)
         with torch.no_grad():
             model[0].weight.mul_(1.1)
-    assert not recorded._replays.refused
-    assert any(known.recording for known in recorded._replays._known.values())
+    assert not captured._graphs.cache.refused
+    assert held(captured._graphs.cache)
 
 
 @pytest.mark.gpu
 def test_a_partial_batch_between_full_ones(batch, cuda):
     model = net(cuda)
-    recorded, plain = ATTACKS["pgd"](model), ATTACKS["pgd"](model)
-    step_by_step(plain)
+    captured, plain = ATTACKS["pgd"](model), ATTACKS["pgd"](model)
+    eagerly(plain)
     for rows in (8, 8, 3, 8, 3, 3, 8):
         x, y = batch[0][:rows], batch[1][:rows]
-        torch.testing.assert_close(recorded(x, y), plain(x, y), atol=1e-5, rtol=0)
+        torch.testing.assert_close(captured(x, y), plain(x, y), atol=1e-5, rtol=0)
 
 
 @pytest.mark.gpu
 def test_pieces_keep_to_their_own_radii_and_rows(batch, cuda):
     model, eps = net(cuda), torch.linspace(0, 0.2, 8).cuda()
-    recorded = PGD(model, eps=eps, steps=3, piece=3)
+    captured = PGD(model, eps=eps, steps=3, chunk_size=3)
     for _ in range(3):
-        x_adv = recorded(*batch)
+        x_adv = captured(*batch)
         assert ((x_adv - batch[0]).flatten(1).abs().amax(1) <= eps + 1e-6).all()
-        assert recorded.report.evaluations.tolist() == [3] * 8
+        assert captured.report.evaluations.tolist() == [3] * 8
 
 
 @pytest.mark.gpu
@@ -63,7 +63,7 @@ def test_restarts_on_the_samples_that_are_left_keep_to_their_own_radii(batch, cu
 
 
 @pytest.mark.gpu
-def test_a_label_that_the_model_lacks_is_named_though_the_attack_is_recorded(batch, cuda):
+def test_a_label_that_the_model_lacks_is_named_though_the_attack_is_captured(batch, cuda):
     x, y = batch
     attack = PGD(net(cuda), eps=0.1, steps=2)
     for _ in range(3):
@@ -78,10 +78,10 @@ def test_a_label_that_the_model_lacks_is_named_though_the_attack_is_recorded(bat
 def test_no_wait_for_the_device_between_first_and_last_step(name, batch, cuda):
     model = net(cuda)
     attack = ATTACKS[name](model)
-    attack.look = False
+    attack.validate = False
     attack(*batch)  # libraries load
     plain = ATTACKS[name](model)
-    plain.look, plain._replays.refused = False, True
+    plain.validate, plain._graphs.cache.refused = False, True
     torch.cuda.set_sync_debug_mode("error")
     try:
         plain(*batch)
@@ -90,7 +90,7 @@ def test_no_wait_for_the_device_between_first_and_last_step(name, batch, cuda):
 
 
 @pytest.mark.gpu
-def test_a_model_that_waits_cannot_be_recorded_and_is_attacked_all_the_same(batch, cuda):
+def test_a_model_that_waits_cannot_be_captured_and_is_attacked_all_the_same(batch, cuda):
     class Waits(nn.Module):
         def __init__(self):
             super().__init__()
@@ -109,4 +109,4 @@ def test_a_model_that_waits_cannot_be_recorded_and_is_attacked_all_the_same(batc
     torch.cuda.empty_cache()
     other = PGD(net(cuda), eps=0.1, steps=2)
     assert torch.equal(other(*batch), other(*batch))
-    assert not other._replays.refused
+    assert not other._graphs.cache.refused

@@ -29,7 +29,7 @@ from afd.attacks import (
 from afd.errors import InputError, InputTypeError
 
 CLASSES = {"pgd": PGD, "apgd": APGD, "fgsm": FGSM, "mim": MIM}
-RUNNING = {"precision": None, "piece": None, "look": True, "fold": True}
+RUNNING = {"precision": None, "chunk_size": None, "validate": True, "fold_batchnorm": True}
 each = pytest.mark.parametrize("name", CLASSES)
 
 
@@ -76,8 +76,8 @@ def test_an_attack_takes_its_settings_as_keywords_and_does_the_same(name):
 
 
 def test_changes_take_the_place_of_settings():
-    attack = PGDSettings(eps=0.1, steps=3).build(network(), look=False, steps=4)
-    assert (attack.eps, attack.steps, attack.look) == (0.1, 4, False)
+    attack = PGDSettings(eps=0.1, steps=3).build(network(), validate=False, steps=4)
+    assert (attack.eps, attack.steps, attack.validate) == (0.1, 4, False)
     with pytest.raises(InputError, match="steps is -1"):
         PGDSettings().build(network(), steps=-1)
     with pytest.raises(TypeError, match="momentum"):
@@ -109,7 +109,7 @@ def test_settings_without_a_step_size_are_resolved_already():
 
 @each
 def test_pgd_in_the_same_ball(name):
-    settings = ATTACKS[name](norm="L2", eps=0.5, bounds=(-1.0, 2.0), loss="margin", look=False)
+    settings = ATTACKS[name](norm="L2", eps=0.5, bounds=(-1.0, 2.0), loss="margin", validate=False)
     assert settings.pgd(20) == PGDSettings(norm="L2", eps=0.5, bounds=(-1.0, 2.0), steps=20)
     assert settings.pgd(20, seed=7).resolved().alpha == 2.5 * 0.5 / 20
     assert settings.pgd(20, seed=7).seed == 7
@@ -185,8 +185,8 @@ def test_settings_can_be_copied_sent_and_taken_apart(settings):
         *((name, {"targeted": True, "loss": "dlr"}) for name in CLASSES),
         *((name, {"outputs": "features"}) for name in CLASSES),
         *((name, {"outputs": "layers"}) for name in CLASSES),
-        *((name, {"look": 1}) for name in CLASSES),
-        *((name, {"piece": 0}) for name in CLASSES),
+        *((name, {"validate": 1}) for name in CLASSES),
+        *((name, {"chunk_size": 0}) for name in CLASSES),
         *((name, {"steps": -1}) for name in ("pgd", "mim", "apgd")),
         *((name, {"alpha": "0.1"}) for name in ("pgd", "mim")),
         *(("pgd", wrong) for wrong in ({"seed": -1}, {"random_start": 1}, {"init": "normal"}, {"start_scale": 0.1})),

@@ -85,13 +85,13 @@ def test_a_coin_flip_is_as_long_as_each_sample_may():
 @pytest.mark.parametrize("init", ["gaussian", "coin-flip"])
 def test_starts_are_the_same_for_any_split_of_the_batch_and_any_backend(init, dtype):
     x, y = batch(67, dtype)
-    attack = PGD(network(dtype), eps=EPS, steps=0, init=init, start_scale=0.2, look=False)
+    attack = PGD(network(dtype), eps=EPS, steps=0, init=init, start_scale=0.2, validate=False)
     whole = attack(x, y, seed=7)
     for rows in (slice(0, 1), slice(1, 30), slice(30, 67)):
         assert attack(x[rows], y[rows], seed=7, first_sample=rows.start).equal(whole[rows])
     assert attack(x, y, seed=torch.tensor(7)).equal(whole)
     assert not attack(x, y, seed=8).equal(whole)
-    assert PGD(network(dtype), eps=EPS, steps=0, init=init, start_scale=0.2, piece=10)(x, y, seed=7).equal(whole)
+    assert PGD(network(dtype), eps=EPS, steps=0, init=init, start_scale=0.2, chunk_size=10)(x, y, seed=7).equal(whole)
     with backend.use("reference"):
         assert attack(x, y, seed=7).equal(whole)
 
@@ -165,11 +165,11 @@ def test_auto_pgd_projects_it_and_takes_the_other_restarts_from_elsewhere():
     assert seen[2].equal(ops.random_start(x, eps=EPS, seed=1))
 
 
-def test_each_piece_begins_where_its_rows_are_told_to():
+def test_each_chunk_begins_where_its_rows_are_told_to():
     x, y = batch(30)
     start = given_start(x)
-    attack = PGD(network(), eps=EPS, alpha=ALPHA, steps=2, piece=8)
-    expected = PGD(network(), eps=EPS, alpha=ALPHA, steps=2, piece=30)(x, y, start=start)
+    attack = PGD(network(), eps=EPS, alpha=ALPHA, steps=2, chunk_size=8)
+    expected = PGD(network(), eps=EPS, alpha=ALPHA, steps=2, chunk_size=30)(x, y, start=start)
     torch.testing.assert_close(attack(x, y, start=start), expected, atol=1e-12, rtol=0)
 
 

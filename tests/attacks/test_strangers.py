@@ -432,7 +432,7 @@ def test_images_that_require_a_gradient_are_given_back_without_one():
     assert x.grad is None
 
 
-def test_a_model_that_takes_no_single_image_is_attacked_in_one_piece():
+def test_a_model_that_takes_no_single_image_is_attacked_in_one_chunk():
     class Pairs(nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,36 +1,40 @@
-"""What the tests of benchmarks share: a quiet program, documents by hand, and a model that costs nothing."""
+"""What the tests of benchmarks share: a quiet console, documents by hand, a GPU by rule, a model that costs nothing."""
 
 from __future__ import annotations
 
 import sys
 import types
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
-from afd.bench.document import Candidate, Case, Document
-from afd.bench.timing import Timing
+from afd.bench.metering import GpuClock
+from afd.bench.results import Candidate, Case, Document, Timing
 
 
-class StandIn:
-    """A GPU on which time passes as its kernels say: what `afd.bench.gpu.Gpu` does, on the CPU and by rule."""
+class StandIn(GpuClock):
+    """The clock of a GPU on which time passes as its kernels say, on the CPU and by rule."""
 
-    l2_bytes = 1000
     launch_seconds, graph_seconds = 30e-6, 8e-6  # of the host
 
     def __init__(self):
-        self.host = self.device = 0.0
+        self.said, self.log = [], []
+        self.say, self.l2_bytes = self.said.append, 1000
+        self.measured = {"copy_gigabytes_per_second": 2000.0}
+        self.on_host = self.on_device = 0.0
         self.tape = None  # seconds of the kernels that are being recorded
-        self.log = []
+        self.now = lambda: self.on_host
+        self.wait, self.free = (partial(self.log.append, word) for word in ("wait", "free"))
 
     def kernel(self, seconds):
         """Launches one that takes so long."""
         if self.tape is None:
-            self.host += self.launch_seconds
-            self.device += seconds
+            self.on_host += self.launch_seconds
+            self.on_device += seconds
         else:
             self.tape.append(seconds)
 
@@ -38,13 +42,7 @@ class StandIn:
         """What a kernel's caller must not do while it is recorded."""
         if self.tape is not None:
             raise RuntimeError("operation not permitted when stream is capturing\nand more")
-        self.host += 1e-3
-
-    def now(self):
-        return self.host
-
-    def wait(self):
-        self.log.append("wait")
+        self.on_host += 1e-3
 
     def warm(self, work):
         self.log.append("warm")
@@ -52,37 +50,24 @@ class StandIn:
 
     def record(self, work):
         self.log.append("record")
-        self.tape, kernels = [], None
+        self.tape = kernels = []
         try:
             work()
-            kernels = self.tape
         finally:
             self.tape = None
-        return Graph(self, kernels)
 
-    def time(self, work):
-        before = self.device
+        def replay():
+            self.log.append("replay")
+            self.on_host += self.graph_seconds
+            self.on_device += sum(kernels)
+
+        return replay
+
+    def seconds(self, work):
+        before = self.on_device
         work()
-        seconds = self.device - before
+        seconds = self.on_device - before
         return lambda: seconds
-
-    def free(self):
-        self.log.append("free")
-
-    def copy_rate(self):
-        return 2e12
-
-
-class Graph:
-    """Its recording."""
-
-    def __init__(self, gpu, kernels):
-        self.gpu, self.kernels = gpu, kernels
-
-    def __call__(self):
-        self.gpu.log.append("replay")
-        self.gpu.host += self.gpu.graph_seconds
-        self.gpu.device += sum(self.kernels)
 
 
 @pytest.fixture
@@ -109,12 +94,12 @@ def console():
 def document():
     """A function: case name -> candidate -> (p20, p50, p80) gives a document of this machine."""
 
-    def make(cases, rounds=9, settings=None, **changes):
+    def make(cases, repeats=9, settings=None, **changes):
         made = {
             name: Case({"eps": 0.1}, {who: Candidate(Timing(*taken), {"of_floor": 0.5}) for who, taken in one.items()})
             for name, one in cases.items()
         }
-        whole = Document.here("attacks", torch.device("cpu"), rounds, settings or {"model": "lenet"}, made)
+        whole = Document.here("attacks", torch.device("cpu"), repeats, settings or {"model": "lenet"}, made)
         return replace(whole, **changes)
 
     return make

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from afd import data, nn
 from afd.attacks import PGD
 from afd.data import Batches
-from afd.evaluation.epsilon import Epsilon, ascending
+from afd.evaluation.attacks import Epsilon, ascending
 from afd.evaluation.evaluate import evaluate
-from afd.evaluation.protocol import Protocol, Stage
-from afd.evaluation.protocols import probes
-from afd.evaluation.subject import Subject
+from afd.evaluation.model import Model
+from afd.evaluation.protocol import Protocol, Stage, probes
 
 EPS = "0.15"
 
@@ -97,13 +96,13 @@ def judged(images, tmp_path):
             stages.append(
                 Stage("transfer", "pgd", "Linf", (reference,), {"steps": 10}, scope="correct", role="transfer")
             )
-            surrogate = Subject("surrogate", "test", surrogate)
+            surrogate = Model("surrogate", "test", surrogate)
         for stage in probes("Linf", reference):
             fewer = {"queries": 200} if stage.attack == "square" else stage.settings
             stages.append(dataclasses.replace(stage, settings=fewer))
         protocol = Protocol("paper", "Linf", reference, tuple(stages))
-        subject = model if isinstance(model, Subject) else Subject("model", "test", model)
-        results = evaluate(subject, taken, protocol, tmp_path / out, surrogate=surrogate, batch_size=60, **options)
+        model = model if isinstance(model, Model) else Model("model", "test", model)
+        results = evaluate(model, taken, protocol, tmp_path / out, surrogate=surrogate, batch_size=60, **options)
         return results, {check["name"]: check for check in results["checks"]}
 
     return run

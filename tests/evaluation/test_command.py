@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import afd.nn
+from afd.checkpoint import save_checkpoint
 from afd.cli import main
 from afd.config import DataConfig, ModelConfig, TrainConfig, method_for
-from afd.evaluation import protocols
-from afd.evaluation import results as files
-from afd.training.checkpoint import save_checkpoint
+from afd.evaluation import protocol as protocols
+from afd.evaluation.outcome import read_results
 
 QUICK = ("--images", "60", "--batch-size", "40")
 
@@ -60,7 +60,7 @@ def failed(capsys, *arguments):
 
 
 def test_results_say_everything(folder, robust, images):
-    results = files.read(folder / "quick")
+    results = read_results(folder / "quick")
     assert results["version"] == 1
     assert results["subject"]["name"] == "AFD-WGAN"
     assert len(results["subject"]["sha256"]) == 64
@@ -97,7 +97,7 @@ def test_the_report_is_one_file_that_needs_nothing_else(folder):
     assert all(value.startswith("data:image/png;base64,") for _, _, value in found)
     assert "http" not in re.sub(r"base64,[^\"]+", "", text)
     assert "url(" not in text
-    results = files.read(folder / "quick")
+    results = read_results(folder / "quick")
     for check in results["checks"]:
         assert check["name"].split()[0] in text
     assert f"{100 * results['clean']:.2f}%" in text
@@ -105,12 +105,36 @@ def test_the_report_is_one_file_that_needs_nothing_else(folder):
     assert results["subject"]["sha256"] in text
 
 
-def test_names_in_the_report_are_escaped(folder):
-    from afd.evaluation.html import report
+def test_whatever_users_have_named_is_escaped_in_both_reports(folder):
+    from afd.evaluation.report import Table, comparison, report
 
-    results = files.read(folder / "quick")
-    results["subject"]["name"] = "<script>alert(1)</script>"
-    assert "<script>" not in report(results, folder / "quick", [])
+    name = "<script>alert('1')</script>\" & `<b>`"
+    results = read_results(folder / "quick")
+    results["subject"] |= {"name": name, "source": name, "architecture": name}
+    results["surrogate"] = {"source": name}
+    results["data"] |= {"name": name, "split": name}
+    results["machine"]["device"] = results["versions"][name] = name
+    results["attacks"][0] |= {"name": name, "library": name, "settings": {name: name}}
+    results["checks"][0] |= {"name": "random outputs", "verdict": "fail", "meaning": name, "unit": name}
+    tables = [Table(name, (name, "figure"), ((name, name),), note=name)]
+    reports = {
+        report(results, folder / "quick", tables): 24,
+        comparison([results], folder / "quick", tables): 9,
+    }
+    for page, times in reports.items():
+        said = []
+
+        class Text(HTMLParser):
+            def handle_starttag(self, tag, *_):
+                assert tag != "script"
+
+            def handle_data(self, data, said=said):
+                said.append(data)
+
+        Text().feed(page)
+        assert "<script" not in page
+        assert "<b>`" not in page
+        assert "".join(said).count(name) == times
 
 
 @pytest.mark.parametrize("name", ["curves.png", "examples.png"])
@@ -127,7 +151,7 @@ def test_the_same_command_gives_the_same_result(folder, tmp_path):
     assert main(command) == 0
 
     def without_times(path):
-        results = files.read(path)
+        results = read_results(path)
         return json.dumps({**results, "attacks": [{**attack, "seconds": 0} for attack in results["attacks"]]})
 
     assert without_times(tmp_path / "again") == without_times(folder / "quick")
@@ -144,7 +168,7 @@ def test_a_function_that_returns_a_model(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", "mine:model", "--data", "digits", "--out", "out", *QUICK]) == 0
-    results = files.read(Path("out"))
+    results = read_results(Path("out"))
     checks = {check["name"]: check for check in results["checks"]}
     assert checks["training mode"]["verdict"] == "warn"
     assert checks["training mode"]["number"] == 3
@@ -282,14 +306,14 @@ def test_compare_puts_models_side_by_side_with_the_published(folder, tmp_path, c
         models = [str(folder / f"{name}.pt"), "--out", str(tmp_path / name)]
         assert main(["evaluate", *models, *few, str(folder / f"{other}.pt")]) == 0
     assert "the model's own weights" in failed(capsys, *models, "--overwrite", *few, folder / "natural.pt")
-    results = files.read(tmp_path / "robust")
+    results = read_results(tmp_path / "robust")
     assert [attack["name"] for attack in results["attacks"] if attack["role"] == "score"] == [
         "pgd-linf", "pgd-l2", "pgd-l1", "fgsm", "mim", "ddn", "deepfool", "cw",
     ]  # fmt: skip
     assert {point["attack"] for point in results["divergence"]} >= {"pgd-linf", "cw"}
     assert all(0 <= point["distance"] <= 2 for point in results["divergence"])
     assert (tmp_path / "robust" / "divergence.png").exists()
-    assert files.read(tmp_path / "natural")["divergence"] == []
+    assert read_results(tmp_path / "natural")["divergence"] == []
     out = tmp_path / "side"
     both = ["--compare", str(tmp_path / "natural"), str(tmp_path / "robust"), "--out", str(out)]
     assert main(["evaluate", *both]) == 0
@@ -311,9 +335,9 @@ def test_compare_puts_models_side_by_side_with_the_published(folder, tmp_path, c
 
 
 def test_compare_prints_published_figures_for_mnist(folder):
-    from afd.evaluation.tables import table_1, table_2
+    from afd.evaluation.report import table_1, table_2
 
-    results = files.read(folder / "quick")
+    results = read_results(folder / "quick")
     results["data"]["name"] = "mnist"
     one, two = table_1([results]), table_2([results])
     assert one.ours == two.ours == 1
@@ -323,9 +347,9 @@ def test_compare_prints_published_figures_for_mnist(folder):
 
 
 def test_a_row_as_robustbench_prints_it(folder):
-    from afd.evaluation.tables import robustbench
+    from afd.evaluation.report import robustbench
 
-    results = files.read(folder / "quick")
+    results = read_results(folder / "quick")
     assert robustbench(results) is None
     results["protocol"]["name"] = "autoattack"
     found = robustbench(results)
@@ -348,7 +372,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     for launch, out in (([], "one"), (["-m", "torch.distributed.run", "--nproc-per-node", "2"], "two")):
         command = [sys.executable, *launch, *options, "--out", str(tmp_path / out), "--device", "cpu"]
         subprocess.run(command, check=True, env=environment, capture_output=True)
-    one, two = (files.read(tmp_path / name) for name in ("one", "two"))
+    one, two = (read_results(tmp_path / name) for name in ("one", "two"))
     assert two["settings"]["processes"] == 2
     for key in ("clean", "worst_case", "checks", "features"):
         assert one[key] == two[key]

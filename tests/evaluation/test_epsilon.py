@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afd.errors import InputError
-from afd.evaluation.epsilon import Epsilon, ascending
+from afd.evaluation.attacks import Epsilon, ascending
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from torch import nn
 
 from afd.errors import InputError
 from afd.evaluation.checks import Check, judge, overall, skipped
-from afd.evaluation.features import DomainWatch, divergence, feature_summary, principal_components
+from afd.evaluation.features import DomainCounter, divergence, feature_summary, principal_components
 from afd.evaluation.outcome import normalised_area
-from afd.evaluation.plots import plot_examples
-from afd.evaluation.published import TABLE_1, TABLE_1_COLUMNS, TABLE_2, TABLE_2_COLUMNS, TABLE_2_HEADS
-from afd.evaluation.verification import other_batch_size
+from afd.evaluation.plots import plot_curves, plot_examples
+from afd.evaluation.report import TABLE_1, TABLE_1_COLUMNS, TABLE_2, TABLE_2_COLUMNS, TABLE_2_HEADS
+from afd.evaluation.runner import other_batch_size
 
 
 def test_area_of_the_papers_kind():
@@ -76,14 +76,14 @@ def test_divergence_of_perfect_and_of_blind_discriminators():
     assert divergence(Counter(), perfect[1]) is None
 
 
-def test_domain_watch_asks_features_and_labels(images):
+def test_domain_counter_asks_features_and_labels(images):
     class Discriminator(nn.Module):
         def forward(self, z, y):
             assert not self.training
             return z[:, 0] - 1.5 + y
 
     x = torch.zeros(4, 1, 8, 8)
-    counts = DomainWatch(WithFeatures(), Discriminator())(x, torch.tensor([0, 1, 2, 0]))
+    counts = DomainCounter(WithFeatures(), Discriminator())(x, torch.tensor([0, 1, 2, 0]))
     assert counts == {"judged": 4, "natural": 2, "attacked": 2}
 
 
@@ -125,6 +125,17 @@ def test_published_tables_are_whole():
     assert all(len(row) == len(TABLE_2_COLUMNS) for rows in TABLE_2.values() for row in rows.values())
     assert TABLE_1["mnist"]["AFD-WGAN"] == (99.14, 97.68, 97.68, 98.59, 98.71)
     assert TABLE_2["cifar10"]["AFD-WGAN"][0] == 0.56
+
+
+def test_plot_is_a_png_with_a_line_a_model(tmp_path):
+    path = tmp_path / "curves.png"
+    plot_curves(path, [0, 0.1], {"natural": [0.9, 0.0], "afd": [0.9, 0.7]}, title="digits", trained_at=0.1)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    from matplotlib.image import imread
+
+    picture = imread(path)
+    assert picture.shape[0] > 400
+    assert picture[..., :3].std() > 0.01
 
 
 def test_examples_without_any_say_so(tmp_path):

@@ -11,15 +11,15 @@ import torch
 
 from afd.cli import main
 from afd.errors import InputError
-from afd.evaluation import protocols, runner
-from afd.evaluation import results as files
-from afd.evaluation.epsilon import Epsilon, ascending
+from afd.evaluation import protocol as protocols
+from afd.evaluation import runner
+from afd.evaluation.attacks import Epsilon, ascending
 from afd.evaluation.evaluate import FolderError, evaluate
-from afd.evaluation.folder import Output, agreed, comparison_folder
-from afd.evaluation.place import Place
-from afd.evaluation.state import StateError
-from afd.evaluation.subject import Subject, SubjectError
+from afd.evaluation.model import Model, UnusableModelError
+from afd.evaluation.outcome import read_results
+from afd.evaluation.store import Output, StateError, agreed, comparison_folder
 from afd.files import FolderLock
+from afd.runtime import Group
 
 REPORT = ["curves.png", "examples.png", "report.html", "results.json"]
 
@@ -37,7 +37,7 @@ def run(natural, images, tmp_path, monkeypatch):
             out if isinstance(out, Output) else Output(None if out is None else Path(out), options.pop("over", False))
         )
         taken = images.take(torch.arange(20))
-        evaluate(Subject("natural", "test", model), taken, protocol, output, batch_size=10, **options)
+        evaluate(Model("natural", "test", model), taken, protocol, output, batch_size=10, **options)
         return str(output.folder)
 
     return evaluated
@@ -103,7 +103,7 @@ with FolderLock(Path(sys.argv[1])).held():
 """
 
     def __init__(self, folder):
-        environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[2])}
+        environment = {**os.environ, "PYTHONPATH": str(Path(runner.__file__).parents[2])}
         self.process = subprocess.Popen(
             [sys.executable, "-c", self.CODE, folder], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
@@ -128,7 +128,7 @@ def test_no_empty_folder_is_left_by_an_error(run, monkeypatch, out):
         raise RuntimeError("no")
 
     Path("mine").mkdir()
-    monkeypatch.setattr("afd.evaluation.folder.Store.__init__", broken)
+    monkeypatch.setattr("afd.evaluation.store.Store.__init__", broken)
     with pytest.raises(RuntimeError, match="no"):
         run(out)
     with pytest.raises(InputError, match="seed is -1"):
@@ -160,24 +160,24 @@ def test_overwrite_deletes_nothing_before_all_checks_have_passed(run, natural):
     run("out")
     before = Path("out/results.json").read_bytes()
     with pytest.raises(InputError, match="batch-size is 0"):
-        evaluate(Subject("n", "t", natural), None, None, Path("out"), batch_size=0, overwrite=True)
-    with pytest.raises(SubjectError, match="does not take"):
+        evaluate(Model("n", "t", natural), None, None, Path("out"), batch_size=0, overwrite=True)
+    with pytest.raises(UnusableModelError, match="does not take"):
         run("out", model=torch.nn.Linear(3, 10), over=True)
     assert Path("out/results.json").read_bytes() == before
     run("out", over=True, seed=1)
-    assert files.read(Path("out"))["settings"]["seed"] == 1
+    assert read_results(Path("out"))["settings"]["seed"] == 1
 
 
 def test_overwrite_goes_on_with_this_very_evaluation_and_discards_another(run, interrupted):
     interrupted("out")
-    unit = next(Path("out/state").glob("pgd-20.*"))
-    moment = unit.stat().st_mtime_ns
+    kept = next(Path("out/state").glob("pgd-20.*"))
+    moment = kept.stat().st_mtime_ns
     interrupted("out", over=True)
-    assert unit.stat().st_mtime_ns == moment
+    assert kept.stat().st_mtime_ns == moment
     with pytest.raises(StateError, match="differs in settings"):
         run("out", seed=1)
     run("out", over=True, seed=1)
-    assert files.read(Path("out"))["settings"]["seed"] == 1
+    assert read_results(Path("out"))["settings"]["seed"] == 1
 
 
 @pytest.mark.parametrize("content", [b"", b'{"weights": "3'])
@@ -193,11 +193,11 @@ def test_a_damaged_state_is_one_line_and_may_be_discarded(run, interrupted, cont
 def test_a_kill_while_the_state_is_removed_is_tidied_up(run, monkeypatch):
     run("whole")
     with monkeypatch.context() as patch:
-        patch.setattr("afd.evaluation.folder._remove_state", interrupt)
+        patch.setattr("afd.evaluation.store._remove_state", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run("out")
-    for unit in list(Path("out/state").glob("*.pt"))[:3]:
-        unit.unlink()
+    for kept in list(Path("out/state").glob("*.pt"))[:3]:
+        kept.unlink()
     assert names("out") == [*REPORT, "state"]
     run("out")
     assert names("out") == REPORT
@@ -228,14 +228,14 @@ def test_what_dead_processes_left_half_written_goes(run, interrupted):
     interrupted("out")
     dead = subprocess.Popen(["true"])
     dead.wait()
-    for place in ("out", "out/state"):
-        Path(place, f".results.json.{dead.pid}.part").touch()
+    for group in ("out", "out/state"):
+        Path(group, f".results.json.{dead.pid}.part").touch()
     run("out")
     assert names("out") == REPORT
 
 
 def test_several_processes_take_the_leaders_folder_or_its_refusal(monkeypatch):
-    first, second = (Place(torch.device("cpu"), rank, 2) for rank in (0, 1))
+    first, second = (Group(rank, 2) for rank in (0, 1))
     box = []
 
     def broadcast(answer, src):
@@ -247,9 +247,9 @@ def test_several_processes_take_the_leaders_folder_or_its_refusal(monkeypatch):
         raise FolderError("out is a file")
 
     monkeypatch.setattr("torch.distributed.broadcast_object_list", broadcast)
-    for place, decide in ((first, refuse), (second, never)):
+    for group, decide in ((first, refuse), (second, never)):
         with pytest.raises(FolderError, match="out is a file"):
-            agreed(place, decide)
+            agreed(group, decide)
     box.clear()
     assert agreed(first, lambda: "runs/1") == agreed(second, never) == "runs/1"
 

@@ -15,29 +15,30 @@ import torch
 
 import afd.nn
 from afd import files as writing
-from afd.evaluation import protocols
-from afd.evaluation import results as files
-from afd.evaluation.epsilon import Epsilon
+from afd.checkpoint import save_checkpoint
+from afd.errors import AfdError
+from afd.evaluation import protocol as protocols
+from afd.evaluation.attacks import Epsilon
 from afd.evaluation.evaluate import evaluate
+from afd.evaluation.model import Model
+from afd.evaluation.outcome import read_results
 from afd.evaluation.protocol import Protocol, Stage
-from afd.evaluation.subject import Subject
-from afd.training.checkpoint import save_checkpoint
 
 # starts evaluations as children of a process that has imported everything, so that a kill hits the work itself
 SERVER = """
 import dataclasses, os, signal, sys, traceback
-import matplotlib.figure, afd.cli, afd.evaluate, afd.evaluation.protocols, afd.data
+import matplotlib.figure, afd.cli, afd.evaluation.command, afd.evaluation.protocol, afd.data
 import torch
 torch.set_num_threads(1)
-afd.evaluation.protocols.installed = lambda _: False
+afd.evaluation.protocol.installed = lambda _: False
 afd.data.load("digits")
-named = afd.evaluate.named
+named = afd.evaluation.command.named
 def quicker(*arguments, **options):
     found = named(*arguments, **options)
     fewer = lambda stage: {key: min(value, 6) for key, value in stage.settings.items()}
     stages = (dataclasses.replace(stage, settings=fewer(stage)) for stage in found.stages)
     return dataclasses.replace(found, stages=tuple(stages))
-afd.evaluate.named = quicker
+afd.evaluation.command.named = quicker
 print("ready", flush=True)
 for line in sys.stdin:
     log, *words = line.split()
@@ -100,7 +101,7 @@ WORDS = ("net.pt", "--images", "40", "--batch-size", "10", "--eps", "0.05", "0.1
 
 def told(folder):
     """Results, but for times."""
-    found = files.read(folder)
+    found = read_results(folder)
     return json.dumps({**found, "attacks": [{**attack, "seconds": 0} for attack in found["attacks"]]})
 
 
@@ -163,7 +164,7 @@ def test_whatever_file_is_written_last_the_same_command_ends_the_same(at, how, c
         WHOLE.update(told=told(tmp_path / "whole"), names=left_in(tmp_path / "whole"))
     with pytest.MonkeyPatch.context() as patch:
         disturb(patch, at, how)
-        with pytest.raises((Killed, files.AfdError)) as caught:
+        with pytest.raises((Killed, AfdError)) as caught:
             cheaply("out")
     if how == "disk full":
         assert "No space left on device; what was computed before is kept, and the same command goes on" in str(
@@ -207,5 +208,5 @@ def cheaply(tmp_path, natural, images):
     probes = (stage for stage in protocols.probes("Linf", eps) if stage.attack != "square")
     quick = (dataclasses.replace(stage, settings=dict.fromkeys(stage.settings, 1)) for stage in probes)
     protocol = Protocol("quick", "Linf", eps, (score, *quick))
-    subject = Subject("natural", "test", natural)
-    return lambda out: evaluate(subject, few, protocol, tmp_path / out, batch_size=10)
+    model = Model("natural", "test", natural)
+    return lambda out: evaluate(model, few, protocol, tmp_path / out, batch_size=10)

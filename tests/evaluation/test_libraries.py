@@ -8,13 +8,12 @@ from torch import nn
 
 from afd import extras
 from afd.attacks import PGD
-from afd.bench.peers import Request, adapted
-from afd.evaluation.catalogue import ATTACKS
-from afd.evaluation.epsilon import Epsilon, ascending
+from afd.attacks.ball import NORMS
+from afd.bench.baselines import Request, adapted
+from afd.evaluation.attacks import ATTACKS, Epsilon, Target, ascending
 from afd.evaluation.evaluate import evaluate
-from afd.evaluation.protocols import autoattack, autoattack_reference, paper
-from afd.evaluation.subject import Subject
-from afd.evaluation.target import Target, distance
+from afd.evaluation.model import Model
+from afd.evaluation.protocol import autoattack, autoattack_reference, paper
 from afd.extras import ExtraMissingError
 
 EXTERNAL = {
@@ -61,7 +60,7 @@ def test_a_minimal_attack_finds_the_nearest_adversarial_image(name):
     x_adv = attack(X, Y)
     assert (Linear()(x_adv).argmax(1) != Y).all()
     nearest = MARGINS / 2 if norm == "Linf" else MARGINS / 2**0.5
-    assert distance(x_adv, X, norm).numpy() == pytest.approx(nearest.numpy(), rel=0.06)
+    assert NORMS[norm].distance(x_adv, X).numpy() == pytest.approx(nearest.numpy(), rel=0.06)
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
 
@@ -75,7 +74,7 @@ def test_a_ball_attack_breaks_what_can_be_broken_in_the_ball(name, images, natur
     attack = ATTACKS[name].build(Target(natural, "Linf", 0.3, 0, 10), **EXTERNAL[name][1])
     x_adv = attack(x[correct], y[correct])
     assert (natural(x_adv).argmax(1) != y[correct]).double().mean() > 0.8
-    assert distance(x_adv, x[correct], "Linf").max() <= 0.3 + 1e-6
+    assert NORMS["Linf"].distance(x_adv, x[correct]).max() <= 0.3 + 1e-6
 
 
 @pytest.mark.parametrize("name", EXTERNAL)
@@ -101,7 +100,7 @@ def test_a_missing_extra_is_named_before_anything_runs(missing, images, natural,
     ]}  # fmt: skip
     for protocol in protocols[missing]:
         with pytest.raises(ExtraMissingError, match=rf"needs {missing}, .* pip install 'afd-torch\[evaluate\]'"):
-            evaluate(Subject("natural", "test", natural), images, protocol, tmp_path / "out")
+            evaluate(Model("natural", "test", natural), images, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -114,7 +113,7 @@ def autoattack_accuracies(model, images, eps, folder):
         stages = tuple(stage for stage in protocol.stages if stage.role == "score")
         protocol = type(protocol)(protocol.name, "Linf", reference, (*stages, *protocol.stages[len(stages) :][:5]))
         out = folder / f"{protocol.name}-{eps}".replace("/", "-")
-        results = evaluate(Subject("model", "test", model), images, protocol, out)
+        results = evaluate(Model("model", "test", model), images, protocol, out)
         found.append(results["worst_case"]["Linf"][eps])
     return found
 
@@ -133,7 +132,7 @@ def test_autoattack_agrees_with_the_reference(kind, images, request, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["natural", "robust"])
 def test_autoattack_is_within_half_a_point_of_the_reference_on_mnist(kind, mnist_models, tmp_path):
-    """On 500 MNIST test images, with a natural and an adversarially trained model, at radii where both still stand."""
+    """On 500 MNIST test images, with a natural and an adversarially trained model, at radii that leave some of both."""
     pytest.importorskip("pyautoattack")
     images, models = mnist_models
     eps = {"natural": "0.05", "robust": "0.2"}[kind]
@@ -157,15 +156,15 @@ def test_pgd_leaves_as_many_as_the_libraries_leave_on_mnist(kind, library, mnist
     x = images.images(torch.arange(len(labels)))
     request = Request("pgd", "Linf", {"natural": 0.1, "robust": 0.25}[kind], 0.01, 40)
 
-    def standing(run):
+    def robust(run):
         return torch.cat(
             [model(run(*part)).argmax(1) == part[1] for part in zip(x.split(250), labels.split(250), strict=True)]
         )
 
     def accuracy(run):
-        return float(standing(run).double().mean())
+        return float(robust(run).double().mean())
 
-    still = {name: standing(run) for name, run in unmoved(library, model, request).items()}
+    still = {name: robust(run) for name, run in unmoved(library, model, request).items()}
     assert (still["afd"] != still[library]).sum() <= 1
     means = {"afd": [], library: []}
     for seed in SEEDS:

@@ -9,20 +9,20 @@ import torch
 from torch import nn
 
 import afd.nn
-from afd import evaluate as command
 from afd.attacks import PGDSettings
 from afd.cli import main
 from afd.data import Images
 from afd.errors import AfdError
-from afd.evaluate import EvaluateConfig, load, name_of, trained_at
-from afd.evaluation import accuracy, protocols
-from afd.evaluation import results as files
-from afd.evaluation.epsilon import Epsilon
-from afd.evaluation.subject import Subject
+from afd.evaluation import accuracy, command
+from afd.evaluation import protocol as protocols
+from afd.evaluation.attacks import Epsilon
+from afd.evaluation.command import EvaluateConfig, load, name_of, trained_at
+from afd.evaluation.model import Model
+from afd.evaluation.outcome import read_results
 from afd.methods import AFD, Execution, Natural
 from afd.nn.networks import from_recipe, recipe_of
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights
-from afd.training.rebuild import rebuild
+from afd.training.weights import rebuild
 
 CPU = torch.device("cpu")
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -130,7 +130,7 @@ def clean_of(capsys, *words):
     assert main(["evaluate", *map(str, words), "--images", "40", "--batch-size", "20", "--out", str(out)]) == 0, (
         capsys.readouterr().err
     )
-    return files.read(out)
+    return read_results(out)
 
 
 @pytest.mark.filterwarnings("ignore:model is compiled")
@@ -140,16 +140,16 @@ def test_a_checkpoint_is_evaluated_as_what_was_trained(case, tmp_path, mine, mon
     data, *_, named = CASES[case]
     wanted = accuracy(trainer.evaluated, batches(some(data)))
     function = [] if named else ["--model", f"{mine}other"]
-    monkeypatch.setattr("afd.evaluate.named", cheap)
+    monkeypatch.setattr("afd.evaluation.command.named", cheap)
     results = clean_of(capsys, tmp_path / "run" / "last.pt", "--data", data, *function)
     assert results["clean"] == wanted
-    subject = load(str(tmp_path / "run" / "last.pt"), CPU, *function[1:])
+    model = load(str(tmp_path / "run" / "last.pt"), CPU, *function[1:])
     x = some(data).images()
-    same(subject.model(x), trainer.evaluated.eval()(x))
-    assert (subject.discriminator is not None) == isinstance(trainer.method, AFD)
-    if subject.discriminator is not None:
+    same(model.network(x), trainer.evaluated.eval()(x))
+    assert (model.discriminator is not None) == isinstance(trainer.method, AFD)
+    if model.discriminator is not None:
         z, y = trainer.evaluated.features(x), some(data).labels
-        same(subject.discriminator(z, y), trainer.step.players["discriminator"].eval()(z, y))
+        same(model.discriminator(z, y), trainer.step.players["discriminator"].eval()(z, y))
     if not named:
         with pytest.raises(CheckpointError, match=r"does not say which network it holds; name .* --model"):
             load(str(tmp_path / "run" / "last.pt"), CPU)
@@ -174,7 +174,7 @@ def test_plain_weights_are_evaluated_as_what_was_trained(case, tmp_path, mine, m
     trainer = trained(case, None)
     save_weights(str(tmp_path / "model.pt"), trainer.evaluated)
     wanted = accuracy(trainer.evaluated, batches(some()))
-    monkeypatch.setattr("afd.evaluate.named", cheap)
+    monkeypatch.setattr("afd.evaluation.command.named", cheap)
     function = [] if CASES[case][-1] else ["--model", f"{mine}other"]
     assert clean_of(capsys, tmp_path / "model.pt", "--data", "digits", *function)["clean"] == wanted
     if function:
@@ -189,7 +189,7 @@ def test_any_state_dict_of_any_model(wrap, tmp_path, mine):
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     torch.save(wrap(model).state_dict(), tmp_path / "any.pth")
     x = some().images()
-    assert torch.equal(load(str(tmp_path / "any.pth"), CPU, f"{mine}plain").model(x), model(x))
+    assert torch.equal(load(str(tmp_path / "any.pth"), CPU, f"{mine}plain").network(x), model(x))
 
 
 def test_a_runs_folder_stands_for_its_best_checkpoint(tmp_path):
@@ -280,7 +280,7 @@ def test_checkpoints_of_earlier_days_say_how_features_were_scaled(normalize, tmp
     del metadata["network"]
     save_checkpoint(tmp_path / "old.pt", state, metadata)
     x = some().images()
-    found = load(str(tmp_path / "old.pt"), CPU, f"{mine}other").model
+    found = load(str(tmp_path / "old.pt"), CPU, f"{mine}other").network
     same(found(x), trainer.network.eval()(x))
     assert found.normalize is normalize
 
@@ -349,7 +349,7 @@ def earlier(path, method, attack=None):
         "attack": {"name": "pgd", "eps": 0.15, "steps": 1, "alpha": None, "eval_steps": 20, **(attack or {})},
         "method": {
             "optimizer": "sgd", "lr": 0.1, "lr_discriminator": 0.1, "lr_features": 0.5, "momentum": 0.9,
-            "weight_decay": 1e-4, "label_smoothing": 0.0, "clip": None, "micro_batches": 1, "discriminator_rounds": 1,
+            "weight_decay": 1e-4, "label_smoothing": 0.0, "clip": None, "micro_batches": 1, "discriminator_steps": 1,
             "penalty": 0.0, "loss": "wgan", "schedule": "simultaneous", **method,
         },
         "epochs": 2, "lr_schedule": "step", "milestones": [0.5, 0.8333333333333334], "eps_warmup": 0.0, "ema": None,
@@ -369,9 +369,9 @@ def test_a_checkpoint_of_earlier_attacks_is_rebuilt_and_evaluated(method, name, 
     rebuilt, x = rebuild(tmp_path / "old.pt"), some().images()
     same(rebuilt.network(x), network(x))
     assert (rebuilt.discriminator is not None) == (method["name"] == "afd")
-    subject = load(str(tmp_path / "old.pt"), CPU)
-    assert trained_at(subject, "digits") == Epsilon.of("0.15")
-    monkeypatch.setattr("afd.evaluate.named", cheap)
+    model = load(str(tmp_path / "old.pt"), CPU)
+    assert trained_at(model, "digits") == Epsilon.of("0.15")
+    monkeypatch.setattr("afd.evaluation.command.named", cheap)
     results = clean_of(capsys, tmp_path / "old.pt")
     assert results["clean"] == accuracy(network, batches(some()))
     assert results["subject"]["name"] == name
@@ -382,14 +382,14 @@ def test_the_radius_of_an_earlier_trainers_attack_is_found(tmp_path):
     """Without a config: what was said of the trainer's own settings."""
     network = small()
     for attack, eps in (({"name": "PGD", "eps": 0.05, "steps": 1}, "0.05"), (None, "0.2")):
-        subject = Subject("", "", network, metadata={"run": {"attack": attack, "method": {"name": "AFD"}}})
-        assert trained_at(subject, "digits") == Epsilon.of(eps)
+        model = Model("", "", network, metadata={"run": {"attack": attack, "method": {"name": "AFD"}}})
+        assert trained_at(model, "digits") == Epsilon.of(eps)
 
 
 def test_a_checkpoint_of_earlier_attacks_may_be_begun_with_and_not_gone_on_with(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()  # of the few images
     old, few = tmp_path / "old.pt", ["--width", "2", "--limit", "20", "--attack-steps", "1", "--eval-steps", "1"]
-    monkeypatch.setattr("afd.training.experiment.TEST_STEPS", 1)
+    monkeypatch.setattr("afd.experiments.train.TEST_STEPS", 1)
     network = earlier(old, {"name": "afd"})
     begun = ["train", "--epochs", "1", *few, "--weights", str(old), "--out", str(tmp_path / "new")]
     still = ["--lr", "1e-12", "--lr-features", "0", "--weight-decay", "0"]
@@ -417,21 +417,21 @@ def test_names_and_radii_follow_the_run(tmp_path):
         rebuilt = rebuild(tmp_path / case)
         assert name_of(rebuilt) == name
         eps = "0.2" if case == "natural" else "0.05"
-        assert str(trained_at(Subject("", "", rebuilt.network, metadata=rebuilt.metadata), "digits")) == eps
+        assert str(trained_at(Model("", "", rebuilt.network, metadata=rebuilt.metadata), "digits")) == eps
 
 
 @pytest.mark.parametrize("attack", [{"eps": [0.1, 0.2]}, {"eps": "0.1"}, {"eps": 0.5, "norm": "L2"}, "pgd", None])
 def test_a_radius_that_is_none_in_linf_is_not_taken(attack):
-    subject = Subject("", "", nn.Identity(), metadata={"config": {"attack": attack}})
-    assert trained_at(subject, "digits") == Epsilon.of("0.2")
+    model = Model("", "", nn.Identity(), metadata={"config": {"attack": attack}})
+    assert trained_at(model, "digits") == Epsilon.of("0.2")
 
 
 @pytest.mark.parametrize("noted", ["digits", {"name": 3}, {"root": "x"}, 3, None, []])
 def test_a_config_of_ones_own_may_hold_anything(noted, tmp_path):
-    subject = Subject("", "p.pt", nn.Identity(), metadata={"config": {"data": noted}})
+    model = Model("", "p.pt", nn.Identity(), metadata={"config": {"data": noted}})
     with pytest.raises(AfdError, match="name it with --data"):
-        command.test_images(EvaluateConfig("p.pt"), subject, type("Place", (), {"leads": True}))
-    found = command.test_images(EvaluateConfig("p.pt", data="digits"), subject, type("Place", (), {"leads": True}))
+        command.test_images(EvaluateConfig("p.pt"), model, type("Place", (), {"leads": True}))
+    found = command.test_images(EvaluateConfig("p.pt", data="digits"), model, type("Place", (), {"leads": True}))
     assert len(found) == 40
 
 

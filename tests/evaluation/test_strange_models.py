@@ -13,19 +13,16 @@ from afd import extras
 from afd.attacks import Report
 from afd.data import Images
 from afd.errors import InputError, InputTypeError, ModelWarning
-from afd.evaluation import catalogue
-from afd.evaluation.catalogue import ATTACKS
-from afd.evaluation.epsilon import Epsilon, ascending
+from afd.evaluation import attacks
+from afd.evaluation.attacks import ATTACKS, Epsilon, Target, ascending
 from afd.evaluation.evaluate import FolderError, evaluate
 from afd.evaluation.features import feature_summary
-from afd.evaluation.place import Place, device_named
-from afd.evaluation.protocol import Protocol, Stage
-from afd.evaluation.protocols import autoattack, autoattack_reference, probes, quick
+from afd.evaluation.model import Model, UnusableModelError, check_fit
+from afd.evaluation.protocol import Protocol, Stage, autoattack, autoattack_reference, probes, quick
 from afd.evaluation.runner import Runner
-from afd.evaluation.state import Store
-from afd.evaluation.subject import Subject, SubjectError, check_fit
-from afd.evaluation.target import Target
+from afd.evaluation.store import Store
 from afd.extras import ExtraMissingError
+from afd.runtime import Group, device_named
 
 COUNT = 230  # more than the checks that look at the first images look at
 RADII = ascending(["0.0525", "0.2025"])
@@ -59,7 +56,7 @@ def evaluated(model, images, out, stages=None, **options):
     """The results of PGD and all probes but Square, and the checks by name."""
     stages = stages or [Stage("pgd", "pgd", "Linf", RADII, {"steps": 10})]
     protocol = Protocol("quick", "Linf", RADII[0], (*stages, *probes("Linf", RADII[0])[:5]))
-    results = evaluate(Subject("model", "test", model), images, protocol, out, batch_size=40, **options)
+    results = evaluate(Model("model", "test", model), images, protocol, out, batch_size=40, **options)
     for attack in results["attacks"]:
         attack["seconds"] = 0
     return results, {check["name"]: check for check in results["checks"]}
@@ -175,7 +172,7 @@ def test_nan_on_an_attacked_image_does_not_withstand_and_is_counted(bright, tmp_
     def shifted(x, y, **_):
         return torch.where((y == 0).view(-1, 1, 1, 1), (x + 0.005 * (x < 0.5) - 0.005 * (x >= 0.5)), x)
 
-    monkeypatch.setitem(ATTACKS, "shift", catalogue.Kind(lambda _: shifted, lambda _: 1))
+    monkeypatch.setitem(ATTACKS, "shift", attacks.Kind(lambda _: shifted, lambda _: 1))
 
     class Silent:
         def start(self, work): ...
@@ -185,7 +182,7 @@ def test_nan_on_an_attacked_image_does_not_withstand_and_is_counted(bright, tmp_
     runner = Runner(
         model=Around(before=undefined), surrogate=None, images=bright, classes=3,
         protocol=Protocol("quick", "Linf", RADII[0], (stage,)), store=Store(tmp_path, {}),
-        place=Place(torch.device("cpu")), seed=0, batch_size=60, meter=Silent(),
+        group=Group(), seed=0, batch_size=60, meter=Silent(),
     )  # fmt: skip
     outcome = runner.run()
     moved = int((bright.labels == 0).sum())
@@ -209,7 +206,7 @@ class Seeing:
 
 
 def test_images_that_stand_because_the_attack_was_blind_are_counted_and_told(bright, tmp_path, monkeypatch):
-    monkeypatch.setitem(ATTACKS, "seeing", catalogue.Kind(lambda _: Seeing(), lambda _: 1))
+    monkeypatch.setitem(ATTACKS, "seeing", attacks.Kind(lambda _: Seeing(), lambda _: 1))
     stages = [
         Stage("pgd", "pgd", "Linf", RADII, {"steps": 10}),
         Stage("stares", "seeing", "Linf", RADII),
@@ -261,7 +258,7 @@ def test_a_protocol_whose_attacks_need_more_classes_is_refused(make, words, brig
     pytest.importorskip("pyautoattack")
     protocol = make("Linf", RADII, RADII[0])
     with pytest.raises(InputError, match=words):
-        evaluate(Subject("model", "test", Brightest()), bright, protocol, tmp_path / "out")
+        evaluate(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -269,7 +266,7 @@ def test_a_protocol_whose_attacks_need_more_classes_is_refused(make, words, brig
 def test_a_radius_that_no_two_images_are_apart_is_refused(norm, eps, widest, bright, tmp_path):
     protocol = quick(norm, ascending([eps]), Epsilon.of(eps))
     with pytest.raises(InputError, match=f"eps is {eps} in {norm}; no two images .* further apart than {widest}"):
-        evaluate(Subject("model", "test", Brightest()), bright, protocol, tmp_path / "out")
+        evaluate(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -285,7 +282,7 @@ def test_a_radius_that_no_two_images_are_apart_is_refused(norm, eps, widest, bri
 )
 def test_numbers_out_of_range_are_refused(options, kind, words, bright, tmp_path):
     with pytest.raises(kind, match=words):
-        evaluate(Subject("model", "test", Brightest()), bright, quick("Linf", RADII, RADII[0]), tmp_path, **options)
+        evaluate(Model("model", "test", Brightest()), bright, quick("Linf", RADII, RADII[0]), tmp_path, **options)
 
 
 @pytest.mark.parametrize("size", [1, 13, 40, 200])
@@ -296,16 +293,16 @@ def test_a_model_is_tried_with_every_size_of_batch_that_it_will_meet(size, brigh
             return super().forward(x)
 
     model = Picky()
-    assert check_fit(Subject("model", "test", model), bright, (2, 3)) == 3
-    with pytest.raises(SubjectError, match=f"does not take bright's 1x1x3 images, {size} at a time: not so many"):
+    assert check_fit(Model("model", "test", model), bright, (2, 3)) == 3
+    with pytest.raises(UnusableModelError, match=f"does not take bright's 1x1x3 images, {size} at a time: not so many"):
         evaluated(model, bright, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_logits_is_named(bright):
     for form, words in ((lambda logits: logits[:, 0], r"shape \[2\]"), (lambda logits: None, "NoneType")):  # noqa: ARG005
-        with pytest.raises(SubjectError, match=f"model test is of no use for bright's 1x1x3 images.*{words}"):
-            check_fit(Subject("model", "test", Around(after=form)), bright)
+        with pytest.raises(UnusableModelError, match=f"model test is of no use for bright's 1x1x3 images.*{words}"):
+            check_fit(Model("model", "test", Around(after=form)), bright)
 
 
 def test_a_library_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
@@ -351,7 +348,7 @@ def test_the_digest_covers_states_that_are_no_tensors(bright):
             return {"note": self.note}
 
     def digest(note):
-        return Subject("model", "test", Extra(note)).digest()
+        return Model("model", "test", Extra(note)).digest()
 
     assert digest("a") == digest("a") != digest("b")
 
@@ -359,7 +356,7 @@ def test_the_digest_covers_states_that_are_no_tensors(bright):
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning", "ignore:torch.quantize:UserWarning")
 def test_a_quantised_model_has_a_digest():
     quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(3, 3)), {nn.Linear})
-    assert len(Subject("model", "test", quantised).digest()) == 64
+    assert len(Model("model", "test", quantised).digest()) == 64
 
 
 def test_one_class_fewer_than_the_least_is_too_few(bright):
@@ -377,10 +374,10 @@ def test_a_protocol_without_its_probes_is_refused(missing, bright, tmp_path):
     whole = quick("Linf", RADII, RADII[0])
     fewer = Protocol("quick", "Linf", RADII[0], tuple(stage for stage in whole.stages if stage.name != missing))
     with pytest.raises(InputError, match=f"protocol quick lacks the stages {missing}; add those of"):
-        evaluate(Subject("model", "test", Brightest()), bright, fewer, tmp_path / "out")
+        evaluate(Model("model", "test", Brightest()), bright, fewer, tmp_path / "out")
     only = Protocol("quick", "Linf", RADII[0], probes("Linf", RADII[0]))
     with pytest.raises(InputError, match="protocol quick has no stage that counts"):
-        evaluate(Subject("model", "test", Brightest()), bright, only, tmp_path / "out")
+        evaluate(Model("model", "test", Brightest()), bright, only, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -405,9 +402,9 @@ def test_a_folder_that_cannot_be_made_is_named(bright, tmp_path):
 
 
 def test_metadata_that_no_json_can_hold_is_refused_at_once(bright, tmp_path):
-    subject = Subject("model", "test", Brightest(), metadata={"weights": torch.zeros(2)})
-    with pytest.raises(SubjectError, match=r"metadata of model test must be plain JSON: .*Tensor"):
-        evaluate(subject, bright, quick("Linf", RADII, RADII[0]), tmp_path / "out")
+    model = Model("model", "test", Brightest(), metadata={"weights": torch.zeros(2)})
+    with pytest.raises(UnusableModelError, match=r"metadata of model test must be plain JSON: .*Tensor"):
+        evaluate(model, bright, quick("Linf", RADII, RADII[0]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 from gpu_day import module, plan
 
-from afd.bench import attacks, discriminator, kernels, peers, rounds
-from afd.bench.command import built
+from afd.bench import attacks, baselines, kernels, methods
+from afd.bench.base import built
 
 ROOT = Path(__file__).parents[2]
 PLACES = dict.fromkeys(("folder", "work", "wheels", "data"), "'/a b'") | {"epochs": 3}
 ALLOWED = {
     "kernels": {"sizes": kernels.SIZES, "ops": kernels.OPS, "against": kernels.AGAINST},
-    "attacks": {"attack": attacks.ATTACKS, "norm": attacks.NORMS, "against": peers.PEERS},
-    "discriminator": {"against": discriminator.AGAINST["cuda"]},
-    "round": {"schedules": rounds.SCHEDULES, "precisions": rounds.PRECISIONS},
+    "attacks": {"attack": attacks.ATTACKS, "norm": attacks.NORMS, "against": baselines.BASELINES},
+    "discriminator": {"against": kernels.BESIDE["cuda"]},
+    "step": {"schedules": methods.SCHEDULES, "precisions": methods.PRECISIONS},
 }
+KINDS = (attacks.AttackBench, kernels.DiscriminatorBench, kernels.KernelBench, methods.StepBench)
 CHILD = """import functools, json, sys
 from afd import attacks, data, evaluation, methods, nn, training
 print(*{name.partition(".")[0] for name in sys.modules})
-import afd.bench.command
+from afd.bench import __main__, attacks, kernels, methods
 print(*{name.partition(".")[0] for name in sys.modules})
 from afd import cli, evaluate
 from afd.training import experiment
@@ -49,7 +50,7 @@ def words(steps, *start):
 
 
 def test_stages_are_numbers_with_words_and_begin_with_the_module(plans):
-    for text, names in {"5, 1": ["round-resnet18"], "4:128": ["attacks-resnet18-128"]}.items():
+    for text, names in {"5, 1": ["step-resnet18"], "4:128": ["attacks-resnet18-128"]}.items():
         assert [step.name for step in plan.chosen(text, plans[""])] == ["build", *names]
     for name, first in FIRST.items():
         assert [step.name for step in plan.chosen("6", plans[name])][1] == first
@@ -58,14 +59,14 @@ def test_stages_are_numbers_with_words_and_begin_with_the_module(plans):
 @pytest.mark.parametrize(("box", "epochs"), [(10, 1), (60, 2), (100, 5), (200, 12), (1e6, 100)])
 def test_epochs_fit_beside_start_and_test(box, epochs):
     """One takes 8 s within a run of 28 s: 20 s of start and test, and a validation of at most 4 s."""
-    assert plan.epochs(box, {"seconds": 28.0, "figures": {"round": 100, "images_per_second": 1600.0}}) == epochs
+    assert plan.epochs(box, {"seconds": 28.0, "figures": {"global_step": 100, "images_per_second": 1600.0}}) == epochs
     assert plan.epochs(box, {}) == plan.epochs(box, {"figures": {}}) == 1, "nothing was measured"
 
 
 def test_every_step_has_a_name_and_runs_files_that_there_are(plans, request):
     steps = plans["cifar10-jpeg"]
-    assert len({step.name for step in steps}) == len(steps) >= 17
-    needy = set() if "[gpu]" in request.node.name else {"memcheck", "racecheck", "initcheck", "synccheck", "ncu"}
+    assert len({step.name for step in steps}) == len(steps) >= 14
+    needy = set() if "[gpu]" in request.node.name else {"memcheck", "racecheck", "ncu"}
     assert {step.name for step in steps if not step.commands} == needy
     ours = {word for line in words(steps) for word in line if word.startswith(("benchmarks/", "tests/"))}
     assert {"benchmarks/smoke.py"} <= ours == {path for path in ours if (ROOT / path).is_file()}
@@ -77,11 +78,11 @@ def test_every_step_has_a_name_and_runs_files_that_there_are(plans, request):
 def test_a_benchmark_understands_its_words_and_none_compiles(plans):
     lines = words(plans[""], sys.executable, "-m", "afd.bench")
     for _, _, _, name, *told in lines:
-        bench = built(name, *told)
+        bench = built(KINDS, [name, *told])
         assert str(bench.out).startswith("/a b/")
         for key, allowed in ALLOWED[name].items():
             assert set(getattr(bench, key).split(",")) <= {word for word in allowed if not word.startswith("compile")}
-    assert len(lines) == 6
+    assert len(lines) == 5
 
 
 def test_afd_understands_train_and_evaluate_and_stages_ask_for_what_their_programs_import(plans):

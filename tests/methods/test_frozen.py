@@ -1,4 +1,4 @@
-"""What is trained where parts of a model are frozen, and in which dtypes and modes a round runs."""
+"""What is trained where parts of a model are frozen, and in which dtypes and modes a step runs."""
 
 import contextlib
 from dataclasses import replace
@@ -9,8 +9,8 @@ from torch import nn
 
 from afd.attacks import PGDSettings
 from afd.errors import InputError
+from afd.execution import isolated
 from afd.methods import AFD, Execution, Natural
-from afd.methods.execution import isolated
 from afd.nn import FeatureClassifier, split
 from afd.training import Trainer
 
@@ -25,7 +25,7 @@ METHODS = {
     "joint in parts": AFD(lr=0.01, micro_batches=2, clip=1.0),
     "separate": AFD.adam(loss="dcgan", penalty=1.0),
     "separate in parts": AFD.adam(micro_batches=2, clip=1.0),
-    "seldom": AFD(lr=0.01, discriminator_rounds=2),
+    "seldom": AFD(lr=0.01, discriminator_steps=2),
     "alternating": AFD(lr=0.01, schedule="alternating"),
     "alternating in parts": AFD.adam(schedule="alternating", micro_batches=2, loss="hinge"),
     "natural": Natural(lr=0.01),
@@ -42,7 +42,7 @@ def batch(dtype=torch.float32):
     return x, torch.tensor([0, 1, 2, 0, 1, 2]), (x + 0.1).clamp(0, 1)
 
 
-def round_of(model, method, **settings):
+def step_of(model, method, **settings):
     torch.manual_seed(2)
     return method.build(split(model, **settings))
 
@@ -52,9 +52,9 @@ def test_a_frozen_backbone_stays_and_the_head_is_trained(method):
     model = network()
     model[1].requires_grad_(False)
     before = [parameter.clone() for parameter in model.parameters()]
-    round_ = round_of(model, METHODS[method])
+    step = step_of(model, METHODS[method])
     for _ in range(2):
-        losses = round_(**given(*batch()))
+        losses = step(**given(*batch()))
     assert all(torch.isfinite(loss) for loss in losses.values())
     moved = [not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
     assert moved == [False, False, True, True]
@@ -70,10 +70,10 @@ def test_with_a_frozen_backbone_the_head_follows_the_cross_entropy_alone(method)
         model[1].requires_grad_(False)
     betas = {"optimizers": {"task": lambda parameters: torch.optim.SGD(parameters, 0.05)}}
     settings = type(settings)(**{**vars(settings), **betas}) if method != "natural" else Natural(**alike, **betas)
-    rounds = [round_of(models[0], settings), round_of(models[1], Natural(**alike, **betas))]
+    steps = [step_of(models[0], settings), step_of(models[1], Natural(**alike, **betas))]
     for _ in range(3):
-        for round_ in rounds:
-            round_(**given(*batch()))
+        for step in steps:
+            step(**given(*batch()))
     for one, other in zip(*(model.parameters() for model in models), strict=True):
         torch.testing.assert_close(one, other)
 
@@ -81,7 +81,7 @@ def test_with_a_frozen_backbone_the_head_follows_the_cross_entropy_alone(method)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_model_without_anything_to_train_is_named(method):
     with pytest.raises(InputError, match="no parameter of the model is trainable"):
-        round_of(network().requires_grad_(False), METHODS[method])
+        step_of(network().requires_grad_(False), METHODS[method])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -89,19 +89,19 @@ def test_trainable_parameters_that_have_no_part_in_the_logits_are_named(method):
     model = network().requires_grad_(False)
     model.spare = nn.Linear(2, 2)
     model.forward = lambda x: nn.Sequential(*list(model)[:4])(x)
-    round_ = round_of(model, METHODS[method], feature_layer="3")
+    step = step_of(model, METHODS[method], feature_layer="3")
     with pytest.raises(InputError, match="no trainable parameter of the model has a part in the logits"):
-        round_(**given(*batch()))
+        step(**given(*batch()))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_float64_model_is_trained_as_a_float32_one_is(method):
     losses = {}
     for dtype in (torch.float32, torch.float64):
-        round_ = round_of(network(dtype), METHODS[method])
+        step = step_of(network(dtype), METHODS[method])
         for _ in range(2):
-            losses[dtype] = round_(**given(*batch(dtype)))
-        for player in round_.players.values():
+            losses[dtype] = step(**given(*batch(dtype)))
+        for player in step.players.values():
             assert {parameter.dtype for parameter in player.parameters()} == {dtype}
     for name, loss in losses[torch.float64].items():
         assert loss.dtype == torch.float64
@@ -169,8 +169,8 @@ def test_a_round_computes_the_same_in_whatever_mode_its_caller_is(method, ambien
         model = network()
         batches = batch()
         with AMBIENT[ambient]() if entered else contextlib.nullcontext():
-            round_ = round_of(model, METHODS[method])
-            losses = [round_(**given(*batches)) for _ in range(2)]
+            step = step_of(model, METHODS[method])
+            losses = [step(**given(*batches)) for _ in range(2)]
         return [*(loss for one in losses for loss in one.values()), *model.parameters()]
 
     entered = False

@@ -1,4 +1,4 @@
-"""Both schedules against a slow, literal transcription of the formulas: 20 rounds in float64, parameters to 1e-10.
+"""Both schedules against a slow, literal transcription of the formulas: 20 steps in float64, parameters to 1e-10.
 
 The transcription shares no code with afd: an explicit network, hand-written spectral norms, every gradient taken by a
 separate `torch.autograd.grad`, every momentum buffer a plain tensor. The game is given a discriminator written here, so
@@ -149,7 +149,7 @@ def simultaneous(p, loss):
 
 
 def one_optimizer(p, loss):
-    """The simultaneous round as one optimizer on L_C + (γ/α) L_F for (θ, φ), beside one on L_D for ψ."""
+    """The simultaneous step as one optimizer on L_C + (γ/α) L_F for (θ, φ), beside one on L_D for ψ."""
     joint, critic, _ = optimizers(p)
     for x, y, x_adv in batches():
         p.power_iteration()
@@ -169,7 +169,7 @@ def alternating(p, loss):
 
 
 def play(schedule, loss, transcription, **settings):
-    """Runs afd's round and the transcription from the same start; returns start, afd's end, the transcription's end."""
+    """Runs afd's step and the transcription from the same start; returns start, afd's end, the transcription's end."""
     torch.manual_seed(0)
     model = tiny_model()
     rates = {"lr": ALPHA, "lr_discriminator": BETA, "lr_features": GAMMA, "weight_decay": DECAY}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks import execution
+from afd import execution
 from afd.methods import AFD, Execution, Natural
 from afd.nn import build_model, split
 
@@ -78,9 +78,9 @@ def test_a_strided_convolution_of_few_channels_trains_to_the_end():
             stem = nn.Sequential(nn.Conv2d(3, channels, 1), nn.Conv2d(channels, 32, 1, stride=2))
             model = nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
             x = torch.rand(8, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-            round_ = Natural(lr=0.01).build(Execution().prepare(split(model)))
+            step = Natural(lr=0.01).build(Execution().prepare(split(model)))
             for _ in range(3):
-                round_(x, torch.arange(8) % 4, x_adv=x)
+                step(x, torch.arange(8) % 4, x_adv=x)
         kept = [torch.rand(1000) for _ in range(50)]  # a damaged heap shows when it is used
         print("to the end")
     """

@@ -74,7 +74,7 @@ def attacked(model, x, y, mode, start, eps, alpha, steps):
 @pytest.mark.parametrize("mode", ["eval", "train", "batch", "clean"])
 def test_adversarial_training_is_the_literal_loop(mode):
     """Twenty steps: weights, momentum, running statistics and counts of the network are the transcription's."""
-    settings = PGDSettings(eps=0.2, alpha=0.08, steps=4, batchnorm=mode, fold=False)
+    settings = PGDSettings(eps=0.2, alpha=0.08, steps=4, batchnorm=mode, fold_batchnorm=False)
     ours, theirs = network(), network()
     step = AT(lr=0.05, attack=settings).build(ours)
     optimizer = torch.optim.SGD(theirs.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
@@ -143,7 +143,7 @@ def test_a_method_may_step_the_weights_inside_its_attack():
 
 def wrapped(around, gamma=0.05, **settings):
     """AT, and inside of as many wrappers."""
-    method = AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.04, steps=2, fold=False), **settings)
+    method = AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.04, steps=2, fold_batchnorm=False), **settings)
     for _ in range(around):
         method = Perturbed(method, gamma=gamma)
     return method
@@ -214,7 +214,7 @@ def test_a_method_may_ask_for_no_labels():
 
 
 @pytest.mark.parametrize(
-    "method", [AT(lr=0.05, attack=PGDSettings(eps=0.1, steps=2, fold=False)), Replays(), wrapped(1)]
+    "method", [AT(lr=0.05, attack=PGDSettings(eps=0.1, steps=2, fold_batchnorm=False)), Replays(), wrapped(1)]
 )
 def test_micro_batches_gather_the_gradients_of_the_batch(method):
     ends, found = [], []
@@ -253,7 +253,7 @@ def test_parts_are_the_batch_in_order(images, count):
 def test_soft_labels_go_through_attack_and_loss():
     """A class, written as a distribution, is that class; a mixture is the mixture of its losses."""
     hard, soft = network(), network()
-    attack = PGDSettings(eps=0.1, alpha=0.05, steps=3, fold=False)
+    attack = PGDSettings(eps=0.1, alpha=0.05, steps=3, fold_batchnorm=False)
     for model, form in ((hard, lambda y: y), (soft, lambda y: F.one_hot(y, 3).double())):
         step = AT(lr=0.05, attack=attack).build(model)
         for x, y in batches(3):

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from afd import ops
-from afd.ops import backend, native
-from afd.ops.loading import checks
+from afd.ops import backend, loading, native
 
 USABLE_ISAS = native._C.cpu.usable_isas() if native._C else []
 BACKENDS = ["native", "reference"]
@@ -187,7 +186,7 @@ def test_refuses(which, change, error, words):
 
 def test_tensors_on_two_devices_are_refused():
     with pytest.raises(ValueError, match="index is on meta; it must be on pixels' device, cpu"):
-        checks.load_batch(PIXELS, INDEX.to("meta"), None, 255.0, 0)
+        loading._check(PIXELS, INDEX.to("meta"), None, 255.0, 0)
 
 
 # --- Only on a GPU --------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from afd import ops
 from afd.errors import InputError, InputTypeError
 from afd.ops import Spectrum
-from afd.ops.spectral import projection_network
+from afd.ops.spectral.network import projection_network
 
 SLOPE = 0.2
 

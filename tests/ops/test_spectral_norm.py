@@ -350,7 +350,7 @@ def test_mixed_devices_are_named():
     """The meta device stands in for a second one."""
     weights, us, vs = group([(4, 5), (3, 6)])
     with pytest.raises(InputError, match=r"weights\[1\] is on meta; it must be on weights\[0\]'s device, cpu"):
-        ops.spectral.checks.group(
+        ops.spectral.schema.group(
             ["weights[0]", "weights[1]"], [weights[0], weights[1].to("meta")], [us[0], us[1].to("meta")],
             [vs[0], vs[1].to("meta")], 1, 1e-12, "u",
         )  # fmt: skip

@@ -1,26 +1,15 @@
-"""Training tests are many tiny operations: one thread runs them fastest, and stays fast on a busy machine."""
+"""What all tests of training run in."""
 
 import pytest
-import torch
+from one_thread import one_thread  # noqa: F401  (a fixture)
 
-from afd.ops.spectral import checks
+from afd.ops.spectral import schema
 from afd.training import recording
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """One thread here and in every process started from here: sums depend, in their last bits, on the number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
 def tapes(graphs_are_tapes, monkeypatch):
-    """Graphs of rounds are tapes, and nothing stands against them; returns those that were recorded."""
+    """Graphs of steps are tapes, and nothing stands against them; returns those that were recorded."""
     monkeypatch.setattr(recording, "obstacle", lambda *_: None)
-    monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
+    monkeypatch.setattr(schema, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
     return graphs_are_tapes(recording)

@@ -13,8 +13,9 @@ from afd.attacks import PGDSettings
 from afd.data import Batches, Images
 from afd.methods import AFD, AT, Natural
 from afd.nn import FeatureClassifier
+from afd.processes import leave
+from afd.runtime import join
 from afd.training import Trainer
-from afd.training.distributed import join, leave
 
 JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=2)}
 AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
@@ -23,7 +24,7 @@ METHODS = {
     "joint": AFD(**GAME),
     "separate": AFD.adam(loss="dcgan", lr=1e-2, lr_features=1e-2, **GAME),
     "alternating": AFD(schedule="alternating", loss="hinge", **GAME),
-    "seldom": AFD(discriminator_rounds=3, micro_batches=2, **GAME),
+    "seldom": AFD(discriminator_steps=3, micro_batches=2, **GAME),
     "natural": Natural(micro_batches=2, **JUDGE),
     "at": AT(lr=0.05, **AGAINST),
     "at in parts": AT(lr=0.05, micro_batches=2, clip=1.0, **AGAINST),
@@ -70,7 +71,7 @@ def run(
         update = trainer.step.update
 
         def dying(batch):
-            if trainer.position.round == kill_at:
+            if trainer.position.global_step == kill_at:
                 os.kill(os.getpid(), signal.Signals[send])
             return update(batch)
 

@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from afd.errors import InputError
 from afd.methods import Natural
 from afd.training import EpochReport, Trainer, load_checkpoint
-from afd.training.average import averaged
+from afd.training.schedules import averaged
 
 
 class Everything(nn.Module):

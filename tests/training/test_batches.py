@@ -98,7 +98,7 @@ def test_augmented_ones_do_as_well_and_each_process_has_its_own():
 def test_a_run_that_goes_on_in_mid_epoch_is_told_the_right_ones(tmp_path):
     method = Noting()
     run = Trainer(network(), method, epochs=EPOCHS, folder=tmp_path, log_every=1)
-    run.callbacks = [lambda report: run.stop() if report.round == 4 else None]
+    run.callbacks = [lambda report: run.stop() if report.global_step == 4 else None]
     torch.manual_seed(5)
     run.fit(Batches(IMAGES, BATCH, shuffle=True), VALIDATION)
     torch.manual_seed(99)
@@ -159,12 +159,12 @@ def test_a_recorded_round_reads_it_anew_and_parts_have_theirs(micro_batches, tap
     ends = []
     for recorded in (True, False):
         if not recorded:
-            monkeypatch.setattr(recording.Recordings, "_record", lambda *_: None)
+            monkeypatch.setattr(recording.GraphedStep, "_capture", lambda *_: None)
         torch.manual_seed(5)
         method = Weighing(lr=1e-3, micro_batches=micro_batches)
         train = Batches(IMAGES, BATCH, shuffle=True)
         ends.append(fit(method, train, epochs=4, execution=Execution(graph=True)).network.state_dict())
-    assert sum(one.replays for one in tapes) == 10  # of 12 rounds, all but the first of either length
+    assert sum(one.replays for one in tapes) == 10  # of 12 steps, all but the first of either length
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 

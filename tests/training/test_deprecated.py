@@ -1,6 +1,8 @@
 """Spellings of earlier days: each says what it is now, and trains the same weights, bit for bit."""
 
 import dataclasses
+import importlib
+import sys
 import warnings
 
 import pytest
@@ -8,13 +10,23 @@ import torch
 from torch import nn
 from toy_methods import Perturbed, Replays
 
+from afd import deprecated, training
 from afd.attacks import APGD, PGD, APGDSettings, PGDSettings
 from afd.cli import main
 from afd.deprecated import OldSpellingWarning
 from afd.errors import AfdError, InputError, InputTypeError
 from afd.methods import AFD, AT, Natural
 from afd.methods.attacking import GivenAttack
-from afd.training import CheckpointError, Trainer, load_checkpoint
+from afd.training import (
+    CheckpointError,
+    EpochReport,
+    IntervalReport,
+    Trainer,
+    json_lines,
+    load_checkpoint,
+    save_checkpoint,
+)
+from afd.training.callbacks import logged
 
 X = torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 BATCHES = [(X[:8], torch.arange(8) % 3), (X[8:], torch.arange(4) % 3)]
@@ -73,7 +85,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_attack_of_the_trainers_overrides_the_methods_own(attack, method):
-    """And nothing is validated by, as ever: the method's own judge was not asked for either."""
+    """And nothing is validated by, as before: the method's own judge was not asked for either."""
     old, new = ATTACKS[attack]
     with pytest.warns(OldSpellingWarning, match=r"^Trainer\(attack=\) is deprecated; a method owns its attacks, "):
         found = trained(METHODS[method], attack=old)
@@ -183,7 +195,7 @@ def test_a_run_in_the_old_spelling_goes_on_in_it(tmp_path):
 
     run("whole").fit(BATCHES, BATCHES)
     first = run("parts", log_every=1)
-    first.callbacks = [lambda report: first.stop() if report.round == 3 else None]
+    first.callbacks = [lambda report: first.stop() if report.global_step == 3 else None]
     first.fit(BATCHES, BATCHES)
     with pytest.raises(CheckpointError, match=r"of another run: method\.attack\.eps is 0\.1 there and 0\.2 here$"):
         run("parts", PGD.partial(**PGD_2 | {"eps": 0.2}), resume="auto").fit(BATCHES, BATCHES)
@@ -214,3 +226,91 @@ def test_the_command_trains_the_same_by_its_earlier_words(tmp_path):
     ]
     one, other = (torch.load(tmp_path / name / "model.pt") for name in ("new", "old"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    "report",
+    [IntervalReport(1, 5, 5, 9, {}, {}), EpochReport(1, 5, {}, 0.5, None, 10.0, {})],
+    ids=["interval", "epoch"],
+)
+def test_a_reports_round_is_its_global_step(report):
+    with pytest.warns(OldSpellingWarning, match=f"^{type(report).__name__}.round is now global_step$") as told:
+        assert report.round == 5
+    assert [one.filename for one in told] == [__file__]
+    with pytest.raises(AttributeError, match="'rounds'"):
+        _ = report.rounds
+
+
+def with_old_keys(path):
+    """A checkpoint as earlier versions have written it."""
+    old = {"global_step": "round", "steps": "rounds"}
+
+    def renamed(entry):
+        return {old.get(name, name): value for name, value in entry.items()}
+
+    state, metadata = load_checkpoint(path)
+    state["average"] = renamed(state["average"])
+    metadata |= {name: renamed(metadata[name]) for name in ("position", "losses", "report")}
+    metadata["meter"] = metadata.pop("losses")
+    metadata["history"] = [renamed(report) for report in metadata["history"]]
+    save_checkpoint(path, state, metadata)
+    assert load_checkpoint(path)[1]["position"] == {"epoch": 2, "batch": 1, "round": 3}
+    assert state["average"].keys() == {"weights", "rounds", "wide"}
+
+
+def test_checkpoints_and_logs_of_rounds_are_gone_on_with(tmp_path):
+    def run(folder, **settings):
+        torch.manual_seed(3)
+        log = tmp_path / f"{folder}.jsonl"
+        settings = {"log_every": 1, "epochs": 3, "ema": 0.5, **settings}
+        trainer = Trainer(network(), METHODS["afd"], folder=tmp_path / folder, **settings)
+        return trainer, [json_lines(log)], log
+
+    whole, whole.callbacks, whole_log = run("whole")
+    whole.fit(BATCHES, BATCHES)
+    first, callbacks, log = run("parts")
+    first.callbacks = [*callbacks, lambda report: first.stop() if report.global_step == 3 else None]
+    first.fit(BATCHES, BATCHES)
+    with_old_keys(tmp_path / "parts" / "last.pt")
+    log.write_text(log.read_text().replace('"global_step"', '"round"'))
+    second, second.callbacks, _ = run("parts", resume="auto")
+    second.fit(BATCHES, BATCHES)
+    for one, other in zip(modules_of(whole), modules_of(second), strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    steps = [[entry["global_step"] for entry in logged(path)] for path in (whole_log, log)]
+    assert steps[0] == steps[1] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+
+
+def modules_of(trainer):
+    players = trainer.step.players.values()
+    return [module.state_dict() for module in (trainer.network, trainer.average, *players)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("training:train", "experiments.train:train"),
+        ("training:Result", "experiments.train:Result"),
+        ("training.experiment:train", "experiments.train:train"),
+        ("training.distributed:join", "runtime:join"),
+        ("training.checkpoint:load_checkpoint", "checkpoint:load_checkpoint"),
+        ("training.schedule:cosine", "training.schedules:cosine"),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["from {} import {} as found", "import {0}; found = {0}.{1}"])
+def test_modules_that_were_moved_are_found(spelling, old, new, monkeypatch):
+    for module in deprecated.MODULES:  # as if nobody had asked for one before
+        monkeypatch.delitem(sys.modules, f"afd.{module}", raising=False)
+        monkeypatch.delattr(f"afd.{module}", raising=False)
+    (module, name), (new_module, new_name) = (f"afd.{words}".split(":") for words in (old, new))
+    here: dict = {}
+    with pytest.warns(OldSpellingWarning, match=f"is now (in )?{new_module}$"):
+        exec(spelling.format(module, name), here)
+    assert here["found"] is getattr(importlib.import_module(new_module), new_name)
+
+
+def test_what_there_has_never_been_is_not_found():
+    with pytest.raises(AttributeError, match=r"module 'afd\.training' has no attribute 'nothing'"):
+        _ = training.nothing
+    with pytest.raises(ModuleNotFoundError, match=r"afd\.training\.nothing"):
+        importlib.import_module("afd.training.nothing")

@@ -65,11 +65,11 @@ def test_a_killed_worker_is_restarted_and_training_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_after_the_same_round(tmp_path):
-    """In round 7, of three an epoch: the processes agree to stop one round later."""
+    """In step 7, of three an epoch: the processes agree to stop one step later."""
     stopped = torchrun(tmp_path, "--methods", "joint", "--epochs", "4", "--kill-at", "6", "--send", "SIGTERM")
     assert stopped.returncode != 0
-    assert "StoppedError: SIGTERM: stopped in epoch 3 after round 8; saved" in stopped.stderr
-    assert load_checkpoint(tmp_path / "joint" / "last.pt")[1]["position"] == {"epoch": 3, "batch": 2, "round": 8}
+    assert "StoppedError: SIGTERM: stopped in epoch 3 after step 8; saved" in stopped.stderr
+    assert load_checkpoint(tmp_path / "joint" / "last.pt")[1]["position"] == {"epoch": 3, "batch": 2, "global_step": 8}
 
 
 @pytest.mark.slow

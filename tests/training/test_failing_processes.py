@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from afd.runtime import Agreement, Group
 from afd.training import load_checkpoint, signals
-from afd.training.distributed import Agreement, Group
 
 SCRIPT = Path(__file__).with_name("uneven.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -98,7 +98,7 @@ def test_a_signal_to_torchrun_saves_a_checkpoint(to, number, tmp_path):
     assert not [word for word in ABORTED if word in error]
     assert f"{number.name}: stopped in epoch" in error
     assert "nothing saved" not in error
-    assert load_checkpoint(tmp_path / "last.pt")[1]["position"]["round"] >= 3
+    assert load_checkpoint(tmp_path / "last.pt")[1]["position"]["global_step"] >= 3
 
 
 @pytest.mark.slow

@@ -406,7 +406,7 @@ def test_plain_weights_load_into_a_model_that_was_scaled_before(tmp_path):
 def test_a_checkpoint_of_the_earlier_default_is_gone_on_from_with_normalize_true_only(tmp_path):
     torch.manual_seed(0)
     trainer = Trainer(Body(), Natural(lr=0.01), epochs=2, folder=tmp_path, normalize=True, ema=0.5)
-    trainer.callbacks = [lambda report: trainer.stop() if report.round == 2 else None]
+    trainer.callbacks = [lambda report: trainer.stop() if report.global_step == 2 else None]
     trainer.fit(BATCHES, BATCHES)
     state, metadata = load_checkpoint(tmp_path / "last.pt")
     for weights in (state["model"], state["average"]["weights"]):
@@ -493,7 +493,7 @@ METHODS = [
     AFD(**ATTACKED),
     AFD.adam(attack=PGD_1, validation_attack=None),
     AFD(schedule="alternating", **ATTACKED),
-    AFD(schedule="alternating", discriminator_rounds=2, **ATTACKED),
+    AFD(schedule="alternating", discriminator_steps=2, **ATTACKED),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Settings and attacks that cannot be meant: named in one line, before or in the first round."""
+"""Settings and attacks that cannot be meant: named in one line, before or in the first step."""
 
 import numpy as np
 import pytest

@@ -15,7 +15,7 @@ from afd.files import FolderError
 from afd.methods import AFD, Natural
 from afd.methods.attacking import GivenAttack
 from afd.training import CheckpointError, EpochReport, StoppedError, load_checkpoint
-from afd.training.reports import IntervalReport
+from afd.training.callbacks import IntervalReport
 
 EPOCHS, BATCHES = 3, 4
 PGD_1 = PGDSettings(eps=0.1, alpha=0.05, steps=1)
@@ -64,13 +64,13 @@ def undisturbed():
 
 
 class Once:
-    """A callback that does something in one round, the first time."""
+    """A callback that does something in one step, the first time."""
 
     def __init__(self, at, what):
         self.at, self.what = at, what
 
     def __call__(self, report):
-        if self.at == report.round and isinstance(report, IntervalReport):
+        if self.at == report.global_step and isinstance(report, IntervalReport):
             self.at = None
             self.what()
 
@@ -81,10 +81,10 @@ def test_after_a_stop_it_goes_on_with_the_next_batch(at, kept, tmp_path, undistu
     run = trainer(tmp_path if kept else None)
     run.callbacks = [Once(at, run.stop)]
     run.fit(shuffled(), batches())
-    assert run.position.round == at
+    assert run.position.global_step == at
     torch.rand(7)  # what others draw in between is not the run's
     run.fit(shuffled(), batches())
-    assert run.position.round == EPOCHS * BATCHES
+    assert run.position.global_step == EPOCHS * BATCHES
     assert len(run.history) == EPOCHS
     assert same(weights(run), undisturbed)
 
@@ -92,7 +92,7 @@ def test_after_a_stop_it_goes_on_with_the_next_batch(at, kept, tmp_path, undistu
 def test_after_ctrl_c(undisturbed):
     run = trainer()
     run.callbacks = [Once(6, lambda: os.kill(os.getpid(), signal.SIGINT))]
-    with pytest.raises(StoppedError, match=r"SIGINT: stopped in epoch 2 after round 6; .*call fit again to go on"):
+    with pytest.raises(StoppedError, match=r"SIGINT: stopped in epoch 2 after step 6; .*call fit again to go on"):
         run.fit(shuffled(), batches())
     run.fit(shuffled(), batches())
     assert same(weights(run), undisturbed)
@@ -108,7 +108,7 @@ def test_after_an_error_in_a_callback(undisturbed):
         with pytest.raises(KeyError, match="mine"):
             run.fit(shuffled(), batches())
         run.fit(shuffled(), batches())
-        assert run.position.round == EPOCHS * BATCHES
+        assert run.position.global_step == EPOCHS * BATCHES
         assert same(weights(run), undisturbed)
 
 
@@ -127,9 +127,9 @@ def test_after_bad_images_with_the_mended_ones():
     run = trainer()
     with pytest.raises(InputError, match="train"):
         run.fit(Spoiled(2), batches())
-    assert run.position.round == 2
+    assert run.position.global_step == 2
     run.fit(Spoiled(None), batches())
-    assert run.position.round == EPOCHS * BATCHES
+    assert run.position.global_step == EPOCHS * BATCHES
 
 
 def test_a_signal_in_validation_ends_it_and_the_epoch_is_closed_when_training_goes_on(tmp_path, undisturbed):
@@ -138,19 +138,19 @@ def test_a_signal_in_validation_ends_it_and_the_epoch_is_closed_when_training_go
 
         def __iter__(self):
             for number, batch in enumerate(batches()):
-                if number == 2 and run.position.round == 8 and not self.signalled:
+                if number == 2 and run.position.global_step == 8 and not self.signalled:
                     self.signalled = True
                     os.kill(os.getpid(), signal.SIGINT)
                 yield batch
 
     validation, run = Interrupting(), trainer(tmp_path)
-    with pytest.raises(StoppedError, match="stopped in epoch 2 after round 8"):
+    with pytest.raises(StoppedError, match="stopped in epoch 2 after step 8"):
         run.fit(shuffled(), validation)
     assert len(run.history) == 1
-    assert load_checkpoint(tmp_path / "last.pt")[1]["position"] == {"epoch": 2, "batch": 4, "round": 8}
+    assert load_checkpoint(tmp_path / "last.pt")[1]["position"] == {"epoch": 2, "batch": 4, "global_step": 8}
     resumed = trainer(tmp_path, resume="auto")
     run.fit(shuffled(), validation)
-    assert [report.round for report in run.history] == [4, 8, 12]
+    assert [report.global_step for report in run.history] == [4, 8, 12]
     assert same(weights(run), undisturbed)
     del resumed
 
@@ -158,7 +158,7 @@ def test_a_signal_in_validation_ends_it_and_the_epoch_is_closed_when_training_go
 def test_the_same_from_its_checkpoint(tmp_path, undisturbed):
     def interrupting():
         for number, batch in enumerate(batches()):
-            if number == 2 and run.position.round == 8:
+            if number == 2 and run.position.global_step == 8:
                 run.stop()
             yield batch
 
@@ -170,7 +170,7 @@ def test_the_same_from_its_checkpoint(tmp_path, undisturbed):
     torch.manual_seed(99)
     resumed = trainer(tmp_path, resume="auto")
     history = resumed.fit(shuffled(), batches())
-    assert [report.round for report in history] == [4, 8, 12]
+    assert [report.global_step for report in history] == [4, 8, 12]
     assert all(report.images_per_second > 0 for report in history)
     assert same(weights(resumed), undisturbed)
 
@@ -179,14 +179,12 @@ def test_another_number_of_batches_is_refused_in_mid_epoch_only():
     run = trainer()
     run.callbacks = [Once(6, run.stop)]
     run.fit(batches(), batches())
-    with pytest.raises(
-        InputError, match="train has 3 batches, but the epoch in progress has 4, of which 2 were played"
-    ):
+    with pytest.raises(InputError, match="train has 3 batches, but the epoch in progress has 4, of which 2 are done"):
         run.fit(batches(3), batches())
     run.fit(batches(), batches())
     run.epochs = 4
     run.fit(batches(3), batches())
-    assert run.position.round == 15
+    assert run.position.global_step == 15
 
 
 @pytest.mark.parametrize(
@@ -214,7 +212,7 @@ def test_fit_within_a_callback_is_refused():
     with pytest.raises(InputError, match="fit was called while it runs"):
         run.fit(batches(), batches())
     run.fit(batches(), batches())
-    assert run.position.round == 4
+    assert run.position.global_step == 4
 
 
 def test_an_epoch_in_progress_is_resumed_with_as_many_batches(tmp_path):
@@ -222,7 +220,7 @@ def test_an_epoch_in_progress_is_resumed_with_as_many_batches(tmp_path):
     run.callbacks = [Once(6, run.stop)]
     run.fit(batches(), batches())
     for count in (1, 3, 8):
-        with pytest.raises(CheckpointError, match=f"epoch of 4 batches, of which 2 were played; train has {count}"):
+        with pytest.raises(CheckpointError, match=f"epoch of 4 batches, of which 2 are done; train has {count}"):
             trainer(tmp_path, resume="auto").fit(batches(count), batches())
 
 
@@ -377,7 +375,7 @@ def test_what_cannot_be_kept_is_refused_by_name_before_training(settings, said, 
     run = trainer(tmp_path, **settings)
     with pytest.raises(CheckpointError, match=said):
         run.fit(batches(), batches())
-    assert run.position.round == 0
+    assert run.position.global_step == 0
     assert list(tmp_path.iterdir()) == []
 
 
@@ -480,9 +478,9 @@ def test_of_equals_the_later_epoch_is_the_best(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fails_at", range(8))
 def test_whatever_write_fails_best_pt_holds_the_epoch_that_the_run_names(fails_at, tmp_path, monkeypatch):
     """A run whose n-th checkpoint cannot be written, gone on with in the same process and in another one."""
-    from afd.training import keeper
+    from afd import checkpoint
 
-    real, calls = keeper.save_checkpoint, iter(range(100))
+    real, calls = checkpoint.save_checkpoint, iter(range(100))
 
     def failing(path, *rest):
         if next(calls) == fails_at:
@@ -491,7 +489,7 @@ def test_whatever_write_fails_best_pt_holds_the_epoch_that_the_run_names(fails_a
 
     for again in ("fit", "resume"):
         folder = tmp_path / again
-        monkeypatch.setattr(keeper, "save_checkpoint", failing)
+        monkeypatch.setattr(checkpoint, "save_checkpoint", failing)
         calls = iter(range(100))
         scores(monkeypatch, *SCORES)
         run = trainer(folder, epochs=4)
@@ -501,7 +499,7 @@ def test_whatever_write_fails_best_pt_holds_the_epoch_that_the_run_names(fails_a
         except CheckpointError:
             failed = True
         assert failed == (fails_at < 7)
-        monkeypatch.setattr(keeper, "save_checkpoint", real)
+        monkeypatch.setattr(checkpoint, "save_checkpoint", real)
         if failed:
             run = run if again == "fit" else trainer(folder, epochs=4, resume="auto")
             scores(monkeypatch, *SCORES[epochs_kept(run, folder, again) :])

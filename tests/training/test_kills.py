@@ -23,16 +23,16 @@ COMMAND = [
     "--save-every", "2", "--log-every", "2", "--ema", "0.9",
 ]  # fmt: skip
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["afd.cli", "afd.training.experiment"])
+FORKED.set_forkserver_preload(["afd.cli", "afd.experiments.train"])
 
 
 def run(out, kill_at_step=None):
     """One process: `afd train --resume auto` to its end, or killed at its n-th step of writing a file."""
     from afd import cli
-    from afd.training import experiment
+    from afd.experiments import train
 
     sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  (for as long as the process lives)
-    experiment.TEST_STEPS = 1
+    train.TEST_STEPS = 1
     if kill_at_step is not None:
         _die_in_writing(kill_at_step)
     sys.exit(cli.main([*COMMAND, "--resume", "auto", "--out", str(out)]))
@@ -81,7 +81,7 @@ def contents(out):
         state, metadata = load_checkpoint(out / name)
         state["generators"] = [at["now"]["torch"] for at in state["generators"]]
         history = [{**report, "images_per_second": 0} for report in metadata["history"]]
-        states[name] = (state, history, metadata["position"], metadata["meter"]["sums"])
+        states[name] = (state, history, metadata["position"], metadata["losses"]["sums"])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return states, torch.load(out / "model.pt"), [{**line, "images_per_second": 0} for line in log]
 

@@ -23,7 +23,7 @@ from torch.utils.data import (
 
 from afd.methods import Natural
 from afd.training import Trainer, load_checkpoint
-from afd.training.reports import EpochReport
+from afd.training.callbacks import EpochReport
 
 COUNT, BATCH, ROUNDS, EPOCHS = 24, 4, 6, 3
 X = torch.rand(COUNT, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -295,7 +295,9 @@ def trainer(folder, stop_after=0):
     made = Trainer(network(), Natural(), epochs=EPOCHS, folder=folder, resume="auto", log_every=1)
     at_end = stop_after % ROUNDS == 0  # of an epoch: not before it has been closed
     made.callbacks = [
-        lambda report: made.stop() if report.round == stop_after and isinstance(report, EpochReport) == at_end else None
+        lambda report: (
+            made.stop() if report.global_step == stop_after and isinstance(report, EpochReport) == at_end else None
+        )
     ]
     return made
 
@@ -310,13 +312,13 @@ def test_a_run_over_any_loader_goes_on_exactly(kind, tmp_path, capsys):
     whole = trainer(tmp_path / "whole")
     whole.fit(LOADERS[kind](), VALIDATION)
     expected = weights(tmp_path / "whole")
-    assert whole.position.round == EPOCHS * ROUNDS
+    assert whole.position.global_step == EPOCHS * ROUNDS
     for stop_after in (ROUNDS + 2, 2 * ROUNDS):  # in the second epoch, and at its end
         folder = tmp_path / str(stop_after)
         seed(5)
         first = trainer(folder, stop_after)
         first.fit(LOADERS[kind](), VALIDATION)
-        assert first.position.round == stop_after
+        assert first.position.global_step == stop_after
         seed(99)  # another process: its generators stand elsewhere
         trainer(folder).fit(LOADERS[kind](), VALIDATION)
         same = {name: torch.equal(value, expected[name]) for name, value in weights(folder).items()}
@@ -370,14 +372,14 @@ def test_batches_that_come_as_they_are_ready_are_named(tmp_path, capsys):
 
 def test_a_checkpoint_without_loaders_is_gone_on_from(tmp_path, monkeypatch):
     """As those of earlier days."""
-    from afd.training import rng, stream
+    from afd.training import data, loader_state
 
     seed(5)
     whole = trainer(tmp_path / "whole")
     whole.fit(LOADERS["global generators"](), VALIDATION)
     seed(5)
     with monkeypatch.context() as earlier:
-        earlier.setattr(stream.Stream, "capture", lambda _: rng.capture())
+        earlier.setattr(data.ResumableLoader, "capture", lambda _: loader_state.global_generators())
         trainer(tmp_path / "first", ROUNDS + 2).fit(LOADERS["global generators"](), VALIDATION)
     trainer(tmp_path / "first").fit(LOADERS["global generators"](), VALIDATION)
     expected = weights(tmp_path / "whole")

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from afd.attacks import PGDSettings
 from afd.errors import AfdError, InputError, InputTypeError
 from afd.methods import AFD, Natural
+from afd.processes import LostError
+from afd.runtime import Group
 from afd.training import Trainer
-from afd.training.distributed import Group, LostError
-from afd.training.loaders import look
-from afd.training.validation import shared_accuracy
+from afd.training.data import check_loaders, shared_accuracy
 
 X = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 3
@@ -75,7 +75,7 @@ def fit(train, validation, **settings):
     try:
         trainer.fit(train, validation)
     except AfdError:
-        assert trainer.position.round == 0
+        assert trainer.position.global_step == 0
         assert all(map(torch.equal, before, model.parameters()))
         raise
     return trainer
@@ -132,7 +132,7 @@ def test_a_wrong_batch_of_validation_is_named_wherever_it_comes():
     with pytest.raises(InputError, match="validation: y holds the label 5"):
         trainer.fit(GOOD, Late(WRONG["another class"][0]))
     with pytest.raises(InputError, match=r"validation: y has shape \[4, 1\]"):
-        shared_accuracy(network(), Late(WRONG["labels [N, 1]"][0]), None, Group(), torch.device("cpu"))
+        shared_accuracy(network(), Late(WRONG["labels [N, 1]"][0]), None, Group())
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_looking_moves_no_generator_and_counts_as_no_pass():
     first, second = Restless(GOOD), Restless(GOOD)
     expected = [next(iter(first))[0] for _ in range(2)]
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
-    look(second, second, 2, lambda _: 3, Group())
+    check_loaders(second, second, 2, lambda _: 3, Group())
     assert second.passes == 0
     assert all(map(torch.equal, expected, [next(iter(second))[0] for _ in range(2)]))
 
@@ -207,7 +207,7 @@ def test_looking_at_a_shuffling_loader_leaves_its_order():
         return DataLoader(TensorDataset(X, Y), 4, shuffle=True, generator=torch.Generator().manual_seed(5))
 
     looked_at, other = loader(), loader()
-    look(looked_at, looked_at, 2, lambda _: 3, Group())
+    check_loaders(looked_at, looked_at, 2, lambda _: 3, Group())
     assert torch.equal(torch.cat([y for _, y in looked_at]), torch.cat([y for _, y in other]))
 
 
@@ -237,15 +237,15 @@ class Two(Group):
 
 def test_processes_that_would_wait_for_each_other_raise_together():
     with pytest.raises(InputError, match=r"\[3, 2\] in process 1 and \[2, 2\] in process 0; they must be the same"):
-        look(GOOD, GOOD, 1, lambda _: 3, Two((None, [3, 2], None)))
+        check_loaders(GOOD, GOOD, 1, lambda _: 3, Two((None, [3, 2], None)))
     with pytest.raises(LostError, match="process 1 cannot train: validation holds no images"):
-        look(GOOD, GOOD, 1, lambda _: 3, Two(("validation holds no images", [2], None)))
-    assert look(GOOD, GOOD, 1, lambda _: 3, Two((None, [2, 2], None))) == 2
+        check_loaders(GOOD, GOOD, 1, lambda _: 3, Two(("validation holds no images", [2], None)))
+    assert check_loaders(GOOD, GOOD, 1, lambda _: 3, Two((None, [2, 2], None))) == 2
 
 
 def test_one_process_says_what_another_has_found_of_its_loader():
     said = []
-    look(GOOD, GOOD, 1, lambda _: 3, Two((None, [2, 2], "train draws from the clock")), said.append)
+    check_loaders(GOOD, GOOD, 1, lambda _: 3, Two((None, [2, 2], "train draws from the clock")), said.append)
     assert said == ["train draws from the clock (process 1)"]
 
 
@@ -262,7 +262,7 @@ def test_a_loader_that_raises_in_one_process_is_told_to_the_others():
             return super().gather(what)
 
     with pytest.raises(OSError, match="the disk is gone"):
-        look(Broken(GOOD), GOOD, 1, lambda _: 3, Listening((None, [2, 2], None)))
+        check_loaders(Broken(GOOD), GOOD, 1, lambda _: 3, Listening((None, [2, 2], None)))
     assert asked == [("the disk is gone", [2], None)]
 
 
@@ -299,7 +299,7 @@ class Short(Lazy):
 
 def test_an_epoch_is_as_long_as_the_loader_says():
     trainer = fit(Endless(GOOD), GOOD)
-    assert trainer.position.round == 4
+    assert trainer.position.global_step == 4
     expected = fit(GOOD, GOOD)
     assert trainer.history[-1].losses == expected.history[-1].losses
 
@@ -308,4 +308,4 @@ def test_a_loader_that_runs_dry_is_named():
     trainer = Trainer(network(), Natural(), epochs=5)
     with pytest.raises(InputError, match="train has a length of 2 batches, but had no more than 1 in epoch"):
         trainer.fit(Short(GOOD), GOOD)
-    assert trainer.position.round < 10
+    assert trainer.position.global_step < 10

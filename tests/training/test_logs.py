@@ -10,9 +10,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from afd.experiments.display import Terminal
 from afd.files import FileError, FolderError
 from afd.training import EpochReport, IntervalReport, json_lines, tensorboard
-from afd.training.progress import Terminal
 
 
 def interval(number):
@@ -44,7 +44,7 @@ def test_a_resumed_log_does_not_repeat(tmp_path):
     second = json_lines(path)
     second(interval(4))
     second(interval(6))
-    assert [json.loads(line)["round"] for line in path.read_text().splitlines()] == [2, 4, 6]
+    assert [json.loads(line)["global_step"] for line in path.read_text().splitlines()] == [2, 4, 6]
 
 
 def test_a_full_disk_leaves_no_half_line(disk):
@@ -58,7 +58,7 @@ def test_a_full_disk_leaves_no_half_line(disk):
         log(interval(4))
     assert path.read_bytes() == whole
     log(interval(6))
-    assert json.loads(path.read_bytes()[len(whole) :])["round"] == 6
+    assert json.loads(path.read_bytes()[len(whole) :])["global_step"] == 6
 
 
 def test_a_log_that_cannot_be_begun_leaves_nothing(disk):
@@ -112,7 +112,7 @@ def test_tensorboard_reads_the_same_as_from_its_own_writer(tmp_path):
         mine(report)
         for kind, values in (("loss", report.losses), ("lr", report.learning_rates)):
             for name, value in values.items():
-                theirs.add_scalar(f"{kind}/{name}", value, report.round)
+                theirs.add_scalar(f"{kind}/{name}", value, report.global_step)
     theirs.close()
     assert scalars_in(tmp_path / "mine") == scalars_in(tmp_path / "theirs")
     kinds = []

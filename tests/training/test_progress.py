@@ -14,12 +14,12 @@ from torch import nn
 
 from afd.attacks import PGDSettings
 from afd.errors import InputTypeError
+from afd.experiments.display import Terminal, duration
 from afd.methods import Natural
+from afd.runtime import Group
 from afd.training import EpochReport, IntervalReport, Trainer, json_lines
-from afd.training.distributed import Group
-from afd.training.meter import Meter
-from afd.training.progress import Terminal, duration
-from afd.training.validation import shared_accuracy
+from afd.training.callbacks import LossTracker
+from afd.training.data import shared_accuracy
 
 
 class Clock:
@@ -221,12 +221,12 @@ def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
 
 
 def test_a_peek_changes_nothing():
-    meter = Meter(Group())
+    meter = LossTracker(Group())
     assert meter.peek() == {}
     for value in (1.0, 2.0, 3.0):
         meter.add({"task": torch.tensor(value), "features": torch.tensor(2 * value)})
     assert meter.peek() == {"task": 2.0, "features": 4.0}
-    assert meter.peek(rounds=2) == {"task": 2.5, "features": 5.0}
+    assert meter.peek(steps=2) == {"task": 2.5, "features": 5.0}
     assert meter.read() == {"task": 2.0, "features": 4.0}
     assert meter.peek() == {}
     assert meter.sums == {"task": 6.0, "features": 12.0}
@@ -295,7 +295,7 @@ def test_something_else_in_its_place_is_named(wrong, told):
 
 def test_a_resumed_trainer_tells_where_it_is(tmp_path):
     first = trainer(epochs=2, folder=tmp_path, log_every=1)
-    first.callbacks = [lambda report: first.stop() if report.round == 4 else None]
+    first.callbacks = [lambda report: first.stop() if report.global_step == 4 else None]
     first.fit(BATCHES, BATCHES)
     told = Told()
     trainer(told, epochs=2, folder=tmp_path, resume="auto").fit(BATCHES, BATCHES)
@@ -315,7 +315,7 @@ def test_validation_calls_after_each_batch_and_may_be_ended_there():
             raise EnoughError
 
     with pytest.raises(EnoughError):
-        shared_accuracy(nn.Linear(4, 2), BATCHES, None, Group(), torch.device("cpu"), each=each)
+        shared_accuracy(nn.Linear(4, 2), BATCHES, None, Group(), each=each)
     assert seen == [8, 8]
 
 

@@ -1,4 +1,4 @@
-"""Recorded steps of supervised methods, on tapes that stand for CUDA graphs: equal to those taken one by one."""
+"""Captured steps of supervised methods, on tapes that stand for CUDA graphs: equal to eager ones."""
 
 import copy
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from afd.methods import AT, Supervised
 from afd.nn import FeatureClassifier
 from afd.training import recording
 
-CPU, ROUNDS = torch.device("cpu"), 6
+CPU, STEPS = torch.device("cpu"), 6
 # a tape is a mode, in which no layers are joined
-PGD_2 = {"eps": 0.1, "alpha": 0.05, "steps": 2, "fold": False}
+PGD_2 = {"eps": 0.1, "alpha": 0.05, "steps": 2, "fold_batchnorm": False}
 METHODS = {
     **{mode: AT(lr=0.05, attack=PGDSettings(batchnorm=mode, **PGD_2)) for mode in ("eval", "train", "batch", "clean")},
     "in parts": AT(lr=0.05, micro_batches=2, clip=1.0, attack=PGDSettings(**PGD_2)),
@@ -32,38 +32,38 @@ def network():
     return FeatureClassifier(encoder, 5, 3).train()
 
 
-def batches(count=ROUNDS):
+def batches(count=STEPS):
     generator = torch.Generator().manual_seed(1)
     for _ in range(count):
         yield torch.rand(8, 1, 6, 6, generator=generator), torch.randint(3, (8,), generator=generator)
 
 
-class OneByOne(recording.Recordings):
-    """As if nothing could be recorded: the same optimizers, which are made recordable."""
+class Eager(recording.GraphedStep):
+    """As if nothing could be captured: the same optimizers, which are made recordable."""
 
-    def _record(self, _inputs):
+    def _capture(self, _inputs):
         return None
 
 
-def played(method, plays=recording.Recordings):
-    """The network after some rounds, and their losses."""
+def trained(method, kind=recording.GraphedStep):
+    """The network after some steps, and their losses."""
     model = network()
     step = method.build(model)
-    calls, losses = plays(model, step, CPU), []
+    calls, losses = kind(model, step, CPU), []
     for number, (x, y) in enumerate(batches()):
         losses.append({name: float(loss) for name, loss in calls(x, y, seed=number).items()})
-    assert step.steps == ROUNDS
+    assert step.steps == STEPS
     return model, losses
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_recorded_step_is_the_step(name, tapes):
+def test_a_captured_step_is_the_step(name, tapes):
     """Weights, running statistics and losses, bit for bit; all but the first are replays."""
-    alone, told = played(METHODS[name], OneByOne)
+    alone, told = trained(METHODS[name], Eager)
     before = len(tapes)
-    replayed, losses = played(METHODS[name])
+    replayed, losses = trained(METHODS[name])
     assert len(tapes) == before + 1
-    assert sum(tape.replays for tape in tapes[before:]) == ROUNDS - 1
+    assert sum(tape.replays for tape in tapes[before:]) == STEPS - 1
     assert losses == told
     for (key, ours), plain in zip(replayed.state_dict().items(), alone.state_dict().values(), strict=True):
         assert torch.equal(ours, plain), key
@@ -83,16 +83,16 @@ class Weighted(Supervised):
 
 @pytest.mark.parametrize("around", [False, True])
 @pytest.mark.parametrize("name", ["weight", "attack.eps", "attack.alpha"])
-def test_a_number_that_grows_makes_no_other_recording(name, around, tapes):
-    """A recorded step follows what is filled in, as a method made anew with each number does."""
+def test_a_number_that_grows_makes_no_other_capture(name, around, tapes):
+    """A captured step follows what is filled in, as a method made anew with each number does."""
     values = [0.01, 0.02, 0.04, 0.06, 0.08, 0.1]
     ends = []
-    for recorded in (False, True):
+    for captured in (False, True):
         model = network()
         method = Perturbed(Weighted(lr=0.05)) if around else Weighted(lr=0.05)
         step = method.build(model)
         held = step.live(name, values[0])
-        calls = (recording.Recordings if recorded else OneByOne)(model, step, CPU)
+        calls = (recording.GraphedStep if captured else Eager)(model, step, CPU)
         for number, ((x, y), value) in enumerate(zip(batches(), values, strict=True)):
             held.fill_(value)
             calls(x, y, seed=number)
@@ -100,7 +100,7 @@ def test_a_number_that_grows_makes_no_other_recording(name, around, tapes):
     assert len(tapes) == 1
     plain = network()
     step = Weighted(lr=0.05).build(plain)
-    calls = OneByOne(plain, step, CPU)
+    calls = Eager(plain, step, CPU)
     for number, ((x, y), value) in enumerate(zip(batches(), values, strict=True)):
         if not around:
             attack = PGDSettings(**{**PGD_2, **({name.partition(".")[2]: value} if "." in name else {})})

@@ -1,16 +1,17 @@
-"""Recorded rounds. On the CPU a tape stands for the CUDA graph: it knows only the numbers it was recorded with."""
+"""Captured training steps. On the CPU a tape stands for the CUDA graph: it knows only the numbers of its capture."""
 
 import itertools
 import warnings
 
 import pytest
 import torch
+from recorded_attacks import held
 from torch import nn
 
 from afd.attacks import APGDSettings, CaptureWarning, PGDSettings, base, replay
-from afd.attacks.replay import KEPT
 from afd.data import Batches, Images
 from afd.data.images import CropAndFlip
+from afd.graphs import KEPT
 from afd.methods import AFD, Execution, Natural
 from afd.methods.attacking import GivenAttack
 from afd.methods.optimizers import make_recordable
@@ -43,12 +44,12 @@ def model():
 PGD_2 = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), "validation_attack": None}
 APGD_3 = {"attack": APGDSettings(eps=0.1, steps=3, n_restarts=2), "validation_attack": None}
 # a tape is a mode, in which no layers are joined: in bfloat16 that would be more than rounding
-L2 = PGDSettings(norm="L2", eps=1.0, alpha=0.5, steps=2, precision="bf16", fold=False)
+L2 = PGDSettings(norm="L2", eps=1.0, alpha=0.5, steps=2, precision="bf16", fold_batchnorm=False)
 L2_2 = {"attack": L2, "validation_attack": None}
 CASES = {
     "joint": {"method": AFD(hidden=8, **PGD_2), "schedule": "cosine"},
     "adam": {
-        "method": AFD.adam(loss="dcgan", penalty=1.0, clip=1.0, discriminator_rounds=2, **APGD_3),
+        "method": AFD.adam(loss="dcgan", penalty=1.0, clip=1.0, discriminator_steps=2, **APGD_3),
         "schedule": "one-cycle",
         "eps_warmup": 1.0,
         "ema": 0.9,
@@ -59,7 +60,7 @@ CASES = {
     },
     "natural": {"method": Natural(momentum=0.0), "schedule": "cosine"},
 }
-# all of the 24 rounds but the first of its kind: shorter batches, rounds without an answer, that before the features'
+# all of the 24 steps but the first of its kind: shorter batches, steps without an answer, that before the features'
 # optimizer has its state; those in which eps grows are replayed as well
 REPLAYS = {"joint": 22, "adam": 20, "alternating": 22, "natural": 22}
 
@@ -73,12 +74,12 @@ def run(case, folder, **settings):
     torch.manual_seed(5)
     trained = trainer(case, folder=folder, **settings)
     history = trained.fit(batches(), batches())
-    assert trained.step.steps == trained.position.round
+    assert trained.step.steps == trained.position.global_step
     return load_checkpoint(folder / "last.pt")[0], [{**vars(report), "images_per_second": 0} for report in history]
 
 
-def step_by_step(monkeypatch):
-    monkeypatch.setattr(recording.Recordings, "_record", lambda *_: None)
+def eagerly(monkeypatch):
+    monkeypatch.setattr(recording.GraphedStep, "_capture", lambda *_: None)
 
 
 def assert_same(left, right, path=""):
@@ -97,30 +98,30 @@ def assert_same(left, right, path=""):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_replayed_rounds_equal_those_played_one_by_one(case, tapes, monkeypatch, tmp_path):
+def test_replayed_steps_equal_eager_ones(case, tapes, monkeypatch, tmp_path):
     """Weights, statistics, u and v, momenta, averages, random generators and losses, to the last bit."""
     replayed = run(case, tmp_path / "replayed")
     assert sum(one.replays for one in tapes) == REPLAYS[case]
     with monkeypatch.context() as patch:
-        step_by_step(patch)
-        played = run(case, tmp_path / "played")
+        eagerly(patch)
+        eager = run(case, tmp_path / "eager")
     assert sum(one.replays for one in tapes) == REPLAYS[case]
-    assert_same(replayed, played)
+    assert_same(replayed, eager)
 
 
 @pytest.mark.parametrize("case", ["joint", "adam"])
-def test_what_would_be_recorded_for_good_is_noticed(case, tapes, monkeypatch, tmp_path):
-    """The tape is no mere function call: a seed that is a number stays the one of the recording."""
+def test_what_would_be_captured_for_good_is_noticed(case, tapes, monkeypatch, tmp_path):
+    """The tape is no mere function call: a seed that is a number stays the one of the capture."""
     with monkeypatch.context() as patch:
-        real = recording.Recording.play
-        patch.setattr(recording.Recording, "play", lambda self, inputs, _seed: real(self, inputs, 0))
+        real = recording.CapturedStep.run
+        patch.setattr(recording.CapturedStep, "run", lambda self, inputs, _seed: real(self, inputs, 0))
         stale = run(case, tmp_path / "stale")
     assert not torch.equal(
         stale[0]["model"]["classifier.weight"], run(case, tmp_path / "right")[0]["model"]["classifier.weight"]
     )
 
 
-def test_a_tape_knows_only_the_numbers_it_was_recorded_with(tape):
+def test_a_tape_knows_only_the_numbers_of_its_capture(tape):
     rate, on_device, weight = 2.0, torch.tensor(2.0), torch.ones(3)
     graph = tape.Tape()
     with graph.capture():
@@ -133,12 +134,12 @@ def test_a_tape_knows_only_the_numbers_it_was_recorded_with(tape):
         float(weight.sum())
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_recorded_rounds(tapes, tmp_path):
+def test_a_run_goes_on_from_a_checkpoint_of_captured_steps(tapes, tmp_path):
     """Exact resume: state that was on the device is there again, and the graph flag itself is free to change."""
     whole = run("adam", tmp_path / "whole")
     torch.manual_seed(5)
     first = trainer("adam", folder=tmp_path / "parts", log_every=1)
-    first.callbacks = [lambda report: first.stop() if report.round == 14 else None]
+    first.callbacks = [lambda report: first.stop() if report.global_step == 14 else None]
     first.fit(batches(), batches())
     resumed = trainer("adam", folder=tmp_path / "parts", resume="auto")
     resumed.fit(batches(), batches())
@@ -149,7 +150,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_recorded_rounds(tapes, tmp_path):
     assert len(without.fit(batches(), batches())) == EPOCHS
 
 
-def test_failed_recordings_are_told_once_and_change_nothing(tapes, monkeypatch, tmp_path):
+def test_failed_captures_are_told_once_and_change_nothing(tapes, monkeypatch, tmp_path):
     class Waits(nn.Module):
         """Waits for the device in the backward of every second pass in training: that of x', of whose gradients two
         sets are then about."""
@@ -160,7 +161,7 @@ def test_failed_recordings_are_told_once_and_change_nothing(tapes, monkeypatch, 
                 x.register_hook(lambda grad: grad if float(grad.sum()) < 1e9 else -grad)
             return x
 
-    passes = itertools.count()  # no attribute, which would speak against recording
+    passes = itertools.count()  # no attribute, which would speak against a capture
 
     def waiting():
         net = model()
@@ -168,29 +169,29 @@ def test_failed_recordings_are_told_once_and_change_nothing(tapes, monkeypatch, 
         return net
 
     ends = []
-    for recorded in (True, False):
+    for captured in (True, False):
         torch.manual_seed(5)
         trained = Trainer(waiting(), AFD.adam(**PGD_2), epochs=3, execution=Execution(graph=True))
         with warnings.catch_warnings(record=True) as told, monkeypatch.context() as patch:
             warnings.simplefilter("always")
-            if not recorded:
-                step_by_step(patch)
+            if not captured:
+                eagerly(patch)
             trained.fit(batches(), batches())
         told = [str(one.message) for one in told if one.category is CaptureWarning]
-        expected = "rounds are played without a CUDA graph, because recording one failed: operation not permitted"
-        assert len(told) == recorded
-        assert not recorded or told[0].startswith(expected)
+        expected = "steps run without a CUDA graph, because its capture failed: operation not permitted"
+        assert len(told) == captured
+        assert not captured or told[0].startswith(expected)
         assert trained.step.steps == 12
         ends.append([trained.network.state_dict(), trained.step.players["discriminator"].state_dict()])
     assert_same(*ends)
     assert all(one.replays == 0 for one in tapes)
 
 
-def test_what_stands_against_recording_is_told_and_training_goes_on():
+def test_what_stands_against_a_capture_is_told_and_training_goes_on():
     trained = Trainer(model(), Natural(), execution=Execution(graph=True))
-    with pytest.warns(CaptureWarning, match="rounds are played without a CUDA graph, because the model is on cpu, and"):
+    with pytest.warns(CaptureWarning, match="steps run without a CUDA graph, because the model is on cpu, and"):
         (report,) = trained.fit(batches(), batches())
-    assert report.round == BATCHES
+    assert report.global_step == BATCHES
     assert trained.step.optimizers["task"].param_groups[0]["lr"] == pytest.approx(
         0.01
     )  # a number, as without the graph
@@ -208,7 +209,7 @@ def test_obstacles():
     assert recording.obstacle(cuda, 1, own) == "the attack is a function, none of those in afd.attacks"
     adagrad = Natural(optimizers={"task": torch.optim.Adagrad}).build(model())
     assert recording.obstacle(cuda, 1, adagrad) == (
-        "the optimizer 'task' is a Adagrad; those that can be recorded are SGD, Adam, AdamW"
+        "the optimizer 'task' is a Adagrad; those that can be captured are SGD, Adam, AdamW"
     )
 
 
@@ -216,39 +217,39 @@ def test_what_a_graph_writes_to_is_kept(tapes):
     """The weights of joined layers belong to the attack, which lets go of them when it sees the layers changed."""
     trained = trainer("joint", epochs=2)
     trained.fit(batches(), batches())
-    recorded = [one for one in trained.plays._known.values() if one is not None]
-    assert recorded
+    captured = held(trained.run_step.cache)
+    assert captured
     (attack,) = trained.step.attacks
     pairs = attack._joining.pairs
     assert pairs
-    assert all(set(pairs.values()) <= set(one.kept[1][0]) for one in recorded)
+    assert all(set(pairs.values()) <= set(one.kept[1][0]) for one in captured)
 
 
-def test_weights_that_move_make_a_new_recording(tapes):
+def test_weights_that_move_make_another_capture(tapes):
     net = model()
-    played = recording.Recordings(net, Natural().build(net), CPU)
+    graphed = recording.GraphedStep(net, Natural().build(net), CPU)
     x, y = torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
     for _ in range(4):
-        played(x, y, seed=0)
+        graphed(x, y, seed=0)
     assert [one.replays for one in tapes] == [3]
     net.classifier.weight.data = net.classifier.weight.data.clone()
     for _ in range(2):
-        played(x, y, seed=0)
+        graphed(x, y, seed=0)
     assert [one.replays for one in tapes] == [3, 1]
     for rows in (1, 2, 3) * 3:
-        played(x[:rows], y[:rows], seed=0)
-    assert sum(one is not None for one in played._known.values()) <= KEPT
+        graphed(x[:rows], y[:rows], seed=0)
+    assert len(held(graphed.cache)) <= KEPT
 
 
-def test_attacks_do_not_record_where_rounds_are_recorded(tapes, tape, monkeypatch):
+def test_attacks_capture_nothing_where_whole_steps_are_captured(tapes, tape, monkeypatch):
     """A graph of their own would be looked at, which is not permitted in a capture, and hold memory twice."""
     made = []
     monkeypatch.setattr(replay, "Graph", lambda _: made.append(tape.Tape()) or made[-1])
     for module in (base, replay):
-        monkeypatch.setattr(module, "recordable", lambda _: not tape.Tape.recording)
+        monkeypatch.setattr(module, "capturable", lambda _: not tape.Tape.recording)
     trained = trainer("adam")
     trained.fit(batches(), batches())
-    assert not trained.plays.refused
+    assert not trained.run_step.cache.refused
     assert sum(one.replays for one in tapes) == REPLAYS["adam"]
     assert not made
 
@@ -267,10 +268,10 @@ def trained_with(steps_later):
     return trained.network.state_dict()
 
 
-def test_settings_of_the_attack_that_a_callback_changes_make_a_new_recording(tapes, monkeypatch):
+def test_settings_of_the_attack_that_a_callback_changes_make_another_capture(tapes, monkeypatch):
     replayed = trained_with(steps_later=6)
     assert not torch.equal(replayed["classifier.weight"], trained_with(steps_later=2)["classifier.weight"])
-    step_by_step(monkeypatch)
+    eagerly(monkeypatch)
     assert_same(replayed, trained_with(steps_later=6))
 
 
@@ -315,43 +316,43 @@ GPU_CASES = [case for case in CASES if case != "adam"]  # whose gradient penalty
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", GPU_CASES)
-def test_captured_rounds_train_as_uncaptured_ones_do(case, cuda, monkeypatch):
+def test_captured_steps_train_as_eager_ones_do(case, cuda, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error", CaptureWarning)
         captured = on_gpu(cuda, case)
         ours = captured.fit(batches(cuda), batches(cuda))
-    assert any(captured.plays._known.values())
-    assert not captured.plays.refused
+    assert held(captured.run_step.cache)
+    assert not captured.run_step.cache.refused
     with monkeypatch.context() as patch:
-        step_by_step(patch)
-        played = on_gpu(cuda, case)
-        theirs = played.fit(batches(cuda), batches(cuda))
+        eagerly(patch)
+        eager = on_gpu(cuda, case)
+        theirs = eager.fit(batches(cuda), batches(cuda))
     for a, b in zip(ours, theirs, strict=True):
         assert a.losses == pytest.approx(b.losses, rel=1e-3, abs=1e-3)
     for name, weight in captured.network.state_dict().items():
-        torch.testing.assert_close(weight, played.network.state_dict()[name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(weight, eager.network.state_dict()[name], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu
-def test_captured_rounds_of_adam_train(cuda):
+def test_captured_steps_of_adam_train(cuda):
     trained = on_gpu(cuda, "adam")
     history = trained.fit(batches(cuda), batches(cuda))
-    assert any(trained.plays._known.values())
+    assert held(trained.run_step.cache)
     assert all(value == value for report in history for value in report.losses.values())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
-def test_a_replayed_round_never_waits_for_the_device(case, cuda):
+def test_a_replayed_step_never_waits_for_the_device(case, cuda):
     trained = on_gpu(cuda, case, eps_warmup=0.0)
     trained.fit(batches(cuda), batches(cuda))
     x, y = next(iter(batches(cuda)))
     trained.network.train()
     for _ in range(4):
-        trained.plays(x, y, seed=1)
+        trained.run_step(x, y, seed=1)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(2):
-            trained.plays(x, y, seed=2)
+            trained.run_step(x, y, seed=2)
     finally:
         torch.cuda.set_sync_debug_mode("default")

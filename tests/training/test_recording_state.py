@@ -1,4 +1,4 @@
-"""Recorded rounds of models that hold more than weights: attributes, modes, hooks, and tensors that they replace."""
+"""Captured steps of models that hold more than weights: attributes, modes, hooks, and tensors that they replace."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from afd.training import recording
 CPU = torch.device("cpu")
 
 
-def step_by_step(monkeypatch):
-    monkeypatch.setattr(recording.Recordings, "_record", lambda *_: None)
+def eagerly(monkeypatch):
+    monkeypatch.setattr(recording.GraphedStep, "_capture", lambda *_: None)
 
 
 class Tempered(nn.Module):
@@ -34,15 +34,15 @@ class Tempered(nn.Module):
         return self.inner(x) / self.temperature
 
 
-def tempered_rounds(net, change, rounds=6):
-    """Plays rounds of natural training, `change` made before the fourth; returns the losses."""
+def tempered_steps(net, change, steps=6):
+    """Takes steps of natural training, `change` made before the fourth; returns the losses."""
     step, x, y = Natural(lr=1e-3).build(split(net)), torch.rand(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
-    played, losses = recording.Recordings(net, step, CPU), []
-    for number in range(rounds):
+    graphed, losses = recording.GraphedStep(net, step, CPU), []
+    for number in range(steps):
         if number == 3:
             change(net, step)
-        losses.append(float(played(x, y, seed=0)["task"]))
-    assert step.steps == rounds
+        losses.append(float(graphed(x, y, seed=0)["task"]))
+    assert step.steps == steps
     return losses
 
 
@@ -55,12 +55,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_python_holds_of_the_model_makes_a_new_recording(change, tapes):
+def test_what_python_holds_of_the_model_makes_another_capture(change, tapes):
     torch.manual_seed(0)
-    replayed = tempered_rounds(Tempered(counts=0), CHANGES[change])
+    replayed = tempered_steps(Tempered(counts=0), CHANGES[change])
     assert [one.replays for one in tapes] == [2, 2]
     torch.manual_seed(0)
-    unchanged = tempered_rounds(Tempered(counts=0), lambda *_: None)
+    unchanged = tempered_steps(Tempered(counts=0), lambda *_: None)
     assert replayed[:3] == unchanged[:3]
     assert abs(replayed[5] - unchanged[5]) > 1e-3
 
@@ -89,19 +89,19 @@ class Centred(nn.Module):
 
 @pytest.mark.parametrize("waits", ["", "waits", "counts"])
 @pytest.mark.parametrize("kind", ["plain", "buffer"])
-def test_tensors_that_a_model_replaces_are_followed_also_where_recording_fails(kind, waits, tapes, monkeypatch):
+def test_tensors_that_a_model_replaces_are_followed_also_where_a_capture_fails(kind, waits, tapes, monkeypatch):
     """A capture leaves NaN in what it makes; the last, shorter batch comes between the others."""
     ends = []
-    for recorded in (True, False):
+    for captured in (True, False):
         net = Centred(kind, waits)
-        played, losses = recording.Recordings(net, Natural(lr=0.1).build(split(net)), CPU), []
+        graphed, losses = recording.GraphedStep(net, Natural(lr=0.1).build(split(net)), CPU), []
         with warnings.catch_warnings(), monkeypatch.context() as patch:
             warnings.simplefilter("ignore", CaptureWarning)
-            if not recorded:
-                step_by_step(patch)
+            if not captured:
+                eagerly(patch)
             for number, rows in enumerate((6, 6, 6, 3, 6, 6, 3, 3, 6)):
                 x = torch.rand(rows, 1, 6, 6, generator=torch.Generator().manual_seed(number))
-                losses.append(played(x, torch.arange(rows) % 3, seed=0)["task"])
+                losses.append(graphed(x, torch.arange(rows) % 3, seed=0)["task"])
         ends.append([torch.stack(losses), net.centre, net.head.weight.detach(), net.calls])
     assert [one.replays for one in tapes] == ([0] if waits else [5, 2])
     assert ends[0][0].isfinite().all()
@@ -109,10 +109,10 @@ def test_tensors_that_a_model_replaces_are_followed_also_where_recording_fails(k
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
-def test_a_model_that_changes_its_own_attributes_is_not_recorded_and_is_named(tapes):
+def test_a_model_that_changes_its_own_attributes_is_not_captured_and_is_named(tapes):
     net = Tempered(counts=1)
     with pytest.warns(
         CaptureWarning, match="because each changes the attribute 'calls' of the model, which a graph le"
     ):
-        tempered_rounds(net, lambda *_: None)
+        tempered_steps(net, lambda *_: None)
     assert [one.replays for one in tapes] == [0]

@@ -72,7 +72,7 @@ CASES = {
                 loss="dcgan",
                 penalty=1.0,
                 clip=1.0,
-                discriminator_rounds=2,
+                discriminator_steps=2,
                 attack=APGDSettings(eps=0.1, steps=2),
                 **JUDGE,
             ),
@@ -155,9 +155,9 @@ def test_goes_on_from_any_round(case, stop_after, uninterrupted, tmp_path):
     """Round 8 ends an epoch of four, 6 and 7 lie beside a report."""
     seed(5)
     first = trainer(case, tmp_path, log_every=1)
-    first.callbacks = [lambda report: first.stop() if report.round == stop_after else None]
+    first.callbacks = [lambda report: first.stop() if report.global_step == stop_after else None]
     first.fit(CASES[case][0](), batches())
-    assert first.position.round == stop_after
+    assert first.position.global_step == stop_after
     seed(99)  # another process: its generators stand elsewhere
     second = trainer(case, tmp_path, resume="auto")
     history = second.fit(CASES[case][0](), batches())
@@ -189,11 +189,11 @@ def damage(path, how):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A folder with checkpoints of round 8 (previous) and round 10 (last)."""
+    """A folder with checkpoints of step 8 (previous) and step 10 (last)."""
     folder = tmp_path_factory.mktemp("stopped")
     seed(5)
     run = trainer("sgd", folder, log_every=1)
-    run.callbacks = [lambda report: run.stop() if report.round == 10 else None]
+    run.callbacks = [lambda report: run.stop() if report.global_step == 10 else None]
     run.fit(batches(), batches())
     return folder
 
@@ -246,7 +246,7 @@ def test_another_run_is_refused_by_what_differs(settings, difference, stopped):
 
 
 def test_another_version_is_refused(stopped, monkeypatch):
-    monkeypatch.setattr("afd.training.run_state.__version__", "9.9")
+    monkeypatch.setattr("afd.training.settings.__version__", "9.9")
     with pytest.raises(CheckpointError, match=r"afd is \S+ there and 9.9 here"):
         trainer("sgd", stopped, resume="auto").fit(batches(), batches())
 
@@ -295,7 +295,7 @@ def test_kill_9_in_mid_epoch(tmp_path, whole_run):
         from afd.cli import main
         from afd.training import trainer
         def killing(network, *batch, real=trainer.Trainer._tell):
-            if network.position.round == 28:
+            if network.position.global_step == 28:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(network, *batch)
         trainer.Trainer._tell = killing
@@ -303,12 +303,12 @@ def test_kill_9_in_mid_epoch(tmp_path, whole_run):
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert load_checkpoint(tmp_path / "last.pt")[1]["position"] == {"epoch": 3, "batch": 3, "round": 25}
+    assert load_checkpoint(tmp_path / "last.pt")[1]["position"] == {"epoch": 3, "batch": 3, "global_step": 25}
     assert afd(tmp_path, "--resume", "auto") == 0
     assert_same_run(tmp_path, whole_run)
-    rounds = [json.loads(line)["round"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert rounds == sorted(rounds)
-    assert rounds[-1] == 44
+    steps = [json.loads(line)["global_step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 44
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

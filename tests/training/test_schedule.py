@@ -11,9 +11,7 @@ from afd.methods import AFD, AT, Natural
 from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureClassifier
 from afd.training import Trainer
-from afd.training.average import averaged
-from afd.training.schedule import Rates, cosine, one_cycle, schedule_named, step
-from afd.training.warmup import EpsWarmup
+from afd.training.schedules import EpsWarmup, Rates, averaged, cosine, one_cycle, schedule_named, step
 
 
 def test_step_falls_at_each_milestone():
@@ -33,11 +31,11 @@ def test_all_groups_of_all_optimizers_follow():
     weights = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
     first = SGD([{"params": weights[:1], "lr": 1.0}, {"params": weights[1:2], "lr": 0.1}], lr=9.0)
     second = SGD(weights[2:], lr=2.0)
-    rates = Rates({"a": first, "b": second}, cosine, rounds=4)
+    rates = Rates({"a": first, "b": second}, cosine, steps=4)
     rates.set(2)
     assert [group["lr"] for group in (*first.param_groups, *second.param_groups)] == pytest.approx([0.5, 0.05, 1.0])
-    assert rates.of_round(3) == pytest.approx({"a": 0.5, "b": 1.0})
-    assert rates.of_round(1) == {"a": 1.0, "b": 2.0}
+    assert rates.of_step(3) == pytest.approx({"a": 0.5, "b": 1.0})
+    assert rates.of_step(1) == {"a": 1.0, "b": 2.0}
 
 
 def test_a_run_follows_its_schedule_round_by_round():
@@ -65,8 +63,8 @@ def test_the_radius_grows_to_its_own_value(given, eps, alpha):
     attack = step.attacks.of(step.method.attack)
     places = attack.eps.data_ptr(), attack.alpha.data_ptr()
     length = 0.06 if alpha else torch.as_tensor(eps) / 2
-    for played, share in enumerate([1 / 3, 2 / 3, 1, 1]):
-        warmup.at(played)
+    for done, share in enumerate([1 / 3, 2 / 3, 1, 1]):
+        warmup.at(done)
         assert step.attacks.of(step.method.attack) is attack
         torch.testing.assert_close(attack.eps, torch.as_tensor(eps) * share, check_dtype=False)
         torch.testing.assert_close(attack.alpha, torch.as_tensor(length) * share, check_dtype=False)

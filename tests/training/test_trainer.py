@@ -10,10 +10,10 @@ from afd.errors import InputError, InputTypeError
 from afd.methods import AFD, Natural
 from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureClassifier
-from afd.ops.spectral import checks
+from afd.ops.spectral import schema
 from afd.training import IntervalReport, Trainer, TrainingError, load_checkpoint
-from afd.training.meter import Meter
-from afd.training.schedule import step
+from afd.training.callbacks import LossTracker
+from afd.training.schedules import step
 
 
 def model():
@@ -67,7 +67,7 @@ def test_tells_its_callbacks_of_intervals_and_epochs():
     Trainer(model(), Natural(), epochs=2, log_every=1, callbacks=[told.append]).fit(train, Halves())
     kinds = [type(report).__name__.removesuffix("Report") for report in told]
     assert kinds == ["Interval", "Interval", "Epoch"] * 2
-    assert [(report.epoch, report.round) for report in told] == [(1, 1), (1, 2), (1, 2), (2, 3), (2, 4), (2, 4)]
+    assert [(report.epoch, report.global_step) for report in told] == [(1, 1), (1, 2), (1, 2), (2, 3), (2, 4), (2, 4)]
     intervals = [report for report in told if isinstance(report, IntervalReport)]
     assert [(report.done, report.total) for report in intervals] == [(1, 2), (2, 2)] * 2
     assert told[2].losses["task"] == pytest.approx(sum(report.losses["task"] for report in told[:2]) / 2)
@@ -76,10 +76,10 @@ def test_tells_its_callbacks_of_intervals_and_epochs():
 
 def test_losses_are_read_once_an_interval(monkeypatch):
     readings = []
-    real = Meter.read
-    monkeypatch.setattr(Meter, "read", lambda meter: (readings.append(len(meter.waiting)), real(meter))[1])
+    real = LossTracker.read
+    monkeypatch.setattr(LossTracker, "read", lambda meter: (readings.append(len(meter.waiting)), real(meter))[1])
     Trainer(model(), Natural(), epochs=3, log_every=5).fit(Halves(size=32, batches=8), Halves())
-    assert [rounds for rounds in readings if rounds] == [5, 3, 2, 5, 1, 4, 4]
+    assert [steps for steps in readings if steps] == [5, 3, 2, 5, 1, 4, 4]
 
 
 class NoWaiting(TorchDispatchMode):
@@ -93,7 +93,7 @@ class NoWaiting(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", [AFD(), AFD(schedule="alternating"), AFD(clip=1.0, micro_batches=2), Natural()])
 def test_a_round_never_waits_for_the_device(method, monkeypatch):
-    monkeypatch.setattr(checks, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
+    monkeypatch.setattr(schema, "labels", lambda *_: None)  # it looks at labels where they cost no waiting: on the CPU
     network = model()
     round_ = method.build(network)
     round_.looks = 0  # as a trainer's, whose loaders are looked at
@@ -122,10 +122,10 @@ def test_a_round_on_the_gpu_never_waits(method, cuda):
 
 def test_stops_when_a_callback_asks_it_to():
     trainer = Trainer(model(), Natural(), epochs=5, log_every=1)
-    trainer.callbacks = [lambda report: trainer.stop() if report.round == 3 else None]
+    trainer.callbacks = [lambda report: trainer.stop() if report.global_step == 3 else None]
     history = trainer.fit(Halves(), Halves())
     assert [report.epoch for report in history] == [1]
-    assert trainer.position.round == 3
+    assert trainer.position.global_step == 3
 
 
 def test_all_learning_rates_fall_at_the_milestones():
@@ -183,7 +183,7 @@ def test_trains_in_training_mode_after_validation():
 
 
 class Breaks(Natural):
-    """Natural training whose loss stops being finite in round 5."""
+    """Natural training whose loss stops being finite in step 5."""
 
     def update(self, step, batch):
         losses = super().update(step, batch)
@@ -192,16 +192,16 @@ class Breaks(Natural):
 
 def test_a_loss_that_is_not_finite_stops_training(tmp_path):
     trainer = Trainer(model(), Breaks(), epochs=5, log_every=50, folder=tmp_path)
-    message = r"'task' became inf in round 5 \(epoch 3\); learning rates were task 0.1; last good checkpoint: .*last.pt"
+    message = r"'task' became inf in step 5 \(epoch 3\); learning rates were task 0.1; last good checkpoint: .*last.pt"
     with pytest.raises(TrainingError, match=message):
         trainer.fit(Halves(), Halves())
-    assert load_checkpoint(tmp_path / "last.pt")[1]["position"] == {"epoch": 3, "batch": 0, "round": 4}
+    assert load_checkpoint(tmp_path / "last.pt")[1]["position"] == {"epoch": 3, "batch": 0, "global_step": 4}
 
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     trainer = Trainer(model(), Natural(lr=1e38), epochs=1, folder=tmp_path)
     one_batch = Halves(batches=1)
-    with pytest.raises(TrainingError, match=r"a weight stopped being finite by round 1; .* last good checkpoint: none"):
+    with pytest.raises(TrainingError, match=r"a weight stopped being finite by step 1; .* last good checkpoint: none"):
         trainer.fit(one_batch, Halves())
     assert list(tmp_path.iterdir()) == []
 

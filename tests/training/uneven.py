@@ -11,9 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from afd import runtime
 from afd.attacks import PGDSettings
 from afd.methods import AFD, Natural
-from afd.training import Trainer, distributed
+from afd.training import Trainer
 
 COUNT, BATCH = 48, 4
 X = torch.rand(COUNT, 1, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -103,7 +104,7 @@ WRONG = {  # what process 1 has to train and validate on; process 0 has six batc
 
 
 def goes_wrong(what):
-    group = distributed.join()
+    group = runtime.join()
     loaders = [make() for make in WRONG[what]] if group.rank == 1 else [Served(6), Served(6)]
     method = Natural() if what == "not a number" else GAME
     trainer(method, epochs=2, log_every=2).fit(*loaders)
@@ -112,7 +113,7 @@ def goes_wrong(what):
 def ends_well(how):
     """Ends as `how` says, after training that went well."""
     sys.setswitchinterval(1000.0)  # other threads get the interpreter only where this one waits for something
-    distributed.join()
+    runtime.join()
     if how == "several trainers":
         for method in (GAME, Natural()):
             trainer(method).fit(sampled(), DataLoader(DATA, 8))
@@ -126,7 +127,7 @@ def ends_well(how):
         sys.kept.fit(sampled(**lasting), DataLoader(DATA, 8))
     torch.distributed.all_reduce(torch.ones(1))
     if how == "leave()":
-        distributed.leave()
+        runtime.leave()
     if how == "an error":
         raise ValueError("the script's own")
     if how == "its own status":
@@ -134,21 +135,21 @@ def ends_well(how):
 
 
 def goes_on(folder, stop_after):
-    """Trains on a DataLoader with everything that draws, or stops after that round."""
-    group = distributed.join()
+    """Trains on a DataLoader with everything that draws, or stops after that step."""
+    group = runtime.join()
     torch.manual_seed(group.rank)
     run = trainer(epochs=3, folder=Path(folder), resume="auto", log_every=1)
-    run.callbacks = [lambda report: run.stop() if report.round == stop_after else None]
+    run.callbacks = [lambda report: run.stop() if report.global_step == stop_after else None]
     generator = torch.Generator().manual_seed(group.rank)
     run.fit(sampled(num_workers=1, persistent_workers=True, generator=generator), DataLoader(DATA, 8))
 
 
 def is_signalled(folder):
     """Rank 1's torchrun is told to end while it trains; never ends by itself."""
-    distributed.join()
+    runtime.join()
     run = trainer(epochs=10_000, folder=Path(folder), resume="auto", log_every=1)
     begun = Path(folder) / "begun"
-    run.callbacks = [lambda report: begun.touch() if report.round == 3 else None]
+    run.callbacks = [lambda report: begun.touch() if report.global_step == 3 else None]
     run.fit(sampled(), DataLoader(DATA, 8))
 
 

@@ -1,21 +1,20 @@
 """Spectral normalisation (Miyato et al. 2018) of whole networks: differentiable ops, fused around torch's products.
 
-σ is estimated by power iteration, u and v are constants of the gradient, and W/σ is never formed.
+σ is estimated by power iteration, u and v are constants of the gradient, and W/σ is never formed. Torch dispatches the
+ops, but for transforms of torch.func, which follow the formulas.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from afd.ops.ambient import widened
-from afd.ops.settings import integer, number
-from afd.ops.spectral import calls, schema
-from afd.ops.spectral.network import projection_network
-
-__all__ = ["Spectrum", "projection_logits", "projection_network", "schema", "spectral_linear", "spectral_norm"]
+from afd.ops.checks import integer, number
+from afd.ops.library import call, plain, transformed, widened
+from afd.ops.spectral import autograd, schema
 
 
 class Spectrum(NamedTuple):
@@ -74,8 +73,14 @@ def spectral_norm(
             is what it divides.)
     """
     called = [f"weights[{i}]" for i in range(len(weights))] if names is None else list(names)
-    settings = integer("n_iter", n_iter), number("eps", eps), first, called
-    sigma, new_us, new_vs = calls.spectral_norm(list(weights), list(us), list(vs), *settings)
+    tensors, settings = (list(weights), list(us), list(vs)), (integer("n_iter", n_iter), number("eps", eps), first)
+    if plain(*weights, *us, *vs) and not (torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)):
+        sigma, new_us, new_vs = schema.spectral_norm(*tensors, *settings, called)
+    elif transformed() and _tensors(*weights, *us, *vs):
+        schema.group(called, *tensors, *settings)
+        sigma, new_us, new_vs = autograd.norm_formula(*tensors, *settings)
+    else:
+        sigma, new_us, new_vs = call(torch.ops.afd.spectral_norm.default, *tensors, *settings, called)
     return list(map(Spectrum, sigma.unbind(), new_us, new_vs))
 
 
@@ -103,8 +108,12 @@ def spectral_linear(
         TypeError: a dtype that is not allowed, or dtypes that disagree.
         ValueError: shapes, devices or layouts that are not as described, negative_slope out of range.
     """
-    x = widened(x, weight)
-    return calls.spectral_linear(x, weight, bias, *spectrum, number("negative_slope", negative_slope))
+    arguments = widened(x, weight), weight, bias, *spectrum, number("negative_slope", negative_slope)
+    if transformed() and _tensors(*arguments[:-1]):
+        schema.linear(*arguments)
+        return autograd.linear_formula(*arguments)
+    out: Tensor = call(torch.ops.afd.spectral_linear.default, *arguments)
+    return out
 
 
 def projection_logits(
@@ -139,4 +148,13 @@ def projection_logits(
         ValueError: shapes, devices or layouts that are not as described; on the CPU also a label out of range.
     """
     of_e = (None, None, None) if e_spectrum is None else e_spectrum
-    return calls.projection_logits(widened(h, w), w, bias, *w_spectrum, y, e, *of_e)
+    arguments = widened(h, w), w, bias, *w_spectrum, y, e, *of_e
+    if transformed() and _tensors(*arguments):
+        schema.head(*arguments)
+        return autograd.head_formula(*arguments)
+    score: Tensor = call(torch.ops.afd.projection_logits.default, *arguments)
+    return score
+
+
+def _tensors(*given: Any) -> bool:
+    return all(one is None or isinstance(one, Tensor) for one in given)

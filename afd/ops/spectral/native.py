@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from afd.ops.ambient import dense, room
+from afd.ops.library import dense, room
 from afd.ops.native import launch, workspace_size
 
 

@@ -17,21 +17,18 @@ from torch.autograd import Function
 
 from afd.errors import InputError, InputTypeError
 from afd.ops import backend
-from afd.ops.ambient import ordinary, plain, unaffected, widened
-from afd.ops.library import blame_inference
-from afd.ops.spectral import checks, native, reference
-from afd.ops.spectral.calls import projection_logits, spectral_linear
-from afd.ops.spectral.derivatives import derive
+from afd.ops.library import blame_inference, ordinary, plain, unaffected, widened
+from afd.ops.spectral import Spectrum, native, projection_logits, reference, schema, spectral_linear
+from afd.ops.spectral.autograd import derive
 
 Context = Any
-Triple = tuple[Tensor, Tensor, Tensor]  # a Spectrum
 
 
 def projection_network(
     z: Tensor,
     y: Tensor | None,
     parameters: Sequence[Tensor],
-    spectra: Sequence[Triple],
+    spectra: Sequence[Spectrum],
     *,
     negative_slope: float,
 ) -> Tensor:
@@ -52,10 +49,10 @@ def projection_network(
         raise InputTypeError(f"z is {z.dtype}; it must have the weights' dtype, {parameters[0].dtype}")
     if not (plain(*parameters) and ordinary(z) and (y is None or ordinary(y)) and backend.serves_natively(z)):
         return _composed(z, y, parameters, spectra, negative_slope)
-    checks.slope(negative_slope)
-    checks.features("z", z, (parameters[0] if len(spectra) > 2 else parameters[-3]).shape[1])
+    schema.slope(negative_slope)
+    schema.features("z", z, (parameters[0] if len(spectra) > 2 else parameters[-3]).shape[1])
     if y is not None:
-        checks.labels(y, z, parameters[-1].shape[0])
+        schema.labels(y, z, parameters[-1].shape[0])
     if not _fit(z, parameters, spectra):
         _check(z, parameters, spectra)
     score: Tensor
@@ -71,17 +68,17 @@ def projection_network(
 
 
 def _composed(
-    z: Tensor, y: Tensor | None, parameters: Sequence[Tensor], spectra: Sequence[Triple], slope: float
+    z: Tensor, y: Tensor | None, parameters: Sequence[Tensor], spectra: Sequence[Spectrum], slope: float
 ) -> Tensor:
     """The network op by op."""
     *layers, w, bias, e = parameters
     *inner, of_w, of_e = spectra
     for weight, b, spectrum in zip(layers[::2], layers[1::2], inner, strict=True):
-        z = spectral_linear(z, weight, b, *spectrum, slope)
-    return projection_logits(z, w, bias, *of_w, y, e, *of_e)
+        z = spectral_linear(z, weight, b, spectrum, negative_slope=slope)
+    return projection_logits(z, w, bias, of_w, y, e, of_e)
 
 
-def _fit(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -> bool:
+def _fit(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Spectrum]) -> bool:
     """Whether `_check` has nothing to say of them, found out in a fraction of its time."""
     dtype, device = z.dtype, z.device
     weights = [*parameters[:-1:2], parameters[-1]]
@@ -98,16 +95,16 @@ def _fit(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -> 
     )
 
 
-def _check(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -> None:
+def _check(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Spectrum]) -> None:
     *layers, w, bias, e = parameters
     width = z.shape[-1]
     for weight, b, spectrum in zip([*layers[::2], w], [*layers[1::2], bias], spectra, strict=False):
-        checks.matrix("weight", weight, *spectrum, z, "z")
-        checks.bias(b, weight)
+        schema.matrix("weight", weight, *spectrum, z, "z")
+        schema.bias(b, weight)
         if weight.shape[1] != width:
             raise InputError(f"weight has shape {list(weight.shape)}; it must be [rows, {width}], as its input is wide")
         width = weight.shape[0]
-    checks.matrix("e", e, *spectra[-1], z, "z")
+    schema.matrix("e", e, *spectra[-1], z, "z")
     if width != 1 or e.shape[1] != w.shape[1]:
         shapes = f"{list(w.shape)} and {list(e.shape)}"
         raise InputError(f"w and e have shapes {shapes}; they must be [1, width] and [classes, width]")
@@ -115,7 +112,7 @@ def _check(z: Tensor, parameters: Sequence[Tensor], spectra: Sequence[Triple]) -
 
 @unaffected
 def _forward(
-    z: Tensor, y: Tensor | None, parameters: Sequence[Tensor], spectra: Sequence[Triple], slope: float
+    z: Tensor, y: Tensor | None, parameters: Sequence[Tensor], spectra: Sequence[Spectrum], slope: float
 ) -> tuple[Tensor, list[Tensor]]:
     """Scores, and the input of every layer and of the head."""
     *layers, w, bias, e = parameters
@@ -129,7 +126,7 @@ def _forward(
 class _Network(Function):
     @staticmethod
     def forward(
-        ctx: Context, y: Tensor | None, spectra: Sequence[Triple], slope: float, z: Tensor, *parameters: Tensor
+        ctx: Context, y: Tensor | None, spectra: Sequence[Spectrum], slope: float, z: Tensor, *parameters: Tensor
     ) -> Tensor:
         score, hidden = _forward(z, y, parameters, spectra, slope)
         ctx.save_for_backward(y, *parameters, *hidden)

@@ -1,0 +1,298 @@
+"""The command ``afd evaluate``: measures how robust a checkpoint, or any classifier a function returns, really is."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from afd import data
+from afd.attacks import NORMS, Norm
+from afd.config import PRESETS
+from afd.data import Images
+from afd.errors import AfdError, InputError, look_up
+from afd.evaluation.attacks import Epsilon, ascending, check_radius
+from afd.evaluation.evaluate import check_numbers, evaluate
+from afd.evaluation.model import Model, from_factory
+from afd.evaluation.outcome import read_results
+from afd.evaluation.plots import plot_sweeps
+from afd.evaluation.protocol import named
+from afd.evaluation.report import VERDICTS, Table, advised, comparison, percent, table_1, table_2, tables_of
+from afd.evaluation.store import REPORT, TABLES, Output, check_folder, comparison_folder
+from afd.extras import needed_by
+from afd.files import check_path, check_source, write_whole
+from afd.runtime import Group, joined
+from afd.training.signals import StoppedError, on_signals
+from afd.training.weights import Rebuilt, rebuild
+
+with needed_by("afd evaluate"):
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as Grid
+    from tyro.conf import Positional
+
+QUICK_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """One evaluation: which model, on which images, attacked how, and where the report goes."""
+
+    checkpoint: Positional[str] = ""
+    """A checkpoint, a run's folder (its best.pt), or package.module:function, a function that returns a classifier."""
+    model: str = ""
+    """package.module:function, a function that builds the network which the checkpoint's weights are loaded into. For
+    checkpoints that do not name their network, one of your own, and for files of weights."""
+    protocol: Literal["quick", "autoattack", "paper"] = "quick"
+    """quick: PGD-20 and APGD-CE; autoattack: the standard version; paper: eight attacks over their sweeps of eps."""
+    data: Literal["digits", "mnist", "cifar10", "cifar100"] | None = None
+    """Data set, whose test images are attacked. Default: what the checkpoint was trained on."""
+    data_root: Path | None = None
+    """Folder of the data files; by default a cache folder, filled from the network."""
+    images: int | None = None
+    """Attack the first so many test images. Default: 1000 for quick, else all."""
+    norm: Norm = "Linf"
+    """Norm of quick and autoattack."""
+    eps: tuple[str, ...] = ()
+    """Radii of quick and autoattack, ascending, such as 0.3 or 8/255. Default, in Linf: what it was trained at."""
+    reference: bool = False
+    """autoattack: run pyautoattack whole, instead of our engine and its FAB-T and Square."""
+    transfer_from: str = ""
+    """paper: a second checkpoint or function, on which transfer (black-box) attacks are made."""
+    transfer_model: str = ""
+    """As --model, for the network of --transfer-from."""
+    compare: tuple[Path, ...] = ()
+    """Folders of finished evaluations to put side by side, beside the published figures; no model then."""
+    batch_size: int = 250
+    """Images that are attacked together."""
+    seed: int = 0
+    """Of all attacks."""
+    device: str = "auto"
+    """torch device; auto takes CUDA where there is one. Under torchrun, processes share the batches."""
+    out: Path | None = None
+    """Folder of the report. Default: a new one, runs/evaluations/0001 and so on, and `latest` beside it leads to the
+    newest. An evaluation that was stopped goes on when it is run again."""
+    overwrite: bool = False
+    """Replace a report, or an unfinished evaluation of something else, in the folder --out."""
+    keep_images: bool = False
+    """Leave every adversarial image in the folder's state."""
+
+
+class EvaluationStoppedError(StoppedError):
+    """A signal ended an evaluation; `status` is the exit status that shells expect of it."""
+
+    def __init__(self, number: int, told: str) -> None:
+        AfdError.__init__(self, f"{signal.Signals(number).name}: {told}")
+        self.status = 128 + number
+
+
+class _Halt(KeyboardInterrupt):
+    """A signal came."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def run(config: EvaluateConfig, console: Console | None = None) -> None:
+    """Does what `afd evaluate` was asked for.
+
+    Raises:
+        AfdError: an option, model, data set or folder that cannot be used; the message says why.
+        EvaluationStoppedError: SIGINT or SIGTERM came; the message says how to go on.
+    """
+    output = Output(config.out, config.overwrite)
+    try:
+        with on_signals(_halt):
+            if config.compare:
+                compare(config, console or Console())
+            else:
+                _evaluate(config, output, console or Console())
+    except KeyboardInterrupt as stop:
+        raise EvaluationStoppedError(getattr(stop, "number", signal.SIGINT), output.status()) from None
+
+
+def _halt(number: int) -> None:
+    raise _Halt(number)
+
+
+def _evaluate(config: EvaluateConfig, output: Output, console: Console) -> None:
+    _check(config)
+    radii = ascending(config.eps) if config.eps else None
+    check_numbers(config.seed, config.batch_size)
+    if radii and config.norm == "Linf":
+        check_radius(radii[-1], "Linf", values=1)
+    with joined(config.device) as group:
+        model = load(config.checkpoint, group.device, config.model)
+        surrogate = load(config.transfer_from, group.device, config.transfer_model) if config.transfer_from else None
+        images = test_images(config, model, group)
+        protocol = named(
+            config.protocol, data=images.name, norm=config.norm, epsilons=radii,
+            trained_at=trained_at(model, images.name), reference=config.reference, transfer=surrogate is not None,
+        )  # fmt: skip
+        results = evaluate(
+            model, images, protocol, output, surrogate=surrogate, seed=config.seed, batch_size=config.batch_size,
+            group=group, keep_images=config.keep_images, console=console,
+        )  # fmt: skip
+    if results is not None:
+        present(results, console)
+        for table in tables_of(results):
+            present_table(table, console)
+        console.print(f"{output.folder}/{REPORT} written", soft_wrap=True, markup=False, highlight=False)
+
+
+def _check(config: EvaluateConfig) -> None:
+    """Raises InputError where options do not go together."""
+    if not config.checkpoint:
+        told = f"model is {config.model}, but checkpoint is missing" if config.model else "model is missing"
+        raise InputError(f"{told}; name a checkpoint or package.module:function, or folders with --compare")
+    for name, spec in (("checkpoint", config.checkpoint), ("transfer-from", config.transfer_from)):
+        if spec:
+            check_source(name, spec)
+    if config.out is not None:
+        check_folder(config.out)
+    if config.data_root is not None:
+        check_path("data-root", config.data_root)
+    if config.transfer_model and not config.transfer_from:
+        raise InputError(f"transfer-model is {config.transfer_model}, but transfer-from is missing")
+    if config.overwrite and config.out is None:
+        raise InputError("overwrite is set, but out is not; the numbered folders are never overwritten")
+
+
+def compare(config: EvaluateConfig, console: Console) -> None:
+    """Puts finished evaluations side by side: tables 1 and 2, curves, and a report."""
+    if config.checkpoint:
+        raise InputError(f"model is {config.checkpoint!r}, but compare takes folders of finished evaluations only")
+    found = [read_results(path) for path in config.compare]
+    names = {one["data"]["name"] for one in found}
+    if len(names) > 1:
+        raise InputError(f"compare names evaluations of {', '.join(sorted(names))}; all must be of one data set")
+    tables = [table_1(found), table_2(found)]
+    with comparison_folder(config.out, overwrite=config.overwrite) as out:
+        plot_sweeps(out / "curves.png", found)
+        write_whole(out / REPORT, comparison(found, out, tables))
+        write_whole(out / TABLES, "\n".join(f"{table.title}\n\n{table.markdown()}\n" for table in tables))
+    for table in tables:
+        present_table(table, console)
+    console.print(f"{out}/{REPORT} written", soft_wrap=True, markup=False, highlight=False)
+
+
+def load(spec: str, device: torch.device, function: str = "") -> Model:
+    """A model from a checkpoint or from ``package.module:function``.
+
+    Args:
+        spec: either of the two.
+        device: where to put it.
+        function: ``package.module:function`` that builds the network of a checkpoint; "" for one that is named there.
+
+    Raises:
+        InputError: a function for a function.
+        UnusableModelError, CheckpointError: it is neither, or cannot be loaded.
+    """
+    if not Path(spec).exists() and ":" in spec:
+        if function:
+            raise InputError(f"model is {function}, but {spec} is a function already; it goes with a checkpoint")
+        return from_factory(spec, device)
+    own = from_factory(function, torch.device("cpu")).network if function else None
+    rebuilt = rebuild(Path(spec), device, own)
+    return Model(name_of(rebuilt), str(rebuilt.path), rebuilt.network, rebuilt.discriminator, rebuilt.metadata)
+
+
+def name_of(rebuilt: Rebuilt) -> str:
+    """What tables call a model: the method that trained it, else its file."""
+    method = look_up(rebuilt.metadata, "config", "method") or look_up(rebuilt.metadata, "run", "method")
+    name, loss = look_up(method, "name"), look_up(method, "loss")
+    if not isinstance(name, str):
+        return rebuilt.path.stem
+    if name.lower() == "natural":
+        return "natural"
+    return f"AFD-{loss.upper()}" if name.lower() == "afd" and isinstance(loss, str) else name
+
+
+def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
+    """The first test images of the data set that was named, or that the model was trained on."""
+    trained_on = look_up(model.metadata, "config", "data", "name")
+    name = config.data or (trained_on if isinstance(trained_on, str) else None)
+    if name not in data.datasets.NAMES:
+        found = "does not say what it classifies" if name is None else f"was trained on {name!r}, of which afd knows no"
+        found += "" if name is None else " test images"
+        raise InputError(f"data is missing; {model.source} {found}, so name it with --data")
+    known = look_up(model.metadata, "config", "data", "root") if name == trained_on else None
+    root = config.data_root or (known if isinstance(known, str) else None)
+    test = data.load(name, root, download=group.leads).test
+    count = config.images
+    if count is None:
+        count = min(QUICK_IMAGES, len(test)) if config.protocol == "quick" else len(test)
+    if not 1 <= count <= len(test):
+        raise InputError(f"images is {count}; the test set of {name} has images 1 ... {len(test)}")
+    return test.take(torch.arange(count, device="cpu"))
+
+
+# where the metadata of a run speak of its attack: as the method's own, as one that was given to the trainer
+ATTACKS = (("method", "attack"), ("attack",))
+
+
+def trained_at(model: Model, data_name: str) -> Epsilon:
+    """The L∞ radius that a checkpoint was trained at, or its data set's usual one."""
+    for path in (("config", "test"), *((run, *attack) for run in ("config", "run") for attack in ATTACKS)):
+        eps, norm = (look_up(model.metadata, *path, name) for name in ("eps", "norm"))
+        if isinstance(eps, (int, float)) and 0 < eps < float("inf") and norm in (None, "Linf"):
+            return exactly(float(eps))
+    return exactly(PRESETS[data_name].eps)
+
+
+def exactly(eps: float) -> Epsilon:
+    """The fraction that a checkpoint's float stands for: so many 255ths if it is one of those, else its decimal."""
+    levels = round(eps * 255)
+    return Epsilon.of(f"{levels}/255") if levels and levels / 255 == eps else Epsilon.of(eps)
+
+
+# --- What is printed when it is done ----------------------------------------------------------------------------------
+
+COLOURS = {"pass": "green", "warn": "yellow", "fail": "red", "skipped": "dim"}
+
+
+def present(results: dict[str, Any], console: Console) -> None:
+    """Prints accuracies, the worst case, and each check with its number."""
+    data = results["data"]
+    title = f"{results['subject']['name']} on {data['images']} {data['split']} images of {data['name']}"
+    grid = Grid("attack", "norm", "accuracy (%) at each ε", title=title, title_justify="left")
+    grid.add_row("none", "", percent(results["clean"]))
+    for attack in results["attacks"]:
+        if attack["role"] != "probe":
+            grid.add_row(attack["name"], NORMS[attack["norm"]].sign, _curve(attack["accuracies"]))
+    for norm, worst in results["worst_case"].items():
+        points = [{"text": eps, "accuracy": accuracy} for eps, accuracy in worst.items()]
+        grid.add_row("worst case", NORMS[norm].sign, _curve(points), style="bold")
+    console.print(grid)
+    signs = Grid("check", "verdict", "number", "meaning", title="Self-deception", title_justify="left")
+    for check in results["checks"]:
+        number = "-" if check["number"] is None else f"{check['number']:.4g} {check['unit']}"
+        meaning = "" if check["verdict"] == "pass" else check["meaning"]
+        colour = COLOURS[check["verdict"]]
+        signs.add_row(check["name"], f"[{colour}]{check['verdict']}[/]", number, meaning)
+    console.print(signs)
+    todo = advised(results["checks"], results["protocol"]["name"])
+    if not todo:
+        return
+    told = Grid("check", "what to do next", title=VERDICTS[results["verdict"]], title_justify="left")
+    for name, verdict, words in todo:
+        told.add_row(f"[{COLOURS[verdict]}]{escape(name)}[/]", escape(words))
+    console.print(told)
+
+
+def present_table(found: Table, console: Console) -> None:
+    """Prints a table."""
+    grid = Grid(*found.head, title=found.title, title_justify="left")
+    for number, row in enumerate(found.rows):
+        grid.add_row(*row, style="bold" if number < found.ours else "dim")
+    console.print(grid)
+    if found.note:
+        console.print(found.note)
+
+
+def _curve(points: list[dict[str, Any]]) -> str:
+    return "   ".join(f"{point['text']}: {percent(point['accuracy'])}" for point in points)

@@ -1,0 +1,162 @@
+"""The models that an evaluation is about: a classifier, where it came from, and what is known of it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afd.data import Images
+from afd.errors import AfdError, in_a_line
+from afd.metrics import predict
+from afd.nn.classifier import unwrapped
+from afd.nn.modes import without_wrappers
+
+
+class UnusableModelError(AfdError):
+    """A model cannot be had from what was named, or does not fit the data."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A classifier under evaluation.
+
+    Attributes:
+        name: what tables and plots call it.
+        source: the checkpoint or factory it came from.
+        network: images [N, C, H, W] in [0, 1] -> logits [N, classes], in any form of `afd.nn.outputs`.
+        discriminator: the D(z, y) it was trained against, if there was one.
+        metadata: what its checkpoint says of its training, in plain types.
+        training_modules: how many of its modules were in training mode when it was handed over.
+    """
+
+    name: str
+    source: str
+    network: nn.Module
+    discriminator: nn.Module | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    training_modules: int = 0
+
+    def digest(self) -> str:
+        """SHA-256 over the names and values of its parameters and buffers, so that a result names its weights."""
+        found = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            if not isinstance(value, Tensor) or value.is_quantized or value.layout != torch.strided:
+                found.update(name.encode() + _saved(value))  # get_extra_state() may be anything
+                continue
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def structure(self) -> str:
+        """SHA-256 over what else the model is made of: the kinds of its modules, and whether it scales its features."""
+        inner = unwrapped(self.network)
+        kinds = [(name, type(module).__qualname__) for name, module in inner.named_modules()]
+        scaled = getattr(without_wrappers(self.network), "normalize", None)
+        return hashlib.sha256(f"{kinds} {scaled if isinstance(scaled, bool) else None}".encode()).hexdigest()
+
+
+def _saved(value: Any) -> bytes:
+    """A part of a state_dict that is no plain tensor, as the bytes that torch.save writes."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def check_metadata(model: Model) -> None:
+    """Raises UnusableModelError unless results.json can hold what is known of the model."""
+    try:
+        json.dumps(model.metadata)
+    except (TypeError, ValueError) as error:
+        raise UnusableModelError(f"metadata of model {model.source} must be plain JSON: {in_a_line(error)}") from error
+
+
+def from_factory(spec: str, device: torch.device) -> Model:
+    """The model that ``package.module:function`` returns when called without arguments.
+
+    Raises:
+        UnusableModelError: it cannot be imported, is not callable, fails, or returns no nn.Module.
+    """
+    module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise UnusableModelError(f"model is {spec!r}; a function is named as package.module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: a factory may lie beside the user
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UnusableModelError(f"model {spec} cannot be imported: {in_a_line(error)}") from error
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is told, and is the cause
+        raise UnusableModelError(f"model {spec} cannot be imported: {_told(error)}") from error
+    try:
+        factory = getattr(module, attribute)
+    except AttributeError as error:
+        raise UnusableModelError(f"model {spec}: {module_name} has no {attribute!r}") from error
+    if not callable(factory):
+        raise UnusableModelError(
+            f"model {spec} is a {type(factory).__name__}; it must be a function that returns a model"
+        )
+    try:
+        network = factory()
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is told, and is the cause
+        raise UnusableModelError(f"model {spec} failed with {_told(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise UnusableModelError(f"model {spec} returned a {type(network).__name__}; it must return a torch.nn.Module")
+    training = sum(bool(getattr(module, "training", False)) for module in network.modules())
+    try:
+        network = network.to(device).eval()
+    except (Exception, SystemExit) as error:  # its own code again, or weights that are not there
+        raise UnusableModelError(
+            f"model {spec} cannot be put into evaluation mode on {device}: {_told(error)}"
+        ) from error
+    return Model(attribute, spec, network, training_modules=training)
+
+
+def _told(error: BaseException) -> str:
+    """Kind and words of an error of the user's code, in a line."""
+    kind, said = type(error).__name__, in_a_line(error)
+    return kind if said == kind else f"{kind}: {said}"
+
+
+def check_fit(model: Model, images: Images, sizes: Iterable[int] = (2,)) -> int:
+    """The number of classes of a model that takes these images.
+
+    Args:
+        model: the model.
+        images: what it will be shown.
+        sizes: of the batches that it will be shown them in; each is tried.
+
+    Raises:
+        UnusableModelError: it cannot take images of that shape, or so many at a time, returns no logits, or has another
+            number of classes than the data.
+    """
+    shape = "x".join(map(str, images.shape))
+    classes = 0
+    for size in sorted({min(size, len(images)) for size in sizes}):
+        probe = images.images(torch.arange(size, device="cpu"))
+        try:
+            classes = predict(model.network, probe).num_classes
+        except (Exception, SystemExit) as error:  # the model's own: whatever it raises is told, with its traceback
+            reason = in_a_line(error)
+            verb = "is of no use for" if isinstance(error, AfdError) else "does not take"
+            raise UnusableModelError(
+                f"model {model.source} {verb} {images.name}'s {shape} images, {size} at a time: {reason}"
+            ) from error
+        _check_classes(model, images, classes)
+    return classes
+
+
+def _check_classes(model: Model, images: Images, classes: int) -> None:
+    if classes != images.num_classes:
+        raise UnusableModelError(
+            f"model {model.source} has {classes} classes, but data set {images.name} has {images.num_classes}"
+        )

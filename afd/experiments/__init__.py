@@ -1,0 +1,1 @@
+"""What commands run, above training and evaluation: `train` and `curves`."""

@@ -1,0 +1,212 @@
+"""Accuracy on clean and on attacked images, and the predictions that it and every other figure are made of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afd.attacks import Attack
+from afd.attacks.base import GradientAttack
+from afd.attacks.engine import evaluating, judged
+from afd.attacks.external import BOUNDS, attacked_by, inside
+from afd.attacks.inputs import check_form, largest_label, rows_of
+from afd.data.images import images_and_labels
+from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, number, warn_caller
+from afd.nn.modes import local
+
+UNDEFINED = -1  # the class of an image whose logits hold NaN; argmax would take NaN for the largest
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model said of N images.
+
+    Attributes:
+        classes: the likeliest class of each, int64 [N]; `UNDEFINED`, which no label is, where a logit is NaN.
+        finite: whether all logits of an image are finite, bool [N].
+        num_classes: how many logits an image has; 0 where there are no images.
+    """
+
+    classes: Tensor
+    finite: Tensor
+    num_classes: int
+
+    @property
+    def undefined(self) -> Tensor:
+        """Which images the model has no class for, bool [N]."""
+        return self.classes == UNDEFINED
+
+
+def predict(model: nn.Module, x: Tensor) -> Predictions:
+    """What a model, in evaluation mode and full precision, says of images [N, ...]; nothing waits for the device.
+
+    Raises:
+        InputError, InputTypeError: what it returned holds no logits [N, K].
+    """
+    if not len(x):
+        none = torch.zeros(0, dtype=torch.int64, device=x.device)
+        return Predictions(none, none.bool(), 0)
+    with evaluating(model):
+        logits = judged(local(model), x)
+    classes = torch.where(logits.isnan().any(1), UNDEFINED, logits.argmax(1))
+    return Predictions(classes, logits.isfinite().all(1), logits.shape[1])
+
+
+def accuracy(
+    model: nn.Module,
+    batches: Iterable[Any],
+    attack: Attack | None = None,
+    *,
+    bounds: tuple[float, float] | None = None,
+) -> float:
+    """Share of images that the model, in evaluation mode and full precision, classifies correctly.
+
+    Images that an attack returns outside of bounds, or not finite, are no adversarial images: the model is asked about
+    the clean one instead.
+
+    Args:
+        model: images -> logits [N, K], in any form of `afd.nn.outputs`; left as it was found.
+        batches: yields (images [N, ...] float32 or float64, labels [N] int64 in [0, K), ...), or mappings or objects
+            with them, as a loader does (`afd.data.images`); read once.
+        attack: applied to a copy of each batch first; its starts do not depend on the batch size.
+        bounds: lowest and highest value of an image; by default those of the attack, or [0, 1].
+
+    Returns:
+        A share in [0, 1].
+
+    Raises:
+        InputError, InputTypeError: there are no images; images, labels or what the attack returned are not as
+            described; the model returns no logits.
+        ModelError: the model returned NaN logits.
+
+    Warns:
+        ModelWarning: infinite logits, or images that an attack returned out of bounds.
+    """
+    _check_attack(attack)
+    _check_values(model)
+    if bounds is None:
+        bounds = attack.bounds if isinstance(attack, GradientAttack) else BOUNDS
+    _check_bounds(bounds)
+    seen = 0
+    found: list[Tensor] = []
+    for x, y, largest in _checked(batches, bounds):
+        shown = x if attack is None else attacked_by(attack, x, y, first_sample=seen)
+        with torch.no_grad():
+            legal = torch.ones_like(y, dtype=torch.bool)
+            if attack is not None:
+                legal = inside(shown, bounds)
+                shown = torch.where(rows_of(legal, x), shown, x)
+            said = predict(model, shown)
+            infinite = ~said.finite & ~said.undefined
+            found.append(torch.stack([said.classes == y, said.undefined, infinite, ~legal]).sum(1))
+        if largest >= said.num_classes:
+            raise InputError(f"y holds the label {largest}; the model has classes 0 ... {said.num_classes - 1}")
+        seen += len(y)
+    if not seen:
+        raise InputError("batches holds no images; accuracy needs at least one")
+    correct, *others = torch.stack(found).sum(0).tolist()
+    _judge_outputs(seen, *others)
+    return float(correct) / seen
+
+
+def accuracy_curve(
+    model: nn.Module,
+    batches: Iterable[Any],
+    epsilons: Sequence[float],
+    attack: Callable[[float], Attack],
+    *,
+    bounds: tuple[float, float] | None = None,
+) -> list[float]:
+    """Accuracy under attack(eps) for each eps; clean accuracy where eps is 0. See `accuracy`.
+
+    Raises:
+        InputTypeError: an eps is no number, or attack(eps) no attack.
+        InputError: an eps is negative or not finite, or the batches can be read only once, but there are several eps.
+    """
+    if isinstance(epsilons, str) or not isinstance(epsilons, Iterable):
+        raise InputTypeError(f"epsilons is {epsilons!r}; it must be a list of numbers")
+    epsilons = list(epsilons)
+    for eps in epsilons:
+        number("eps", eps, 0)
+    if not callable(attack) or isinstance(attack, GradientAttack):
+        raise InputTypeError(
+            f"attack is a {type(attack).__name__}; a curve needs a function from eps to an attack, such as "
+            "lambda eps: PGD(model, eps=eps)"
+        )
+    if len(epsilons) > 1 and isinstance(batches, Iterator):
+        raise InputError(
+            f"batches is a {type(batches).__name__}, which can be read only once; a curve over {len(epsilons)} radii "
+            "reads it for each of them, so pass a list or a loader"
+        )
+    return [accuracy(model, batches, _made(attack, eps) if eps else None, bounds=bounds) for eps in epsilons]
+
+
+def _made(factory: Callable[[float], Attack], eps: float) -> Attack:
+    made = factory(eps)
+    if made is None:
+        raise InputTypeError(f"attack({eps}) returned None; it must return an attack")
+    return made
+
+
+def _check_attack(attack: Any) -> None:
+    """Raises InputTypeError unless this is None or may be an attack of a model."""
+    made = getattr(attack, "func", attack) if isinstance(attack, functools.partial) else attack
+    if isinstance(made, type):
+        raise InputTypeError(
+            f"attack is the class {made.__name__} without a model; give the attack of a model, "
+            f"{made.__name__}(model, ...)"
+        )
+    if attack is not None and not callable(attack):
+        told = repr(attack) if isinstance(attack, str) else f"a {type(attack).__name__}"
+        raise InputTypeError(f"attack is {told}; it must be an attack of the model, such as PGD(model, eps=...)")
+
+
+def _check_values(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        return  # named where it is put into evaluation mode
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise InputError(
+                f"the model's {name} is on the device meta, where tensors hold no values; load the weights first"
+            )
+
+
+def _check_bounds(bounds: Any) -> None:
+    try:
+        low, high = (float(one) for one in ([] if isinstance(bounds, str) else bounds))
+    except (TypeError, ValueError) as error:
+        raise InputTypeError(
+            f"bounds is {bounds!r}; it must be two numbers, the lowest and the highest value of an image"
+        ) from error
+    if not low < high:
+        raise InputError(f"bounds is {bounds!r}; the lowest value of an image comes first, then a higher one")
+
+
+def _checked(batches: Iterable[Any], bounds: tuple[float, float]) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Images, labels and the largest label of each batch that has any, once their values are found to be allowed."""
+    if isinstance(batches, type) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise InputTypeError(f"batches is a {type(batches).__name__}; it must be a loader or a list of batches")
+    for item in batches:
+        x, y = images_and_labels(item)
+        check_form(x, y)
+        if len(x):
+            yield x, y, largest_label(x, y, bounds)
+
+
+def _judge_outputs(images: int, undefined: int, infinite: int, illegal: int) -> None:
+    if undefined:
+        raise ModelError(f"the model returned NaN logits for {undefined} of {images} images; they have no class")
+    if infinite:
+        warn_caller(f"the model returned infinite logits for {infinite} of {images} images", ModelWarning)
+    if illegal:
+        warn_caller(
+            f"the attack returned {illegal} of {images} images out of bounds or not finite; the model was asked about "
+            "the clean ones instead",
+            ModelWarning,
+        )

@@ -1,0 +1,388 @@
+"""The loaders of a run: checked before its first step, read from any batch on, and classified for validation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from afd.attacks import Attack
+from afd.attacks.diagnostics import COULD_NOT_AIM
+from afd.attacks.inputs import outside_inference
+from afd.data import Batches
+from afd.data.images import images_and_labels, index_in
+from afd.errors import AfdError, InputError, InputTypeError, ModelWarning, warn_caller
+from afd.methods.inputs import check_form, check_labels, check_values
+from afd.metrics import accuracy
+from afd.processes import LostError
+from afd.runtime import Group
+from afd.training import loader_state
+
+Loader = Iterable[Any]
+"""Any re-iterable of batches: a DataLoader, `Batches`, a list.
+
+A batch is what `afd.data.images.images_and_labels` reads: (images [N, ...] in [0, 1], labels [N] int64, ...), a dict or
+an object; a training batch may have soft labels [N, K] or, for a method that asks for none, none. Where the loader has
+a ``set_epoch(epoch)``, or a sampler or data set of it has, that is called before each pass. What a loader draws at
+random is drawn again when a run is resumed, as far as `loader_state` finds its generators.
+"""
+
+
+def steps_in(loader: Loader) -> int:
+    """Batches of one pass over the training images.
+
+    Raises:
+        InputError: the loader has none, or does not say.
+    """
+    try:
+        steps = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        raise InputError(f"train is a {type(loader).__name__} without a length; give it a __len__ in batches") from None
+    if not steps:
+        raise InputError("train holds no images")
+    return steps
+
+
+def check_loaders(
+    train: Loader,
+    validation: Loader,
+    epochs: int,
+    classes: Callable[[Tensor], int],
+    group: Group,
+    warn: Callable[[str], None] | None = None,
+    labels: bool = True,
+) -> int:
+    """Looks at both loaders, which are as if nobody had; returns the steps in an epoch.
+
+    Several processes raise together, so that none waits for one that has given up.
+
+    Args:
+        train: this process's training batches.
+        validation: the validation batches.
+        epochs: passes over each of them.
+        classes: the number of the model's classes, asked with the first images of each loader, validation's first.
+        group: of the processes.
+        warn: told, where the run may be resumed, if the batches would then be others; None to not look for that, which
+            takes a second reading of the first training batch.
+        labels: whether training batches must have labels.
+
+    Raises:
+        InputError, InputTypeError: a loader is empty or can be read only once, a batch is not as described in `Loader`,
+            or processes have different numbers of batches.
+        LostError: another process has raised one of these, which it shows.
+    """
+    failure: Exception | None = None
+    doubt: str | None = None
+    counts: list[int | None] = []
+    try:
+        counts.append(steps_in(train))
+        _check_loader("validation", validation, epochs, classes)
+        _check_loader("train", train, epochs, classes, labels)
+        counts.append(len(validation) if isinstance(validation, Sized) else None)
+        doubt = None if warn is None else _doubt(train)
+    except Exception as error:  # of the user's loaders, too: nobody may wait for a process that has given up
+        if group.size == 1:
+            raise
+        failure = error
+    told = group.gather((None if failure is None else str(failure) or type(failure).__name__, counts, doubt))
+    if failure is not None:
+        raise failure
+    for rank, (reason, _, _) in enumerate(told):
+        if reason is not None:
+            raise LostError(f"process {rank} cannot train: {reason}")
+    _check_alike([counts for _, counts, _ in told], group)
+    doubts = [f"{doubt} (process {rank})" if rank else doubt for rank, (_, _, doubt) in enumerate(told) if doubt]
+    if warn is not None and doubts:
+        warn(doubts[0])
+    assert counts[0] is not None
+    return counts[0]
+
+
+def _check_alike(counts: list[list[int | None]], group: Group) -> None:
+    """Raises where processes have different numbers of batches; process 0 shows why."""
+    for rank, others in enumerate(counts):
+        if others != counts[0]:
+            message = (
+                f"processes have different numbers of batches: train and validation have {others} in process {rank} "
+                f"and {counts[0]} in process 0; they must be the same, or some would wait for the others"
+            )
+            raise InputError(message) if group.leads else LostError(message)
+
+
+def _doubt(train: Loader) -> str | None:
+    """Why a resumed run would see other batches; None if nothing is known to speak for that."""
+    resumed = "so a run that is resumed, or gone on with, will see others than one that was not interrupted"
+    if not loader_state.in_order(train):
+        return f"train has in_order=False, and its batches come in the order in which workers are ready; {resumed}"
+    if isinstance(train, Batches | list | tuple) or loader_state.same_again(train):
+        return None
+    return (
+        "train served another first batch when it was read again with all random generators put back: it draws from "
+        f"something that a checkpoint cannot hold, such as the clock or a generator that is made anew; {resumed}"
+    )
+
+
+def checked(name: str, item: Any, num_classes: int | None, loader: Loader, labels: bool = True) -> tuple[Tensor, Any]:
+    """Images and labels (or None) of a batch, their values found to be allowed; those of `Batches` are known to be.
+
+    Args:
+        name: of the loader, for messages.
+        item: what the loader yielded.
+        num_classes: labels are below it; None if nobody knows.
+        loader: that yielded it.
+        labels: whether it must have some.
+
+    Raises:
+        InputTypeError, InputError: it is not as described in `Loader`.
+    """
+    try:
+        x, y = images_and_labels(item, labels)
+        if isinstance(loader, Batches):
+            check_labels(loader.images.num_classes - 1, num_classes)
+        else:
+            check_form(x, y, num_classes, soft=name == "train")
+            check_values(x, y, num_classes)
+    except AfdError as error:
+        raise type(error)(f"{name}: {error}") from error
+    return x, y
+
+
+def _check_loader(
+    name: str, loader: Loader, epochs: int, classes: Callable[[Tensor], int], labels: bool = True
+) -> None:
+    """Checks the first batch; of a list, all of them."""
+    if isinstance(loader, type) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise InputTypeError(f"{name} is a {type(loader).__name__}; it must be a loader or a list of batches")
+    with loader_state.untouched(loader):
+        if _read_once(loader):
+            raise InputError(
+                f"{name} is a {type(loader).__name__} that can be read only once; give a loader that begins anew at "
+                "each pass, such as a DataLoader or a list of batches"
+            )
+        items = list(loader if isinstance(loader, list | tuple) else islice(loader, 1))
+        if not items:
+            raise InputError(f"{name} holds no images")
+        num_classes = classes(checked(name, items[0], None, loader, labels)[0])
+        for item in items:
+            checked(name, item, num_classes, loader, labels)
+        if not isinstance(loader, Batches | DataLoader | list | tuple) and epochs > 1 and not list(islice(loader, 1)):
+            raise InputError(f"{name} is a {type(loader).__name__} that has no batches in a second pass")
+
+
+def _read_once(loader: Any) -> bool:
+    """Whether two passes share an iterator, but for that of a DataLoader with lasting workers, which is reset."""
+    if isinstance(loader, DataLoader):
+        sources = (loader.dataset, loader.sampler, loader.batch_sampler)
+        return any(_read_once(source) for source in sources if isinstance(source, Iterable))
+    return iter(loader) is iter(loader)
+
+
+# --- Training batches -----------------------------------------------------------------------------------------------
+
+
+Item = tuple[Tensor, Tensor | None, Tensor | None]  # images, labels, index
+
+
+@runtime_checkable
+class _KnowsEpochs(Protocol):
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class ResumableLoader:
+    """One process's training batches, epoch after epoch, on one device: as an uninterrupted run sees them.
+
+    A loader that draws at random (a shuffling DataLoader) is replayed from the state of the generators at the start of
+    the epoch, which is why that is kept: of the global ones and of all that `loader_state` finds in loaders. Batches
+    that were trained on already are served again and thrown away. Workers that a DataLoader keeps from pass to pass
+    (``persistent_workers``) are begun anew at every epoch, as only that makes an epoch repeatable.
+
+    Args:
+        loader: of the batches.
+        device: where to put them.
+        num_classes: labels are below it.
+        steps: batches of an epoch; what the loader has beyond is not asked for.
+        validation: the other loader of the run, whose state is kept with this one's.
+        earlier: the loader of an earlier part of this run in the same process, if there was one.
+        labels: whether batches must have labels.
+    """
+
+    def __init__(
+        self,
+        loader: Loader,
+        device: torch.device,
+        num_classes: int,
+        steps: int,
+        validation: Loader | None = None,
+        earlier: ResumableLoader | None = None,
+        labels: bool = True,
+    ) -> None:
+        self.loader, self.device, self.num_classes, self.steps = loader, device, num_classes, steps
+        self.labels = labels
+        self.at_start: dict[str, Any] | None = None if earlier is None else earlier.at_start
+        self.loaders = {"train": loader, "validation": validation}
+        # as a new process finds them
+        self.before: dict[str, Any] = loader_state.numbers(self.loaders) if earlier is None else earlier.before
+
+    def capture(self) -> dict[str, Any]:
+        """The generators as they are now, those of the loaders included: plain content of a checkpoint."""
+        return {
+            **loader_state.global_generators(),
+            loader_state.LOADERS: loader_state.capture(self.loaders, self.before),
+        }
+
+    def restore(self, state: dict[str, Any], own: bool = True) -> None:
+        """Puts the generators where `capture` found them; `own`: also what loaders said by ``state_dict()``."""
+        if loader_state.LOADERS in state:  # not in checkpoints of earlier days
+            missing = loader_state.restore(self.loaders, state[loader_state.LOADERS], own)
+            if missing:
+                warn_caller(
+                    f"the loaders of the run that goes on drew from {', '.join(missing)}, which these have not; they "
+                    "serve other batches",
+                    UserWarning,
+                )
+        loader_state.set_global_generators(state)
+
+    def epoch(self, epoch: int, done: int, now: dict[str, Any] | None) -> Iterator[Item]:
+        """The batches of an epoch after the first `done` ones.
+
+        Args:
+            epoch: counted from 1.
+            done: batches trained on already; if there are any, `at_start` is set.
+            now: the generators after these, where a run is resumed.
+
+        Raises:
+            InputError, InputTypeError: the loader has fewer batches than it said; in the first epoch, images are not
+                finite floats in [0, 1] or labels not int64 classes of the model.
+        """
+        for knows in _told_of_epochs(self.loader):
+            knows.set_epoch(epoch)
+        loader_state.begin_anew(self.loaders)
+        if done == self.steps:  # the epoch came to its end
+            if now is not None:
+                self.restore(now)
+            return
+        if done:
+            assert self.at_start is not None
+            now = now or self.capture()  # an epoch that was left in this process
+            self.restore(self.at_start)
+            batches = _from_batch(self.loader, done)
+            self.restore(now, own=False)
+        else:
+            if now is not None:
+                self.restore(now)
+            self.at_start = self.capture()
+            batches = _from_batch(self.loader, 0)
+        served = done
+        for item in islice(batches, self.steps - done):
+            served += 1
+            # the first epoch shows every batch once
+            if epoch == 1:
+                x, y = checked("train", item, self.num_classes, self.loader, self.labels)
+            else:
+                x, y = images_and_labels(item, self.labels)
+            index = index_in(item, len(x))
+            yield self._here(x), None if y is None else self._here(y), None if index is None else self._here(index)
+        if served < self.steps:
+            raise InputError(
+                f"train has a length of {self.steps} batches, but had no more than {served} in epoch {epoch}; an "
+                "epoch is as long as the loader's __len__ says"
+            )
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return outside_inference(tensor.to(self.device, non_blocking=True))
+
+
+def _told_of_epochs(loader: Any) -> Iterator[_KnowsEpochs]:
+    """Whatever of a loader draws by the number of the epoch: itself, its samplers, its data set."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    different = {id(part): part for part in (*parts, getattr(loader, "dataset", None))}
+    yield from (part for part in different.values() if isinstance(part, _KnowsEpochs))
+
+
+def _from_batch(loader: Loader, done: int) -> Iterator[Any]:
+    if isinstance(loader, Batches):
+        return loader.with_index(done)
+    batches = iter(loader)
+    for _ in islice(batches, done):
+        pass
+    return batches
+
+
+# --- Validation -----------------------------------------------------------------------------------------------------
+
+
+def shared_accuracy(
+    model: nn.Module,
+    batches: Loader,
+    attack: Attack | None,
+    group: Group,
+    num_classes: int | None = None,
+    each: Callable[[int], None] | None = None,
+) -> float:
+    """Share of images classified correctly, batches dealt out to the processes one by one.
+
+    An attack starts at each image as it would in one process. All processes must ask.
+
+    Args:
+        model: images [N, ...] -> logits.
+        batches: as described in `Loader`, the same in all processes.
+        attack: on the model; None for clean images.
+        group: of the processes; its device is the model's.
+        num_classes: labels are below it; None if nobody knows.
+        each: called after each batch, in every process, with the number of its images.
+
+    Raises:
+        InputError, InputTypeError: there are no images, or a batch is not as described in `Loader`.
+        ModelError: the model returned NaN.
+
+    Warns:
+        ModelWarning: images at which the attack could not aim, and which count as robust for that.
+    """
+    correct, seen, blind = 0.0, 0, 0
+    for number, item in enumerate(batches):
+        x, y = checked("validation", item, num_classes, batches)
+        if number % group.size == group.rank:
+            started = None if attack is None else partial(_shifted, attack, seen)
+            with warnings.catch_warnings():  # said once for all batches, below
+                warnings.filterwarnings("ignore", f".*{COULD_NOT_AIM}", ModelWarning)
+                correct += accuracy(model, [(x.to(group.device), y.to(group.device))], started) * len(y)
+            blind += _blind(attack)
+        seen += len(y)
+        if each is not None:
+            each(len(y))
+    if not seen:
+        raise InputError("validation holds no images")
+    counts = torch.tensor([round(correct), blind], dtype=torch.float64, device=group.device)
+    right, blind = map(int, group.sum(counts).tolist())
+    if blind and group.leads:
+        warn_caller(
+            f"for {blind} of {seen} images the gradient of the loss was exactly zero or NaN wherever the attack "
+            f"looked, so {COULD_NOT_AIM}: that they withstand it shows no robustness",
+            ModelWarning,
+        )
+    return right / seen
+
+
+def _blind(attack: Attack | None) -> int:
+    """At how many images an attack of ours could not aim in its last call."""
+    report = getattr(attack, "report", None)
+    return 0 if report is None else int(report.blind.sum())
+
+
+def _shifted(
+    attack: Attack,
+    offset: int,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *,
+    seed: int | None = None,
+    first_sample: int = 0,
+) -> torch.Tensor:
+    return attack(x, y, seed=seed, first_sample=offset + first_sample)

@@ -1,0 +1,382 @@
+"""What a run is at one moment, as plain content of a checkpoint, and what must be the same where it goes on.
+
+Going on from a state repeats no step and skips none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from afd.checkpoint import CheckpointError, CheckpointManager, packed
+from afd.deprecated import settings_of_today, with_new_keys
+from afd.errors import InputError
+from afd.methods import Method, Step
+from afd.methods.registry import spelled
+from afd.nn import FeatureSplit
+from afd.nn.classifier import MARKER, unwrapped
+from afd.nn.modes import held
+from afd.runtime import Group, commit
+from afd.training.callbacks import EpochReport, LossTracker, TrainingError
+from afd.training.data import Loader, ResumableLoader
+from afd.training.schedules import Average, Rates
+from afd.training.settings import FREE, describe, differences, facts
+from afd.training.weights import NETWORK, SCALED, SCALED_FOR, facts_of
+
+UNCOMPARED = {"lr", "params", "foreach", "fused", "capturable"}  # the schedule's, or how it is computed
+
+
+@dataclass
+class Position:
+    """How far a run has come: the epoch in progress, batches of it that are done, and steps in all."""
+
+    epoch: int = 1
+    batch: int = 0
+    global_step: int = 0
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `dataclasses.asdict` said."""
+        for name, value in with_new_keys(state).items():
+            setattr(self, name, value)
+
+
+# --- State_dicts ----------------------------------------------------------------------------------------------------
+
+
+def state_dicts(network: nn.Module, average: Average | None, step: Step) -> dict[str, Any]:
+    """State_dicts of the model, the average of its weights, the players and the optimizers."""
+    kept = None
+    if average is not None:
+        weights = unwrapped(average.module).state_dict()
+        kept = {"weights": weights, "steps": average.n_averaged, "wide": average.wide}
+    return {
+        "model": unwrapped(network).state_dict(),
+        "average": kept,
+        "players": {name: player.state_dict() for name, player in step.players.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in step.optimizers.items()},
+    }
+
+
+def load_state_dicts(
+    source: str, state: Mapping[str, Any], network: nn.Module, average: Average | None, step: Step
+) -> None:
+    """Puts model, average, players and optimizers where `state_dicts` found them.
+
+    Raises:
+        CheckpointError: another run's step has left it; the message names the `source`, and what differs.
+    """
+    unwrapped(network).load_state_dict(state["model"])
+    if average is not None:
+        kept = with_new_keys(state["average"])
+        unwrapped(average.module).load_state_dict(kept["weights"])
+        average.n_averaged.copy_(kept["steps"])
+        for name, wide in kept.get("wide", {}).items():
+            average.wide[name].copy_(wide)
+    if state["players"].keys() != step.players.keys():
+        told = [", ".join(sorted(names)) or "none" for names in (state["players"], step.players)]
+        raise CheckpointError(
+            f"{source} holds the players {told[0]}, and the method's step has {told[1]}; what a step keeps from batch "
+            "to batch is a module in its players from when it is built"
+        )
+    for name, player in step.players.items():
+        player.load_state_dict(state["players"][name])
+    for name, optimizer in step.optimizers.items():
+        _check_alike(
+            f"{source} is of another run: optimizers.{name}", state["optimizers"][name], optimizer.state_dict()
+        )
+        optimizer.load_state_dict(state["optimizers"][name])
+
+
+@torch.no_grad()
+def finite(model: nn.Module, players: Mapping[str, nn.Module]) -> bool:
+    """Whether all weights are; waits for the device once."""
+    everything = (p for module in (model, *players.values()) for p in module.parameters())
+    weights: list[Tensor] = [p for p in everything if p.is_floating_point()]
+    norms: list[Tensor] = list(torch._foreach_norm(weights))
+    return bool(torch.isfinite(torch.stack([norm.double().to(norms[0].device) for norm in norms]).sum()))
+
+
+def _check_alike(told: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises CheckpointError where an optimizer has other settings than it had; its rates now are the schedule's."""
+    groups = zip(there["param_groups"], here["param_groups"], strict=False)
+    for number, (old, new) in enumerate(groups):
+        for setting in sorted((old.keys() & new.keys()) - UNCOMPARED):
+            one, other = describe(old[setting]), describe(new[setting])
+            if one != other:
+                raise CheckpointError(f"{told}.param_groups.{number}.{setting} is {one} there and {other} here")
+
+
+# --- Whose state it is ----------------------------------------------------------------------------------------------
+
+
+def check_same_run(
+    source: str, state: Mapping[str, Any], metadata: Mapping[str, Any], here: Mapping[str, Any], network: nn.Module
+) -> bool:
+    """Whether a run of which a state is goes on for more epochs than it had.
+
+    Args:
+        source: of the state, for messages.
+        state: gets what those of earlier days do not say of scaled features.
+        metadata: of the state.
+        here: `facts` of the run that is to go on.
+        network: of that.
+
+    Raises:
+        CheckpointError: it is another run's; the message says what differs.
+    """
+    if "method" not in metadata:
+        raise CheckpointError(
+            f"{source} is of an afd in which attacks were not their method's own; its run cannot be gone on with, but "
+            "another may begin with its weights (--weights)"
+        )
+    run = dict(metadata["run"])
+    if metadata.get("config") is None:
+        _tell_what_was_scaled(source, state, run, network)
+    grows = _grows(run.get("epochs"), here.get("epochs"))
+    different = differences(settings_of_today(run), here, FREE | {"epochs"} if grows else FREE)
+    if different:
+        raise CheckpointError(f"{source} is of another run: {'; '.join(different)}")
+    return grows
+
+
+def _grows(there: Any, here: Any) -> bool:
+    """Whether a run is to have more epochs than it had; fewer make it another run."""
+    return isinstance(there, int) and isinstance(here, int) and here > there
+
+
+def _tell_what_was_scaled(source: str, state: Mapping[str, Any], run: dict[str, Any], network: nn.Module) -> None:
+    """Puts into a checkpoint of somebody's own model what those of earlier days do not say: which features were scaled.
+
+    Raises:
+        CheckpointError: they were scaled for their layer, too, which was the default, and are not here.
+    """
+    if not isinstance(network, FeatureSplit) or SCALED_FOR in run:
+        return
+    if run["normalize"] is False:
+        run[SCALED_FOR] = SCALED[False]
+        return
+    if not network.normalize:
+        raise CheckpointError(
+            f"{source} is of a model that scaled its features to length 1 for its own layer "
+            "as well, as was the default; go on from it with normalize=True"
+        )
+    run |= {"normalize": True, SCALED_FOR: SCALED[True]}
+    name = f"{network.feature_layer}.{MARKER}".removeprefix(".")
+    for weights in (state["model"], *([state["average"]["weights"]] if state["average"] else [])):
+        weights[name] = torch.ones((), dtype=torch.bool)
+
+
+# --- A run that can be left and gone on with ------------------------------------------------------------------------
+
+
+class Resumable(ABC):
+    """A trainer as far as its run can be left and gone on with: its state_dict, and its checkpoints."""
+
+    method: Method
+    epochs: int
+    folder: Path | None
+    overwrite: bool
+    resume: Path | str | None
+    config: dict[str, Any] | None
+    judging: Any  # the attack that it is validated by
+    group: Group
+    network: Any
+    average: Average | None
+    step: Step
+    rates: Rates
+    checkpoints: CheckpointManager | None
+    loader: ResumableLoader  # since `fit` has begun
+
+    def _reset(self) -> None:
+        """The state of a run that has not begun."""
+        self.position, self.losses, self.history = Position(), LossTracker(self.group), list[EpochReport]()
+        self.best: EpochReport | None = None
+        self.steps_per_epoch = 0  # of the epoch in progress
+        self.generators: dict[str, Any] | None = None  # where they stood when `fit` ended
+        self.owed: bool | None = None  # a checkpoint that could not be written, and whether it is the best
+        self.begun = self.fitting = False
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What the trainer was made with, by name."""
+
+    @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """All that a step reads or writes: held at once, so that no two threads wait for each other."""
+
+    @abstractmethod
+    def _follow_what_was_found(self) -> None:
+        """Step and average as the model has turned out to be."""
+
+    @abstractmethod
+    def note(self, message: str) -> None:
+        """Says what the user may want to know."""
+
+    def warn(self, message: str) -> None:
+        """Says what the user should know, once."""
+        self.note(f"warning: {message}")
+
+    @contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """The folder for this trainer alone, and free for it; all processes raise together."""
+        with ExitStack() as stack:
+            with self.group.together():
+                if self.checkpoints is not None and self.group.leads:
+                    stack.enter_context(self.checkpoints.lock.held())
+                    if self.begun:
+                        self.checkpoints.check_untouched()
+                    else:
+                        self.checkpoints.check_free(self.resume, self.overwrite)
+            yield
+
+    def _begin(self, train: Loader, validation: Loader, steps: int) -> dict[str, Any] | None:
+        """Opens the loaders where the run begins or goes on; returns the random generators' state there, if any."""
+        at, before = self.position.batch, self.steps_per_epoch
+        if at and steps != before:
+            raise InputError(
+                f"train has {steps} batches, but the epoch in progress has {before}, of which {at} are done; go on "
+                "with as many"
+            )
+        earlier = self.loader if self.begun else None
+        classes, self.steps_per_epoch = self.network.num_classes, steps
+        self.loader = ResumableLoader(train, self.group.device, classes, steps, validation, earlier, self.method.labels)
+        if not self.begun and self.resume is not None:
+            self._resume(steps)
+        if self.generators is not None:
+            self.loader.at_start = self.generators["at_start"]
+        if not self.begun and self.checkpoints is not None:
+            content = self._content()
+            with self.group.together():
+                if self.group.leads:
+                    packed(*content)  # what cannot be kept is told now, and not after the first epoch
+                    if self.overwrite:
+                        self.checkpoints.discard()
+                    self.best = self.checkpoints.settle_best(self.history, EpochReport.read)
+            self.best = self.group.gather(self.best)[0]
+        elif self.owed is not None:
+            self.save(best=self.owed)
+        self.begun = True
+        return None if self.generators is None else self.generators["now"]
+
+    def _resume(self, steps: int) -> None:
+        """Goes on from the checkpoint that `resume` says, if there is one."""
+        assert self.resume is not None
+        source = self.checkpoints or CheckpointManager(Path(self.resume).parent, self.warn)
+        content = source.load_named(self.resume, self.group.device)
+        if content is None:
+            self.note(f"there is nothing to go on from in {self.folder}; the run begins anew")
+        else:
+            self._load({**content[0], "metadata": content[1]}, str(source.newest), steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the run is at this moment, for another trainer of the same arguments to go on from.
+
+        Between calls of `fit`, or in a callback::
+
+            torch.save(trainer.state_dict(), "run.pt")
+
+        and later, or elsewhere, to the same weights bit for bit, as if nothing had come between::
+
+            trainer = Trainer(model, method, epochs=90)  # with all settings as they were; epochs may grow
+            trainer.load_state_dict(torch.load("run.pt"))
+            trainer.fit(train, validation)
+
+        It holds the model, the average of its weights, the method's players, the optimizers, the random generators
+        (those of the loaders, too), the position within the epoch, losses and reports; "metadata" is plain JSON.
+        Tensors are the trainer's own, as in any state_dict, not copies. All processes must ask.
+        """
+        generators = self._capture_generators() if self.fitting else self.generators
+        self.group.share_buffers(self.network)
+        with held(self.modules()):
+            kept = state_dicts(self.network, self.average, self.step)
+        metadata = {
+            "method": spelled(self.method),
+            "run": facts(self.settings(), self.judging, self.group.size, self.network),
+            "config": self.config,
+            NETWORK: facts_of(self.network),
+            "report": dataclasses.asdict(self.history[-1]) if self.history else None,
+            "commit": commit(),
+            "position": dataclasses.asdict(self.position),
+            "losses": self.losses.state_dict(),
+            "batches": self.steps_per_epoch,
+            "history": [dataclasses.asdict(report) for report in self.history],
+        }
+        return {**kept, "generators": self.group.gather(generators), "metadata": metadata}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` said, in this process or another one; `fit` trains what is left of it.
+
+        Raises:
+            InputError: `fit` is running, or the trainer is to go on from a checkpoint.
+            CheckpointError: another run has said it; the message says what differs.
+        """
+        if self.fitting or self.resume is not None:
+            why = "while fit runs" if self.fitting else f"of a trainer that goes on from resume={str(self.resume)!r}"
+            raise InputError(f"load_state_dict was called {why}; call it before fit, of a trainer without resume")
+        if "metadata" not in saved:
+            raise CheckpointError(f"what is loaded is no state_dict of a Trainer; it holds {', '.join(saved)[:200]}")
+        self._load(saved, "the state_dict")
+        self.best = max(self.history, key=lambda report: report.rank, default=None)
+
+    def _load(self, saved: Mapping[str, Any], source: str, steps: int | None = None) -> None:
+        """Goes on from a state, of an epoch of so many steps, where that is known."""
+        metadata = with_new_keys(saved["metadata"])
+        here = facts(self.settings(), self.judging, self.group.size, self.network)
+        grows = check_same_run(source, saved, metadata, here, self.network)
+        batches, done = metadata.get("batches", steps or 0), metadata["position"]["batch"]
+        if done and steps not in (None, batches):
+            raise CheckpointError(
+                f"{source} lies in an epoch of {batches} batches, of which {done} are done; train has {steps}"
+            )
+        if grows:
+            self.note(
+                f"{source} is of a run of {metadata['run']['epochs']} epochs; learning rates follow the schedule of "
+                f"{self.epochs} from here on"
+            )
+        if steps is None and isinstance(self.network, FeatureSplit):  # a look at images may have found other classes
+            self.network.num_classes = (metadata.get(NETWORK) or {}).get("num_classes", self.network.num_classes)
+            self._follow_what_was_found()
+        with held(self.modules()):
+            load_state_dicts(source, saved, self.network, self.average, self.step)
+        self.position.load_state_dict(metadata["position"])
+        self.losses.load_state_dict(metadata["losses"])
+        self.history[:] = map(EpochReport.read, metadata["history"])
+        self.step.steps = self.position.global_step
+        self.steps_per_epoch = batches if steps is None else steps
+        self.generators = saved["generators"][self.group.rank]
+
+    def _capture_generators(self) -> dict[str, Any]:
+        return {"at_start": self.loader.at_start if self.position.batch else None, "now": self.loader.capture()}
+
+    def save(self, *, best: bool) -> None:
+        """Writes the checkpoint of this moment, if there is a folder; all processes must ask."""
+        if self.checkpoints is None:
+            return
+        self.owed = best
+        if not finite(self.network, self.step.players):
+            step = self.position.global_step
+            raise TrainingError(f"a weight stopped being finite by step {step}; {self._where_it_stood(step)}")
+        content = self._content()
+        with self.group.together():
+            if self.group.leads:
+                self.checkpoints.save(*content, best=best)
+        self.owed = None
+
+    def _content(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """State and metadata of a checkpoint."""
+        content = self.state_dict()
+        return content, content.pop("metadata")
+
+    def _where_it_stood(self, number: int) -> str:
+        """What helps after a step in which something stopped being finite."""
+        shown = ", ".join(f"{name} {rate:g}" for name, rate in self.rates.of_step(number).items())
+        good = self.checkpoints and self.checkpoints.newest
+        return f"learning rates were {shown}; last good checkpoint: {good or 'none'}"
