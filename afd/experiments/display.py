@@ -8,19 +8,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from afd.errors import InputError
 from afd.extras import check_format, needed_by, save_picture
 from afd.files import check_path
 from afd.training.callbacks import EpochReport, Losses, Report, logged
 
-with needed_by("the terminal of a run"):
-    from rich.console import Console, Group, RenderableType
+with needed_by("the picture of learning curves"):
+    from matplotlib.backend_bases import FigureCanvasBase
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:  # a picture needs no terminal
+    from rich.console import Console, RenderableType
     from rich.live import Live
-    from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
 
 FIRST, EVERY = 5.0, 60.0  # seconds without a line, in a log that is no terminal: at the beginning, and later on
 PEEK = 1.0  # seconds between two looks at the losses
@@ -89,6 +91,9 @@ class Terminal:
     def __init__(
         self, console: Console, epochs: int, label: str, clock: Callable[[], float] = time.perf_counter
     ) -> None:
+        with needed_by("the terminal of a run"):
+            from rich.live import Live
+
         self.console, self.epochs, self.label, self.clock = console, epochs, label, clock
         self.works: dict[str, Work] = {}  # those of an epoch, in their order
         self.begun: set[str] = set()  # of these, in this epoch
@@ -185,6 +190,11 @@ class Terminal:
 
     def _drawn(self) -> RenderableType:
         """What a terminal shows; asked for by another thread."""
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
         line = Table.grid(padding=(0, 1))
         bar = ProgressBar(total=self.work.total, completed=self.work.done, width=BAR, pulse=self.work.total is None)
         line.add_row(Text(self._where(), no_wrap=True), bar, Text(self._count(), no_wrap=True))
@@ -205,11 +215,6 @@ def _losses(losses: dict[str, float], form: str) -> str:
 
 # --- Learning curves ------------------------------------------------------------------------------------------------
 
-
-with needed_by("the picture of learning curves"):
-    from matplotlib.backend_bases import FigureCanvasBase
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
 LOG = "log.jsonl"
 TASK = "task"  # the optimizer of the model

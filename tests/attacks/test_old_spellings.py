@@ -37,9 +37,7 @@ def network():
 
 @each
 def test_settings_and_attacks_take_them_as_arguments(name):
-    said = (
-        r"^piece= of an attack is now chunk_size=; look= of an attack is now validate=; fold= of an attack is now fold_"
-    )
+    said = r"^piece= is now chunk_size=; look= is now validate=; fold= is now fold_batchnorm=$"
     with pytest.warns(OldSpellingWarning, match=said):
         assert ATTACKS[name](eps=0.1, **OLD) == ATTACKS[name](eps=0.1, **NEW)
     with pytest.warns(OldSpellingWarning, match=said):

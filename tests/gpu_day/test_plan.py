@@ -27,9 +27,10 @@ from afd import attacks, data, evaluation, methods, nn, training
 print(*{name.partition(".")[0] for name in sys.modules})
 from afd.bench import __main__, attacks, kernels, methods
 print(*{name.partition(".")[0] for name in sys.modules})
-from afd import cli, evaluate
-from afd.training import experiment
-experiment.train = evaluate.run = lambda config: print(type(config).__name__)
+from afd import cli
+from afd.evaluation import command
+from afd.experiments import train
+train.train = command.run = lambda config: print(type(config).__name__)
 print(*{cli.main(line) for line in json.loads(sys.argv[1])})
 print(*{name.partition(".")[0] for name in sys.modules})"""
 FIRST = {"": "digits-pace", "cifar10-jpeg": "cifar10-unpack", "cifar-10-batches-bin": "cifar10-pace"}  # by data
