@@ -157,6 +157,7 @@ def _old(message: str) -> None:
 ATTRIBUTES = {  # of a class, by its name
     "IntervalReport": {"round": "global_step"},
     "EpochReport": {"round": "global_step"},
+    "Position": {"round": "global_step"},
 }
 KEYS = {"round": "global_step", "rounds": "steps", "meter": "losses"}  # of logs and checkpoints
 

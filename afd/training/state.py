@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from afd.checkpoint import CheckpointError, CheckpointManager, packed
-from afd.deprecated import settings_of_today, with_new_keys
+from afd.deprecated import OldAttributes, settings_of_today, with_new_keys
 from afd.errors import InputError
 from afd.methods import Method, Step
 from afd.methods.registry import spelled
@@ -35,7 +35,7 @@ UNCOMPARED = {"lr", "params", "foreach", "fused", "capturable"}  # the schedule'
 
 
 @dataclass
-class Position:
+class Position(OldAttributes):
     """How far a run has come: the epoch in progress, batches of it that are done, and steps in all."""
 
     epoch: int = 1
