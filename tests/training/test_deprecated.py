@@ -17,6 +17,8 @@ from afd.deprecated import OldSpellingWarning
 from afd.errors import AfdError, InputError, InputTypeError
 from afd.methods import AFD, AT, Natural
 from afd.methods.attacking import GivenAttack
+from afd.methods.registry import made
+from afd.options import train_config
 from afd.training import (
     CheckpointError,
     EpochReport,
@@ -27,6 +29,7 @@ from afd.training import (
     save_checkpoint,
 )
 from afd.training.callbacks import logged
+from afd.training.state import Position
 
 X = torch.rand(12, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 BATCHES = [(X[:8], torch.arange(8) % 3), (X[8:], torch.arange(4) % 3)]
@@ -230,8 +233,8 @@ def test_the_command_trains_the_same_by_its_earlier_words(tmp_path):
 
 @pytest.mark.parametrize(
     "report",
-    [IntervalReport(1, 5, 5, 9, {}, {}), EpochReport(1, 5, {}, 0.5, None, 10.0, {})],
-    ids=["interval", "epoch"],
+    [IntervalReport(1, 5, 5, 9, {}, {}), EpochReport(1, 5, {}, 0.5, None, 10.0, {}), Position(1, 5, 5)],
+    ids=["interval", "epoch", "position"],
 )
 def test_a_reports_round_is_its_global_step(report):
     with pytest.warns(OldSpellingWarning, match=f"^{type(report).__name__}.round is now global_step$") as told:
@@ -239,6 +242,22 @@ def test_a_reports_round_is_its_global_step(report):
     assert [one.filename for one in told] == [__file__]
     with pytest.raises(AttributeError, match="'rounds'"):
         _ = report.rounds
+
+
+def test_discriminator_rounds_are_steps():
+    new = AFD(discriminator_steps=3)
+    said = "discriminator_rounds= is now discriminator_steps=$"
+    with pytest.warns(OldSpellingWarning, match=said):
+        assert AFD(discriminator_rounds=3) == new
+    with pytest.warns(OldSpellingWarning, match=said):
+        assert made({"name": "afd", "discriminator_rounds": 3}) == new
+    with pytest.warns(OldSpellingWarning, match="AFD.discriminator_rounds is now discriminator_steps$"):
+        assert new.discriminator_rounds == 3
+    with pytest.warns(OldSpellingWarning, match="--discriminator-rounds is now --discriminator-steps$"):
+        assert (
+            train_config(["afd", "--data", "digits", "--discriminator-rounds", "3"], None).method.discriminator_steps
+            == 3
+        )
 
 
 def with_old_keys(path):
