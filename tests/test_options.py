@@ -92,7 +92,10 @@ def test_every_option_of_a_method_and_its_attack_has_a_help_line_and_its_own_nam
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trades2", "method is 'trades2'; allowed are natural, at, afd and somebody's own as package.module:Class"),
+        (
+            "trades2",
+            f"method is 'trades2'; allowed are {', '.join(METHODS)} and somebody's own as package.module:Class",
+        ),
         ("at+awp2", "wrapper is 'awp2'; allowed are"),
         ("--method trades2", "method is 'trades2'"),
         ("at natural", "two methods are named, at and natural"),

@@ -23,6 +23,7 @@ from afd.nn.outputs import logits_of
 from afd.ops import checks
 
 BOUNDS = (0.0, 1.0)
+AUTOATTACK_NORMS = ("Linf", "L2", "L1")  # that pyautoattack knows
 
 
 def attacked_by(attack: Any, x: Tensor, y: Tensor, **settings: Any) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from afd.attacks import Norm
 from afd.attacks.ball import NORMS
+from afd.attacks.external import AUTOATTACK_NORMS
 from afd.errors import InputError, one_of
 from afd.evaluation.attacks import ATTACKS, Epsilon, ascending, check_radius
 from afd.extras import installed, require
@@ -226,7 +227,11 @@ def autoattack(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> P
     """AutoAttack's standard version: APGD-CE and APGD-T on our engine, then FAB-T and Square, each on what is left.
 
     APGD-T needs a model with at least 4 classes.
+
+    Raises:
+        InputError: a norm that FAB-T and Square do not know.
     """
+    one_of("norm", norm, AUTOATTACK_NORMS)
     restarts, classes = (5, 5) if norm == "L1" else (1, 9)
     settings: dict[str, dict[str, int]] = {
         "apgd-ce": {"steps": 100, "n_restarts": restarts},
@@ -241,7 +246,12 @@ def autoattack(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> P
 
 
 def autoattack_reference(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
-    """AutoAttack's standard version, all of it pyautoattack's; it needs a model with at least 10 classes."""
+    """AutoAttack's standard version, all of it pyautoattack's; it needs a model with at least 10 classes.
+
+    Raises:
+        InputError: a norm that it does not know.
+    """
+    one_of("norm", norm, AUTOATTACK_NORMS)
     stages = (Stage("autoattack", "autoattack", norm, tuple(epsilons)),)
     return Protocol("reference", norm, reference, stages + probes(norm, reference))
 
@@ -278,7 +288,7 @@ def paper(data: str, *, transfer: bool) -> Protocol:
 
 
 def probes(norm: Norm, reference: Epsilon) -> tuple[Stage, ...]:
-    """Attacks whose only purpose is to show masked gradients, on the first images; Square where it is installed."""
+    """Attacks whose only purpose is to show masked gradients, on the first images; Square where it can be run."""
     here, far = (reference,), ascending((Fraction(1, 2), Fraction(1)))
     found = [
         Stage("probe-noise", "noise", norm, here, {"draws": 20}, "correct", "probe", PROBED),
@@ -287,7 +297,7 @@ def probes(norm: Norm, reference: Epsilon) -> tuple[Stage, ...]:
         Stage("probe-pgd-40", "pgd", norm, here, {"steps": 40}, "correct", "probe", PROBED),
         Stage("probe-far", "pgd", "Linf", far, {"steps": 40}, "survivors", "probe", PROBED),
     ]
-    if installed("pyautoattack"):
+    if installed("pyautoattack") and norm in AUTOATTACK_NORMS:
         found.append(Stage("probe-square", "square", norm, here, {"queries": 1000}, "correct", "probe", PROBED))
     return tuple(found)
 

@@ -4,8 +4,6 @@ Arguments arrive checked by `afd.ops.checks`; here layout is settled, addresses 
 launched on torch's current stream under the tensor's device guard. Tensors whose memory layout the kernels cannot walk
 are copied to a contiguous one first (and the result copied back), so every layout gives the same values (up to the
 last bit where L2 and L1 sum a sample in memory order).
-
-Loading a batch through the compiled kernels.
 """
 
 from __future__ import annotations

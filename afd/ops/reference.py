@@ -1,8 +1,6 @@
 """Every op as its formula in plain PyTorch: what the kernels are tested against, and what serves where none runs.
 
 The functions take arguments that `afd.ops.checks` has already accepted. They work on any device and floating dtype.
-
-Loading a batch as its formula in plain PyTorch.
 """
 
 from __future__ import annotations

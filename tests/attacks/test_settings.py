@@ -205,8 +205,9 @@ def test_settings_check_themselves_as_the_attack_does(name, wrong):
 
 
 def test_attacks_by_name():
-    assert [attack_named(name) for name in ATTACKS] == [PGDSettings, APGDSettings, FGSMSettings, MIMSettings]
-    with pytest.raises(InputError, match="attack is 'cw'; allowed are pgd, apgd, fgsm, mim"):
+    named = {name: attack_named(name) for name in ("pgd", "apgd", "fgsm", "mim")}
+    assert named == {"pgd": PGDSettings, "apgd": APGDSettings, "fgsm": FGSMSettings, "mim": MIMSettings}
+    with pytest.raises(InputError, match=f"attack is 'cw'; allowed are {', '.join(ATTACKS)}"):
         attack_named("cw")
 
 

@@ -19,7 +19,7 @@ from afd.evaluation.attacks import Epsilon
 from afd.evaluation.command import EvaluateConfig, load, name_of, trained_at
 from afd.evaluation.model import Model
 from afd.evaluation.outcome import read_results
-from afd.methods import AFD, Execution, Natural
+from afd.methods import AFD, METHODS, Execution, Natural
 from afd.nn.networks import from_recipe, recipe_of
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights
 from afd.training.weights import rebuild
@@ -301,7 +301,7 @@ def test_a_checkpoint_of_an_unknown_method_is_refused_by_name(name, where, told,
         metadata["config"] = {"method": {"name": name}}
     path = tmp_path / "odd.pt"
     save_checkpoint(path, state, metadata)
-    message = f"checkpoint {path} is of the method {name!r}; known are natural, at, afd"
+    message = f"checkpoint {path} is of the method {name!r}; known are {', '.join(METHODS)}"
     if told == "rebuild":
         with pytest.raises(CheckpointError) as refused:
             rebuild(path)

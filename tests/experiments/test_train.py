@@ -14,6 +14,7 @@ from afd.checkpoint import load_checkpoint
 from afd.cli import main
 from afd.evaluation import accuracy
 from afd.experiments import train
+from afd.methods import METHODS
 from afd.options import fraction
 
 
@@ -312,7 +313,8 @@ def test_words_that_are_not_allowed_are_refused_by_the_parser(arguments, capsys)
 
 def test_a_method_that_there_is_not_is_refused(capsys):
     assert main(["train", "magic", "--epochs", "1"]) == 2
-    told = "afd: error: method is 'magic'; allowed are natural, at, afd and somebody's own as package.module:Class\n"
+    allowed = f"{', '.join(METHODS)} and somebody's own as package.module:Class"
+    told = f"afd: error: method is 'magic'; allowed are {allowed}\n"
     assert capsys.readouterr().err == told
     assert main(["train", "--epochs", "1", "magic"]) == 2
     assert capsys.readouterr().err == told
