@@ -25,6 +25,7 @@ __all__ = [
 # the command says it in its own words, and only when it has taken Ctrl-C
 _command = "".join(getattr(sys, "argv", [])[:1])
 if _command != "-m" and not _command.endswith("/afd"):
+    from afd import deprecated as deprecated  # so that modules are found by earlier names
     from afd.info import namesake
 
     if (_found := namesake()) is not None:

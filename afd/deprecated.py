@@ -54,7 +54,7 @@ def without_method_option(words: Sequence[str], methods: Collection[str]) -> lis
 
 def train_words(words: Sequence[str], method: str | None) -> list[str]:
     """The words of ``afd train`` by today's names, but for options of AFD that natural training took no notice of."""
-    words = [_option_of_today(word) for word in words]
+    words = [_option_of_today(word) if method in (None, "afd", "natural") else word for word in words]
     if method != "natural":
         return words
     kept: list[str] = []
@@ -111,9 +111,15 @@ def understand(kind: type[Any], names: Mapping[str, str]) -> None:
         setattr(kind, old, _renamed(old, new))
 
 
-def today(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Settings by today's names; one by its earlier name is somebody's word, and so counts where both are given."""
-    earlier = {name: names[name] for name in given if name in names}
+def today(given: Mapping[str, Any], names: Mapping[str, str], own: Collection[str] = ()) -> dict[str, Any]:
+    """Settings by today's names; one by its earlier name is somebody's word, and so counts where both are given.
+
+    Args:
+        given: settings, some of them perhaps by earlier names.
+        names: today's, by the earlier ones.
+        own: names that a class has itself, whatever they meant elsewhere.
+    """
+    earlier = {name: names[name] for name in given if name in names and name not in own}
     if earlier:
         _old("; ".join(f"{old}= is now {new}=" for old, new in earlier.items()))
     return {name: one for name, one in given.items() if name not in earlier} | {
@@ -122,9 +128,13 @@ def today(given: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def settings_of_today(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds of a run's settings, by the names that they have now; says nothing."""
+    """What a checkpoint holds of a run's settings, by the names that they have now; says nothing.
+
+    Settings of somebody's own classes may have such names, too: those of afd's are known by what stands beside them.
+    """
     found = {name: settings_of_today(one) if isinstance(one, Mapping) else one for name, one in run.items()}
-    names = METHOD_SETTINGS | (ATTACK_SETTINGS if "eps" in found else {})
+    names = METHOD_SETTINGS if "lr_discriminator" in found else {}
+    names |= ATTACK_SETTINGS if {"norm", "eps", "loss", "bounds"} <= found.keys() else {}
     return {names.get(name, name): one for name, one in found.items()}
 
 
@@ -183,14 +193,33 @@ def with_new_keys(entry: Mapping[str, Any]) -> dict[str, Any]:
 # --- Modules --------------------------------------------------------------------------------------------------------
 
 MODULES = {  # that were moved, by their names within afd
+    "attacks.capture": "graphs",
+    "attacks.fgsm": "attacks.pgd",
+    "attacks.mim": "attacks.pgd",
+    "attacks.watch": "attacks.diagnostics",
+    "data.augment": "data.images",
+    "data.items": "data.images",
+    "data.loader": "data.images",
+    "evaluation.robustness": "metrics",
+    "methods.execution": "execution",
+    "nn.build": "nn.networks",
+    "nn.convnet": "nn.networks",
+    "nn.discriminator": "nn.spectral",
+    "nn.resnet": "nn.networks",
+    "training.average": "training.schedules",
     "training.checkpoint": "checkpoint",
     "training.curves": "experiments.display",
     "training.distributed": "runtime",
     "training.experiment": "experiments.train",
     "training.keeper": "checkpoint",
+    "training.loaders": "training.data",
+    "training.logs": "training.callbacks",
+    "training.progress": "experiments.display",
     "training.rebuild": "training.weights",
     "training.reports": "training.callbacks",
     "training.schedule": "training.schedules",
+    "training.stream": "training.data",
+    "training.warmup": "training.schedules",
 }
 NAMES = {  # that were moved, of modules that are still there
     "training.Result": "experiments.train",
@@ -204,6 +233,8 @@ def moved(module: str, name: str) -> Any:
     Raises:
         AttributeError: it has never had that.
     """
+    if f"{module}.{name}".removeprefix("afd.") in MODULES:
+        return importlib.import_module(f"{module}.{name}")
     here = NAMES.get(f"{module}.{name}".removeprefix("afd."))
     if here is None:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
@@ -215,7 +246,8 @@ class _Moved(MetaPathFinder, Loader):
     """Imports a module that was moved from where it is now."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
-        return ModuleSpec(name, self) if name.removeprefix("afd.") in MODULES else None
+        ours = name.startswith("afd.") and name.removeprefix("afd.") in MODULES
+        return ModuleSpec(name, self) if ours else None
 
     def exec_module(self, module: ModuleType) -> None:
         here = f"afd.{MODULES[module.__name__.removeprefix('afd.')]}"

@@ -176,7 +176,7 @@ class AttackSettings(ABC):
             InputError: this attack has no such setting.
         """
         own = sorted(field.name for field in fields(cls))
-        given = today(given, ATTACK_SETTINGS)
+        given = today(given, ATTACK_SETTINGS, own)
         for name in given:
             if name not in own:
                 raise InputError(f"the attack {cls.__name__} has no setting {name!r}; it has {', '.join(own)}")

@@ -99,7 +99,7 @@ def made(description: Mapping[str, Any]) -> Method:
     if not isinstance(name, str):
         raise InputError(f"the method's name is {name!r}; allowed are {', '.join(METHODS)} and package.module:Class")
     core, *around = classes_of(name)
-    settings = today(settings, METHOD_SETTINGS)
+    settings = today(settings, METHOD_SETTINGS, {field.name for kind in (core, *around) for field in fields(kind)})
     for kind in (core, *around):
         for field in fields(kind):
             if isinstance(settings.get(field.name), Mapping) and field.name != "optimizers":

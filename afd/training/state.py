@@ -5,6 +5,7 @@ Going on from a state repeats no step and skips none.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -73,7 +74,14 @@ def load_state_dicts(
     Raises:
         CheckpointError: another run's step has left it; the message names the `source`, and what differs.
     """
-    unwrapped(network).load_state_dict(state["model"])
+    model = unwrapped(network)
+    for name, tensor in model.state_dict().items():  # before anything is loaded: torch would load what fits
+        given = state["model"].get(name)
+        if isinstance(tensor, Tensor) and isinstance(given, Tensor) and given.shape != tensor.shape:
+            raise CheckpointError(
+                f"{source} is of another model: {name} is {list(given.shape)} there and {list(tensor.shape)} here"
+            )
+    model.load_state_dict(state["model"])
     if average is not None:
         kept = with_new_keys(state["average"])
         unwrapped(average.module).load_state_dict(kept["weights"])
@@ -92,7 +100,8 @@ def load_state_dicts(
         _check_alike(
             f"{source} is of another run: optimizers.{name}", state["optimizers"][name], optimizer.state_dict()
         )
-        optimizer.load_state_dict(state["optimizers"][name])
+        # a copy: torch keeps the tensors that it is given, which then are those of whoever gave them, too
+        optimizer.load_state_dict(copy.deepcopy(state["optimizers"][name]))
 
 
 @torch.no_grad()

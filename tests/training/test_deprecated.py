@@ -314,18 +314,41 @@ def modules_of(trainer):
         ("training.distributed:join", "runtime:join"),
         ("training.checkpoint:load_checkpoint", "checkpoint:load_checkpoint"),
         ("training.schedule:cosine", "training.schedules:cosine"),
+        ("nn.resnet:ResNet18", "nn.networks:ResNet18"),
+        ("data.augment:CropAndFlip", "data.images:CropAndFlip"),
     ],
 )
 @pytest.mark.parametrize("spelling", ["from {} import {} as found", "import {0}; found = {0}.{1}"])
 def test_modules_that_were_moved_are_found(spelling, old, new, monkeypatch):
     for module in deprecated.MODULES:  # as if nobody had asked for one before
         monkeypatch.delitem(sys.modules, f"afd.{module}", raising=False)
-        monkeypatch.delattr(f"afd.{module}", raising=False)
+        package, _, last = f"afd.{module}".rpartition(".")
+        monkeypatch.delitem(vars(importlib.import_module(package)), last, raising=False)
     (module, name), (new_module, new_name) = (f"afd.{words}".split(":") for words in (old, new))
     here: dict = {}
     with pytest.warns(OldSpellingWarning, match=f"is now (in )?{new_module}$"):
         exec(spelling.format(module, name), here)
     assert here["found"] is getattr(importlib.import_module(new_module), new_name)
+
+
+def test_a_module_of_somebody_elses_is_not_taken_for_one_of_ours():
+    finder = next(one for one in sys.meta_path if type(one).__module__ == deprecated.__name__)
+    assert finder.find_spec("training.schedule") is None
+    assert finder.find_spec("afd.training.schedule") is not None
+
+
+def test_settings_of_somebody_elses_keep_names_that_ours_had():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Gan(Natural):
+        discriminator_rounds: int = 5
+        eps: float = 0.1
+        fold: int = 2
+
+    given = {"name": "Gan", "discriminator_rounds": 3, "eps": 0.1, "fold": 2}
+    assert deprecated.settings_of_today({"method": given}) == {"method": given}
+    own = [field.name for field in dataclasses.fields(Gan)]
+    assert deprecated.today(given, deprecated.METHOD_SETTINGS, own) == given
+    assert deprecated.train_words(["--discriminator-rounds", "3"], "mine:Gan") == ["--discriminator-rounds", "3"]
 
 
 def test_what_there_has_never_been_is_not_found():

@@ -159,6 +159,29 @@ def test_it_may_be_asked_for_before_anything_was_trained():
     assert_same(outcome(second), outcome(first))
 
 
+def test_several_trainers_go_on_from_one_state():
+    first = trainer("afd")
+    fit(first)
+    state = first.state_dict()
+    ends = []
+    for _ in range(2):
+        other = trainer("afd", epochs=4)
+        other.load_state_dict(state)
+        fit(other)
+        ends.append(outcome(other))
+    assert_same(*ends)
+
+
+def test_a_model_of_another_width_is_refused_and_left_as_it_was():
+    first = trainer("natural")
+    wide = nn.Sequential(*list(network(1))[:-3], nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3))
+    other = Trainer(wide, METHODS["natural"], epochs=3, ema=0.9, eps_warmup=1.5, log_every=2)
+    before = {name: value.clone() for name, value in other.network.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"is of another model: .* is \[8, 64\] there and \[9, 64\] here"):
+        other.load_state_dict(first.state_dict())
+    assert all(value.equal(before[name]) for name, value in other.network.state_dict().items())
+
+
 def test_a_folder_takes_the_checkpoints_of_the_run_that_goes_on(tmp_path):
     first = trainer("natural", epochs=1)
     fit(first)
