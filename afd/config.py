@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from afd.attacks import NORMS, AttackSettings, Norm, attack_named
+from afd.attacks import NORMS, AttackSettings, Norm
 from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, in_words, without_fractions
 from afd.extras import needed_by
 from afd.files import check_path, check_target
 from afd.methods import Method
-from afd.methods.registry import classes_of, described, made, options
+from afd.methods.registry import described, made, options
+from afd.presets import PRESETS, method_for, radius
 
 with needed_by("afd.config"):
     import tomli_w
@@ -27,7 +28,6 @@ with needed_by("afd.config"):
 PATHS = ("out", "weights", "root")
 PARTS = ("data", "model", "method", "test")
 OUTCOME = ("out", "overwrite", "resume")
-STEPS = 10  # of a training attack that is not the method's own
 GREY = 0.5  # the Linf radius from which any image may become the same grey as any other
 Number = float  # which the command line also takes as a fraction
 
@@ -256,90 +256,6 @@ class TrainConfig(RunConfig):
             raise InputError(f"config is {path}, which cannot be read: {in_a_line(error)}") from error
         except InputError as error:
             raise InputError(f"config is {path}: {in_a_line(error)}") from error
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a data set asks for where the user says nothing."""
-
-    model: str
-    width: int
-    eps: float
-    epochs: int
-    augment: bool
-
-
-PRESETS = {
-    "digits": Preset("convnet", width=32, eps=0.2, epochs=60, augment=False),
-    "mnist": Preset("convnet", width=16, eps=0.3, epochs=10, augment=False),
-    "cifar10": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True),
-    "cifar100": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True),
-}
-
-
-# Radii that are usual besides: MNIST's of Tramèr & Boneh (2019), CIFAR's of RobustBench and Croce & Hein (2021)
-RADII = {
-    ("mnist", "L2"): 2.0, ("mnist", "L1"): 10.0,
-    ("cifar10", "L2"): 0.5, ("cifar10", "L1"): 12.0,
-    ("cifar100", "L2"): 0.5, ("cifar100", "L1"): 12.0,
-}  # fmt: skip
-
-
-def radius(data: str, norm: str) -> float:
-    """The radius that is usual for a data set.
-
-    Raises:
-        InputError: none is.
-    """
-    eps = PRESETS[data].eps if norm == "Linf" else RADII.get((data, norm))
-    if eps is None:
-        raise InputError(f"eps is missing; no radius is usual for {data} in {norm}")
-    return eps
-
-
-def method_for(
-    data: str, name: str = "afd", *, optimizer: str | None = None, attack: str | None = None, norm: str | None = None,
-    eps: float | None = None,
-) -> Method:  # fmt: skip
-    """A method with its own defaults, but for the ball of its attack, which the data set asks for.
-
-    Args:
-        data: name of the data set.
-        name: as in `afd.methods.registry`.
-        optimizer: whose rates it takes; by default its own.
-        attack: name of another attack than its own.
-        norm: of the ball; by default the attack's own.
-        eps: of the ball; by default the usual one.
-
-    Raises:
-        InputError: there is no such method or attack, or no radius is usual in such a ball.
-    """
-    core = classes_of(name)[0]
-    settings = {} if optimizer is None else {"optimizer": optimizer, **getattr(core, "rates", {}).get(optimizer, {})}
-    method = made({"name": name, **settings})
-    own = method.attack
-    if own is None:
-        own_ball = "eps" in {one.name for one in dataclasses.fields(core)}
-        radii = {"eps": radius(data, norm or "Linf") if eps is None else eps} if own_ball else {}
-        return made({"name": name, **settings, **radii})
-    kind = type(own) if attack is None else attack_named(attack)
-    norm = own.norm if norm is None else norm
-    other_ball = norm != own.norm or PRESETS[data].eps != own.eps
-    if kind is type(own) and not other_ball and eps is None:
-        return method
-    settings["attack"] = _attack_in(kind, own, norm, radius(data, norm) if eps is None else eps)
-    return made({"name": name, **settings})
-
-
-def _attack_in(kind: type[AttackSettings], own: AttackSettings, norm: str, eps: float) -> AttackSettings:
-    """An attack in a ball: the method's own, its step size following the radius, or another one."""
-    other = kind is not type(own)
-    names = {one.name for one in dataclasses.fields(kind)}
-    fitting: dict[str, Any] = (
-        {"norm": norm, "eps": eps, "steps": STEPS} if other else {"norm": norm, "eps": eps, "alpha": None}
-    )
-    changes = {name: value for name, value in fitting.items() if name in names}
-    return kind(**changes) if other else dataclasses.replace(own, **changes)
 
 
 def ball_of(method: Method) -> TestConfig | None:

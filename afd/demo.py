@@ -24,7 +24,7 @@ from torch import nn
 
 from afd import data
 from afd.attacks import Attack
-from afd.config import DataConfig, TrainConfig, method_for
+from afd.config import DataConfig, TrainConfig
 from afd.data import Batches
 from afd.evaluation import accuracy_curve
 from afd.evaluation.plots import plot_curves
@@ -32,6 +32,7 @@ from afd.experiments.train import TEST_STEPS, test_attack, train
 from afd.extras import needed_by, require
 from afd.files import check_writable
 from afd.methods import AFD, Natural
+from afd.presets import method_for
 from afd.training import StoppedError
 
 with needed_by("the demo"):

@@ -23,11 +23,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from afd import deprecated
 from afd.attacks import ATTACKS, NORMS, AttackSettings
-from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of, method_for
+from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of
 from afd.errors import InputError
 from afd.extras import needed_by
 from afd.methods import METHODS, WRAPPERS, Method
 from afd.methods.registry import attack_of, attributes, classes_of, described, known, made, options, spelled
+from afd.presets import method_for
 
 with needed_by("the command afd"):
     import tyro as tyro

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from afd import methods
 from afd.attacks import APGDSettings, FGSMSettings, MIMSettings, PGDSettings
 from afd.cli import main
-from afd.config import PRESETS, TestConfig, TrainConfig, method_for
+from afd.config import TestConfig, TrainConfig
 from afd.deprecated import OldSpellingWarning
 from afd.errors import InputError
 from afd.methods import AFD, AT, METHODS, WRAPPERS, Natural
 from afd.methods.registry import described, made, spelled
 from afd.options import method_in, train_config
+from afd.presets import PRESETS, method_for
 
 DIGITS = PGDSettings(eps=0.2)
 

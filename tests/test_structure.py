@@ -35,6 +35,7 @@ FLOORS = (
     {"attacks"},
     {"metrics"},
     {"methods"},
+    {"presets"},
     {"config", "checkpoint"},
     {"training"},
     {"evaluation"},

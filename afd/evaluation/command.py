@@ -11,7 +11,6 @@ import torch
 
 from afd import data
 from afd.attacks import NORMS, Norm
-from afd.config import PRESETS
 from afd.data import Images
 from afd.errors import AfdError, InputError, look_up
 from afd.evaluation.attacks import Epsilon, ascending, check_radius
@@ -24,6 +23,7 @@ from afd.evaluation.report import VERDICTS, Table, advised, comparison, percent,
 from afd.evaluation.store import REPORT, TABLES, Output, check_folder, comparison_folder
 from afd.extras import needed_by
 from afd.files import check_path, check_source, write_whole
+from afd.presets import PRESETS
 from afd.runtime import Group, joined
 from afd.training.signals import StoppedError, on_signals
 from afd.training.weights import Rebuilt, rebuild

@@ -12,9 +12,10 @@ import torch
 import afd.nn
 from afd.checkpoint import save_checkpoint
 from afd.cli import main
-from afd.config import DataConfig, ModelConfig, TrainConfig, method_for
+from afd.config import DataConfig, ModelConfig, TrainConfig
 from afd.evaluation import protocol as protocols
 from afd.evaluation.outcome import read_results
+from afd.presets import method_for
 
 QUICK = ("--images", "60", "--batch-size", "40")
 
