@@ -109,13 +109,35 @@ class Method(ABC):
         validation_attack: by which robust accuracy is measured after each epoch: "pgd-20" for so many steps of PGD in
             the ball of `attack`, settings of another attack, or None to measure clean accuracy alone.
         labels: whether it asks for labels: the training batches of one that does not may be images alone.
+        soft_labels: whether it takes soft labels [N, K] in the place of classes.
+        repeats: steps that are taken on each batch in a row; all that counts steps counts each of them.
         of_optimizers: names of the numbers that its optimizers are built with, and have by themselves from then on.
     """
 
     attack: Any = None
     validation_attack: Any = None
     labels: ClassVar[bool] = True
+    soft_labels: ClassVar[bool] = True
     of_optimizers: ClassVar[frozenset[str]] = frozenset()
+
+    @property
+    def repeats(self) -> int:
+        """See above."""
+        return 1
+
+    def check_run(self, *, processes: int = 1, recorded: bool = False, soft: bool = False) -> None:
+        """Finds that it can be trained so, before anything is.
+
+        Args:
+            processes: that train together.
+            recorded: whether whole steps are to be captured in CUDA graphs.
+            soft: whether labels are soft, [N, K].
+
+        Raises:
+            InputError: it cannot; the message says why.
+        """
+        if soft and not self.soft_labels:
+            raise InputError(f"labels are soft, [N, K], and {type(self).__name__} asks for classes [N]")
 
     @abstractmethod
     def build(self, model: nn.Module | Split, execution: Execution = ..., wrap: Wrap = ...) -> Step:
@@ -148,6 +170,8 @@ class Step(ABC):
         optimizers: of all of them, by name; "task" moves the model.
         attacks: that it makes, built on the network.
         steps: taken so far.
+        epoch: in progress, counted from 1: a trainer sets it, as may any loop.
+        memory: tensors kept from batch to batch that are each process's own; a checkpoint holds those of all.
         looks: batches to come whose values are looked at, which waits for the device.
     """
 
@@ -160,6 +184,7 @@ class Step(ABC):
         self.attacks = Attacks(network, execution.precision)
         device_of(network)  # it has one
         self.players, self.optimizers, self.steps, self.looks = {}, {}, 0, LOOKS
+        self.epoch, self.memory = 1, dict[str, Tensor]()
 
     def __call__(
         self,
