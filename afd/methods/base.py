@@ -101,6 +101,21 @@ def _sizes(images: int, count: int) -> list[int]:
     return sizes
 
 
+@dataclass(frozen=True)
+class Run:
+    """How a method is going to be trained.
+
+    Attributes:
+        processes: that train together.
+        recorded: whether whole steps are to be captured in CUDA graphs.
+        soft: whether labels are soft, [N, K].
+    """
+
+    processes: int = 1
+    recorded: bool = False
+    soft: bool = False
+
+
 class Method(ABC):
     """The settings of a training method: a frozen dataclass with its authors' defaults.
 
@@ -125,18 +140,13 @@ class Method(ABC):
         """See above."""
         return 1
 
-    def check_run(self, *, processes: int = 1, recorded: bool = False, soft: bool = False) -> None:
+    def check_run(self, run: Run) -> None:
         """Finds that it can be trained so, before anything is.
-
-        Args:
-            processes: that train together.
-            recorded: whether whole steps are to be captured in CUDA graphs.
-            soft: whether labels are soft, [N, K].
 
         Raises:
             InputError: it cannot; the message says why.
         """
-        if soft and not self.soft_labels:
+        if run.soft and not self.soft_labels:
             raise InputError(f"labels are soft, [N, K], and {type(self).__name__} asks for classes [N]")
 
     @abstractmethod
