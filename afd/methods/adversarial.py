@@ -209,7 +209,7 @@ class NormPenalty(Supervised):
 
     Attributes:
         weight_decay: on the model's weights; 5e-4 as for AT.
-        weight: λ.
+        weight: λ, of the distance of features.
         distance: of features: "L1", "L2" or "squared-L2".
 
     Raises:

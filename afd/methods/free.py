@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from afd.attacks.ball import Ball, Norm, ball_of_norm
 from afd.attacks.settings import AttackSettings
 from afd.errors import InputError, at_least, one_of, whole
 from afd.methods.base import Batch, Run
@@ -15,6 +16,7 @@ from afd.methods.supervised import Supervised, SupervisedStep
 
 KEYS = ("position", "index")
 DELTA = "delta"  # in `Step.memory`
+BOUNDS = -1.0, 1.0  # of a difference of images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,8 @@ class Free(Supervised):
     """Free adversarial training (Shafahi et al. 2019, Algorithm 1): batches are replayed; δ stays from step to step.
 
     One step is one replay: of one pass at clamp(x + δ), the gradient of the weights takes a step of the optimizer, and
-    that of the images moves δ ← clamp(δ + alpha sign(g), -eps, eps). A trainer takes `replays` steps on each batch, and
+    that of the images moves δ by a step of steepest ascent in the ball, in Linf δ ← clamp(δ + alpha sign(g), -eps, eps)
+    as released. A trainer takes `replays` steps on each batch, and
     all that counts steps (schedules, averages, checkpoints) counts each; as the images are passed that often, the
     authors have so many times fewer epochs. The defaults are those of their PyTorch code, with CIFAR-10's radius.
 
@@ -30,8 +33,9 @@ class Free(Supervised):
 
     Attributes:
         weight_decay: on the model's weights; 5e-4 as for AT (the authors' is 2e-4 on CIFAR-10).
-        eps: radius of the Linf ball, in units of the image.
-        alpha: step of δ. Default: eps.
+        norm: of the ball: "Linf", "L2" or "L1".
+        eps: radius of the ball, in units of the image.
+        alpha: length of a step of δ; by default eps.
         replays: steps on each batch, m.
         keyed: whose δ an image is given: "position", that which the image at its place in the batch before has left (as
             released), or "index", its own, by its index in the data set.
@@ -41,6 +45,7 @@ class Free(Supervised):
     """
 
     weight_decay: float = 5e-4
+    norm: Norm = "Linf"
     eps: float = 8 / 255
     alpha: float | None = None
     replays: int = 4
@@ -49,6 +54,7 @@ class Free(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ball_of_norm(self.norm)
         at_least("eps", self.eps, 0.0)
         if self.alpha is not None:
             at_least("alpha", self.alpha, 0.0)
@@ -83,10 +89,15 @@ class Free(Supervised):
         assert x.grad is not None
         with torch.no_grad():
             inside = (moved >= 0) & (moved <= 1)  # elsewhere the clamp lets no gradient through
-            length = self.eps if self.alpha is None else self.alpha
-            delta = delta + length * (x.grad * inside).sign()
-            table[rows] = delta.clamp(-self.eps, self.eps)
+            eps, alpha = (self._of_each(one, x) for one in (self.eps, self.eps if self.alpha is None else self.alpha))
+            ball = Ball(self.norm, eps, BOUNDS)
+            table[rows] = ball.step_(delta.clone(), torch.zeros_like(delta), x.grad * inside, alpha)
         return losses
+
+    @staticmethod
+    def _of_each(number: float | Tensor, x: Tensor) -> float | Tensor:
+        """A number, or one for each image of one that is live."""
+        return number.to(x.dtype).repeat(len(x)) if isinstance(number, Tensor) else number
 
     def _rows(self, batch: Batch) -> slice | Tensor:
         if self.keyed == "position":

@@ -188,7 +188,10 @@ class Statistics:
 
     @torch.no_grad()
     def again(self) -> None:
-        """Does it once more, to the statistics as they are now."""
+        """Does it once more, to the statistics as they are now.
+
+        As in a pass, that is no change to a graph that autograd keeps of them: buffers are written to uncounted.
+        """
         for layer, before, after in zip(self.layers, self.before, self.after, strict=True):
             now = self._values(layer)
             calls = after[2] - before[2]
@@ -198,7 +201,7 @@ class Statistics:
                 kept = old = (1 - layer.momentum) ** calls
                 new = torch.ones_like(kept)
             for buffer, r, r0, r1 in zip(self._buffers(layer), now, before, after, strict=False):
-                buffer.copy_(kept * r + (new * r1 - old * r0))
+                buffer.data.copy_(kept * r + (new * r1 - old * r0))
             layer.num_batches_tracked.add_(calls.to(layer.num_batches_tracked.dtype))  # type: ignore[union-attr]
 
     @staticmethod
