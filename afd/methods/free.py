@@ -29,8 +29,8 @@ class Free(Supervised):
     all that counts steps (schedules, averages, checkpoints) counts each; as the images are passed that often, the
     authors have so many times fewer epochs. The defaults are those of their PyTorch code, with CIFAR-10's radius.
 
-    δ lies in ``step.memory["delta"]``, of each process its own, and in checkpoints. By position, several processes train
-    as one does for as long as batches are of one size.
+    δ lies in ``step.memory["delta"]``, of each process its own, and in checkpoints. By position, several processes
+    train as one does for as long as batches are of one size.
 
     Attributes:
         weight_decay: on the model's weights; 5e-4 as for AT (the authors' is 2e-4 on CIFAR-10).
