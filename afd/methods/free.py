@@ -10,7 +10,7 @@ from torch import Tensor
 
 from afd.attacks.ball import Ball, Norm, ball_of_norm
 from afd.attacks.settings import AttackSettings
-from afd.errors import InputError, at_least, one_of, whole
+from afd.errors import InputError, number, one_of, whole
 from afd.methods.base import Batch, Run
 from afd.methods.supervised import Supervised, SupervisedStep
 
@@ -56,9 +56,9 @@ class Free(Supervised):
     def __post_init__(self) -> None:
         super().__post_init__()
         ball_of_norm(self.norm)
-        at_least("eps", self.eps, 0.0)
+        number("eps", self.eps, 0.0)
         if self.alpha is not None:
-            at_least("alpha", self.alpha, 0.0)
+            number("alpha", self.alpha, 0.0)
         whole("replays", self.replays, 1)
         one_of("keyed", self.keyed, KEYS)
 
@@ -96,9 +96,9 @@ class Free(Supervised):
         return losses
 
     @staticmethod
-    def _of_each(number: float | Tensor, x: Tensor) -> float | Tensor:
-        """A number, or one for each image of one that is live."""
-        return number.to(x.dtype).repeat(len(x)) if isinstance(number, Tensor) else number
+    def _of_each(length: float | Tensor, x: Tensor) -> float | Tensor:
+        """A length, or one for each image of one that is live."""
+        return length.to(x.dtype).repeat(len(x)) if isinstance(length, Tensor) else length
 
     def _rows(self, batch: Batch) -> slice | Tensor:
         if self.keyed == "position":
