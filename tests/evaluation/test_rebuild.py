@@ -18,7 +18,7 @@ from afd.evaluation import protocol as protocols
 from afd.evaluation.attacks import Epsilon
 from afd.evaluation.command import EvaluateConfig, load, name_of, trained_at
 from afd.evaluation.model import Model
-from afd.evaluation.outcome import read_results
+from afd.evaluation.outcome import architecture, read_results
 from afd.methods import AFD, METHODS, Execution, Natural
 from afd.nn.networks import from_recipe, recipe_of
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights
@@ -283,6 +283,14 @@ def test_the_activation_is_in_the_recipe_and_is_relu_in_those_that_do_not_say(ne
     relu.load_state_dict(model.state_dict())
     assert torch.equal(earlier(x), relu(x))
     assert not torch.equal(earlier(x), model(x))
+
+
+def test_a_table_names_the_network_and_an_activation_that_is_not_relu():
+    for activation, words in {"relu": "resnet18 (width 2)", "silu": "resnet18 (width 2, silu)"}.items():
+        model = afd.nn.build_model("resnet18", SHAPES["cifar10"], 10, 2, activation)
+        assert architecture(Model("x", "x", model, metadata={"network": {"recipe": recipe_of(model)}})) == words
+    old = {"config": {"model": {"name": "convnet", "width": 8, "normalize": True}}}
+    assert architecture(Model("x", "x", model, metadata=old)) == "convnet (width 8)"
 
 
 def test_asking_for_a_recipe_draws_no_random_numbers():
