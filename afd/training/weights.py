@@ -164,9 +164,8 @@ def published(state: Mapping[str, Any], model: nn.Module, source: str) -> dict[s
 
     Known are RobustBench's classes ``WideResNet`` (as TRADES's), ``PreActResNet`` and ``ResNet``, and the usual VGG for
     CIFAR. Names may begin with ``module.`` or ``model.``. No such network scales its features to length 1. What names
-    do not tell is the user's to know: the activation, whether images were normalised before the network saw them, and
-    which of RobustBench's pre-activation blocks it has (see `afd.nn.PreActResNet`). DeepMind's layout (``batchnorm_0``,
-    ``conv_0``) is that of another network, whose convolutions pad otherwise.
+    do not tell is the user's to know: the activation, and whether images were normalised before the network saw them.
+    DeepMind's layout (``batchnorm_0``, ``conv_0``) is that of another network, whose convolutions pad otherwise.
 
     Args:
         state: names and tensors.
