@@ -18,7 +18,7 @@ from afd.attacks.settings import AttackSettings
 from afd.errors import InputError, InputTypeError, at_least, one_of
 from afd.execution import Execution, Wrap, unsynchronised
 from afd.methods.attacking import Attacks, check_attacks
-from afd.methods.base import Batch, Method, Step, parts, unwrapped
+from afd.methods.base import Batch, Method, Run, Step, parts, unwrapped
 from afd.methods.inputs import as_split
 from afd.methods.optimizers import (
     OPTIMIZERS,
@@ -185,6 +185,15 @@ class Wrapper(ByLosses):
     def labels(self) -> bool:  # type: ignore[override]
         """Whether the method inside asks for them."""
         return self.method.labels
+
+    @property
+    def soft_labels(self) -> bool:  # type: ignore[override]
+        """Whether the method inside takes them."""
+        return self.method.soft_labels
+
+    def check_run(self, run: Run) -> None:
+        """Finds that the method inside can be trained so."""
+        self.method.check_run(run)
 
     @property
     def core(self) -> Supervised:
