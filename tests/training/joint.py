@@ -10,12 +10,13 @@ from torch import nn
 from toy_methods import Perturbed, Replays
 
 from afd.attacks import PGDSettings
-from afd.data import Batches, Images
+from afd.data import Batches, Images, MixedBatches
+from afd.data.images import CropAndFlip
 from afd.methods import AFD, AT, Natural
 from afd.nn import FeatureClassifier
 from afd.processes import leave
 from afd.runtime import join
-from afd.training import Trainer
+from afd.training import Mixing, Trainer
 
 JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=2)}
 AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
@@ -29,6 +30,7 @@ METHODS = {
     "at": AT(lr=0.05, **AGAINST),
     "at in parts": AT(lr=0.05, micro_batches=2, clip=1.0, **AGAINST),
     "replays": Replays(lr=0.05),
+    "mixed": AT(lr=0.05, **AGAINST),
     "wrapped": Perturbed(AT(lr=0.05, **AGAINST), gamma=0.05),
     "frozen-joint": AFD(**GAME),
     "frozen-separate": AFD.adam(loss="dcgan", lr=1e-2, **GAME),
@@ -66,6 +68,7 @@ def run(
         save_every=3,
         folder=out,
         resume=resume,
+        mixing=Mixing(mixup=1.0, cutmix=1.0) if method == "mixed" else Mixing(),
     )
     if kill_at and group.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         update = trainer.step.update
@@ -77,7 +80,11 @@ def run(
 
         trainer.step.update = dying
     validation = Batches(images(), 7)
-    trainer.fit(Batches(images(), 20, shuffle=True, rank=group.rank, world_size=group.size), validation)
+    place = {"rank": group.rank, "world_size": group.size}
+    train = Batches(images(), 20, shuffle=True, **place)
+    if method == "mixed":  # by pairs of rows, of which each process has some
+        train = MixedBatches(images(), 20, extra=images(), share=0.3, epoch_images=56, augment=CropAndFlip(1), **place)
+    trainer.fit(train, validation)
     return trainer
 
 
