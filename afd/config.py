@@ -27,10 +27,15 @@ with needed_by("afd.config"):
     import tomli_w
     from tyro.conf import arg
 
-PATHS = ("out", "weights", "root")
+PATHS = ("out", "weights", "root", "extra_data")
 PARTS = ("data", "model", "method", "test")
 OUTCOME = ("out", "overwrite", "resume")
+# settings that checkpoints of the time when there were none lack, and what that means: left out where they say no more
+LATER = {"mixup": 0.0, "cutmix": 0.0}
+LATER_OF_MODEL = {"activation": "relu"}
+LATER_OF_DATA = {"limit": None, "extra_data": None, "extra_share": None, "epoch_images": None}
 GREY = 0.5  # the Linf radius from which any image may become the same grey as any other
+EXTRA_SHARE = 0.7
 Number = float  # which the command line also takes as a fraction
 
 
@@ -50,6 +55,12 @@ class DataConfig:
     """Images a batch."""
     augment: bool | None = None
     """Random crop with padding 4 and horizontal flip. Default: for CIFAR only."""
+    extra_data: Path | None = None
+    """More images to train on: an .npz file, or a folder with a folder of PNG or JPEG files for each class."""
+    extra_share: Number | None = None
+    """Share of each batch that is images of --extra-data. Default: 0.7 (Wang et al. 2023, with 1M generated ones)."""
+    epoch_images: int | None = None
+    """Images of an epoch, extra ones included. Default: the number of training images, without extra ones."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,11 @@ class RunConfig:
     """Epochs in which the training attack grows to its full radius."""
     ema: Number | None = None
     """Decay a step of an exponential average of the weights, which is then validated and tested. Default: none."""
+    mixup: Number = 0.0
+    """Mixup of training images and labels: the alpha of its Beta distribution; 0 for none. With --cutmix, either at
+    half the time."""
+    cutmix: Number = 0.0
+    """CutMix of training images and labels: the alpha of its Beta distribution, usually 1; 0 for none."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Arithmetic of the network in attack and training; auto: bf16 where the device multiplies it in hardware."""
     compile: bool = False
@@ -139,11 +155,12 @@ class TrainConfig(RunConfig):
         preset = PRESETS[self.data.name]
         method = method_for(self.data.name) if self.method is None else self.method
         test = ball_of(method) or self.test
+        share = None if self.data.extra_data is None else EXTRA_SHARE
         if test.eps is None:
             test = dataclasses.replace(test, eps=radius(self.data.name, test.norm))
         config = dataclasses.replace(
             self,
-            data=_filled(self.data, augment=preset.augment),
+            data=_filled(self.data, augment=preset.augment, extra_share=share),
             model=_filled(self.model, name=preset.model, width=width_for(self.data.name, self.model.name)),
             method=method,
             test=test,
@@ -158,6 +175,8 @@ class TrainConfig(RunConfig):
             raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
         self._check_paths()
         at_least("eps-warmup", self.eps_warmup, 0)
+        at_least("mixup", self.mixup, 0)
+        at_least("cutmix", self.cutmix, 0)
         count("save-every", self.save_every, 0)
         count("log-every", self.log_every, 1)
         assert model.width is not None
@@ -166,6 +185,12 @@ class TrainConfig(RunConfig):
         count("batch-size", data.batch_size, 1)
         if data.limit is not None:
             count("limit", data.limit, 1)
+        if data.extra_share is not None and not 0 < data.extra_share < 1:
+            raise InputError(f"extra-share is {data.extra_share}; it must be a share between 0 and 1")
+        if data.extra_share is not None and data.extra_data is None:
+            raise InputError(f"extra-share is {data.extra_share}, but there is no extra-data to take a share of")
+        if data.epoch_images is not None:
+            count("epoch-images", data.epoch_images, 1)
         count("width", model.width, 1)
         at_least("eps", test.eps, 0)
         if NORMS[test.norm].in_levels:
@@ -188,7 +213,8 @@ class TrainConfig(RunConfig):
     def _check_paths(self) -> None:
         if self.out is not None:
             check_target("out", self.out)
-        for name, path in (("weights", self.weights), ("resume", self.resume), ("data-root", self.data.root)):
+        data = (("data-root", self.data.root), ("extra-data", self.data.extra_data))
+        for name, path in (("weights", self.weights), ("resume", self.resume), *data):
             if path is not None:
                 check_path(name, path)
         if self.overwrite and self.out is None:
@@ -216,12 +242,12 @@ class TrainConfig(RunConfig):
         }
         for name in ("data", "model", "test"):
             plain[name] = dataclasses.asdict(plain[name])
-        for place, name in ((plain, "out"), (plain, "weights"), (plain["data"], "root")):
+        data = plain["data"]
+        for place, name in ((plain, "out"), (plain, "weights"), (data, "root"), (data, "extra_data")):
             place[name] = None if place[name] is None else str(place[name])
-        if self.data.limit is None:  # as in checkpoints of the time when there was none
-            del plain["data"]["limit"]
-        if self.model.activation == "relu":  # likewise
-            del plain["model"]["activation"]
+        for place, later in ((plain, LATER), (data, LATER_OF_DATA), (plain["model"], LATER_OF_MODEL)):
+            for name in [name for name, without in later.items() if place[name] == without]:
+                del place[name]
         return plain | {"method": None if self.method is None else described(self.method)}
 
     @classmethod

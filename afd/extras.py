@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "afd-torch"  # what pip calls this library
 EXTRAS = {  # modules, by the extra that brings them
-    "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch", "tomli_w", "jinja2"),
+    "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch", "tomli_w", "jinja2", "PIL"),
     "evaluate": ("foolbox", "pyautoattack"),
 }
-PACKAGES = {"sklearn": "scikit-learn", "tomli_w": "tomli-w"}  # what pip calls a module, where that is not its name
+# what pip calls a module, where that is not its name
+PACKAGES = {"sklearn": "scikit-learn", "tomli_w": "tomli-w", "PIL": "pillow"}
 EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 
 

@@ -267,17 +267,17 @@ class Batches:
         for joint in torch.split(order, self.batch_size)[batch : len(self)]:
             rows = len(joint) // self.world_size
             index = joint[self.rank * rows : (self.rank + 1) * rows]
-            yield self._load(index, draws), self.images.labels.index_select(0, index), index
+            yield self._load(self.images.pixels, index, draws), self.images.labels.index_select(0, index), index
 
-    def _load(self, index: Tensor, draws: Tensor | None) -> Tensor:
-        """The images at these positions as they are served."""
+    def _load(self, pixels: Tensor, index: Tensor, draws: Tensor | None) -> Tensor:
+        """The images at these positions, among pixels uint8 [N, C, H, W] with draws [N], as they are served."""
         images, crop = self.images, self.augment
         if crop is not None and draws is not None and not isinstance(crop, CropAndFlip):
-            x = images.scaled(crop(images.pixels.index_select(0, index), draws.index_select(0, index)))
+            x = images.scaled(crop(pixels.index_select(0, index), draws.index_select(0, index)))
             return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
         padding, flip = (crop.padding, crop.flip) if isinstance(crop, CropAndFlip) else (0, False)
         return load_batch(
-            images.pixels, index, scale=images.scale, draws=draws, padding=padding, flip=flip,
+            pixels, index, scale=images.scale, draws=draws, padding=padding, flip=flip,
             channels_last=self.channels_last,
         )  # fmt: skip
 
@@ -285,17 +285,17 @@ class Batches:
         count = len(self.images)
         if not self.shuffle:
             return torch.arange(count, device="cpu")
-        return torch.randperm(count, generator=self._generator(ORDER), device="cpu")
+        return torch.randperm(count, generator=self._generator(ORDER, self.epoch), device="cpu")
 
     def _draws(self) -> Tensor:
         """One draw an image for the whole epoch: which batch it falls in, and in which process, has no say."""
-        generator = self._generator(AUGMENTATION)
+        generator = self._generator(AUGMENTATION, self.epoch)
         return torch.randint(2**62, (len(self.images),), generator=generator, device="cpu")
 
-    def _generator(self, purpose: int) -> torch.Generator:
-        """A CPU generator for one purpose in one epoch: augmenting or not leaves the order as it is."""
+    def _generator(self, purpose: int, number: int) -> torch.Generator:
+        """A CPU generator for one purpose in the epoch of a number: augmenting or not leaves the order as it is."""
         # SeedSequence hashes its inputs, so that neighbouring seeds and epochs share no stream, as seed + epoch would.
-        state = np.random.SeedSequence(self.seed, spawn_key=(self.epoch, purpose)).generate_state(1, np.uint64)
+        state = np.random.SeedSequence(self.seed, spawn_key=(number, purpose)).generate_state(1, np.uint64)
         return torch.Generator("cpu").manual_seed(int(state[0]))
 
 

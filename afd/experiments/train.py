@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from afd import data, methods
 from afd.attacks import Attack, PGDSettings
 from afd.checkpoint import CheckpointError, CheckpointManager, load_checkpoint
 from afd.config import TrainConfig
-from afd.data import Batches, Images, Splits
+from afd.data import Batches, Images, MixedBatches, Splits, read_extra
 from afd.data.images import CropAndFlip
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.experiments.display import Terminal, plot_curves
@@ -27,6 +28,7 @@ from afd.nn import FeatureClassifier, build_model
 from afd.runtime import Group, device_named, join
 from afd.training.callbacks import Callback, Report, TrainingError, json_lines, tensorboard
 from afd.training.data import shared_accuracy
+from afd.training.mixing import Mixing
 from afd.training.schedules import SCHEDULES, Schedule, step
 from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
@@ -231,6 +233,7 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
         schedule=schedule_for(config),
         eps_warmup=config.eps_warmup,
         ema=config.ema,
+        mixing=Mixing(config.mixup, config.cutmix),
         execution=methods.Execution(
             config.precision, compile=config.compile, sync_batchnorm=config.sync_batchnorm, graph=config.graph
         ),
@@ -267,18 +270,21 @@ def train_batches(
     device: torch.device,
     group: Group = Group(),
 ) -> Batches:
-    """Shuffled (and augmented) training batches, this process's rows of them."""
-    return Batches(
-        images,
-        config.data.batch_size,
-        shuffle=True,
-        seed=config.seed,
-        augment=CropAndFlip() if config.data.augment else None,
-        device=device,
-        rank=group.rank,
-        world_size=group.size,
-        channels_last=True,
-    )
+    """Shuffled (and augmented) training batches, extra images among them, this process's rows of them."""
+    asked, size = config.data, config.data.batch_size
+    settings: dict[str, Any] = {
+        "seed": config.seed,
+        "augment": CropAndFlip() if asked.augment else None,
+        "device": device,
+        "rank": group.rank,
+        "world_size": group.size,
+        "channels_last": True,
+    }
+    if asked.extra_data is None and asked.epoch_images is None:
+        return Batches(images, size, shuffle=True, **settings)
+    extra = None if asked.extra_data is None else read_extra(asked.extra_data, images)
+    share = asked.extra_share or 0.0
+    return MixedBatches(images, size, extra=extra, share=share, epoch_images=asked.epoch_images, **settings)
 
 
 def plain(images: Images, device: torch.device) -> Batches:

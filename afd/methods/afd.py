@@ -66,9 +66,9 @@ class AFD(GameSettings):
     attack: AttackSettings = PGDSettings()
     validation_attack: AttackSettings | str | None = "pgd-20"
 
+    soft_labels: ClassVar[bool] = False  # the discriminator is conditioned on classes
     of_optimizers: ClassVar[frozenset[str]] = Optimized.of_optimizers | {"lr_discriminator", "lr_features"}
     players: ClassVar[tuple[str, ...]] = ("task", "discriminator", "features")
-    soft_labels: ClassVar[bool] = False  # the discriminator is conditioned on classes
     rates: ClassVar[Mapping[str, Mapping[str, float]]] = {
         name: {"lr": 1e-4, "lr_discriminator": 1e-3, "lr_features": 1e-4, "weight_decay": 0.0}
         for name in ("adam", "adamw")

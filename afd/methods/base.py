@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from afd.attacks import PGDSettings
+from afd.attacks import AttackSettings, PGDSettings
 from afd.attacks.external import BOUNDS
 from afd.attacks.inputs import outside_inference
+from afd.attacks.losses import LOSSES
 from afd.errors import InputError, InputTypeError, fits
 from afd.execution import Execution, Wrap, explained, isolated
 from afd.methods.attacking import Attacks, judge_of
@@ -149,6 +150,12 @@ class Method(ABC):
         """
         if run.soft and not self.soft_labels:
             raise InputError(f"labels are soft, [N, K], and {type(self).__name__} asks for classes [N]")
+        loss = self.attack.loss if isinstance(self.attack, AttackSettings) else None
+        if run.soft and isinstance(loss, str) and LOSSES[loss].judged_by == "classes":
+            raise InputError(
+                f"labels are soft, [N, K], and the attack's loss {loss!r} asks for classes [N]; 'ce', 'kl' and "
+                "functions take soft ones"
+            )
 
     @abstractmethod
     def build(self, model: nn.Module | Split, execution: Execution = ..., wrap: Wrap = ...) -> Step:

@@ -18,6 +18,8 @@ from afd.nn import Encoder, FeatureClassifier, FeatureSplit, Split, split
 from afd.nn.modes import evaluating, without_wrappers, wraps_compiled
 from afd.ops import checks
 
+SUM_TOLERANCE = 1e-3  # of the sum of soft labels: float32 that was computed in float16 passes
+
 
 def check_form(
     x: Tensor,
@@ -49,6 +51,8 @@ def check_form(
         check_classes(x, y)
     elif y is not None:
         check_rows("y", y, x)
+        if not y.shape[1]:
+            raise InputError(f"y has shape {list(y.shape)}; soft labels are [{len(x)}, K], with a share for each class")
         if num_classes is not None and y.shape[1] != num_classes:
             raise InputError(f"y has shape {list(y.shape)}; soft labels of this model are [{len(x)}, {num_classes}]")
     if index is not None and (index.dtype != torch.int64 or index.shape != x.shape[:1]):
@@ -68,15 +72,39 @@ def check_values(
     *,
     x_adv: Tensor | None = None,
     bounds: tuple[float, float] = BOUNDS,
+    sums: bool = True,
 ) -> None:
-    """Checks the values of a batch, which waits for the device; arguments are as of `check_form`.
+    """Checks the values of a batch, which waits for the device.
+
+    Args:
+        x: as of `check_form`, like y, num_classes and x_adv.
+        y: see there.
+        num_classes: see there.
+        x_adv: see there.
+        bounds: of images.
+        sums: whether soft labels must sum to 1 in each row; not before their number of classes was looked at.
 
     Raises:
-        InputError: images are not finite or out of bounds, or labels are not of the model's classes.
+        InputError: images are not finite or out of bounds, labels are not of the model's classes, or soft labels are
+            not shares of 1: negative, not finite, or of another sum (by more than 1e-3, or 4 roundings of their dtype).
     """
     check_labels(largest_label(x, y, bounds), num_classes)
+    if sums and y is not None and y.is_floating_point():
+        check_sums(y)
     if x_adv is not None and not inside(x_adv, bounds).all():
         raise InputError(f"x_adv has values that are not finite or not in {list(bounds)}; it must be images like x")
+
+
+def check_sums(y: Tensor) -> None:
+    """Raises InputError unless soft labels [N, K] sum to 1 in each row: within 1e-3 (float16 4e-3, bfloat16 0.03).
+
+    Training weighs an image by its row's sum, which nobody means who gives it another; an attack takes any.
+    """
+    sums = y.double().sum(1)
+    row = (sums - 1).abs().argmax()
+    row, found = torch.stack([row.double(), sums[row]]).tolist()
+    if abs(found - 1) > max(SUM_TOLERANCE, 4 * torch.finfo(y.dtype).eps):
+        raise InputError(f"y sums to {found:.6g} in row {int(row)}; soft labels must sum to 1 in each row")
 
 
 def check_labels(largest: int, num_classes: int | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from afd.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from afd.deprecated import moved
 from afd.training.callbacks import Callback, EpochReport, IntervalReport, TrainingError, json_lines, tensorboard
+from afd.training.mixing import Mixing
 from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
 from afd.training.weights import load_weights, save_weights
@@ -16,6 +17,7 @@ __all__ = [
     "CheckpointError",
     "EpochReport",
     "IntervalReport",
+    "Mixing",
     "StoppedError",
     "Trainer",
     "TrainingError",

@@ -33,6 +33,8 @@ a ``set_epoch(epoch)``, or a sampler or data set of it has, that is called befor
 random is drawn again when a run is resumed, as far as `loader_state` finds its generators.
 """
 
+Taken = Callable[[Tensor, Tensor | None], None]  # (images, labels): raises where a run does not take such a batch
+
 
 def steps_in(loader: Loader) -> int:
     """Batches of one pass over the training images.
@@ -57,6 +59,7 @@ def check_loaders(
     group: Group,
     warn: Callable[[str], None] | None = None,
     labels: bool = True,
+    taken: Taken | None = None,
 ) -> int:
     """Looks at both loaders, which are as if nobody had; returns the steps in an epoch.
 
@@ -71,6 +74,7 @@ def check_loaders(
         warn: told, where the run may be resumed, if the batches would then be others; None to not look for that, which
             takes a second reading of the first training batch.
         labels: whether training batches must have labels.
+        taken: raises where training does not take such a batch; asked of the training batches that are looked at.
 
     Raises:
         InputError, InputTypeError: a loader is empty or can be read only once, a batch is not as described in `Loader`,
@@ -82,8 +86,8 @@ def check_loaders(
     counts: list[int | None] = []
     try:
         counts.append(steps_in(train))
-        _check_loader("validation", validation, epochs, classes)
-        _check_loader("train", train, epochs, classes, labels)
+        _check_loader("validation", validation, epochs, classes, labels=True, taken=None)
+        _check_loader("train", train, epochs, classes, labels, taken)
         counts.append(len(validation) if isinstance(validation, Sized) else None)
         doubt = None if warn is None else _doubt(train)
     except Exception as error:  # of the user's loaders, too: nobody may wait for a process that has given up
@@ -128,7 +132,9 @@ def _doubt(train: Loader) -> str | None:
     )
 
 
-def checked(name: str, item: Any, num_classes: int | None, loader: Loader, labels: bool = True) -> tuple[Tensor, Any]:
+def checked(
+    name: str, item: Any, num_classes: int | None, loader: Loader, labels: bool = True, taken: Taken | None = None
+) -> tuple[Tensor, Any]:
     """Images and labels (or None) of a batch, their values found to be allowed; those of `Batches` are known to be.
 
     Args:
@@ -137,6 +143,7 @@ def checked(name: str, item: Any, num_classes: int | None, loader: Loader, label
         num_classes: labels are below it; None if nobody knows.
         loader: that yielded it.
         labels: whether it must have some.
+        taken: raises where the run does not take such a batch; None where nobody asks.
 
     Raises:
         InputTypeError, InputError: it is not as described in `Loader`.
@@ -147,14 +154,16 @@ def checked(name: str, item: Any, num_classes: int | None, loader: Loader, label
             check_labels(loader.images.num_classes - 1, num_classes)
         else:
             check_form(x, y, num_classes, soft=name == "train")
-            check_values(x, y, num_classes)
+            check_values(x, y, num_classes, sums=num_classes is not None)
+        if taken is not None:
+            taken(x, y)
     except AfdError as error:
         raise type(error)(f"{name}: {error}") from error
     return x, y
 
 
 def _check_loader(
-    name: str, loader: Loader, epochs: int, classes: Callable[[Tensor], int], labels: bool = True
+    name: str, loader: Loader, epochs: int, classes: Callable[[Tensor], int], labels: bool, taken: Taken | None
 ) -> None:
     """Checks the first batch; of a list, all of them."""
     if isinstance(loader, type) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
@@ -170,7 +179,7 @@ def _check_loader(
             raise InputError(f"{name} holds no images")
         num_classes = classes(checked(name, items[0], None, loader, labels)[0])
         for item in items:
-            checked(name, item, num_classes, loader, labels)
+            checked(name, item, num_classes, loader, labels, taken)
         if not isinstance(loader, Batches | DataLoader | list | tuple) and epochs > 1 and not list(islice(loader, 1)):
             raise InputError(f"{name} is a {type(loader).__name__} that has no batches in a second pass")
 
@@ -210,6 +219,7 @@ class ResumableLoader:
         validation: the other loader of the run, whose state is kept with this one's.
         earlier: the loader of an earlier part of this run in the same process, if there was one.
         labels: whether batches must have labels.
+        taken: raises where training does not take such a batch; asked in the first epoch.
     """
 
     def __init__(
@@ -221,9 +231,10 @@ class ResumableLoader:
         validation: Loader | None = None,
         earlier: ResumableLoader | None = None,
         labels: bool = True,
+        taken: Taken | None = None,
     ) -> None:
         self.loader, self.device, self.num_classes, self.steps = loader, device, num_classes, steps
-        self.labels = labels
+        self.labels, self.taken = labels, taken
         self.at_start: dict[str, Any] | None = None if earlier is None else earlier.at_start
         self.loaders = {"train": loader, "validation": validation}
         # as a new process finds them
@@ -283,7 +294,7 @@ class ResumableLoader:
             served += 1
             # the first epoch shows every batch once
             if epoch == 1:
-                x, y = checked("train", item, self.num_classes, self.loader, self.labels)
+                x, y = checked("train", item, self.num_classes, self.loader, self.labels, self.taken)
             else:
                 x, y = images_and_labels(item, self.labels)
             index = index_in(item, len(x))
@@ -377,12 +388,6 @@ def _blind(attack: Attack | None) -> int:
 
 
 def _shifted(
-    attack: Attack,
-    offset: int,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    *,
-    seed: int | None = None,
-    first_sample: int = 0,
-) -> torch.Tensor:
+    attack: Attack, offset: int, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0
+) -> Tensor:
     return attack(x, y, seed=seed, first_sample=offset + first_sample)

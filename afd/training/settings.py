@@ -21,6 +21,7 @@ from afd.errors import InputError, InputTypeError
 from afd.methods import Execution, Method, Wrapper
 from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureSplit
+from afd.training.mixing import Mixing
 from afd.training.weights import SCALED, SCALED_FOR
 
 BUILT = (
@@ -35,8 +36,8 @@ FACTS = (
 
 # of a config: may change when resumed
 FREE = {
-    "out", "overwrite", "device", "resume", "weights", "save_every", "log_every", "data.root", "graph",
-    "execution.graph",
+    "out", "overwrite", "device", "resume", "weights", "save_every", "log_every", "data.root",
+    "data.extra_data", "graph", "execution.graph",
 }  # fmt: skip
 
 
@@ -54,6 +55,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
     errors.whole("seed", given["seed"], 0)
     _check_method(given["method"])
     _expect("execution", given["execution"], Execution, "an afd.methods.Execution")
+    _expect("mixing", given["mixing"], Mixing, "an afd.training.Mixing")
     for name in ("attack", "validation_attack"):
         check_factory(name, given[name])
     callbacks, progress = given["callbacks"], given["progress"]
@@ -133,6 +135,8 @@ def facts(settings: Mapping[str, Any], judging: Any, processes: int, network: nn
     run = settings["config"]
     if run is None:
         run = {name: settings[name] for name in FACTS}
+        if settings["mixing"].active:  # as in checkpoints of the time when there was none
+            run["mixing"] = settings["mixing"]
         if settings["attack"] is not None or settings["validation_attack"] is not None:  # instead of the method's own
             run["validation_attack"] = judging
     if isinstance(network, FeatureSplit):

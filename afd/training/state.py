@@ -222,6 +222,10 @@ class Resumable(ABC):
         """All that a step reads or writes: held at once, so that no two threads wait for each other."""
 
     @abstractmethod
+    def _check_batch(self, x: Tensor, y: Tensor | None) -> None:
+        """Raises InputError unless batches like this one can be trained on."""
+
+    @abstractmethod
     def _follow_what_was_found(self) -> None:
         """Step and average as the model has turned out to be."""
 
@@ -256,7 +260,9 @@ class Resumable(ABC):
             )
         earlier = self.loader if self.begun else None
         classes, self.steps_per_epoch = self.network.num_classes, steps
-        self.loader = ResumableLoader(train, self.group.device, classes, steps, validation, earlier, self.method.labels)
+        self.loader = ResumableLoader(
+            train, self.group.device, classes, steps, validation, earlier, self.method.labels, self._check_batch
+        )
         if not self.begun and self.resume is not None:
             self._resume(steps)
         if self.generators is not None:

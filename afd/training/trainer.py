@@ -19,6 +19,7 @@ from afd.errors import InputError
 from afd.execution import isolated, lay_out_plainly
 from afd.graphs import guard
 from afd.methods import AFD, Execution, Method
+from afd.methods.base import Run
 from afd.methods.inputs import device_of, settle, taken_in
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
@@ -36,6 +37,7 @@ from afd.training.callbacks import (
     TrainingError,
 )
 from afd.training.data import Loader, check_loaders, shared_accuracy
+from afd.training.mixing import Mixing
 from afd.training.recording import recorded
 from afd.training.schedules import EpsWarmup, Rates, Schedule, averaged, schedule_named
 from afd.training.settings import built, check_settings, differences, overridden
@@ -60,6 +62,7 @@ class Trainer(Resumable):
             function from progress in [0, 1) to a factor.
         eps_warmup: epochs in which the training attack grows to its full radius.
         ema: decay a step of an exponential average of the weights, which is then what is validated; None for none.
+        mixing: of the training images and their labels, which are soft then: mixup, CutMix.
         execution: precision, memory layout and compilation of the training passes, and whether steps are recorded.
         feature_layer: the linear layer that features enter; by default the last one.
         normalize: whether the features of somebody's own model are scaled to length 1: None for the discriminator
@@ -89,6 +92,7 @@ class Trainer(Resumable):
     schedule: str | Schedule = "step"
     eps_warmup: float = 0.0
     ema: float | None = None
+    mixing: Mixing = field(default_factory=Mixing)
     execution: Execution = field(default_factory=Execution)
     feature_layer: str | None = None
     normalize: bool | None = None
@@ -189,7 +193,9 @@ class Trainer(Resumable):
             raise InputError(f"changed since the trainer was made: {'; '.join(changed)}; make another trainer for that")
         look_at = partial(settle, self.network, self.execution)
         told = None if self.checkpoints is None else self.warn
-        steps = check_loaders(train, validation, self.epochs, look_at, self.group, told, labels=self.method.labels)
+        steps = check_loaders(
+            train, validation, self.epochs, look_at, self.group, told, self.method.labels, self._check_batch
+        )
         self._follow_what_was_found()
         self.rates = Rates(self.step.optimizers, self.factor, max(1, self.epochs * steps))
         generators = self._begin(train, validation, steps)
@@ -214,6 +220,17 @@ class Trainer(Resumable):
                 "asked; its weights load with afd.training.load_weights"
             )
         return self.history
+
+    def _check_batch(self, x: Tensor, y: Tensor | None) -> None:
+        """Raises InputError unless method and mixing take batches like this one; reads no value."""
+        run = Run(self.group.size, self.execution.graph, y is not None and y.is_floating_point())
+        self.method.check_run(run)
+        self.mixing.check(x, y)
+        if self.mixing.active:
+            try:
+                self.method.check_run(dataclasses.replace(run, soft=True))
+            except InputError as error:
+                raise InputError(f"mixing is {self.mixing}, which makes labels soft: {error}") from error
 
     def _follow_what_was_found(self) -> None:
         """Step and average as the model has turned out to be, when it was tried on images."""
@@ -269,6 +286,10 @@ class Trainer(Resumable):
         self.warmup.at(self._done)
         # the processes' batches are rows of one joint batch, and each row has its own start
         seed, first = self.seed + self.position.global_step, self.group.rank * len(x)
+        if self.mixing.active and y is not None:
+            batch = self.position.global_step // self.method.repeats  # alike in all repeats of a batch
+            classes = self.network.num_classes
+            x, y = self.mixing(x, y, classes, seed=self.seed, step=batch, first_sample=first)
         with held(self._held):
             self.losses.add(self.run_step(x, y, index=index, seed=seed, first_sample=first))
             if self.average is not None:

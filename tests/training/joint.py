@@ -10,12 +10,13 @@ from torch import nn
 from toy_methods import Perturbed, Replays
 
 from afd.attacks import PGDSettings
-from afd.data import Batches, Images
+from afd.data import Batches, Images, MixedBatches
+from afd.data.images import CropAndFlip
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Free, Natural, NormPenalty
 from afd.nn import FeatureClassifier
 from afd.processes import leave
 from afd.runtime import join
-from afd.training import Trainer
+from afd.training import Mixing, Trainer
 
 JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=2)}
 AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
@@ -43,6 +44,7 @@ METHODS = {
     "adversarial-separate": AFD.adam(loss="dcgan", lr=1e-2, lr_features=1e-2, adversarial_weight=0.5, **GAME),
     "adversarial-alternating": AFD(schedule="alternating", adversarial_weight=0.5, micro_batches=2, **GAME),
     "replays": Replays(lr=0.05),
+    "mixed": AT(lr=0.05, **AGAINST),
     "wrapped": Perturbed(AT(lr=0.05, **AGAINST), gamma=0.05),
     "frozen-joint": AFD(**GAME),
     "frozen-separate": AFD.adam(loss="dcgan", lr=1e-2, **GAME),
@@ -80,6 +82,7 @@ def run(
         save_every=3,
         folder=out,
         resume=resume,
+        mixing=Mixing(mixup=1.0, cutmix=1.0) if method == "mixed" else Mixing(),
     )
     if kill_at and group.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         update = trainer.step.update
@@ -91,9 +94,12 @@ def run(
 
         trainer.step.update = dying
     validation = Batches(images(), 7)
+    place = {"rank": group.rank, "world_size": group.size}
     # in a last, shorter batch the rows of a process are others than in those before, and with them its δ
-    count = 60 if method.startswith("free") else 58
-    trainer.fit(Batches(images(count), 20, shuffle=True, rank=group.rank, world_size=group.size), validation)
+    train = Batches(images(60 if method.startswith("free") else 58), 20, shuffle=True, **place)
+    if method == "mixed":  # by pairs of rows, of which each process has some
+        train = MixedBatches(images(), 20, extra=images(), share=0.3, epoch_images=56, augment=CropAndFlip(1), **place)
+    trainer.fit(train, validation)
     return trainer
 
 

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from toy_methods import Steady
+from toy_methods import Perturbed, Steady
 
 from afd.attacks import PGDSettings
 from afd.data import Batches, Images
 from afd.data.images import CropAndFlip
 from afd.errors import AfdError, InputError, InputTypeError
 from afd.methods import AFD, AT, Execution, Natural
+from afd.methods.inputs import check_values
 from afd.training import Trainer, recording
 
 COUNT, BATCH, EPOCHS = 10, 4, 2
@@ -250,6 +251,14 @@ def test_soft_labels_are_attacked_as_well():
         (SMOOTH[1:], r"train: y has shape \[9, 3\]; it must have a row for each image, \[10, \.\.\.\]"),
         (SMOOTH - 0.5, r"train: y has values in \[-0\.4, 0\.3\]; soft labels must be finite and >= 0"),
         (SMOOTH * torch.nan, "train: y has values in .*nan"),
+        (SMOOTH * torch.inf, "train: y has values in .*inf"),
+        (SMOOTH * 1.002, r"train: y sums to 1\.002 in row 0; soft labels must sum to 1 in each row"),
+        (
+            torch.cat([SMOOTH[:7], 0 * SMOOTH[7:]]),
+            r"train: y sums to 0 in row 7; soft labels must sum to 1 in each row",
+        ),
+        (SMOOTH.half() * 1.01, r"train: y sums to 1\.0\d+ in row \d"),
+        (SMOOTH[:, :0], r"train: y has shape \[10, 0\]; soft labels are \[10, K\], with a share for each class"),
         (SMOOTH.long(), r"train: y has shape \[10, 3\]; it must be \[10\]"),
         (SMOOTH[..., None], "train: y is torch.float32; labels must be torch.int64"),
     ],
@@ -258,9 +267,63 @@ def test_wrong_soft_labels_are_named_before_the_first_step(soft, message):
     refused(Natural(), [(X, soft)], message)
 
 
+class Later:
+    """A loader of which only the first batch is looked at before the run."""
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfClasses(AT):
+    """A method that says so in a line."""
+
+    soft_labels = False
+
+
 def test_the_game_is_of_classes():
-    with pytest.raises(AfdError, match=r"y is soft labels \[4, 3\]; the discriminator is conditioned on classes \[N\]"):
-        fit(AFD(attack=PGD_1, validation_attack=None), in_batches(X, SMOOTH))
+    game = AFD(attack=PGD_1, validation_attack=None)
+    refused(game, in_batches(X, SMOOTH), r"train: labels are soft, \[N, K\], and AFD asks for classes \[N\]")
+    with pytest.raises(
+        AfdError, match=r"y is soft labels \[10, 3\]; the discriminator is conditioned on classes \[N\]"
+    ):
+        game.build(network())(X, SMOOTH)
+
+
+def test_soft_labels_that_come_later_are_met_in_the_first_epoch():
+    later = Later([(X, Y), (X, SMOOTH)])
+    trainer = Trainer(network(), AFD(attack=PGD_1, validation_attack=None), epochs=EPOCHS)
+    with pytest.raises(InputError, match=r"train: labels are soft, \[N, K\], and AFD asks for classes"):
+        trainer.fit(later, VALIDATION)
+    assert trainer.step.steps == 1
+    with pytest.raises(InputError, match=r"train: y sums to 1\.1 in row 0"):
+        fit(Natural(), Later([(X, SMOOTH), (X, SMOOTH + 0.1 * F.one_hot(torch.zeros_like(Y), 3))]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_soft_labels_sum_to_one_as_well_as_their_dtype_can(dtype):
+    """Thousands of classes, each rounded."""
+    y = torch.rand(64, 1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rounded = (y / y.sum(1, keepdim=True)).to(dtype)
+    x = torch.rand(64, 1, 2, 2)
+    check_values(x, rounded, 1000)
+    with pytest.raises(InputError, match="y sums to"):
+        check_values(x, rounded * 1.05, 1000)
+
+
+@pytest.mark.parametrize("method", [AT, lambda **attack: Perturbed(AT(**attack))], ids=["at", "wrapped"])
+def test_an_attack_on_classes_is_refused_with_soft_labels_before_the_first_step(method):
+    told = r"labels are soft, \[N, K\], and the attack's loss 'margin' asks for classes \[N\]; 'ce', 'kl' and"
+    refused(method(attack=PGDSettings(loss="margin"), validation_attack=None), in_batches(X, SMOOTH), told)
+    refused_by_wrapper = Perturbed(AT(attack=PGD_1))
+    object.__setattr__(refused_by_wrapper, "method", OfClasses(attack=PGD_1))
+    refused(refused_by_wrapper, in_batches(X, SMOOTH), "and OfClasses asks for classes")
 
 
 def test_accuracy_is_of_classes():
