@@ -24,6 +24,9 @@ WITHOUT_EFFECT = {  # of `afd train --method natural`, which took every option o
 
 ATTACK_SETTINGS = {"piece": "chunk_size", "look": "validate", "fold": "fold_batchnorm"}
 METHOD_SETTINGS = {"discriminator_rounds": "discriminator_steps"}
+# settings of methods that checkpoints of earlier days do not have, with what was done then
+ADDED = {"nesterov": False, "decay_norms": True}
+ADDED_TO_AFD: dict[str, float] = {"adversarial_weight": 0.0}
 
 
 class OldSpellingWarning(DeprecationWarning):
@@ -135,7 +138,9 @@ def settings_of_today(run: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: settings_of_today(one) if isinstance(one, Mapping) else one for name, one in run.items()}
     names = METHOD_SETTINGS if "lr_discriminator" in found else {}
     names |= ATTACK_SETTINGS if {"norm", "eps", "loss", "bounds"} <= found.keys() else {}
-    return {names.get(name, name): one for name, one in found.items()}
+    added: dict[str, Any] = ADDED if "micro_batches" in found else {}
+    added = added | (ADDED_TO_AFD if "lr_discriminator" in found else {})
+    return added | {names.get(name, name): one for name, one in found.items()}
 
 
 def _renamed(old: str, new: str) -> property:

@@ -27,6 +27,7 @@ from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConf
 from afd.errors import InputError
 from afd.extras import needed_by
 from afd.methods import METHODS, WRAPPERS, Method
+from afd.methods.optimizers import OPTIMIZERS
 from afd.methods.registry import attack_of, attributes, classes_of, described, known, made, options, spelled
 from afd.presets import method_for
 
@@ -191,6 +192,7 @@ def method_in(words: Sequence[str]) -> tuple[list[str], str | None]:
     """
     flags = {_option(name) for kind in (RunConfig, DataConfig, ModelConfig) for name in _flags(kind)}
     flags |= {_option(f"attack_{name}") for kind in ATTACKS.values() for name in _flags(kind)}
+    flags |= {_option(name) for kind in (*METHODS.values(), *WRAPPERS.values()) for name in _flags(kind)}
     places = []
     for place, word in enumerate(words):
         before = words[place - 1] if place else ""
@@ -228,7 +230,7 @@ def _base(words: Sequence[str], name: str | None) -> TrainConfig:
             radius = ball.eps if radius is None and known_norm in (None, ball.norm) else radius
             known_norm = known_norm or ball.norm
         chosen: dict[str, Any] = {
-            "optimizer": optimizer if optimizer in ("sgd", "adam") else None,
+            "optimizer": optimizer if optimizer in OPTIMIZERS else None,
             "norm": known_norm,
             "eps": radius,
         }

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from afd.deprecated import METHOD_SETTINGS, understand
 from afd.execution import Execution
+from afd.methods.adversarial import ALP, AT, FGSMRS, MART, TRADES, Natural, NormPenalty
 from afd.methods.afd import AFD
-from afd.methods.base import Batch, Method, Step
+from afd.methods.awp import AWP
+from afd.methods.base import Batch, Method, Run, Step
+from afd.methods.free import Free
 from afd.methods.registry import METHODS, WRAPPERS
-from afd.methods.supervised import AT, Natural, Supervised, SupervisedStep, TrainedModel, Wrapper
+from afd.methods.supervised import Supervised, SupervisedStep, TrainedModel, Wrapper
 
 __all__ = [
     "AFD",
+    "ALP",
     "AT",
+    "AWP",
+    "FGSMRS",
+    "MART",
     "METHODS",
+    "TRADES",
     "WRAPPERS",
     "Batch",
     "Execution",
+    "Free",
     "Method",
     "Natural",
+    "NormPenalty",
+    "Run",
     "Step",
     "Supervised",
     "SupervisedStep",

@@ -4,7 +4,8 @@ Players: features F_θ, classifier C_φ, discriminator D_ψ. With x' an attacked
 
     (θ, φ) ← (θ, φ) - α ∇L_C        ψ ← ψ - β ∇L_D        θ ← θ - γ ∇L_F
 
-where L_C is the cross-entropy on x alone; L_D, L_F and the steps are in `afd.methods.game`.
+where L_C is the cross-entropy on x (and, if so weighted, on x'); the steps are in `afd.methods.game`, L_D and
+L_F in `afd.methods.game_losses`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from afd.attacks.settings import AttackSettings
 from afd.errors import at_least, one_of
 from afd.execution import Execution, Wrap, as_torch_starts, feature_dtype
 from afd.methods.base import unwrapped
-from afd.methods.game import AFDStep, AlternatingStep, GameSettings, JointSGDStep, SimultaneousStep, game_loss
+from afd.methods.game import AFDStep, AlternatingStep, GameSettings, JointSGDStep, SimultaneousStep
+from afd.methods.game_losses import game_loss
 from afd.methods.inputs import as_split
 from afd.methods.optimizers import optimizer_for
 from afd.methods.supervised import Optimized
@@ -43,6 +45,7 @@ class AFD(GameSettings):
         weight_decay: on θ and φ.
         optimizers: as in `Optimized`; the players are "task" (θ, φ on L_C), "discriminator" and "features" (θ on L_F).
         label_smoothing: of L_C.
+        adversarial_weight: λ, of a cross-entropy on x' in L_C = CE(x) + λ CE(x'); 0, as in the paper, leaves it out.
         discriminator_steps: the features answer the discriminator in every so many steps (1: each).
         penalty: weight λ of the gradient penalty in L_D; 0 leaves it out.
         hidden: width of the discriminator; by default that of the features.
@@ -56,6 +59,7 @@ class AFD(GameSettings):
     schedule: Literal["simultaneous", "alternating"] = "simultaneous"
     lr_discriminator: float = 0.1
     lr_features: float = 0.5
+    adversarial_weight: float = 0.0
     discriminator_steps: int = 1
     penalty: float = 0.0
     hidden: int | None = None
@@ -64,15 +68,17 @@ class AFD(GameSettings):
 
     of_optimizers: ClassVar[frozenset[str]] = Optimized.of_optimizers | {"lr_discriminator", "lr_features"}
     players: ClassVar[tuple[str, ...]] = ("task", "discriminator", "features")
+    soft_labels: ClassVar[bool] = False  # the discriminator is conditioned on classes
     rates: ClassVar[Mapping[str, Mapping[str, float]]] = {
-        "adam": {"lr": 1e-4, "lr_discriminator": 1e-3, "lr_features": 1e-4, "weight_decay": 0.0}
+        name: {"lr": 1e-4, "lr_discriminator": 1e-3, "lr_features": 1e-4, "weight_decay": 0.0}
+        for name in ("adam", "adamw")
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
         game_loss(self.loss)
         one_of("schedule", self.schedule, SCHEDULES)
-        for name in ("lr_discriminator", "lr_features", "penalty"):
+        for name in ("lr_discriminator", "lr_features", "adversarial_weight", "penalty"):
             at_least(name, getattr(self, name), 0.0)
         at_least("discriminator_steps", self.discriminator_steps, 1)
 
@@ -113,6 +119,8 @@ class AFD(GameSettings):
             name=self.optimizer,
             lr=rates[player],
             momentum=self.momentum,
+            nesterov=self.nesterov,
             weight_decay=self.weight_decay if player == "task" else 0.0,
+            decay_norms=self.decay_norms,
             betas=(0.0, 0.9) if self.loss == "wgan" else (0.5, 0.999),  # of Adam
         )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from afd.attacks import Attack, AttackFactory
+from afd.attacks import Attack, AttackFactory, engine
 from afd.attacks.base import GradientAttack
 from afd.attacks.external import attacked_by, check_values
 from afd.attacks.settings import AttackSettings
 from afd.errors import InputError, InputTypeError
+from afd.execution import AttackExecution
+from afd.nn.modes import evaluating
 
 KEPT = 8  # attacks of one step that stay built
 LOOKS = 3  # batches in which the values of somebody else's attacked images are looked at
@@ -91,14 +94,27 @@ class Attacks:
         """Attacked copies of a batch's images, [N, ...]."""
         if self._given is not None:
             return self._given[getattr(batch, "rows", slice(None))]
+        return self._once(lambda: self._attacked(self.of(settings), batch, target, start))
+
+    def looked(self, batch: Any) -> Tensor:
+        """Logits [N, K] of a batch's images in evaluation mode, without a graph: what aims an attack, say."""
+        return self._once(lambda: self._logits(batch.x))
+
+    def _logits(self, x: Tensor) -> Tensor:
+        execution = AttackExecution(self.precision)
+        with evaluating(self.network), torch.no_grad(), execution.autocast(x.device):
+            return engine.logits(self.network, execution.laid_out(x, self.network))[0]
+
+    def _once(self, find: Callable[[], Tensor]) -> Tensor:
+        """What is found, or was found at this place when the same passes were made before."""
         if self._found is not None and self._next < len(self._found):
             self._next += 1
             return self._found[self._next - 1]
-        x_adv = self._attacked(self.of(settings), batch, target, start)
+        found = find()
         if self._found is not None:
-            self._found.append(x_adv)
+            self._found.append(found)
             self._next += 1
-        return x_adv
+        return found
 
     def _attacked(self, attack: Attack, batch: Any, target: Tensor | None, start: Tensor | None) -> Tensor:
         where = {"seed": batch.seed, "first_sample": batch.first_sample}

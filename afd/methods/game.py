@@ -1,4 +1,4 @@
-"""The game of AFD: its losses, the step that both schedules share, and the two schedules.
+"""The game of AFD: the step that both schedules share, and the two schedules.
 
 The discriminator sees natural and attacked features as ONE batch, so its spectral norms take one power iteration an
 update; its other passes use the norms as they stand. (The released code passes one after the other.)
@@ -7,84 +7,20 @@ update; its other passes use the norms as they stand. (The released code passes 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afd.errors import InputError, ModelError, one_of
+from afd.errors import InputError, ModelError
 from afd.execution import Execution, alone, unsynchronised
 from afd.methods.base import Batch, Part, Step, parts
+from afd.methods.game_losses import game_loss, gradient_penalty
 from afd.methods.optimizers import reaching, take_step, trainable
 from afd.methods.supervised import Optimized
 from afd.nn import Split
-
-
-@dataclass(frozen=True)
-class GameLoss:
-    """discriminator(natural, attacked) -> L_D and features(attacked) -> L_F."""
-
-    discriminator: Callable[[Tensor, Tensor], Tensor]
-    features: Callable[[Tensor], Tensor]
-
-
-def _dcgan_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
-    return F.softplus(-natural).mean() + F.softplus(attacked).mean()
-
-
-def _dcgan_features(attacked: Tensor) -> Tensor:
-    return F.softplus(-attacked).mean()
-
-
-def _wgan_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
-    return attacked.mean() - natural.mean()
-
-
-def _hinge_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
-    return F.relu(1 - natural).mean() + F.relu(1 + attacked).mean()
-
-
-def _critic_features(attacked: Tensor) -> Tensor:
-    return -attacked.mean()
-
-
-GAME_LOSSES = {
-    "dcgan": GameLoss(_dcgan_discriminator, _dcgan_features),
-    "wgan": GameLoss(_wgan_discriminator, _critic_features),
-    "hinge": GameLoss(_hinge_discriminator, _critic_features),
-}
-
-
-def game_loss(name: str) -> GameLoss:
-    """The pair of losses called "dcgan", "wgan" or "hinge".
-
-    Raises:
-        InputError: unknown name.
-    """
-    one_of("loss", name, GAME_LOSSES)
-    return GAME_LOSSES[name]
-
-
-def gradient_penalty(discriminator: nn.Module, natural: Tensor, attacked: Tensor) -> Tensor:
-    """mean (‖∇_z D(z)‖₂ - 1)² at random points z between natural and attacked features (Gulrajani et al. 2017).
-
-    As in the paper's code the discriminator is asked without a label.
-
-    Args:
-        discriminator: (z) -> scores [N].
-        natural: features F(x) [N, num_features], detached.
-        attacked: features F(x') [N, num_features], detached.
-    """
-    share = torch.rand(natural.shape[0], 1, dtype=natural.dtype, device=natural.device)
-    between = torch.lerp(natural, attacked, share).requires_grad_()
-    (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
-    penalty: Tensor = (slope.norm(dim=1) - 1).square().mean()
-    return penalty
-
 
 # --- The step -------------------------------------------------------------------------------------------------------
 
@@ -94,6 +30,7 @@ class GameSettings(Optimized):
 
     loss: str
     lr_features: float
+    adversarial_weight: float
     discriminator_steps: int
     penalty: float
 
@@ -154,8 +91,30 @@ class AFDStep(Step):
         return self.steps % self.settings.discriminator_steps == 0
 
     def task_loss(self, logits: Tensor, part: Part) -> Tensor:
-        """L_C."""
+        """L_C as far as it is of x."""
         return reaching(self.settings.cross_entropy(logits, part.y))
+
+    def gather_task(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Adds the gradients of L_C; returns detached features of x, and the loss."""
+        if not asked(self.settings.adversarial_weight):
+            with self.gathering(self.passes, part):
+                return self._task(part)
+        with unsynchronised(self.passes):  # the backward through x' averages both
+            z, task = self._task(part)
+        with self.gathering(self.passes, part):
+            adversarial = self.adversarial_loss(self.passes(part.attacked)[1], part)
+            self.backward(adversarial, part, self.theta_phi)
+        return z, task + adversarial.detach()
+
+    def _task(self, part: Part) -> tuple[Tensor, Tensor]:
+        z, logits = self.passes(part.x)
+        task, self.features_learn = self.task_loss(logits, part), z.requires_grad
+        self.backward(task, part, self.theta_phi)
+        return z.detach(), task.detach()
+
+    def adversarial_loss(self, logits: Tensor, part: Part) -> Tensor:
+        """λ CE of the logits of x'."""
+        return self.settings.adversarial_weight * self.settings.cross_entropy(logits, part.y)
 
     def judge(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Scores of natural and attacked features, in the pass of the discriminator that its update rests on.
@@ -175,7 +134,7 @@ class AFDStep(Step):
     def discriminator_loss(self, natural: Tensor, attacked: Tensor, z: Tensor, z_adv: Tensor) -> Tensor:
         """L_D of the scores, with the penalty where one is asked for."""
         loss = self.loss.discriminator(natural, attacked)
-        if self.settings.penalty:
+        if asked(self.settings.penalty):
             loss = loss + self.settings.penalty * gradient_penalty(
                 alone(self.discriminator), z.detach(), z_adv.detach()
             )
@@ -211,6 +170,11 @@ class AFDStep(Step):
     def gathering(self, module: nn.Module, part: Part) -> AbstractContextManager[Any]:
         """The context for a part's passes and backward: processes average their gradients at the last part."""
         return nullcontext() if part.last else unsynchronised(module)
+
+
+def asked(weight: float | Tensor) -> bool:
+    """Whether a term counts: one whose weight is live does, as asking for its value would wait for the device."""
+    return isinstance(weight, Tensor) or weight > 0
 
 
 class Gradients:
@@ -275,17 +239,6 @@ class SimultaneousStep(AFDStep):
             _, *game = self.gather_discriminator(z, self.look(part.attacked), part)
         return weighted(part, [task, *game])
 
-    def gather_task(self, part: Part) -> tuple[Tensor, Tensor]:
-        """The part of L_C: returns detached features of x, and the loss."""
-        with self.gathering(self.passes, part):
-            return self._task(part)
-
-    def _task(self, part: Part) -> tuple[Tensor, Tensor]:
-        z, logits = self.passes(part.x)
-        task, self.features_learn = self.task_loss(logits, part), z.requires_grad
-        self.backward(task, part, self.theta_phi)
-        return z.detach(), task
-
     def gather_discriminator(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         """The part of L_D: returns the weighted gradient of L_F at F(x'), L_D and L_F."""
         with self.gathering(self.discriminator, part):
@@ -325,8 +278,20 @@ class JointSGDStep(SimultaneousStep):
             z_adv, logits = self.passes(part.attacked)
             grad_features, *game = self.gather_discriminator(z, z_adv.detach(), part)
             share = self.settings.lr_features / self.settings.lr
-            self.backward_features(z_adv, share * grad_features, logits)
+            if asked(self.settings.adversarial_weight):
+                adversarial = self.adversarial_loss(logits, part)
+                task = task + adversarial.detach()
+                self.backward_both(z_adv, share * grad_features, adversarial, part)
+            else:
+                self.backward_features(z_adv, share * grad_features, logits)
         return weighted(part, [task, *game])
+
+    def backward_both(self, z_adv: Tensor, grad_features: Tensor, adversarial: Tensor, part: Part) -> None:
+        """Adds the gradients of L_F and of λ CE, both of x', in one pass."""
+        roots, gradients = [adversarial], [torch.full_like(adversarial, part.share)]
+        if z_adv.requires_grad:
+            roots, gradients = [*roots, z_adv], [*gradients, grad_features]
+        torch.autograd.backward(roots, gradients, inputs=self.theta_phi)
 
 
 # --- The alternating schedule ---------------------------------------------------------------------------------------
@@ -341,7 +306,7 @@ class AlternatingStep(AFDStep):
 
     def run(self, batch: Sequence[Part]) -> Tensor:
         """See `AFDStep.run`."""
-        task = torch.stack([self.gather_task(part) for part in batch]).sum(0)
+        task = torch.stack([weighted(part, [self.gather_task(part)[1]]) for part in batch]).sum(0)
         self.take_step("task")
         try:
             return self.answer(batch, task)
@@ -367,14 +332,6 @@ class AlternatingStep(AFDStep):
         """F(x), with a graph where it has a trainable parameter."""
         z: Tensor = self.passes(x, False)[0] if self.features_learn else self.look(x)
         return z
-
-    def gather_task(self, part: Part) -> Tensor:
-        """Adds the gradients of L_C; returns the part's share of it."""
-        with self.gathering(self.passes, part):
-            z, logits = self.passes(part.x)
-            task, self.features_learn = self.task_loss(logits, part), z.requires_grad
-            self.backward(task, part, self.theta_phi)
-        return weighted(part, [task])
 
     def gather_discriminator(self, part: Part, kept: Tensor | None) -> Tensor:
         """Adds the gradients of L_D, at features without a graph."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from afd.errors import InputError, at_least
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam", "adamw")
 RECORDABLE = (SGD, Adam, AdamW)  # whose fused steps read their rate, and count, on the device
 
 
@@ -23,15 +24,27 @@ def optimizer_for(
     name: str = "sgd",
     lr: float,
     momentum: float,
+    nesterov: bool = False,
     weight_decay: float = 0.0,
+    decay_norms: bool = True,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> Optimizer:
     """The user's `own` optimizer, else the one called `name` with the settings it knows."""
     if own is not None:
         return own(parameters)
-    if name == "adam":
-        return Adam(parameters, lr, betas=betas, weight_decay=weight_decay)
-    return SGD(parameters, lr, momentum, weight_decay=weight_decay)
+    groups = parameters if decay_norms or not weight_decay else decayed(parameters)
+    if name == "sgd":
+        return SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+    kind = AdamW if name == "adamw" else Adam
+    return kind(groups, lr, betas=betas, weight_decay=weight_decay)
+
+
+def decayed(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameters as an optimizer's groups: those of two or more dimensions, and the others without weight decay."""
+    found = list(parameters)
+    weights, others = ([one for one in found if (one.dim() > 1) == wide] for wide in (True, False))
+    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
 
 
 def check_factories(factories: Mapping[str, OptimizerFactory], players: Iterable[str]) -> None:
@@ -43,12 +56,24 @@ def check_factories(factories: Mapping[str, OptimizerFactory], players: Iterable
 
 
 def check_update(
-    *, momentum: float, weight_decay: float, label_smoothing: float, clip: float | None, micro_batches: int
+    *,
+    momentum: float,
+    nesterov: str | bool,
+    weight_decay: float,
+    label_smoothing: float,
+    clip: float | None,
+    micro_batches: int,
 ) -> None:
-    """Raises InputError unless the settings of an update that all methods share are in range."""
+    """Raises InputError unless the settings of an update that all methods share are in range.
+
+    `nesterov` is the name of the optimizer, where its momentum is to be Nesterov's.
+    """
     at_least("momentum", momentum, 0.0)
     if momentum >= 1:
         raise InputError(f"momentum is {momentum}; it must be below 1")
+    if nesterov and (nesterov != "sgd" or not momentum):
+        told = f"optimizer {nesterov!r}" if nesterov != "sgd" else "momentum 0"
+        raise InputError(f"nesterov is True with {told}; it is a kind of SGD's momentum")
     at_least("weight_decay", weight_decay, 0.0)
     at_least("label_smoothing", label_smoothing, 0.0)
     if label_smoothing >= 1:

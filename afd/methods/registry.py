@@ -18,12 +18,25 @@ from typing import Any, get_type_hints
 from afd.attacks.settings import ATTACKS, AttackSettings, attack_named
 from afd.deprecated import METHOD_SETTINGS, today
 from afd.errors import InputError, InputTypeError, fits, in_a_line, in_words
+from afd.methods.adversarial import ALP, AT, FGSMRS, MART, TRADES, Natural, NormPenalty
 from afd.methods.afd import AFD
+from afd.methods.awp import AWP
 from afd.methods.base import Method, check_declared
-from afd.methods.supervised import AT, Natural, Wrapper
+from afd.methods.free import Free
+from afd.methods.supervised import Wrapper
 
-METHODS: dict[str, type[Method]] = {"natural": Natural, "at": AT, "afd": AFD}
-WRAPPERS: dict[str, type[Wrapper]] = {}
+METHODS: dict[str, type[Method]] = {
+    "natural": Natural,
+    "at": AT,
+    "trades": TRADES,
+    "mart": MART,
+    "alp": ALP,
+    "fgsm-rs": FGSMRS,
+    "free": Free,
+    "norm-penalty": NormPenalty,
+    "afd": AFD,
+}
+WRAPPERS: dict[str, type[Wrapper]] = {"awp": AWP}
 
 
 def known(name: str) -> bool:

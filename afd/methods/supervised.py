@@ -1,10 +1,10 @@
-"""Supervised methods: those that are told by one function, from model and batch to losses. Natural training and AT."""
+"""Supervised methods, told by one function from model and batch to losses: what is done once for all of them."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from afd.attacks import PGDSettings
 from afd.attacks.settings import AttackSettings
 from afd.errors import InputError, InputTypeError, at_least, one_of
 from afd.execution import Execution, Wrap, unsynchronised
 from afd.methods.attacking import Attacks, check_attacks
-from afd.methods.base import Batch, Method, Step, parts, unwrapped
+from afd.methods.base import Batch, Method, Run, Step, parts, unwrapped
 from afd.methods.inputs import as_split
 from afd.methods.optimizers import (
     OPTIMIZERS,
@@ -31,6 +30,7 @@ from afd.methods.optimizers import (
     trainable,
 )
 from afd.nn import Split
+from afd.nn.modes import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,9 @@ class Optimized(Method):
         lr: learning rate of the model.
         momentum: of every SGD optimizer.
         weight_decay: on the model's weights.
-        optimizer: of every player: "sgd" or "adam".
+        optimizer: of every player: "sgd", "adam" or "adamw".
+        nesterov: momentum of SGD as Nesterov's.
+        decay_norms: weight decay also on the parameters of fewer than two dimensions: those of norms, and biases.
         optimizers: the user's own instead, as {player: factory}; the model's is "task".
         label_smoothing: share of the label that is spread over all classes, as in `torch.nn.CrossEntropyLoss`.
         clip: largest norm of each optimizer's gradient; None for any.
@@ -55,7 +57,9 @@ class Optimized(Method):
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    nesterov: bool = False
+    decay_norms: bool = True
     optimizers: Mapping[str, OptimizerFactory] = field(default_factory=dict)
     label_smoothing: float = 0.0
     clip: float | None = None
@@ -63,7 +67,10 @@ class Optimized(Method):
 
     of_optimizers: ClassVar[frozenset[str]] = frozenset({"lr", "momentum", "weight_decay"})
     players: ClassVar[tuple[str, ...]] = ("task",)  # that have an optimizer
-    rates: ClassVar[Mapping[str, Mapping[str, float]]] = {}  # that an optimizer wants where nobody names any
+    rates: ClassVar[Mapping[str, Mapping[str, float]]] = {  # that an optimizer wants where nobody names any
+        "adam": {"lr": 1e-3},
+        "adamw": {"lr": 1e-3, "weight_decay": 0.05},
+    }
 
     def __post_init__(self) -> None:
         check_attacks(self)
@@ -72,6 +79,7 @@ class Optimized(Method):
         check_factories(self.optimizers, self.players)
         check_update(
             momentum=self.momentum,
+            nesterov=self.nesterov and self.optimizer,
             weight_decay=self.weight_decay,
             label_smoothing=self.label_smoothing,
             clip=self.clip,
@@ -86,7 +94,9 @@ class Optimized(Method):
             name=self.optimizer,
             lr=self.lr,
             momentum=self.momentum,
+            nesterov=self.nesterov,
             weight_decay=self.weight_decay,
+            decay_norms=self.decay_norms,
         )
 
     def cross_entropy(self, logits: Tensor, y: Tensor | None) -> Tensor:
@@ -94,6 +104,17 @@ class Optimized(Method):
         if y is None:
             raise InputError("y is None; the loss needs labels")
         return F.cross_entropy(logits, y, label_smoothing=self.label_smoothing)
+
+    def classes_of(self, batch: Batch) -> Tensor:
+        """The labels [N] of a batch whose loss is one of classes.
+
+        Raises:
+            InputError: it has none, or soft ones.
+        """
+        if batch.y is None or batch.y.dim() != 1:
+            told = "None" if batch.y is None else f"soft labels {list(batch.y.shape)}"
+            raise InputError(f"y is {told}; the loss of {type(self).__name__} is one of classes [N]")
+        return batch.y
 
 
 TERMS = 'it must be a dict of terms by name, such as {"task": loss}, each a tensor [] that is a mean over the rows'
@@ -123,6 +144,10 @@ class ByLosses(Method):
     @abstractmethod
     def descend(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
         """One step of the optimizer on a batch; returns the losses."""
+
+    def kind(self, step: SupervisedStep) -> Hashable:  # noqa: ARG002
+        """Which way the next step goes, as of `Step.kind`; for most there is one."""
+        return None
 
     def build(
         self,
@@ -187,9 +212,31 @@ class Wrapper(ByLosses):
         return self.method.labels
 
     @property
+    def soft_labels(self) -> bool:  # type: ignore[override]
+        """Whether the method inside takes them."""
+        return self.method.soft_labels
+
+    @property
+    def repeats(self) -> int:
+        """Those of the method inside."""
+        return self.method.repeats
+
+    def check_run(self, run: Run) -> None:
+        """See `Method`; asks the method inside."""
+        self.method.check_run(run)
+
+    def judge(self, seed: int = 0) -> Any:
+        """See `Method`; that of the method inside."""
+        return self.method.judge(seed)
+
+    @property
     def core(self) -> Supervised:
         """The innermost method, which has the settings of the update."""
         return self.method.core
+
+    def kind(self, step: SupervisedStep) -> Hashable:
+        """That of the method inside."""
+        return self.method.kind(step)
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
         """Those of the method inside."""
@@ -236,6 +283,16 @@ class TrainedModel(nn.Module):
     ) -> Tensor:
         """Attacked copies of a batch's images: what ``self.attack(model, batch)`` asks for."""
         return self.attacks(settings, batch, target, start)
+
+    def looked(self, batch: Batch) -> Tensor:
+        """Logits [N, K] of a batch's images, of the model in evaluation mode and without a graph."""
+        return self.attacks.looked(batch)
+
+    @contextmanager
+    def statistics(self) -> Iterator[Statistics]:
+        """What the passes inside do to BatchNorm's running statistics, to be done again without a pass."""
+        with Statistics.noted(self.passes) as found:
+            yield found
 
 
 class Losses(nn.Module):
@@ -289,6 +346,8 @@ class SupervisedStep(Step):
             InputError: no trainable parameter has a part in the losses.
         """
         self.attacks.again()
+        if batch.x.requires_grad:
+            batch.x.grad = None  # of a method that moves the images by it
         found: dict[str, Tensor] = {}
         for part in parts(batch, self.settings.micro_batches):
             with nullcontext() if part.last else unsynchronised(self._wrapped):
@@ -313,6 +372,11 @@ class SupervisedStep(Step):
             if term.dim():
                 raise InputError(f"{told} have {name!r} of shape {list(term.shape)}; {TERMS}")
 
+    def kind(self) -> Hashable:
+        """See `Step.kind`."""
+        kind: Hashable = self.method.kind(self)
+        return kind
+
     def forget(self) -> None:
         """Lets go of the gradients gathered."""
         self.optimizers["task"].zero_grad()
@@ -324,34 +388,3 @@ class SupervisedStep(Step):
 
 def _sum(terms: list[Tensor]) -> Tensor:
     return sum(terms[1:], terms[0])
-
-
-# --- Methods --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Natural(Supervised):
-    """Natural training, the paper's NT: SGD on L_C = CE(C(F(x)), y)."""
-
-    validation_attack: AttackSettings | str | None = None
-
-    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
-        """L_C as "task"."""
-        return {"task": self.cross_entropy(model(batch.x), batch.y)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class AT(Supervised):
-    """Adversarial training (Madry et al. 2018): SGD on CE(C(F(x')), y), x' found by PGD; defaults for CIFAR-10.
-
-    Attributes:
-        weight_decay: on the model's weights; 5e-4 as in Rice et al. (2020): it decides much of the robust accuracy.
-    """
-
-    weight_decay: float = 5e-4
-    attack: AttackSettings = PGDSettings()
-    validation_attack: AttackSettings | str | None = "pgd-20"
-
-    def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
-        """The cross-entropy of attacked images as "task"."""
-        return {"task": self.cross_entropy(model(self.attack(model, batch)), batch.y)}

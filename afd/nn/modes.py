@@ -6,9 +6,11 @@ import os
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -159,6 +161,61 @@ class Buffers:
                 uncounted.append((buffer.data, values))
         for targets, sources in _alike(uncounted):
             torch._foreach_copy_(targets, sources)
+
+
+class Statistics:
+    """What passes did to the running statistics of BatchNorm layers in training, to be done again without a pass.
+
+    With r₀ → r₁ what they did and d the share of r₀ in r₁, statistics r become r₁ + d (r - r₀).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [
+            layer
+            for layer in model.modules()
+            if isinstance(layer, _BatchNorm) and layer.training and layer.num_batches_tracked is not None
+        ]
+        self.before = [self._values(layer) for layer in self.layers]
+        self.after: list[list[Tensor]] = []
+
+    @classmethod
+    @contextmanager
+    def noted(cls, model: nn.Module) -> Iterator[Statistics]:
+        """Notes what the body's passes do."""
+        found = cls(model)
+        yield found
+        found.after = [found._values(layer) for layer in found.layers]
+
+    @torch.no_grad()
+    def again(self) -> None:
+        """Does it once more, to the statistics as they are now.
+
+        As in a pass, that is no change to a graph that autograd keeps of them: buffers are written to uncounted.
+        """
+        for layer, before, after in zip(self.layers, self.before, self.after, strict=True):
+            now = self._values(layer)
+            calls = after[2] - before[2]
+            if layer.momentum is None:  # the mean of all calls: what the calls added is a sum
+                kept, old, new = (one / (now[2] + calls) for one in (now[2], before[2], after[2]))
+            else:
+                kept = old = (1 - layer.momentum) ** calls
+                new = torch.ones_like(kept)
+            for buffer, r, r0, r1 in zip(self._buffers(layer), now, before, after, strict=False):
+                buffer.data.copy_(kept * r + (new * r1 - old * r0))
+            layer.num_batches_tracked.add_(calls.to(layer.num_batches_tracked.dtype))  # type: ignore[union-attr]
+
+    @staticmethod
+    def _values(layer: _BatchNorm) -> list[Tensor]:
+        """Running mean, running variance, and how often the layer was called, a tensor [] of float64."""
+        calls: Any = layer.num_batches_tracked
+        return [*(one.clone() for one in Statistics._buffers(layer)), calls.to(torch.float64, copy=True)]
+
+    @staticmethod
+    def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+        mean, variance = layer.running_mean, layer.running_var
+        assert mean is not None
+        assert variance is not None
+        return mean, variance
 
 
 def version_of(tensor: Tensor | None) -> int | None:

@@ -11,7 +11,7 @@ from toy_methods import Perturbed, Replays
 
 from afd.attacks import PGDSettings
 from afd.data import Batches, Images
-from afd.methods import AFD, AT, Natural
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Free, Natural, NormPenalty
 from afd.nn import FeatureClassifier
 from afd.processes import leave
 from afd.runtime import join
@@ -19,6 +19,8 @@ from afd.training import Trainer
 
 JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=2)}
 AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
+GAUSSIAN = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian"), **JUDGE}
+KL = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian", loss="kl"), **JUDGE}
 GAME = {"hidden": 8, **AGAINST}
 METHODS = {
     "joint": AFD(**GAME),
@@ -28,6 +30,18 @@ METHODS = {
     "natural": Natural(micro_batches=2, **JUDGE),
     "at": AT(lr=0.05, **AGAINST),
     "at in parts": AT(lr=0.05, micro_batches=2, clip=1.0, **AGAINST),
+    "trades": TRADES(lr=0.05, **KL),
+    "mart": MART(lr=0.05, **GAUSSIAN),
+    "alp": ALP(lr=0.05, micro_batches=2, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, targeted=True), **JUDGE),
+    "fgsm-rs": FGSMRS(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.125, steps=1, batchnorm="train"), **JUDGE),
+    "free": Free(lr=0.05, eps=0.1, replays=2, **JUDGE),
+    "norm-penalty": NormPenalty(lr=0.05, distance="squared-L2", **AGAINST),
+    "at+awp": AWP(AT(lr=0.05, **AGAINST)),
+    "trades+awp": AWP(TRADES(lr=0.05, micro_batches=2, **KL), gamma=0.05, start_epoch=1),
+    "free+awp": AWP(Free(lr=0.05, eps=0.1, replays=2, **JUDGE), weight_decay_at="original"),
+    "adversarial": AFD(adversarial_weight=0.5, **GAME),
+    "adversarial-separate": AFD.adam(loss="dcgan", lr=1e-2, lr_features=1e-2, adversarial_weight=0.5, **GAME),
+    "adversarial-alternating": AFD(schedule="alternating", adversarial_weight=0.5, micro_batches=2, **GAME),
     "replays": Replays(lr=0.05),
     "wrapped": Perturbed(AT(lr=0.05, **AGAINST), gamma=0.05),
     "frozen-joint": AFD(**GAME),

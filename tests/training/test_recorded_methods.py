@@ -10,7 +10,7 @@ from toy_methods import Perturbed, Replays, Steady
 
 from afd.attacks import PGDSettings
 from afd.errors import InputError
-from afd.methods import AT, Supervised
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Free, NormPenalty, Supervised
 from afd.nn import FeatureClassifier
 from afd.training import recording
 
@@ -20,6 +20,25 @@ PGD_2 = {"eps": 0.1, "alpha": 0.05, "steps": 2, "fold_batchnorm": False}
 METHODS = {
     **{mode: AT(lr=0.05, attack=PGDSettings(batchnorm=mode, **PGD_2)) for mode in ("eval", "train", "batch", "clean")},
     "in parts": AT(lr=0.05, micro_batches=2, clip=1.0, attack=PGDSettings(**PGD_2)),
+    "trades": TRADES(lr=0.05, attack=PGDSettings(loss="kl", init="gaussian", **PGD_2)),
+    "trades, one clean pass": TRADES(
+        lr=0.05, attack=PGDSettings(loss="kl", init="gaussian", batchnorm="batch", **PGD_2)
+    ),
+    "mart": MART(lr=0.05, attack=PGDSettings(init="gaussian", **PGD_2)),
+    "alp": ALP(lr=0.05, attack=PGDSettings(targeted=True, **PGD_2)),
+    "fgsm-rs": FGSMRS(lr=0.05, attack=PGDSettings(**{**PGD_2, "steps": 1, "batchnorm": "train"})),
+    "free": Free(lr=0.05, eps=0.1),
+    "free in L2": Free(lr=0.05, eps=0.5, norm="L2"),
+    "norm-penalty": NormPenalty(lr=0.05, attack=PGDSettings(**PGD_2)),
+    "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(**PGD_2))),
+    "trades+awp": AWP(TRADES(lr=0.05, attack=PGDSettings(loss="kl", init="gaussian", **PGD_2)), gamma=0.05),
+    "free+awp": AWP(Free(lr=0.05, eps=0.1), weight_decay_at="original"),
+    "afd, adversarial": AFD(lr=0.05, hidden=4, adversarial_weight=0.5, attack=PGDSettings(**PGD_2)),
+    "afd alternating, adversarial": AFD(
+        lr=0.05, hidden=4, adversarial_weight=0.5, schedule="alternating", attack=PGDSettings(**PGD_2)
+    ),
+    "adamw, no decay of norms": AT(lr=0.01, optimizer="adamw", decay_norms=False, attack=PGDSettings(**PGD_2)),
+    "nesterov": AT(lr=0.05, nesterov=True, attack=PGDSettings(**PGD_2)),
     "replays": Replays(lr=0.05),
     "wrapped": Perturbed(AT(lr=0.05, attack=PGDSettings(**PGD_2)), gamma=0.05),
     "no labels": Steady(lr=0.05),

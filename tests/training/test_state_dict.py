@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from afd.attacks import PGDSettings
 from afd.checkpoint import CheckpointError
 from afd.errors import InputError
-from afd.methods import AFD, Natural
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Natural, NormPenalty
 from afd.training import EpochReport, Trainer
 
 X = torch.rand(40, 1, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -21,6 +21,15 @@ BATCHES = 5  # an epoch
 METHODS = {
     "natural": Natural(lr=0.1, momentum=0.9),
     "afd": AFD(lr=0.05, hidden=4, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)),
+    "afd, adversarial": AFD(
+        lr=0.05, hidden=4, adversarial_weight=0.5, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)
+    ),
+    "trades": TRADES(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, loss="kl", init="gaussian")),
+    "mart": MART(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian")),
+    "alp": ALP(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, targeted=True)),
+    "fgsm-rs": FGSMRS(lr=0.05),
+    "norm-penalty": NormPenalty(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)),
+    "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)), gamma=0.05, start_epoch=1),
 }
 
 
