@@ -3,8 +3,9 @@
 Compared are weights, momentum, and BatchNorm's running statistics and counts. Some released flows pass images for
 nobody (Rice's attack, and so AT-AWP's, ends with a forward that only restarts would read, and clean images are passed
 for a log), or in another order (TRADES-AWP passes attacked images before clean ones). In training mode such passes move
-the running statistics, and nothing else. So what each forward would do to them is noted, and ours are held to be what
-the other forwards make of them, in the order of ours: `Flow.passes`.
+the running statistics, and nothing else. So what each forward does to them is noted, and ours are held to be what the
+other forwards make of them, in the order of ours: `Flow.passes`. Where the next attack reads them (TRADES-AWP's does),
+both go on from the released ones.
 """
 
 import itertools
@@ -79,12 +80,14 @@ class Flow:
         build: (model, optimizer, start=) -> the released flow.
         init: what starts are drawn from.
         passes: the released flow's forwards in training mode in each step that ours has as well, in the order of ours.
+        handed_on: whether our running statistics are made the released ones after each step.
     """
 
     method: object
     build: Callable
     init: str = "uniform"
     passes: tuple = ()
+    handed_on: bool = False
 
 
 RICE = (0, 1, 2, 4)  # three of the attack, (one after it,) training (, clean images)
@@ -92,19 +95,15 @@ KL, TRAIN = {"loss": "kl", "init": "gaussian"}, {"batchnorm": "train"}
 FLOWS = {
     "at of robustness": Flow(AT(attack=attack()), partial(released.RobustnessAT, **BALL)),
     "at of rice": Flow(AT(attack=attack(**TRAIN)), partial(released.RiceAT, **BALL), passes=RICE),
-    "fgsm-rs": Flow(
-        FGSMRS(attack=attack(**TRAIN, steps=1, alpha=0.12)), partial(released.FGSMRS, eps=EPS, alpha=0.12)
-    ),
+    "fgsm-rs": Flow(FGSMRS(attack=attack(**TRAIN, steps=1, alpha=0.12)), partial(released.FGSMRS, eps=EPS, alpha=0.12)),
     "trades": Flow(TRADES(beta=3.0, attack=attack(**KL)), partial(released.TRADES, **BALL, beta=3.0), "gaussian"),
-    "mart": Flow(
-        MART(beta=4.0, attack=attack(init="gaussian")), partial(released.MART, **BALL, beta=4.0), "gaussian"
-    ),
+    "mart": Flow(MART(beta=4.0, attack=attack(init="gaussian")), partial(released.MART, **BALL, beta=4.0), "gaussian"),
     "alp": Flow(
         ALP(weight=0.3, label_smoothing=0.2, attack=attack(targeted=True)),
         partial(released.ALP, **BALL, weight=0.3, label_smoothing=0.2),
     ),
     "free": Flow(
-        Free(eps=EPS, replays=3), lambda model, optimizer, start: released.Free(model, optimizer, eps=EPS, repeats=3)
+        Free(eps=EPS, replays=3), lambda *built, **_: released.Free(*built, eps=EPS, repeats=3)
     ),
     "at+awp": Flow(
         AWP(AT(attack=attack(**TRAIN)), gamma=0.02, start_epoch=1),
@@ -121,6 +120,7 @@ FLOWS = {
         partial(released_players.TRADESAWP, **BALL, beta=3.0, gamma=0.005, start_epoch=2, proxy_lr=0.1),
         "gaussian",
         passes=(1, 0, 2),
+        handed_on=True,
     ),
 } | {
     f"norm-penalty {distance}": Flow(
@@ -143,43 +143,45 @@ class Forwards:
             (x,) = given
             self.seen.append((x.detach().mean((0, 2, 3)), x.detach().var((0, 2, 3))))
 
-    def statistics(self, per_step, passes):
-        """Running mean and variance, and their count, that these passes of each step leave."""
-        mean, variance, calls = 0.0, 1.0, 0
-        for first in range(0, len(self.seen), per_step):
-            for one in passes:
-                batch = self.seen[first + one]
-                mean, variance, calls = 0.9 * mean + 0.1 * batch[0], 0.9 * variance + 0.1 * batch[1], calls + 1
-        return mean, variance, torch.tensor(calls)
+    def after(self, before, passes):
+        """Running mean and variance, and their count, that these forwards leave."""
+        mean, variance, calls = before
+        for one in passes or range(len(self.seen)):
+            batch = self.seen[one]
+            mean, variance, calls = 0.9 * mean + 0.1 * batch[0], 0.9 * variance + 0.1 * batch[1], calls + 1
+        return mean, variance, calls
 
 
 @pytest.mark.parametrize("name", FLOWS)
 def test_twenty_steps_are_those_of_the_released_flow(name):
     flow = FLOWS[name]
     ours, theirs = network(), network()
-    before = [parameter.detach().clone() for parameter in ours.parameters()]
+    begun = [parameter.detach().clone() for parameter in ours.parameters()]
     step, settings = flow.method.build(ours), flow.method.core
     optimizer = torch.optim.SGD(theirs.parameters(), settings.lr, 0.9, weight_decay=settings.weight_decay)
     start = Starts(flow.init)
     transcription = flow.build(theirs, optimizer, start=start)
-    forwards = [Forwards(layer) for layer in theirs.modules() if isinstance(layer, nn.BatchNorm2d)]
+    forwards = [Forwards(layer) for layer in norms(theirs)]
     for number, (x, y) in enumerate(batches(sizes=(10, 7) if name == "free" else (10,))):
-        step.epoch, start.seed = 1 + number // 10, number
+        step.epoch, start.seed, before = 1 + number // 10, number, statistics(ours)
         expected = transcription(x, y, epoch=step.epoch)
         for _ in range(flow.method.repeats):
             found = step(x, y, seed=number)
         same("loss", sum(found.values()), expected)
+        for one, was, seen in zip(statistics(ours), before, forwards, strict=True):
+            same("statistics", one, seen.after(was, flow.passes))
+            seen.seen.clear()
+        if flow.handed_on:
+            for one, other in zip(norms(ours), norms(theirs), strict=True):
+                one.load_state_dict({**one.state_dict(), **dict(other.named_buffers())})
 
-    pairs = zip(ours.named_parameters(), theirs.parameters(), before, strict=True)
-    for (key, one), other, begun in pairs:
+    for (key, one), other, was in zip(ours.named_parameters(), theirs.parameters(), begun, strict=True):
         same(key, one, other)
-        assert (one - begun).abs().max() > 1e-3
+        assert (one - was).abs().max() > 1e-3
         same(key, step.optimizers["task"].state[one]["momentum_buffer"], optimizer.state[other]["momentum_buffer"])
-    per_step = len(forwards[0].seen) // STEPS
-    layers = zip(statistics(ours), statistics(theirs), forwards, strict=True)
-    for one, other, seen in layers:
-        same("theirs", other, seen.statistics(per_step, range(per_step)))
-        same("ours", one, seen.statistics(per_step, flow.passes or range(per_step)))
+    if not flow.passes:
+        for one, other in zip(statistics(ours), statistics(theirs), strict=True):
+            same("statistics", one, other)
     assert all(module.training for module in ours.modules())
 
 
@@ -188,7 +190,10 @@ def same(name, one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-10, msg=lambda text: f"{name}: {text}")
 
 
+def norms(model):
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
 def statistics(model):
     """Running mean and variance, and their count, of each BatchNorm."""
-    norms = (module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
-    return [(norm.running_mean, norm.running_var, norm.num_batches_tracked) for norm in norms]
+    return [tuple(one.clone() for one in norm.buffers()) for norm in norms(model)]
