@@ -102,9 +102,7 @@ FLOWS = {
         ALP(weight=0.3, label_smoothing=0.2, attack=attack(targeted=True)),
         partial(released.ALP, **BALL, weight=0.3, label_smoothing=0.2),
     ),
-    "free": Flow(
-        Free(eps=EPS, replays=3), lambda *built, **_: released.Free(*built, eps=EPS, repeats=3)
-    ),
+    "free": Flow(Free(eps=EPS, replays=3), lambda *built, **_: released.Free(*built, eps=EPS, repeats=3)),
     "at+awp": Flow(
         AWP(AT(attack=attack(**TRAIN)), gamma=0.02, start_epoch=1),
         partial(released_players.ATAWP, **BALL, gamma=0.02, start_epoch=2),
