@@ -16,7 +16,7 @@ from torch import Tensor
 
 from afd.attacks import PGDSettings
 from afd.attacks.settings import AttackSettings
-from afd.errors import at_least, one_of
+from afd.errors import number, one_of
 from afd.methods.base import Batch
 from afd.methods.supervised import Supervised, TrainedModel
 
@@ -88,7 +88,7 @@ class TRADES(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("beta", self.beta, 0.0)
+        number("beta", self.beta, 0.0)
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of clean images as "task", the weighted divergence as "robust"."""
@@ -137,7 +137,7 @@ class MART(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("beta", self.beta, 0.0)
+        number("beta", self.beta, 0.0)
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of x' as "task", its largest wrong class as "margin", the weighted divergence as "robust"."""
@@ -179,7 +179,7 @@ class ALP(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("weight", self.weight, 0.0)
+        number("weight", self.weight, 0.0)
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of both as "task", the weighted distance as "pairing"."""
@@ -224,7 +224,7 @@ class NormPenalty(Supervised):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("weight", self.weight, 0.0)
+        number("weight", self.weight, 0.0)
         one_of("distance", self.distance, DISTANCES)
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:

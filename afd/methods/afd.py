@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from afd.attacks import PGDSettings
 from afd.attacks.settings import AttackSettings
-from afd.errors import at_least, one_of
+from afd.errors import number, one_of, whole
 from afd.execution import Execution, Wrap, as_torch_starts, feature_dtype
 from afd.methods.base import unwrapped
 from afd.methods.game import AFDStep, AlternatingStep, GameSettings, JointSGDStep, SimultaneousStep
@@ -79,8 +79,8 @@ class AFD(GameSettings):
         game_loss(self.loss)
         one_of("schedule", self.schedule, SCHEDULES)
         for name in ("lr_discriminator", "lr_features", "adversarial_weight", "penalty"):
-            at_least(name, getattr(self, name), 0.0)
-        at_least("discriminator_steps", self.discriminator_steps, 1)
+            number(name, getattr(self, name), 0.0)
+        whole("discriminator_steps", self.discriminator_steps, 1)
 
     @classmethod
     def adam(cls, **settings: Any) -> AFD:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from afd.errors import at_least, one_of, whole
+from afd.errors import number, one_of, whole
 from afd.methods.adversarial import TRADES
 from afd.methods.base import Batch
 from afd.methods.supervised import SupervisedStep, Wrapper
@@ -45,7 +45,7 @@ class AWP(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.gamma is not None:
-            at_least("gamma", self.gamma, 0.0)
+            number("gamma", self.gamma, 0.0)
         whole("start_epoch", self.start_epoch, 0)
         one_of("weight_decay_at", self.weight_decay_at, DECAYS)
 

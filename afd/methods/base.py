@@ -21,6 +21,7 @@ from afd.methods.attacking import Attacks, judge_of
 from afd.methods.inputs import check_dtype, check_features, check_form, check_values, device_of
 from afd.nn import Split
 
+CLASS_LEVEL = ("labels", "soft_labels", "of_optimizers", "coupled")  # said of a class, however it is annotated
 LOOKS = 3  # batches of a step of one's own whose values are looked at
 
 
@@ -283,7 +284,8 @@ class Step(ABC):
 
 def check_declared(kind: type[Any]) -> None:
     """Raises InputTypeError if a method's class has settings of its own, but is no dataclass that knows them."""
-    own = [name for name in vars(kind).get("__annotations__", {}) if name not in ("labels", "of_optimizers")]
+    annotated = vars(kind).get("__annotations__", {})
+    own = [name for name, told in annotated.items() if "ClassVar" not in str(told) and name not in CLASS_LEVEL]
     if own and "__dataclass_fields__" not in vars(kind):
         raise InputTypeError(
             f"the method {kind.__name__} declares {', '.join(own)}, but is no dataclass; write "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from afd.attacks.ball import Ball, Norm, ball_of_norm
 from afd.attacks.settings import AttackSettings
-from afd.errors import InputError, at_least, one_of, whole
+from afd.errors import InputError, number, one_of, whole
 from afd.methods.base import Batch, Run
 from afd.methods.supervised import Supervised, SupervisedStep
 
@@ -29,7 +29,8 @@ class Free(Supervised):
     all that counts steps (schedules, averages, checkpoints) counts each; as the images are passed that often, the
     authors have so many times fewer epochs. The defaults are those of their PyTorch code, with CIFAR-10's radius.
 
-    δ lies in ``step.memory["delta"]``, of each process its own, and in checkpoints.
+    δ lies in ``step.memory["delta"]``, of each process its own, and in checkpoints. By position, several processes
+    train as one does for as long as batches are of one size.
 
     Attributes:
         weight_decay: on the model's weights; 5e-4 as for AT (the authors' is 2e-4 on CIFAR-10).
@@ -55,9 +56,9 @@ class Free(Supervised):
     def __post_init__(self) -> None:
         super().__post_init__()
         ball_of_norm(self.norm)
-        at_least("eps", self.eps, 0.0)
+        number("eps", self.eps, 0.0)
         if self.alpha is not None:
-            at_least("alpha", self.alpha, 0.0)
+            number("alpha", self.alpha, 0.0)
         whole("replays", self.replays, 1)
         one_of("keyed", self.keyed, KEYS)
 
@@ -95,9 +96,9 @@ class Free(Supervised):
         return losses
 
     @staticmethod
-    def _of_each(number: float | Tensor, x: Tensor) -> float | Tensor:
-        """A number, or one for each image of one that is live."""
-        return number.to(x.dtype).repeat(len(x)) if isinstance(number, Tensor) else number
+    def _of_each(length: float | Tensor, x: Tensor) -> float | Tensor:
+        """A length, or one for each image of one that is live."""
+        return length.to(x.dtype).repeat(len(x)) if isinstance(length, Tensor) else length
 
     def _rows(self, batch: Batch) -> slice | Tensor:
         if self.keyed == "position":

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from afd.errors import InputError, at_least
+from afd.errors import InputError, number, whole
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -68,19 +68,19 @@ def check_update(
 
     `nesterov` is the name of the optimizer, where its momentum is to be Nesterov's.
     """
-    at_least("momentum", momentum, 0.0)
+    number("momentum", momentum, 0.0)
     if momentum >= 1:
         raise InputError(f"momentum is {momentum}; it must be below 1")
     if nesterov and (nesterov != "sgd" or not momentum):
         told = f"optimizer {nesterov!r}" if nesterov != "sgd" else "momentum 0"
         raise InputError(f"nesterov is True with {told}; it is a kind of SGD's momentum")
-    at_least("weight_decay", weight_decay, 0.0)
-    at_least("label_smoothing", label_smoothing, 0.0)
+    number("weight_decay", weight_decay, 0.0)
+    number("label_smoothing", label_smoothing, 0.0)
     if label_smoothing >= 1:
         raise InputError(f"label_smoothing is {label_smoothing}; it must be below 1")
     if clip is not None:
-        at_least("clip", clip, 1e-12)
-    at_least("micro_batches", micro_batches, 1)
+        number("clip", clip, 1e-12)
+    whole("micro_batches", micro_batches, 1)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

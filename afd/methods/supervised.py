@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from afd.attacks.settings import AttackSettings
-from afd.errors import InputError, InputTypeError, at_least, one_of
+from afd.errors import InputError, InputTypeError, number, one_of
 from afd.execution import Execution, Wrap, unsynchronised
 from afd.methods.attacking import Attacks, check_attacks
 from afd.methods.base import Batch, Method, Run, Step, parts, unwrapped
@@ -67,6 +67,7 @@ class Optimized(Method):
 
     of_optimizers: ClassVar[frozenset[str]] = frozenset({"lr", "momentum", "weight_decay"})
     players: ClassVar[tuple[str, ...]] = ("task",)  # that have an optimizer
+    coupled: ClassVar[bool] = False  # whether the losses of a batch are more than a mean over its rows
     rates: ClassVar[Mapping[str, Mapping[str, float]]] = {  # that an optimizer wants where nobody names any
         "adam": {"lr": 1e-3},
         "adamw": {"lr": 1e-3, "weight_decay": 0.05},
@@ -74,8 +75,13 @@ class Optimized(Method):
 
     def __post_init__(self) -> None:
         check_attacks(self)
-        at_least("lr", self.lr, 1e-12)
+        number("lr", self.lr, 1e-12)
         one_of("optimizer", self.optimizer, OPTIMIZERS)
+        if self.coupled and self.micro_batches > 1:
+            raise InputError(
+                f"micro_batches is {self.micro_batches}, but the losses of {type(self).__name__} couple the rows of a "
+                "batch, so that it cannot be passed in parts"
+            )
         check_factories(self.optimizers, self.players)
         check_update(
             momentum=self.momentum,

@@ -1,0 +1,123 @@
+"""What no method can be told: one clear error each, before anything is built."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from afd.attacks import PGDSettings
+from afd.errors import InputError, InputTypeError
+from afd.methods import AFD, ALP, AT, AWP, MART, TRADES, Free, Natural, NormPenalty, Run
+from afd.methods.supervised import Supervised
+from afd.nn import FeatureClassifier
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (TRADES, {"beta": -1.0}, "beta is -1.0; it must be a finite number >= 0.0"),
+        (TRADES, {"beta": float("nan")}, "beta is nan; it must be a finite number"),
+        (MART, {"beta": float("inf")}, "beta is inf; it must be a finite number"),
+        (ALP, {"weight": -0.5}, "weight is -0.5; it must be a finite number >= 0.0"),
+        (NormPenalty, {"weight": -0.5}, "weight is -0.5"),
+        (NormPenalty, {"distance": "L3"}, "distance is 'L3'; allowed are L1, L2, squared-L2"),
+        (Free, {"replays": 0}, "replays is 0; it must be a finite number >= 1"),
+        (Free, {"eps": -0.1}, "eps is -0.1"),
+        (Free, {"alpha": -0.1}, "alpha is -0.1"),
+        (Free, {"norm": "L7"}, "norm is 'L7'; allowed are"),
+        (Free, {"keyed": "name"}, "keyed is 'name'; allowed are position, index"),
+        (AFD, {"adversarial_weight": -1.0}, "adversarial_weight is -1.0"),
+        (AT, {"nesterov": True, "momentum": 0.0}, "nesterov is True with momentum 0; it is a kind of SGD's momentum"),
+        (AT, {"nesterov": True, "optimizer": "adamw"}, "nesterov is True with optimizer 'adamw'"),
+        (AT, {"optimizer": "lion"}, "optimizer is 'lion'; allowed are sgd, adam, adamw"),
+    ],
+)
+def test_what_is_out_of_range_is_named(kind, settings, message):
+    with pytest.raises(InputError, match=message):
+        kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (TRADES, {"beta": "6"}, "beta is '6', a str; it must be a number"),
+        (Free, {"replays": 2.5}, "replays is 2.5, a float; it must be a whole number"),
+        (AT, {"lr": None}, "lr is None, a NoneType; it must be a number"),
+        (AT, {"micro_batches": 1.5}, "micro_batches is 1.5, a float; it must be a whole number"),
+        (AFD, {"discriminator_steps": True}, "discriminator_steps is True, a bool; it must be a whole number"),
+    ],
+)
+def test_what_is_no_number_is_named(kind, settings, message):
+    with pytest.raises(InputTypeError, match=message):
+        kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gamma": -0.01}, "gamma is -0.01"),
+        ({"start_epoch": -1}, "start_epoch is -1"),
+        ({"weight_decay_at": "nowhere"}, "weight_decay_at is 'nowhere'; allowed are perturbed, original"),
+    ],
+)
+def test_so_it_is_of_a_wrapper(settings, message):
+    with pytest.raises(InputError, match=message):
+        AWP(AT(), **settings)
+
+
+def test_a_wrapper_goes_around_no_game():
+    with pytest.raises(InputTypeError, match="AWP goes around a supervised method; it was given a AFD"):
+        AWP(AFD())
+
+
+@pytest.mark.parametrize("method", [MART(), AFD(), AWP(MART())])
+def test_a_loss_of_classes_takes_no_soft_labels(method):
+    """Said of the run, and by a step that is given some all the same, before anything moves."""
+    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and (MART|AFD) asks for classes \[N\]"):
+        method.check_run(Run(soft=True))
+    for other in (AT(), TRADES(), ALP(), Free(), NormPenalty(), AWP(TRADES())):
+        other.check_run(Run(soft=True))
+    torch.manual_seed(0)
+    model = FeatureClassifier(torch.nn.Flatten(), 4, 3)
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    step = method.build(model)
+    with pytest.raises(InputError, match=r"y is soft labels \[2, 3\]"):
+        step(torch.rand(2, 1, 2, 2), torch.full((2, 3), 1 / 3))
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (Run(processes=2), "keyed is 'index' with 2 processes, which meet other images in each epoch"),
+        (Run(recorded=True), "keyed is 'index' with recorded steps, which do not see which images are new"),
+    ],
+)
+@pytest.mark.parametrize("around", [lambda method: method, AWP])
+def test_a_perturbation_by_index_is_of_one_eager_process(around, run, message):
+    with pytest.raises(InputError, match=message):
+        around(Free(keyed="index")).check_run(run)
+    around(Free()).check_run(run)
+    around(Free(keyed="index")).check_run(Run())
+
+
+def test_a_perturbation_by_index_needs_one():
+    step = Free(keyed="index").build(FeatureClassifier(torch.nn.Flatten(), 4, 3))
+    with pytest.raises(InputError, match="keyed is 'index', but the batch has none"):
+        step(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
+
+
+def test_losses_that_couple_a_batch_are_of_whole_batches():
+    @dataclass(frozen=True, kw_only=True)
+    class Coupled(Supervised):
+        coupled: ClassVar[bool] = True
+        attack: PGDSettings = PGDSettings()
+
+        def losses(self, model, batch):
+            return {"task": torch.linalg.matrix_norm(model(batch.x), "nuc") / len(batch)}
+
+    Coupled()
+    with pytest.raises(InputError, match="micro_batches is 2, but the losses of Coupled couple the rows of a batch"):
+        Coupled(micro_batches=2)
+    Natural(micro_batches=2)
