@@ -19,7 +19,9 @@ from afd.extras import needed_by
 from afd.files import check_path, check_target
 from afd.methods import Method
 from afd.methods.registry import described, made, options
-from afd.presets import PRESETS, method_for, radius
+from afd.nn.encoders import Activation
+from afd.nn.networks import ModelName
+from afd.presets import PRESETS, method_for, radius, width_for
 
 with needed_by("afd.config"):
     import tomli_w
@@ -54,10 +56,13 @@ class DataConfig:
 class ModelConfig:
     """Which network."""
 
-    name: Annotated[Literal["convnet", "resnet18"] | None, arg(name="model")] = None
+    name: Annotated[ModelName | None, arg(name="model")] = None
     """Network. Default: convnet for digits and MNIST, resnet18 for CIFAR."""
     width: int | None = None
-    """Filters of the first layer. Default: 32 for digits, 16 for MNIST (as in the paper), 64 for CIFAR."""
+    """Filters of the first layer. Default for convnet and resnet18: 32 for digits, 16 for MNIST (as in the paper), 64
+    for CIFAR; for others their paper's, 16 for WideResNets (whose factor comes on top), else 64."""
+    activation: Activation = "relu"
+    """Nonlinearity of the network; softplus has beta 1."""
     normalize: bool = True
     """Scale features to length 1 before classifier and discriminator see them."""
 
@@ -139,7 +144,7 @@ class TrainConfig(RunConfig):
         config = dataclasses.replace(
             self,
             data=_filled(self.data, augment=preset.augment),
-            model=_filled(self.model, name=preset.model, width=preset.width),
+            model=_filled(self.model, name=preset.model, width=width_for(self.data.name, self.model.name)),
             method=method,
             test=test,
             epochs=preset.epochs if self.epochs is None else self.epochs,
@@ -215,6 +220,8 @@ class TrainConfig(RunConfig):
             place[name] = None if place[name] is None else str(place[name])
         if self.data.limit is None:  # as in checkpoints of the time when there was none
             del plain["data"]["limit"]
+        if self.model.activation == "relu":  # likewise
+            del plain["model"]["activation"]
         return plain | {"method": None if self.method is None else described(self.method)}
 
     @classmethod

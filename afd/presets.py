@@ -10,6 +10,7 @@ from afd.attacks import AttackSettings, attack_named
 from afd.errors import InputError
 from afd.methods import Method
 from afd.methods.registry import classes_of, made
+from afd.nn.networks import own_width
 
 STEPS = 10  # of a training attack that is not the method's own
 
@@ -39,6 +40,12 @@ RADII = {
     ("cifar10", "L2"): 0.5, ("cifar10", "L1"): 12.0,
     ("cifar100", "L2"): 0.5, ("cifar100", "L1"): 12.0,
 }  # fmt: skip
+
+
+def width_for(data: str, model: str | None) -> int:
+    """The width of a network that none was named for: the data set's for the paper's two, its own for any other."""
+    own = None if model is None else own_width(model)
+    return PRESETS[data].width if own is None else own
 
 
 def radius(data: str, norm: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -89,7 +90,19 @@ def densenet():
     return unsettled(nn.Sequential(*stem, DenseLayer(8, 4), DenseLayer(12, 4), *between, DenseLayer(8, 4), *end))
 
 
+def ours(name, width, activation="relu"):
+    torch.manual_seed(0)
+    return unsettled(build_model(name, (3, 16, 16), 10, width, activation))
+
+
 FAMILIES = {"resnet": (resnet, 20), "wide_resnet": (wide_resnet, 4), "vgg": (vgg, 5), "densenet": (densenet, 4)}
+FAMILIES |= {  # of afd's own, BatchNorms behind a convolution: one a block, or all
+    "preactresnet18": (partial(ours, "preactresnet18", 4), 8),
+    "wideresnet28-10": (partial(ours, "wideresnet28-10", 1), 12),
+    "vgg16-bn": (partial(ours, "vgg16-bn", 4), 13),
+    "resnet18, silu": (partial(ours, "resnet18", 4, "silu"), 20),
+    "wideresnet28-10, softplus": (partial(ours, "wideresnet28-10", 1, "softplus"), 12),
+}
 
 
 # --- A forward joined and as it is written

@@ -259,7 +259,8 @@ def architecture(model: Model) -> str:
     """What a table calls the network."""
     recipe = look_up(model.metadata, "network", "recipe") or look_up(model.metadata, "config", "model")
     if isinstance(recipe, dict) and {"name", "width"} <= set(recipe):
-        return f"{recipe['name']} (width {recipe['width']})"
+        smooth = "" if recipe.get("activation", "relu") == "relu" else f", {recipe['activation']}"
+        return f"{recipe['name']} (width {recipe['width']}{smooth})"
     return type(unwrapped(model.network)).__name__
 
 

@@ -209,9 +209,14 @@ def begin_with(model: FeatureClassifier, path: Path) -> None:
 
     Raises:
         CheckpointError: it cannot be read, or does not fit the model.
+        InputError: it is of a published network, which scales no features, and the model does.
     """
     normalize = model.normalize
-    rebuild(path, model=model)
+    if rebuild(path, model=model).published and normalize:
+        raise InputError(
+            f"weights is {path}, of a network that gives its features to the last layer as they are; go on with "
+            "--no-normalize, as scaled to length 1 they are another function's"
+        )
     model.normalize = normalize
 
 
@@ -246,10 +251,12 @@ def schedule_for(config: TrainConfig) -> Schedule:
 
 def model_for(config: TrainConfig, images: Images) -> FeatureClassifier:
     """A fresh model of the config's kind that fits the images."""
-    assert config.model.name is not None
-    assert config.model.width is not None
+    chosen = config.model
+    assert chosen.name is not None
+    assert chosen.width is not None
     channels, height, width = images.pixels.shape[1:]
-    model = build_model(config.model.name, (channels, height, width), images.num_classes, config.model.width)
+    shape = channels, height, width
+    model = build_model(chosen.name, shape, images.num_classes, chosen.width, chosen.activation)
     model.normalize = config.model.normalize
     return model
 

@@ -14,7 +14,7 @@ from afd.attacks.external import BOUNDS, inside
 from afd.attacks.inputs import check_classes, check_images, check_rows, largest_label, outside_inference
 from afd.errors import AfdError, InputError, InputTypeError, warn_caller
 from afd.execution import Execution, TrainingPass, explained, isolated, lay_out_plainly, needs_plain_layout
-from afd.nn import ConvNet, FeatureClassifier, FeatureSplit, ResNet18, Split, split
+from afd.nn import Encoder, FeatureClassifier, FeatureSplit, Split, split
 from afd.nn.modes import evaluating, without_wrappers, wraps_compiled
 from afd.ops import checks
 
@@ -174,7 +174,7 @@ def settle(network: Any, execution: Execution, x: Tensor) -> int:
     """
     device = device_of(network)
     check_dtype(network, x)
-    if isinstance(network, FeatureClassifier) and isinstance(network.encoder, ConvNet | ResNet18):
+    if isinstance(network, FeatureClassifier) and isinstance(network.encoder, Encoder):
         return int(network.num_classes)
     some = outside_inference(x[:TRIED]).to(device)
     try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from afd.nn.classifier import FeatureClassifier, FeatureSplit, Split, split
-from afd.nn.networks import MODELS, ConvNet, ResNet18, build_model
+from afd.nn.encoders import ACTIVATIONS, VGG, ConvNet, Encoder, PreActResNet, ResNet18, WideResNet
+from afd.nn.networks import MODELS, build_model
 from afd.nn.spectral import (
     ProjectionDiscriminator,
     SpectralEmbedding,
@@ -13,6 +14,6 @@ from afd.nn.spectral import (
     convert_spectral_state,
 )
 
-__all__ = ["MODELS", "ConvNet", "FeatureClassifier", "FeatureSplit", "ProjectionDiscriminator", "ResNet18", "Split"]
-__all__ += ["SpectralEmbedding", "SpectralGroup", "SpectralLayer", "SpectralLinear", "build_model"]
-__all__ += ["convert_spectral_state", "split"]
+__all__ = ["ACTIVATIONS", "MODELS", "VGG", "ConvNet", "Encoder", "FeatureClassifier", "FeatureSplit", "PreActResNet"]
+__all__ += ["ProjectionDiscriminator", "ResNet18", "SpectralEmbedding", "SpectralGroup", "SpectralLayer"]
+__all__ += ["SpectralLinear", "Split", "WideResNet", "build_model", "convert_spectral_state", "split"]

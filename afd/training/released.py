@@ -8,7 +8,6 @@ very old ones, ``weight_v``), and optimizers, which are left behind.
 from __future__ import annotations
 
 import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd.checkpoint import CheckpointError
-from afd.nn import FeatureClassifier, ProjectionDiscriminator
+from afd.nn import FeatureClassifier, ProjectionDiscriminator, ResNet18
 
 State = Mapping[str, Tensor]
 
@@ -88,7 +87,7 @@ def into_model(released: Released, model: FeatureClassifier) -> FeatureClassifie
     own = model.encoder.state_dict().keys()
     encoder = released.encoder
     if not own <= encoder.keys():
-        encoder = {_name_in_resnet18(name): tensor for name, tensor in encoder.items()}
+        encoder = {ResNet18.name_of(name): tensor for name, tensor in encoder.items()}
     _load(model.encoder, encoder, "F")
     _load(model.classifier, released.classifier, "C")
     model.normalize = released.normalize
@@ -114,12 +113,6 @@ def into_discriminator(released: Released, discriminator: ProjectionDiscriminato
 def _plain(state: State) -> dict[str, Tensor]:
     """Without the prefix that DataParallel puts before every name."""
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-
-
-def _name_in_resnet18(name: str) -> str:
-    """Released: conv1, bn1, layer3.1; here: stem, bn, stages.5."""
-    name = re.sub(r"^conv1\.", "stem.", re.sub(r"^bn1\.", "bn.", name))
-    return re.sub(r"^layer(?:s\.)?(\d)\.(\d)\.", lambda at: f"stages.{2 * (int(at[1]) - 1) + int(at[2])}.", name)
 
 
 def _with_v(state: State) -> dict[str, Tensor]:

@@ -21,13 +21,15 @@ from afd.checkpoint import CheckpointError, OtherFileError, load_checkpoint
 from afd.errors import AfdError, in_a_line, look_up
 from afd.files import check_source, write_whole
 from afd.methods.registry import METHODS, known
-from afd.nn import FeatureClassifier, FeatureSplit, ProjectionDiscriminator, split
+from afd.nn import Encoder, FeatureClassifier, FeatureSplit, ProjectionDiscriminator, split
 from afd.nn.classifier import MARKER, entrance_of, unscaled, unwrapped
 from afd.nn.modes import without_wrappers
 from afd.nn.networks import from_recipe, recipe_of
 
 KEY = "afd"
 PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")
+WITHIN = "state_dict"  # where many training scripts keep the weights, beside what else they save
+NORMALISERS = {"mu", "sigma", "mean", "std", "normalize.mean", "normalize.std"}  # of images, inside of a network
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
@@ -73,6 +75,9 @@ def save_weights(path: Path | str, model: nn.Module) -> None:
 def load_weights(path: Path | str, model: nn.Module) -> Any:
     """Loads what `save_weights` wrote (or any state_dict of `model`) and returns the model split as it was trained.
 
+    A network of `afd.nn.build_model` also takes its weights by the names that `published` knows, and scales no features
+    from then on, as nothing did where they were trained.
+
     Raises:
         CheckpointError: the file cannot be read, or does not fit the model.
     """
@@ -83,6 +88,8 @@ def load_weights(path: Path | str, model: nn.Module) -> Any:
 def read_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
     """A state_dict from a file, and what `save_weights` noted beside it: nothing, if that did not write it.
 
+    The file may also hold ``{"state_dict": ...}`` and anything besides.
+
     Raises:
         CheckpointError: the file cannot be read, or holds something else.
     """
@@ -90,6 +97,8 @@ def read_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # on other files, and damaged ones, the unpickler stumbles in any way it can
         raise CheckpointError(f"{path} cannot be read: {in_a_line(error)}") from error
+    if isinstance(state, Mapping) and isinstance(state.get(WITHIN), Mapping):
+        state = state[WITHIN]
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         held = ", ".join(map(str, list(state)[:8])) if isinstance(state, Mapping) else type(state).__name__
         hint = "; see afd.training.released for the paper's checkpoints" if "E_state_dict" in held else ""
@@ -101,7 +110,7 @@ def load_state(state: Mapping[str, Any], facts: Mapping[str, Any], model: nn.Mod
     """Loads a state_dict into a model, and returns it split as it was trained.
 
     Args:
-        state: names may carry the prefixes of DataParallel and torch.compile.
+        state: names may carry the prefixes of DataParallel and torch.compile, or be those of `published`.
         facts: "normalize", "feature_layer" and "num_classes" of the trained network, as far as they are known.
         model: whose weights they are, or a wrapper of it.
         source: where they come from, for the error.
@@ -115,11 +124,12 @@ def load_state(state: Mapping[str, Any], facts: Mapping[str, Any], model: nn.Mod
     marked = [name for name in state if name.rpartition(".")[2] == MARKER]
     for name in marked:  # said again by `split` below
         del state[name]
+    renamed = published(state, inner, source)
     try:
         unscaled(inner)
-        inner.load_state_dict(_without_prefixes(state, inner))
+        inner.load_state_dict(_without_prefixes(state, inner) if renamed is None else renamed)
         if isinstance(model, FeatureClassifier):
-            normalize = facts.get("normalize")
+            normalize = facts.get("normalize") if renamed is None else False
             model.normalize = model.normalize if normalize is None else normalize
             return model
         chosen = dict(facts)
@@ -139,11 +149,51 @@ def load_plainly(state: Mapping[str, Any], model: nn.Module, source: str) -> nn.
         CheckpointError: it does not fit.
     """
     inner = unwrapped(model)
+    renamed = published(state, inner, source)
     try:
-        inner.load_state_dict(_without_prefixes(dict(state), inner))
+        inner.load_state_dict(_without_prefixes(dict(state), inner) if renamed is None else renamed)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(f"{source} does not load into a {type(inner).__name__}: {in_a_line(error)}") from error
+    if renamed is not None:
+        inner.normalize = False  # type: ignore[assignment]
     return without_wrappers(model)
+
+
+def published(state: Mapping[str, Any], model: nn.Module, source: str) -> dict[str, Any] | None:
+    """A published state_dict by the names of a network of afd's; None if it is no such one.
+
+    Known are RobustBench's classes ``WideResNet`` (as TRADES's), ``PreActResNet`` and ``ResNet``, and the usual VGG for
+    CIFAR. Names may begin with ``module.`` or ``model.``. No such network scales its features to length 1. What names
+    do not tell is the user's to know: the activation, and whether images were normalised before the network saw them.
+    DeepMind's layout (``batchnorm_0``, ``conv_0``) is that of another network, whose convolutions pad otherwise.
+
+    Args:
+        state: names and tensors.
+        model: that is to take them.
+        source: where they come from, for the error.
+
+    Raises:
+        CheckpointError: the published network normalises images by itself, and so is another one.
+    """
+    encoder = getattr(model, "encoder", None)
+    if not isinstance(model, FeatureClassifier) or not isinstance(encoder, Encoder) or encoder.published_head is None:
+        return None
+    plain = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): value for name, value in state.items()}
+    head = encoder.published_head
+    if f"{head}.weight" not in plain or any(name.startswith("encoder.") for name in plain):
+        return None
+    if found := sorted(NORMALISERS & plain.keys()):
+        raise CheckpointError(
+            f"{source} holds {' and '.join(found)}: its network normalises images, and afd's take them as they are, in "
+            "[0, 1]; load it into its own class, which afd takes as well"
+        )
+    renamed = {}
+    for name, value in plain.items():
+        layer, _, part = name.rpartition(".")
+        own = f"classifier.{part}" if layer == head else encoder.name_of(name)
+        if own is not None:
+            renamed[own if layer == head else f"encoder.{own}"] = value
+    return renamed
 
 
 def _without_prefixes(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
@@ -178,12 +228,14 @@ class Rebuilt:
         discriminator: D(z, y) that it was trained against, if there was one.
         metadata: what its checkpoint says of the run, in plain JSON; empty for a file of weights.
         path: the file.
+        published: whether its names were those that `published` knows.
     """
 
     network: nn.Module
     discriminator: nn.Module | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
     path: Path = Path()
+    published: bool = False
 
 
 def rebuild(path: Path, device: torch.device | str = "cpu", model: nn.Module | None = None) -> Rebuilt:
@@ -203,7 +255,8 @@ def rebuild(path: Path, device: torch.device | str = "cpu", model: nn.Module | N
         state, metadata = load_checkpoint(path, "cpu")
     except OtherFileError:
         weights, facts = read_weights(path)
-        return Rebuilt(_network(path, weights, facts, model).to(device).eval(), path=path)
+        known = model is not None and published(weights, unwrapped(model), f"checkpoint {path}") is not None
+        return Rebuilt(_network(path, weights, facts, model).to(device).eval(), path=path, published=known)
     except CheckpointError as error:
         if isinstance(
             error.__cause__, LookupError | TypeError | AttributeError | EOFError

@@ -56,8 +56,9 @@ def test_new_weights_are_folded_anew():
     assert_computes_the_same(model, x, 20, joining)
 
 
-def test_joined_attacks_agree_with_those_on_the_model_as_written():
-    model, x, y = resnet(), torch.rand(6, 3, 16, 16), torch.arange(6) % 10
+@pytest.mark.parametrize("family", ["resnet", "preactresnet18", "wideresnet28-10", "vgg16-bn", "resnet18, silu"])
+def test_joined_attacks_agree_with_those_on_the_model_as_written(family):
+    model, x, y = FAMILIES[family][0](), torch.rand(6, 3, 16, 16), torch.arange(6) % 10
     joined, written = (PGD(model, eps=0.03, steps=3, fold_batchnorm=fold)(x, y) for fold in (True, False))
     assert (joined - written).abs().gt(1e-6).float().mean() < 0.01  # signs turn where gradients are all but zero
 

@@ -18,7 +18,7 @@ from afd.evaluation import protocol as protocols
 from afd.evaluation.attacks import Epsilon
 from afd.evaluation.command import EvaluateConfig, load, name_of, trained_at
 from afd.evaluation.model import Model
-from afd.evaluation.outcome import read_results
+from afd.evaluation.outcome import architecture, read_results
 from afd.methods import AFD, METHODS, Execution, Natural
 from afd.nn.networks import from_recipe, recipe_of
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights
@@ -203,7 +203,7 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path, mine, capsys):
     trained("lenet", tmp_path / "run")
     checkpoint = tmp_path / "run" / "best.pt"
     save_weights(tmp_path / "w.pt", lenet())
-    torch.save({"epoch": 3, "state_dict": lenet().state_dict()}, tmp_path / "nested.pt")
+    torch.save({"epoch": 3, "net": lenet().state_dict()}, tmp_path / "nested.pt")
     torch.save({"E_state_dict": {}, "epoch": 3}, tmp_path / "released.pt")
 
     def told(*words):
@@ -218,7 +218,7 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path, mine, capsys):
     assert "does not load into a FeatureClassifier" in told(checkpoint, "--model", f"{mine}small")
     assert "does not load into a Sequential" in told(tmp_path / "w.pt", "--model", f"{mine}plain")
     assert "w.pt does not say which network it holds" in told(tmp_path / "w.pt", "--data", "digits")
-    assert "holds no state_dict of a model, but epoch, state_dict" in told(tmp_path / "nested.pt")
+    assert "holds no state_dict of a model, but epoch, net" in told(tmp_path / "nested.pt")
     assert "see afd.training.released" in told(tmp_path / "released.pt")
     assert "name it with --data" in told(checkpoint, "--model", f"{mine}lenet")
     assert "does not take mnist's 1x28x28 images" in told(checkpoint, "--model", f"{mine}lenet", "--data", "mnist")
@@ -242,12 +242,16 @@ def flowers(folder):
 def test_a_model_that_was_changed_since_it_was_built_has_no_recipe():
     built = small()
     assert recipe_of(built) == {
-        "name": "convnet", "shape": [1, 8, 8], "classes": 10, "width": 2, "normalize": True,
+        "name": "convnet", "shape": [1, 8, 8], "classes": 10, "width": 2, "activation": "relu", "normalize": True,
     }  # fmt: skip
     assert recipe_of(copy.deepcopy(built)) == recipe_of(built)
     changed = small()
     changed.encoder.layers[1] = nn.GELU()
     assert recipe_of(changed) is None
+    smooth = small("cifar10", "resnet18")
+    assert recipe_of(smooth) is not None
+    smooth.encoder.stages[1].activation = nn.functional.silu
+    assert recipe_of(smooth) is None
     hooked = small()
     hooked.encoder.register_forward_hook(lambda _module, _inputs, output: 2 * output)
     assert recipe_of(hooked) is None
@@ -262,6 +266,31 @@ def test_another_head_and_other_settings_are_in_the_recipe():
     again.load_state_dict(model.state_dict())
     x = some().images()
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("network", ["convnet", "resnet18", "preactresnet18", "wideresnet28-10", "vgg11-bn"])
+def test_the_activation_is_in_the_recipe_and_is_relu_in_those_that_do_not_say(network):
+    torch.manual_seed(0)
+    model = afd.nn.build_model(network, SHAPES["cifar10"], 10, 1, "softplus").eval()
+    recipe = recipe_of(model)
+    again = from_recipe(recipe).eval()
+    again.load_state_dict(model.state_dict())
+    x = some("cifar10", count=4).images()
+    assert torch.equal(again(x), model(x))
+    earlier = from_recipe({name: one for name, one in recipe.items() if name != "activation"}).eval()
+    earlier.load_state_dict(model.state_dict())
+    relu = afd.nn.build_model(network, SHAPES["cifar10"], 10, 1).eval()
+    relu.load_state_dict(model.state_dict())
+    assert torch.equal(earlier(x), relu(x))
+    assert not torch.equal(earlier(x), model(x))
+
+
+def test_a_table_names_the_network_and_an_activation_that_is_not_relu():
+    for activation, words in {"relu": "resnet18 (width 2)", "silu": "resnet18 (width 2, silu)"}.items():
+        model = afd.nn.build_model("resnet18", SHAPES["cifar10"], 10, 2, activation)
+        assert architecture(Model("x", "x", model, metadata={"network": {"recipe": recipe_of(model)}})) == words
+    old = {"config": {"model": {"name": "convnet", "width": 8, "normalize": True}}}
+    assert architecture(Model("x", "x", model, metadata=old)) == "convnet (width 8)"
 
 
 def test_asking_for_a_recipe_draws_no_random_numbers():

@@ -314,7 +314,7 @@ def modules_of(trainer):
         ("training.distributed:join", "runtime:join"),
         ("training.checkpoint:load_checkpoint", "checkpoint:load_checkpoint"),
         ("training.schedule:cosine", "training.schedules:cosine"),
-        ("nn.resnet:ResNet18", "nn.networks:ResNet18"),
+        ("nn.resnet:ResNet18", "nn.encoders:ResNet18"),
         ("data.augment:CropAndFlip", "data.images:CropAndFlip"),
     ],
 )
