@@ -111,10 +111,10 @@ def benchmarks() -> Any:
     from afd.bench.agreement import AgreementBench
     from afd.bench.attacks import AttackBench
     from afd.bench.kernels import DiscriminatorBench, KernelBench
-    from afd.bench.methods import StepBench
+    from afd.bench.methods import MethodsBench
     from afd.options import tyro
 
-    kinds: tuple[type[Benchmark], ...] = (AttackBench, KernelBench, StepBench, DiscriminatorBench, AgreementBench)
+    kinds: tuple[type[Benchmark], ...] = (AttackBench, KernelBench, MethodsBench, DiscriminatorBench, AgreementBench)
     return Union[tuple(Annotated[kind, tyro.conf.subcommand(kind.name)] for kind in kinds)]  # noqa: UP007
 
 

@@ -87,9 +87,9 @@ def _option_of_today(word: str) -> str:
 def bench_words(words: Sequence[str]) -> list[str]:
     """The words of ``afd bench``, or of ``python -m afd.bench``, which takes options as key=value, in today's names."""
     name, *options = words or [""]
-    if name == "round":
-        name = "step"
-        _old("afd bench round is now afd bench step")
+    if name in ("round", "step"):  # which timed afd alone
+        _old(f"afd bench {name} is now afd bench methods --methods afd")
+        name, options = "methods", ["--methods=afd", *options]
     for i, word in enumerate(options):
         option, equals, value = word.partition("=")
         if option == "--rounds" or (option == "rounds" and equals):

@@ -70,6 +70,16 @@ def steps(documents: list[Document]) -> Rows:
             network = ""
 
 
+def methods(documents: list[Document]) -> Rows:
+    """Each method of ours beside its released flow."""
+    headings = ("method, BatchNorm in the attack", "by", "passes: forward", "to input", "to weights", "cost",
+                "ms an image", "images/s", "times as fast as released", "peak MiB")  # fmt: skip
+    columns = {"forwards": "{:g}", "input_backwards": "{:g}", "weight_backwards": "{:g}", "cost": "{:g}",
+               "ms_per_image": "{:.2f}", "images_per_second": "{:,.0f}", "speedup": "{:.2f}x",
+               "peak_bytes": mebibytes}  # fmt: skip
+    return by_candidate(documents, headings, "{name}, {batchnorm}, {case}", columns)
+
+
 def kernels(documents: list[Document]) -> Rows:
     """The kernels alone: their time, on a GPU the device's and the host's, and how many times as fast they are."""
     on_gpu = documents[0].device_type == "cuda"
@@ -93,7 +103,8 @@ def discriminator(documents: list[Document]) -> Rows:
         yield name, *times(others["afd"]), figure(others, "afd", "over_plain", "{:.2f}"), *slower
 
 
-TABLES = {"attacks": attacks, "kernels": kernels, "step": steps, "discriminator": discriminator, "agreement": agreement}
+TABLES = {"attacks": attacks, "kernels": kernels, "step": steps, "methods": methods, "discriminator": discriminator,
+          "agreement": agreement}  # fmt: skip
 
 
 def cases(documents: list[Document]) -> Iterator[tuple[str, Mapping[str, Candidate]]]:

@@ -16,7 +16,7 @@ from afd.bench.agreement import AgreementBench
 from afd.bench.attacks import AttackBench
 from afd.bench.base import Benchmark
 from afd.bench.kernels import DiscriminatorBench, KernelBench
-from afd.bench.methods import StepBench
+from afd.bench.methods import MethodsBench
 from afd.cli import main
 from afd.methods import METHODS
 
@@ -83,7 +83,7 @@ def test_every_option_of_a_method_and_of_its_attack_has_a_help_line(words, capsy
         assert len(re.findall(r"\w+", text.partition("(default")[0])) > 1, (option, text)
 
 
-@pytest.mark.parametrize("work", [AttackBench, KernelBench, StepBench, DiscriminatorBench, AgreementBench])
+@pytest.mark.parametrize("work", [AttackBench, KernelBench, MethodsBench, DiscriminatorBench, AgreementBench])
 def test_every_option_of_a_benchmark_has_a_help_line(work, capsys):
     with pytest.raises(SystemExit):
         main(["bench", work.name, "--help"])
@@ -118,7 +118,7 @@ def test_no_command_shows_the_commands(capsys):
         (["kernels", "--ops", "softmax"], "afd: error: ops is 'softmax'; allowed are pgd_step"),
         (["kernels", "--against", "numpy"], "afd: error: against is 'numpy'; allowed are eager, compiled, reference"),
         (["discriminator", "--against", "x"], "afd: error: against is 'x'; allowed are plain, parametrized"),
-        (["step", "--schedules", "never"], "afd: error: schedules is 'never'; allowed are simultaneous, alternating"),
+        (["methods", "--schedules", "never"], "afd: error: schedules is 'never'; allowed are simultaneous, "),
         (["agreement", "--data", ".", "--peer", "nobody"], "afd: error: peer is 'nobody'; allowed are"),
         (["discriminator", "--compare", "pyproject.toml"], "afd: error: pyproject.toml is not JSON"),
     ],

@@ -17,13 +17,13 @@ def asked() -> process.Work:
     from afd.bench.attacks import AttackBench
     from afd.bench.base import built, run
     from afd.bench.kernels import DiscriminatorBench, KernelBench
-    from afd.bench.methods import StepBench
+    from afd.bench.methods import MethodsBench
     from afd.deprecated import bench_words
 
     with extras.needed_by("afd.bench"):
         from rich.console import Console
 
-    kinds = (AttackBench, DiscriminatorBench, KernelBench, StepBench)
+    kinds = (AttackBench, DiscriminatorBench, KernelBench, MethodsBench)
     return partial(run, built(kinds, bench_words(sys.argv[1:])), Console())
 
 

@@ -1,4 +1,4 @@
-"""Baselines: attacks of other libraries and by hand in plain PyTorch, and the training step of the paper's own code.
+"""Baselines: attacks of other libraries and by hand in plain PyTorch, and the discriminator of torch's own layers.
 
 Attacks stand behind one shape, (model, request) -> a call that attacks a batch, at equal settings. A library is
 imported when asked for. One that is not installed is named with the line that adds it; none is a dependency. Each runs
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,8 +18,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm
-from torch.optim import SGD
 
 from afd.attacks import APGD, PGD, Norm
 from afd.bench import op_cases
@@ -28,7 +25,6 @@ from afd.bench.metering import tf32
 from afd.errors import AfdError, one_of
 from afd.execution import channels_last
 from afd.extras import how_to_add
-from afd.nn import FeatureClassifier
 
 Run = Callable[[Tensor, Tensor], Tensor]
 ATTACKS = ("pgd", "apgd")
@@ -225,7 +221,7 @@ def adapted(name: str, model: nn.Module, request: Request) -> Run:
     return baseline.adapt(model, request)
 
 
-# --- Training --------------------------------------------------------------------------------------------------------
+# --- The discriminator ------------------------------------------------------------------------------------------------
 
 
 class TorchDiscriminator(nn.Module):
@@ -244,51 +240,3 @@ class TorchDiscriminator(nn.Module):
             h = F.leaky_relu(layer(h), 0.2)
         score: Tensor = self.w(h).squeeze(1) + torch.sum(self.e(y) * h, dim=1)
         return score
-
-
-class ReleasedStep:
-    """A training step of the paper's released code, transcribed: AFD-WGAN's three updates with SGD.
-
-    The released program needs a library that no longer imports, so its flow is written down here, with its five
-    forwards and four backwards of F, the gradients it computes and throws away, PyTorch's eager spectral norm, and a
-    score read by the host in each update. (Its wrapper around pyautoattack's Auto-PGD, which passes the model a few
-    times more, is left out; so are its histograms.) `model` is F and C, `lr` of all three optimizers.
-    """
-
-    def __init__(self, model: FeatureClassifier, lr: float) -> None:
-        self.model = model
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the older spectral norm is what was released
-            self.judge = TorchDiscriminator(model.num_features, model.num_classes, spectral_norm).to(_device(model))
-        self.task = SGD(model.parameters(), lr, momentum=0.9, weight_decay=1e-4)
-        self.discriminator = SGD(self.judge.parameters(), lr, momentum=0.9)
-        self.features = SGD(model.encoder.parameters(), lr, momentum=0.9)
-
-    def scores(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of images, through F: [N]."""
-        score: Tensor = self.judge(F.normalize(self.model.encoder(x)), y)
-        return score
-
-    def __call__(self, x: Tensor, y: Tensor, x_adv: Tensor) -> None:
-        """What comes after the attack."""
-        self.model.train()
-        self.judge.train()
-        self.task.zero_grad()
-        torch.autograd.backward(F.cross_entropy(self.model(x), y))
-        self.task.step()
-
-        self.discriminator.zero_grad()
-        natural, adversarial = self.scores(x, y), self.scores(x_adv, y)
-        natural.mean().item()
-        adversarial.mean().item()
-        # goes back through F as well, where nobody uses what it brings
-        torch.autograd.backward(adversarial.mean() - natural.mean())
-        self.discriminator.step()
-
-        self.features.zero_grad()
-        adversarial = self.scores(x_adv, y)
-        with torch.no_grad():
-            guessed = self.model(x_adv).argmax(1)
-        (guessed == y).sum().item()
-        torch.autograd.backward(-adversarial.mean())
-        self.features.step()

@@ -86,7 +86,7 @@ class Case:
 class Document:
     """One run of one benchmark."""
 
-    benchmark: str  # attacks, kernels, step, discriminator or agreement
+    benchmark: str  # attacks, kernels, methods (once step), discriminator or agreement
     device: str  # its model
     device_type: str  # cpu or cuda
     threads: int  # of torch

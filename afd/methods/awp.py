@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from afd.errors import number, one_of, whole
 from afd.methods.adversarial import TRADES
 from afd.methods.base import Batch
 from afd.methods.supervised import SupervisedStep, Wrapper
-from afd.nn.modes import Buffers
+from afd.nn.modes import Buffers, statistics_kept
 
 DECAYS = ("perturbed", "original")
 TINY = 1e-20
@@ -62,9 +63,11 @@ class AWP(Wrapper):
         if not self.moves(step):
             return super().descend(step, batch)
         with step.attacks.found_once():
-            buffers = Buffers(list(step.model.passes.modules()))
-            step.gather(batch)
-            buffers.put_back()
+            passes = step.model.passes
+            others = Buffers([layer for layer in passes.modules() if not isinstance(layer, _BatchNorm)])
+            with statistics_kept(passes):  # but for what the attack does to them
+                step.gather(batch)
+            others.put_back()
             weights: list[Any] = [one for one in step.parameters if one.dim() > 1 and one.grad is not None]
             original = [weight.detach().clone() for weight in weights]
             with torch.no_grad():

@@ -218,6 +218,33 @@ class Statistics:
         return mean, variance
 
 
+@contextmanager
+def statistics_kept(model: nn.Module) -> Iterator[None]:
+    """The body's forwards of `model` leave BatchNorm's running statistics alone; those of its parts alone do not."""
+    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+    held: list[tuple[_BatchNorm, float | None, Tensor | None]] = []
+
+    def begin(*_: object) -> None:
+        for layer in layers:
+            calls = layer.num_batches_tracked
+            held.append((layer, layer.momentum, None if calls is None else calls.clone()))
+            layer.momentum = 0.0
+
+    def end(*_: object) -> None:
+        for layer, momentum, calls in held:
+            layer.momentum = momentum
+            if calls is not None and layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.copy_(calls)
+        held.clear()
+
+    hooks = model.register_forward_pre_hook(begin), model.register_forward_hook(end, always_call=True)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def version_of(tensor: Tensor | None) -> int | None:
     """How often a tensor has been written to, as far as torch counts it."""
     return None if tensor is None or tensor.is_inference() else tensor._version

@@ -17,6 +17,7 @@ MODULES = {1: AFD, 2: TESTS, 3: AFD, 4: AFD, 5: {*AFD, "pyautoattack"}, 6: {*COM
 PEERS = "eager,eager-tf32,eager-bf16,torchattacks,foolbox,pyautoattack"
 ATTACKS = f"attacks attack=pgd,apgd norm=Linf steps=10 against={PEERS}"
 FEW = f"{ATTACKS} model=lenet batch=8 steps=2 repeats=1"  # for a few slow cores
+METHODS = "methods methods=trades,at,afd,trades+awp,mart,fgsm-rs,free"
 CIFAR10 = "--model resnet18 --width 64 --eps 8/255 --attack-steps 10"
 ALLOWED = "numbers from 1 to 6, each once, as in 1,2,4:128 (steps of that name)"
 TINY = "--model convnet --width 2 --attack-steps 1 --eval-steps 1"
@@ -70,7 +71,8 @@ def steps(data: Path | None, architecture: str) -> list[Step]:
         bench(3, "discriminator", "discriminator repeats=30 against=plain,parametrized",
               "discriminator repeats=2 against=plain,parametrized", cap=30),
         bench(4, "attacks-resnet18-128", f"{ATTACKS} model=resnet18 batch=128 repeats=15", FEW, 150),
-        bench(5, "step-resnet18", "step case=resnet18 repeats=15", "step case=small batch=8 steps=2 repeats=1", 75),
+        bench(5, "methods-resnet18", f"{METHODS} case=resnet18 repeats=5",
+              f"{METHODS} case=small batch=8 steps=2 repeats=1", 75),
         *training(data, python, device),
         Step(2, "ncu", [f"sh -c '\"$@\" || echo no counters here' sh {profile}"] if gpu else [], None, 30, share=5),
     ]  # fmt: skip

@@ -11,14 +11,14 @@ import pytest
 from full_disk import REASONS
 from rich.console import Console
 
-from afd import process
+from afd import deprecated, process
 from afd.bench import base, report, results
 from afd.bench.__main__ import asked
 from afd.bench.attacks import AttackBench
 from afd.bench.base import Benchmark, built, run
 from afd.bench.kernels import KernelBench
 from afd.bench.metering import in_turn
-from afd.bench.methods import StepBench
+from afd.bench.methods import MethodsBench
 from afd.bench.report import Column
 from afd.bench.results import Candidate, Case, DocumentError, Timing, earlier, read
 from afd.cli import main
@@ -122,12 +122,12 @@ def test_it_is_told_before_a_call_and_not_within_what_is_timed(monkeypatch):
 
 def test_words_are_read_as_the_options_are_annotated():
     def read(*words):
-        return built((AttackBench, KernelBench, StepBench), words)
+        return built((AttackBench, KernelBench, MethodsBench), words)
 
     bench = read("attacks", "shape=3,224,224", "eps=0.5", "batch=64", "model=a.b:c", "compare=x/y.json")
     assert (bench.name, bench.shape, bench.eps, bench.batch) == ("attacks", (3, 224, 224), 0.5, 64)
     assert (bench.model, bench.compare, bench.out, bench.steps) == ("a.b:c", Path("x/y.json"), None, 20)
-    assert read("step", "case=small", "case=resnet18").case == "resnet18", "the last counts"
+    assert read("methods", "case=small", "case=resnet18").case == "resnet18", "the last counts"
     assert read("attacks", "model=a=b").model == "a=b"
 
 
@@ -136,8 +136,8 @@ def test_words_are_read_as_the_options_are_annotated():
     [
         ([], "the following arguments are required: benchmark"),
         (["speed"], "argument benchmark: invalid choice: 'speed' (choose from "),
-        (["step", "size=3"], "unrecognized arguments: --size=3"),
-        (["step", "case=vgg"], "argument --case: invalid choice: 'vgg' (choose from "),
+        (["methods", "size=3"], "unrecognized arguments: --size=3"),
+        (["methods", "case=vgg"], "argument --case: invalid choice: 'vgg' (choose from "),
         (["kernels", "repeats"], "argument --repeats: expected one argument"),
         (["kernels", "repeats=1.5"], "argument --repeats: invalid int value: '1.5'"),
         (["attacks", "shape=3,x,4"], "argument --shape: invalid integers value: '3,x,4'"),
@@ -153,17 +153,24 @@ def test_a_mistake_is_one_line_and_status_2(words, said, monkeypatch, capsys):
     assert line.startswith(f"afd.bench: error: {said}")
 
 
+@pytest.mark.parametrize("name", ["round", "step"])
 @pytest.mark.parametrize("repeats", [["--rounds", "0"], ["--rounds=0"]])
-def test_old_words_mean_what_they_meant(repeats, monkeypatch, capsys):
+def test_old_words_mean_what_they_meant(name, repeats, monkeypatch, capsys):
     with pytest.warns(OldSpellingWarning) as told:
-        assert main(["bench", "round", "--case", "small", *repeats]) == 2
-    monkeypatch.setattr(sys, "argv", ["afd.bench", "round", repeats[0].strip("-").replace("=0", "") + "=0"])
+        assert main(["bench", name, "--case", "small", *repeats]) == 2
+    monkeypatch.setattr(sys, "argv", ["afd.bench", name, repeats[0].strip("-").replace("=0", "") + "=0"])
     with pytest.warns(OldSpellingWarning) as told_again:
         assert process.carry_out(asked, "afd.bench") == 2
-    said = ["afd bench round is now afd bench step", "--rounds is now --repeats"]
+    said = [f"afd bench {name} is now afd bench methods --methods afd", "--rounds is now --repeats"]
     assert [str(one.message) for one in told] == said
     assert [str(one.message) for one in told_again] == [said[0], "rounds is now repeats"]
     assert capsys.readouterr().err.count("repeats is 0; it must be") == 2
+
+
+def test_what_timed_afd_alone_times_afd_alone():
+    with pytest.warns(OldSpellingWarning):
+        words = deprecated.bench_words(["step", "schedules=alternating"])
+    assert built([MethodsBench], words) == MethodsBench(methods="afd", schedules="alternating")
 
 
 # --- The document ----------------------------------------------------------------------------------------------------

@@ -1,23 +1,26 @@
-"""The released flow spends what it is said to spend, and afd's step less; one graph is recorded before it is timed."""
+"""Every method stands beside its released flow in the same mode; a graph is recorded before it is timed."""
 
-from contextlib import nullcontext
+import json
+from dataclasses import replace
 
 import pytest
 import torch
+from readme import methods as rows
 from torch import nn
 
 from afd.attacks import CaptureWarning
-from afd.bench import metering, methods
+from afd.bench import metering, methods, released_players
 from afd.bench.base import run
-from afd.bench.baselines import ReleasedStep
-from afd.bench.methods import OUTSIDE, RELEASED, WHOLE, RecordingError, Setting, StepBench
-from afd.bench.results import read
+from afd.bench.baselines import BaselineMissingError
+from afd.bench.methods import GRAPH, METHODS, RELEASED, MethodsBench, RecordingError, Setting
+from afd.bench.results import DocumentError, read
 from afd.methods import AFD
 from afd.nn import FeatureClassifier
 from afd.ops.spectral import schema
 from afd.training import recording
 
 CPU = torch.device("cpu")
+OTHERS = [name for name in METHODS if name != "afd"]  # whose released flow needs no other library
 
 
 class Counting(nn.Module):
@@ -39,15 +42,21 @@ class Counting(nn.Module):
         self.backwards += 1
 
 
+@pytest.fixture
+def setting():
+    """With few images and BatchNorm."""
+    return Setting.of("small", 4, 2, CPU)
+
+
 @pytest.mark.parametrize(
     ("build", "forwards", "backwards"),
     [
-        (lambda model: ReleasedStep(model, 0.1), 5, 4),
+        (lambda model: released_players.AFD(model, 0.1).trained, 5, 4),
         (lambda model: AFD().build(model), 2, 2),
         (lambda model: AFD(schedule="alternating").build(model), 3, 2),
     ],
 )
-def test_passes_through_the_features(build, forwards, backwards):
+def test_passes_through_the_features_after_the_attack(build, forwards, backwards):
     encoder = Counting()
     step = build(FeatureClassifier(encoder, 6, 3))
     x = torch.rand(5, 1, 2, 2)
@@ -57,21 +66,131 @@ def test_passes_through_the_features(build, forwards, backwards):
 
 def test_every_player_of_the_released_step_moves():
     torch.manual_seed(0)
-    step = ReleasedStep(FeatureClassifier(Counting(), 6, 3), 0.1)
+    step = released_players.AFD(FeatureClassifier(Counting(), 6, 3), 0.1, attack=lambda x, _: (x + 0.1).clamp(max=1))
     before = {name: p.clone() for name, p in (*step.model.named_parameters(), *step.judge.named_parameters())}
-    x = torch.rand(5, 1, 2, 2)
-    step(x, torch.arange(5) % 3, x_adv=(x + 0.1).clamp(max=1))
+    step(torch.rand(5, 1, 2, 2), torch.arange(5) % 3)
     after = dict((*step.model.named_parameters(), *step.judge.named_parameters()))
     assert len(after) == 11
     assert all(not torch.equal(before[name], after[name]) for name in before if name != "w.bias")
 
 
+# --- Both sides -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_both_sides_are_the_same_method_in_the_same_mode_and_leave_weights_as_they_are(name, setting):
+    call = methods.of_released(name, setting)
+    method = methods.settings_of(name, setting, "simultaneous")
+    call(), call()
+    weights = zip(call.func.model.parameters(), setting.model.parameters(), strict=True)
+    assert all(torch.allclose(one, other) for one, other in weights)
+    flow, settings = call.func, method.core
+    assert flow.batchnorm == METHODS[name].batchnorm
+    assert flow.eps == (settings.eps if settings.attack is None else settings.attack.eps) == setting.eps
+    if settings.attack is not None:
+        assert settings.attack.batchnorm == flow.batchnorm
+        assert (settings.attack.alpha, settings.attack.steps) == (flow.alpha, flow.steps)
+    if hasattr(method, "gamma"):
+        assert method.gamma in (None, flow.gamma)
+    for number in ("beta", "weight", "label_smoothing", "distance"):
+        if hasattr(flow, number):
+            assert getattr(flow, number) == getattr(settings, number)
+    assert getattr(flow, "repeats", 1) == method.repeats
+    (group,) = flow.optimizer.param_groups
+    assert (group["lr"], group["momentum"]) == (settings.lr, settings.momentum) == (methods.LR, 0.9)
+    assert group["weight_decay"] == settings.weight_decay
+
+
 @pytest.mark.parametrize("name", methods.NETWORKS)
-def test_all_images_of_a_setting_are_attacked(name):
+def test_labels_are_what_the_network_says_and_stay_so(name):
     setting = Setting.of(name, 4, 1, CPU)
-    for part in methods.ours(setting, "fp32", "simultaneous"):
-        part()
+    methods.of_ours(methods.settings_of("afd", setting, "simultaneous"), setting, "fp32")()
     assert (setting.model(setting.x).argmax(1) == setting.y).all()
+
+
+def test_methods_have_one_candidate_a_precision_and_afd_one_a_schedule_too(setting, monkeypatch):
+    monkeypatch.setattr(methods, "of_released", lambda *_: print)
+    asked = setting, ["simultaneous", "alternating"], ["fp32", "auto"]
+    assert list(methods.candidates("mart", *asked, graphs=False)) == [RELEASED, "afd fp32", "afd auto"]
+    ways = [f"afd {schedule} {precision}" for schedule in methods.SCHEDULES for precision in methods.PRECISIONS]
+    assert list(methods.candidates("afd", *asked, graphs=False)) == [RELEASED, *ways]
+
+
+# --- The run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("names", ["at,trades+awp,free", "fgsm-rs"])
+def test_a_run_has_passes_times_and_memory_of_both_sides(names, tmp_path, console):
+    bench = MethodsBench(methods=names, batch=4, steps=2, repeats=2, precisions="fp32", out=tmp_path / "r.json")
+    made = run(bench, console)
+    assert read(bench.out, "methods") == made
+    assert made.finished
+    assert made.settings == {"case": "small", "batch": 4, "steps": 2, "eps": 0.3}
+    costs = {"at": (11, 7), "trades+awp": (24, 17), "free": (12, 12), "fgsm-rs": (6, 5)}
+    assert list(made.cases) == names.split(",")
+    for name, case in made.cases.items():
+        assert case.settings == {"batchnorm": METHODS[name].batchnorm}
+        assert list(case.candidates) == [RELEASED, "afd fp32"]
+        assert tuple(one.figures["cost"] for one in case.candidates.values()) == costs[name]
+        for one in case.candidates.values():
+            figures = one.figures
+            assert figures["speedup"] == pytest.approx(case.candidates[RELEASED].median / one.median)
+            assert figures["images_per_second"] == pytest.approx(4 / one.median)
+            assert figures["ms_per_image"] == pytest.approx(250 * one.median)
+            assert figures["peak_bytes"] > 4 * 28 * 28 * 16
+    headings, *lines = rows([made])
+    assert len(lines) == 2 * len(costs) - 2 * (len(costs) - len(made.cases))
+    assert all(len(line) == len(headings) for line in lines)
+
+
+def test_a_method_is_written_as_soon_as_it_is_timed(tmp_path, console, monkeypatch):
+    """What goes wrong later takes nothing away."""
+
+    def broken(*_):
+        raise RuntimeError("cut off")
+
+    monkeypatch.setattr(methods, "memory", broken)
+    bench = MethodsBench(methods="free,at", batch=2, steps=1, repeats=1, precisions="fp32", out=tmp_path / "r.json")
+    with pytest.raises(RuntimeError, match="cut off"):
+        run(bench, console)
+    kept = json.loads(bench.out.read_text())
+    assert not kept["finished"]
+    assert list(kept["cases"]) == ["free"]
+    assert kept["cases"]["free"]["candidates"]["afd fp32"]["figures"]["images_per_second"] > 0
+
+
+def test_a_library_that_is_missing_is_named_before_anything_is_timed(tmp_path, console, monkeypatch):
+    def missing(*_):
+        raise BaselineMissingError("pyautoattack is not installed")
+
+    monkeypatch.setattr(methods, "adapted", missing)
+    bench = MethodsBench(methods="at,afd", batch=2, steps=1, repeats=1, out=tmp_path / "r.json")
+    with pytest.raises(BaselineMissingError):
+        run(bench, console)
+    assert not bench.out.exists()
+    assert list(bench.packages) == ["pyautoattack"]
+    assert list(replace(bench, methods="at").packages) == []
+
+
+def test_afd_runs_beside_the_released_program(tmp_path, console):
+    pytest.importorskip("pyautoattack")
+    schedules = "simultaneous,alternating"
+    bench = MethodsBench(methods="afd", schedules=schedules, batch=4, steps=2, repeats=1, precisions="fp32",
+                         out=tmp_path / "r.json")  # fmt: skip
+    case = run(bench, console).cases["afd"]
+    assert {name: one.figures["cost"] for name, one in case.candidates.items() if name != RELEASED} == {
+        "afd simultaneous fp32": 13, "afd alternating fp32": 14,
+    }  # fmt: skip
+    assert case.candidates[RELEASED].figures["weight_backwards"] == 4
+
+
+def test_a_document_of_the_step_alone_is_of_another_benchmark(document, tmp_path):
+    document({"whole": {"released": (1.0, 2.0, 3.0)}}, benchmark="step").write(tmp_path / "old.json")
+    with pytest.raises(DocumentError, match="is of benchmark 'step'; it must be of 'methods'"):
+        read(tmp_path / "old.json", "methods")
+
+
+# --- Graphs -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -96,88 +215,57 @@ def log(tape, monkeypatch):
     return happened
 
 
-def timed(parts):
-    """Whole steps and what is outside the attack, of one candidate twice."""
-    return {name: methods.timed(name, {RELEASED: parts}, 2, CPU) for name in (WHOLE, OUTSIDE)}
+def graphed(name, setting, schedule="simultaneous", precision="fp32"):
+    return methods.of_graph(methods.settings_of(name, setting, schedule), setting, precision)
 
 
-@pytest.mark.parametrize("schedule", methods.SCHEDULES)
-def test_a_graph_is_recorded_in_the_warm_up_and_timed_calls_replay_it(schedule, log):
-    timed(methods.recorded(Setting.of("small", 4, 2, CPU), "fp32", schedule))
-    assert log == ["recorded", "replayed", "replayed", "timed", "replayed", "timed", "replayed"] * 2
+@pytest.mark.parametrize("name", [*(name for name in METHODS if name != "free"), "alternating"])
+def test_a_graph_is_recorded_in_the_warm_up_and_timed_calls_replay_it(name, setting, log):
+    way = ("afd", setting, "alternating") if name == "alternating" else (name, setting)
+    methods.timed("at", {RELEASED: graphed(*way)}, 4, 2, CPU)
+    assert log == ["recorded", "replayed", "replayed", "timed", "replayed", "timed", "replayed"]
 
 
-def test_a_recorded_step_is_the_step(log):
-    """Replays move every player as eager calls do."""
-    setting = Setting.of("small", 4, 2, CPU)
-    ends = []
-    for graphs in (True, False):
-        torch.manual_seed(5)  # of the discriminator
-        model, step = methods.built(setting, "fp32", "simultaneous")
-        for optimizer in step.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = 0.1
-        before = [p.clone() for p in model.parameters()]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(methods, "built", lambda *_, made=(model, step): made)
-            if not graphs:
-                patch.setattr(recording.GraphedStep, "_capture", lambda *_: None)
-            whole, _ = methods.recorded(setting, "fp32", "simultaneous")
-            for _ in range(4):
-                whole()
-        assert any(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-        ends.append([*model.state_dict().values(), *step.players["discriminator"].state_dict().values()])
-    assert log.count("replayed") == 3
-    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+def test_each_replay_of_a_batch_is_one_of_the_graph(setting, log):
+    methods.timed("free", {RELEASED: graphed("free", setting)}, 4, 1, CPU)
+    assert log == ["recorded", *["replayed"] * 11, "timed", *["replayed"] * 4]
 
 
-def test_a_step_that_cannot_be_recorded_is_not_timed(log, monkeypatch):
+def test_a_step_that_cannot_be_recorded_is_left_out_and_told_at_the_end(log, tmp_path, console, monkeypatch):
+    """After all others are timed."""
+
     def refused(*_):
         raise RuntimeError("operation not permitted")
 
     monkeypatch.setattr(recording.CapturedStep, "of", refused)
-    parts = methods.recorded(Setting.of("small", 4, 1, CPU), "auto", "alternating")
-    said = r"the alternating step in auto \(whole\) cannot be recorded as one CUDA graph"
+    every = methods.candidates
+    monkeypatch.setattr(methods, "candidates", lambda *given, **_: every(*given, graphs=True))
+    bench = MethodsBench(methods="at,mart", batch=2, steps=1, repeats=1, precisions="auto", out=tmp_path / "r.json")
+    said = "a step of AT in auto cannot be recorded as one CUDA graph"
     with pytest.warns(CaptureWarning, match="operation not permitted"), pytest.raises(RecordingError, match=said):
-        timed(parts)
-    assert "timed" not in log
-
-
-@pytest.mark.parametrize("refuses", [False, True])
-def test_both_parts_are_written_before_a_refusal_ends_the_run(refuses, tmp_path, console, monkeypatch):
-    def last():
-        if refuses:
-            raise RecordingError("the step cannot be recorded")
-
-    ways = dict.fromkeys([RELEASED, "afd simultaneous fp32"], (lambda: None, lambda: None))
-    ways["afd simultaneous fp32 graph"] = (lambda: None, last)
-    monkeypatch.setattr(methods, "candidates", lambda *_, **__: dict(ways))
-    bench = StepBench(batch=2, steps=1, repeats=2, out=tmp_path / "r.json")
-    with pytest.raises(RecordingError, match="cannot be recorded") if refuses else nullcontext():
         run(bench, console)
-    made = read(bench.out, "step")
-    assert (made.finished, list(made.cases)) == (not refuses, [WHOLE, OUTSIDE])
-    for name in list(ways)[: 3 - refuses]:
-        whole, outside = (made.cases[part].candidates.pop(name) for part in (WHOLE, OUTSIDE))
-        assert whole.figures["share"] == pytest.approx(outside.median / whole.median)
-        assert outside.figures["share"] is None
-    assert not any(case.candidates for case in made.cases.values())
+    made = read(bench.out, "methods")
+    assert not made.finished
+    assert list(made.cases) == ["at", "mart"]
+    assert all(list(case.candidates) == [RELEASED, "afd auto"] for case in made.cases.values())
+    assert "at, left out: a step of AT" in console.export_text()
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-def test_candidates_by_name(graphs, log, monkeypatch):
-    monkeypatch.setattr(methods, "released", lambda _setting: (print, print))
-    found = methods.candidates(Setting.of("small", 2, 1, CPU), ["simultaneous", "alternating"], ["fp32"], graphs)
-    ours = [f"afd {name} fp32{end}" for name in ("simultaneous", "alternating") for end in ["", " graph"][: 1 + graphs]]
-    assert list(found) == [RELEASED, *ours]
+def test_a_graph_has_no_figure_of_memory_and_the_passes_of_its_step(setting):
+    calls = {"afd fp32": lambda: torch.ones(1000), f"afd fp32 {GRAPH}": print}
+    peaks = methods.memory(calls, CPU)
+    assert [one["peak_bytes"] for one in peaks.values()] == [4000, None]
+    found = methods.passes("mart", setting, ["simultaneous"], [RELEASED, *calls])
+    assert found["afd fp32"] == found[f"afd fp32 {GRAPH}"]
+    assert found["afd fp32"]["cost"] == found[RELEASED]["cost"] == 2 * 2 + 6
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", methods.PRECISIONS)
-@pytest.mark.parametrize("schedule", methods.SCHEDULES)
-def test_whole_steps_are_recorded_on_the_device(schedule, precision, cuda, monkeypatch):
+@pytest.mark.parametrize("name", METHODS)
+def test_whole_steps_are_recorded_on_the_device(name, precision, cuda, monkeypatch):
     """A refusal would raise; and timed calls do nothing that waits for the device."""
-    parts = methods.recorded(Setting.of("small", 8, 2, cuda), precision, schedule)
+    call = graphed(name, Setting.of("small", 8, 2, cuda), precision=precision)
     clock = metering.between_events
 
     def strict(call):
@@ -188,12 +276,14 @@ def test_whole_steps_are_recorded_on_the_device(schedule, precision, cuda, monke
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(metering, "between_events", strict)
-    for part in (WHOLE, OUTSIDE):
-        assert methods.timed(part, {RELEASED: parts}, 3, cuda).medians[RELEASED] > 0
+    assert methods.timed(name, {RELEASED: call}, 8, 3, cuda).medians[RELEASED] > 0
 
 
 @pytest.mark.gpu
-def test_the_released_step_runs_on_the_device(cuda):
-    pytest.importorskip("pyautoattack")
-    for part in methods.released(Setting.of("small", 8, 2, cuda)):
-        part()
+@pytest.mark.parametrize("name", METHODS)
+def test_released_flows_run_on_the_device_and_are_counted_off_it(name, cuda):
+    if name == "afd":
+        pytest.importorskip("pyautoattack")
+    setting = Setting.of("small", 8, 2, cuda)
+    methods.of_released(name, setting)()
+    assert methods.passes(name, setting, ["simultaneous"], [RELEASED])[RELEASED]["cost"] >= 5

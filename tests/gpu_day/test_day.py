@@ -174,7 +174,7 @@ def test_kills_at_random_moments_leave_valid_json_of_all_that_was_finished(tmp_p
 def test_a_mistake_ends_in_one_line_and_status_2(tmp_path, capsys):
     for option, texts, said in (
         ("stages", ["9", "", "1,,2", "1,1", "one", "1:", "1.5", "²"], "STAGES is '{}', where "),
-        ("stages", ["5:vgg"], "STAGES asks for {}, but the steps of stage 5 are step-resnet18 with this DATA"),
+        ("stages", ["5:vgg"], "STAGES asks for {}, but the steps of stage 5 are methods-resnet18 with this DATA"),
         ("budget", ["soon", "", "nan", "inf", "-5", "29.9", "²"], "BUDGET is '{}'; it must be a number of seconds"),
         *((name, ["/nowhere"], f"{name.upper()} is {{}}, which is no folder") for name in ("data", "wheels")),
         ("out", [str(ROOT / "tests")], "OUT is {}, which is not empty"),

@@ -19,9 +19,9 @@ ALLOWED = {
     "kernels": {"sizes": kernels.SIZES, "ops": kernels.OPS, "against": kernels.AGAINST},
     "attacks": {"attack": attacks.ATTACKS, "norm": attacks.NORMS, "against": baselines.BASELINES},
     "discriminator": {"against": kernels.BESIDE["cuda"]},
-    "step": {"schedules": methods.SCHEDULES, "precisions": methods.PRECISIONS},
+    "methods": {"methods": methods.METHODS, "schedules": methods.SCHEDULES, "precisions": methods.PRECISIONS},
 }
-KINDS = (attacks.AttackBench, kernels.DiscriminatorBench, kernels.KernelBench, methods.StepBench)
+KINDS = (attacks.AttackBench, kernels.DiscriminatorBench, kernels.KernelBench, methods.MethodsBench)
 CHILD = """import functools, json, sys
 from afd import attacks, data, evaluation, methods, nn, training
 print(*{name.partition(".")[0] for name in sys.modules})
@@ -51,7 +51,7 @@ def words(steps, *start):
 
 
 def test_stages_are_numbers_with_words_and_begin_with_the_module(plans):
-    for text, names in {"5, 1": ["step-resnet18"], "4:128": ["attacks-resnet18-128"]}.items():
+    for text, names in {"5, 1": ["methods-resnet18"], "4:128": ["attacks-resnet18-128"]}.items():
         assert [step.name for step in plan.chosen(text, plans[""])] == ["build", *names]
     for name, first in FIRST.items():
         assert [step.name for step in plan.chosen("6", plans[name])][1] == first

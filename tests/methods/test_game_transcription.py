@@ -136,11 +136,11 @@ def optimizers(p):
     return SGD(p.theta + p.phi, ALPHA, DECAY), SGD(p.psi, BETA), SGD(p.theta, GAMMA)
 
 
-def simultaneous(p, loss):
+def simultaneous(p, loss, weight=0.0):
     task, critic, features = optimizers(p)
     for x, y, x_adv in batches():
         p.power_iteration()
-        g_task = task.gradient(L_C(p, x, y))
+        g_task = task.gradient(L_C(p, x, y) + weight * L_C(p, x_adv, y))
         g_critic = critic.gradient(L_D[loss](p.D(p.F(x), y), p.D(p.F(x_adv), y)))
         g_features = features.gradient(L_F[loss](p.D(p.F(x_adv), y)))
         task.step(g_task)
@@ -148,40 +148,41 @@ def simultaneous(p, loss):
         features.step(g_features)
 
 
-def one_optimizer(p, loss):
+def one_optimizer(p, loss, weight=0.0):
     """The simultaneous step as one optimizer on L_C + (γ/α) L_F for (θ, φ), beside one on L_D for ψ."""
     joint, critic, _ = optimizers(p)
     for x, y, x_adv in batches():
         p.power_iteration()
-        g_joint = joint.gradient(L_C(p, x, y) + GAMMA / ALPHA * L_F[loss](p.D(p.F(x_adv), y)))
+        task = L_C(p, x, y) + weight * L_C(p, x_adv, y)
+        g_joint = joint.gradient(task + GAMMA / ALPHA * L_F[loss](p.D(p.F(x_adv), y)))
         g_critic = critic.gradient(L_D[loss](p.D(p.F(x), y), p.D(p.F(x_adv), y)))
         joint.step(g_joint)
         critic.step(g_critic)
 
 
-def alternating(p, loss):
+def alternating(p, loss, weight=0.0):
     task, critic, features = optimizers(p)
     for x, y, x_adv in batches():
-        task.step(task.gradient(L_C(p, x, y)))
+        task.step(task.gradient(L_C(p, x, y) + weight * L_C(p, x_adv, y)))
         p.power_iteration()
         critic.step(critic.gradient(L_D[loss](p.D(p.F(x), y), p.D(p.F(x_adv), y))))
         features.step(features.gradient(L_F[loss](p.D(p.F(x_adv), y))))
 
 
-def play(schedule, loss, transcription, **settings):
+def play(schedule, loss, transcription, weight=0.0, **settings):
     """Runs afd's step and the transcription from the same start; returns start, afd's end, the transcription's end."""
     torch.manual_seed(0)
     model = tiny_model()
     rates = {"lr": ALPHA, "lr_discriminator": BETA, "lr_features": GAMMA, "weight_decay": DECAY}
     discriminator = Critic().double()
     execution = Execution(channels_last=False)
-    method = AFD(loss=loss, **rates, **settings)
+    method = AFD(loss=loss, adversarial_weight=weight, **rates, **settings)
     game = ROUNDS_OF[schedule](method, model, execution, execution.passes(model), discriminator)
     start = Players(model, discriminator)
     literal = copy.deepcopy(start)
     for x, y, x_adv in batches():
         game(x, y, x_adv=x_adv)
-    transcription(literal, loss)
+    transcription(literal, loss, weight)
     return start, Players(model, discriminator), literal
 
 
@@ -193,8 +194,9 @@ def play(schedule, loss, transcription, **settings):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_twenty_rounds_equal_the_literal_formulas(schedule, loss, transcription, micro_batches):
-    start, ours, literal = play(schedule, loss, transcription, micro_batches=micro_batches)
+@pytest.mark.parametrize("weight", [0.0, 0.4], ids=["", "with a loss of attacked images"])
+def test_twenty_rounds_equal_the_literal_formulas(schedule, loss, transcription, micro_batches, weight):
+    start, ours, literal = play(schedule, loss, transcription, weight, micro_batches=micro_batches)
     for group in ("theta", "phi", "psi", "u", "v"):
         ends = list(zip(getattr(start, group), getattr(ours, group), getattr(literal, group), strict=True))
         for _, got, expected in ends:

@@ -1,0 +1,102 @@
+"""Passes of a model that a piece of work takes, counted: forwards, backwards to the input, backwards to the weights.
+
+They are what the cost of a training method consists of, in a unit in which a forward is 1, and so is either part of a
+backward. A training pass is 3, a step of an attack 2, or 3 where it computes gradients of weights, too.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from afd.bench.results import Figure
+from afd.errors import AfdError
+
+KINDS = ("forwards", "input_backwards", "weight_backwards")
+
+
+class UncountableError(AfdError):
+    """A model has too few convolutions for its passes to be counted."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How often each image of a batch went through a model.
+
+    Attributes:
+        forwards: of the model.
+        input_backwards: backwards from the outputs to the images, or to the first layer.
+        weight_backwards: backwards to the weights.
+    """
+
+    forwards: float
+    input_backwards: float
+    weight_backwards: float
+
+    @property
+    def cost(self) -> float:
+        """All of them."""
+        return self.forwards + self.input_backwards + self.weight_backwards
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """By name, for a document."""
+        return {**{kind: getattr(self, kind) for kind in KINDS}, "cost": self.cost}
+
+
+def counted(work: Callable[[], object], model: nn.Module, x: Tensor) -> Passes:
+    """The passes that `work` takes of a model, or of copies of it, for each image of a batch x.
+
+    Counted are the operations of convolutions, as they reach the device, so that it does not matter who calls them:
+    backwards say themselves whether they go to their input, to their weights, or both. The first layer is left out:
+    where images ask for no gradient, its input gets none. (What is compiled or replayed as a graph is not seen.)
+
+    Raises:
+        UncountableError: the model has no convolution behind the first.
+    """
+    with _Convolutions() as once, torch.no_grad():
+        model(x)
+    first, others = once.first, once.images
+    per_image = others["forwards"] - others["forwards", first]
+    if not per_image:
+        raise UncountableError("the model has no convolution behind the first; passes are counted by those")
+    with _Convolutions() as found:
+        work()
+    return Passes(*((found.images[kind] - found.images[kind, first]) / per_image for kind in KINDS))
+
+
+class _Convolutions(TorchDispatchMode):
+    """Counts the images that convolutions are applied to, in all, and by the shape of the weights.
+
+    Attributes:
+        images: by kind of pass, and by kind and shape.
+        first: shape of the first weights that were met.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.images: Counter[Any] = Counter()
+        self.first: tuple[int, ...] = ()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Counts, and lets the operation pass."""
+        name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
+        if name == "convolution":
+            self._count(args[0], args[1], "forwards")
+        elif name == "convolution_backward":
+            to_input, to_weights = args[10][:2]
+            self._count(args[1], args[2], *["input_backwards"] * to_input, *["weight_backwards"] * to_weights)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, x: Tensor, weight: Tensor, *kinds: str) -> None:
+        shape = tuple(weight.shape)
+        self.first = self.first or shape
+        for kind in kinds:
+            self.images[kind] += len(x)
+            self.images[kind, shape] += len(x)
