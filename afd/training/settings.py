@@ -104,6 +104,7 @@ def _check_method(method: Any) -> None:
         raise InputTypeError(f"method is the class {method.__name__}; it must have settings: {method.__name__}(...)")
     if not isinstance(method, Method):
         raise InputTypeError(f"method is {_told(method)}; it must be a training method, such as AFD(...) or Natural()")
+    errors.whole("repeats of the method", method.repeats, 1)
 
 
 def _told(value: Any) -> str:

@@ -190,6 +190,7 @@ class Trainer(Resumable):
         look_at = partial(settle, self.network, self.execution)
         told = None if self.checkpoints is None else self.warn
         steps = check_loaders(train, validation, self.epochs, look_at, self.group, told, labels=self.method.labels)
+        steps *= self.method.repeats
         self._follow_what_was_found()
         self.rates = Rates(self.step.optimizers, self.factor, max(1, self.epochs * steps))
         generators = self._begin(train, validation, steps)
@@ -237,6 +238,7 @@ class Trainer(Resumable):
         with held(self._held):
             self.network.train()
         at, since, steps = self.position, time.perf_counter(), self.steps_per_epoch
+        self.step.epoch = at.epoch
         self.shown.began("training", at.epoch, at.batch, steps, self.losses.peek)
         for x, y, index in self.loader.epoch(at.epoch, at.batch, generators):
             try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from toy_methods import Perturbed, Replays, Steady
+from toy_methods import Perturbed, Remembers, Replays, Steady
 
 from afd.attacks import PGDSettings
 from afd.errors import InputError
@@ -21,6 +21,7 @@ METHODS = {
     **{mode: AT(lr=0.05, attack=PGDSettings(batchnorm=mode, **PGD_2)) for mode in ("eval", "train", "batch", "clean")},
     "in parts": AT(lr=0.05, micro_batches=2, clip=1.0, attack=PGDSettings(**PGD_2)),
     "replays": Replays(lr=0.05),
+    "remembers": Remembers(lr=0.05),
     "wrapped": Perturbed(AT(lr=0.05, attack=PGDSettings(**PGD_2)), gamma=0.05),
     "no labels": Steady(lr=0.05),
 }
