@@ -82,10 +82,17 @@ class RunConfig:
     """How all learning rates change over the run."""
     milestones: tuple[Number, ...] = (0.5, 5 / 6)
     """step: shares of the epochs after which the rates fall to a tenth (the paper's CIFAR: 150 and 250 of 300)."""
+    lr_warmup: Number = 0.0
+    """Epochs in which all learning rates grow linearly to what the schedule says."""
     eps_warmup: Number = 0.0
     """Epochs in which the training attack grows to its full radius."""
     ema: Number | None = None
     """Decay a step of an exponential average of the weights, which is then validated and tested. Default: none."""
+    ema_warmup: bool = True
+    """Let the decay grow to --ema: min(ema, (1 + t) / (10 + t)) after t steps."""
+    ema_buffers: Literal["averaged", "copied", "recomputed"] = "averaged"
+    """BatchNorm statistics of the average: averaged like its weights, copied from the model, or recomputed over the
+    training images before each validation."""
     precision: Literal["fp32", "bf16", "auto"] = "fp32"
     """Arithmetic of the network in attack and training; auto: bf16 where the device multiplies it in hardware."""
     compile: bool = False
@@ -152,6 +159,7 @@ class TrainConfig(RunConfig):
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
         self._check_paths()
+        at_least("lr-warmup", self.lr_warmup, 0)
         at_least("eps-warmup", self.eps_warmup, 0)
         count("save-every", self.save_every, 0)
         count("log-every", self.log_every, 1)

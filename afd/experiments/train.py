@@ -225,7 +225,10 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
         epochs=config.epochs,
         schedule=schedule_for(config),
         eps_warmup=config.eps_warmup,
+        lr_warmup=config.lr_warmup,
         ema=config.ema,
+        ema_warmup=config.ema_warmup,
+        ema_buffers=config.ema_buffers,
         execution=methods.Execution(
             config.precision, compile=config.compile, sync_batchnorm=config.sync_batchnorm, graph=config.graph
         ),

@@ -28,7 +28,7 @@ from afd.runtime import Group, commit
 from afd.training.callbacks import EpochReport, LossTracker, TrainingError
 from afd.training.data import Loader, ResumableLoader
 from afd.training.schedules import Average, Rates
-from afd.training.settings import FREE, differences, facts
+from afd.training.settings import FREE, completed, differences, facts
 from afd.training.state_dicts import finite, load_memory, load_state_dicts, memory_of, state_dicts
 from afd.training.weights import NETWORK, SCALED, SCALED_FOR, facts_of
 
@@ -77,7 +77,8 @@ def check_same_run(
     if metadata.get("config") is None:
         _tell_what_was_scaled(source, state, run, network)
     grows = _grows(run.get("epochs"), here.get("epochs"))
-    different = differences(settings_of_today(run), here, FREE | {"epochs"} if grows else FREE)
+    free = FREE | {"epochs"} if grows else FREE
+    different = differences(completed(settings_of_today(run)), completed(here), free)
     if different:
         raise CheckpointError(f"{source} is of another run: {'; '.join(different)}")
     return grows

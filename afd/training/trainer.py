@@ -41,6 +41,7 @@ from afd.training.schedules import EpsWarmup, Rates, Schedule, averaged, schedul
 from afd.training.settings import built, check_settings, differences, overridden
 from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
 from afd.training.state import Position, Resumable
+from afd.training.statistics import recompute_statistics
 
 
 @dataclass
@@ -58,8 +59,14 @@ class Trainer(Resumable):
         epochs: passes over the training images.
         schedule: of all learning rates: "step" (a tenth after 1/2 and 5/6 of the run), "cosine", "one-cycle", or a
             function from progress in [0, 1) to a factor.
+        lr_warmup: epochs in which all learning rates grow linearly to what the schedule says.
         eps_warmup: epochs in which the training attack grows to its full radius.
-        ema: decay a step of an exponential average of the weights, which is then what is validated; None for none.
+        ema: decay a step of the optimizer of an exponential average of the weights, which is then what is validated;
+            None for none.
+        ema_warmup: whether the decay grows to `ema`, as min(ema, (1 + t) / (10 + t)) after t steps.
+        ema_buffers: what BatchNorm's statistics and other buffers of the average are: "averaged" like the weights;
+            "copied" from the model at each step; or "recomputed": copied, and before each validation BatchNorm's are
+            computed anew, by a pass of the averaged weights over the training images (`recompute_statistics`).
         execution: precision, memory layout and compilation of the training passes, and whether steps are recorded.
         feature_layer: the linear layer that features enter; by default the last one.
         normalize: whether the features of somebody's own model are scaled to length 1: None for the discriminator
@@ -101,6 +108,9 @@ class Trainer(Resumable):
     resume: Path | str | None = None
     config: dict[str, Any] | None = None
     progress: Progress | None = None
+    lr_warmup: float = 0.0
+    ema_warmup: bool = True
+    ema_buffers: str = "averaged"
 
     def __post_init__(self) -> None:
         check_settings(self.settings())
@@ -115,7 +125,11 @@ class Trainer(Resumable):
             with isolated(self.device):
                 self.network = self.execution.prepare(network)
                 self._build_step()
-                self.average = None if self.ema is None else averaged(self.network, self.ema)
+                self.average = (
+                    None
+                    if self.ema is None
+                    else averaged(self.network, self.ema, warmup=self.ema_warmup, buffers=self.ema_buffers)
+                )
         # one for all epochs: what it has recorded stays
         self.judge = None if self.judging is None else self.judging.build(self.evaluated)
         self.checkpoints = None if self.folder is None else CheckpointManager(Path(self.folder), self.warn)
@@ -192,7 +206,9 @@ class Trainer(Resumable):
         steps = check_loaders(train, validation, self.epochs, look_at, self.group, told, labels=self.method.labels)
         steps *= self.method.repeats
         self._follow_what_was_found()
-        self.rates = Rates(self.step.optimizers, self.factor, max(1, self.epochs * steps))
+        self.rates = Rates(
+            self.step.optimizers, self.factor, max(1, self.epochs * steps), round(self.lr_warmup * steps)
+        )
         generators = self._begin(train, validation, steps)
         self.warmup = EpsWarmup(self.method, self.step, round(self.eps_warmup * steps))
         self.run_step = recorded(self.network, self.step, self.device, self.group.size, self.execution)
@@ -295,6 +311,7 @@ class Trainer(Resumable):
         generators = self.loader.capture()
         self.group.share_buffers(self.evaluated)
         try:
+            self._recompute()
             natural = self._measure(validation, None)
             robust = None if self.judge is None else self._measure(validation, self.judge)
         except BaseException as error:
@@ -321,6 +338,20 @@ class Trainer(Resumable):
         finally:
             self.save(best=best)
         return True
+
+    def _recompute(self) -> None:
+        """BatchNorm's statistics of the average, where they are to be; LeftError where somebody asks to stop."""
+        if self.average is None or self.ema_buffers != "recomputed":
+            return
+        self.shown.began("statistics", self.position.epoch, 0, self.steps_per_epoch // self.method.repeats)
+
+        def each(images: int) -> None:
+            self.shown.moved(self.group.size * images)
+            self.stopping.leave()
+
+        with held(self.modules()):
+            recompute_statistics(self.average.module, self.loader, self.group, each)
+        self.average.take_buffers()
 
     def _measure(self, validation: Loader, attack: Attack | None) -> float:
         """Accuracy on the validation images; LeftError where somebody asks to stop meanwhile."""
