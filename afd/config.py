@@ -104,6 +104,8 @@ class RunConfig:
     reads outside of its tensors and attributes (a closure, a global, Python's random numbers) stays as captured."""
     seed: int = 0
     """Of initial weights, batch order, augmentation and attack starts."""
+    seeds: tuple[int, ...] = ()
+    """Several, as 0,1,2: a run for each of them, in --out's seed-0 and so on, and a table of all."""
     device: str = "auto"
     """torch device; auto takes CUDA where there is one."""
     out: Path | None = None
@@ -178,15 +180,24 @@ class TrainConfig(RunConfig):
                         f"{name} is {length:g}; images lie in [0, 1], so it is at most 1{in_levels(length)}"
                     )
         count("epochs", self.epochs, 1)
-        at_least("seed", self.seed, 0)
         if self.overwrite and self.resume == "auto":
             raise InputError("resume is auto and overwrite is set; a run is gone on with or discarded, not both")
-        if self.seed >= 2**62:
-            raise InputError(f"seed is {self.seed}; it must be in [0, 2**62)")
+        for name, seed in (("seed", self.seed), *(("one of the seeds", one) for one in self.seeds)):
+            if not 0 <= seed < 2**62:
+                raise InputError(f"{name} is {seed}; it must be in [0, 2**62)")
+        self._check_seeds()
         if not 0 < data.validation < 1:
             raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
         if any(not 0 < share <= 1 for share in self.milestones):
             raise InputError(f"milestones are {self.milestones}; each must be a share of the epochs, in (0, 1]")
+
+    def _check_seeds(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds are {', '.join(map(str, self.seeds))}, of which two are the same")
+        if self.seeds and self.seed:
+            raise InputError(f"seed is {self.seed} and seeds are given; name one of the two")
+        if self.seeds and self.resume not in (None, "auto"):
+            raise InputError(f"resume is {self.resume}, of one run; several seeds go on with auto")
 
     def _check_paths(self) -> None:
         if self.out is not None:
@@ -223,6 +234,8 @@ class TrainConfig(RunConfig):
             place[name] = None if place[name] is None else str(place[name])
         if self.data.limit is None:  # as in checkpoints of the time when there was none
             del plain["data"]["limit"]
+        if not self.seeds:  # likewise
+            del plain["seeds"]
         return plain | {"method": None if self.method is None else described(self.method)}
 
     @classmethod

@@ -74,7 +74,9 @@ class Result:
     measured: dict[str, Measured] = field(default_factory=dict)
 
 
-def train(config: TrainConfig, console: Console | None = None, splits: Splits | None = None) -> Result:
+def train(
+    config: TrainConfig, console: Console | None = None, splits: Splits | None = None, *, advised: Path | None = None
+) -> Result:
     """Trains as `config` says, prints as it goes, and measures its checkpoints on the test images.
 
     The best epoch is the one with the highest robust (for natural training: clean) accuracy on the validation images.
@@ -89,6 +91,7 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
         config: the run; its unset fields are settled by its data set.
         console: where to print; by default the terminal.
         splits: the data, where the caller has it already.
+        advised: the folder to be named to go on with, where that is not the run's own.
 
     Returns:
         The best model with its test accuracies, robust meaning under PGD-40 at the config's eps.
@@ -112,12 +115,14 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
         if splits is None:
             splits = data.load(config.data.name, config.data.root, validation=config.data.validation)
         splits = splits.limited(config.data.limit)
-        return _train_in(folder, dataclasses.replace(config, out=folder), console, splits, group, device)
+        config = dataclasses.replace(config, out=folder)
+        return _train_in(folder, config, console, splits, group, device, advised or folder)
 
 
 def _train_in(
-    folder: Path, config: TrainConfig, console: Console, splits: Splits, group: Group, device: torch.device
-) -> Result:
+    folder: Path, config: TrainConfig, console: Console, splits: Splits, group: Group, device: torch.device,
+    advised: Path,
+) -> Result:  # fmt: skip
     """`train` in a folder that is its own."""
     torch.manual_seed(config.seed)
     model = model_for(config, splits.train)
@@ -129,7 +134,7 @@ def _train_in(
     name = _name(config)
     assert config.epochs is not None
     best = folder / "best.pt"
-    with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, folder):
+    with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, advised):
         discard = [at_first(lambda: discard_records(folder))] if config.overwrite else []
         first = [*discard, at_first(lambda: write_whole(folder / "run.toml", config.as_toml()))]
         trainer.callbacks = [*first, terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
