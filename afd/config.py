@@ -18,6 +18,7 @@ from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, 
 from afd.extras import needed_by
 from afd.files import check_path, check_target
 from afd.methods import Method
+from afd.methods.ramps import check_ramps, ramps_of
 from afd.methods.registry import described, made, options
 from afd.presets import PRESETS, method_for, radius
 
@@ -86,6 +87,8 @@ class RunConfig:
     """Epochs in which all learning rates grow linearly to what the schedule says."""
     eps_warmup: Number = 0.0
     """Epochs in which the training attack grows to its full radius."""
+    ramps: tuple[str, ...] = ()
+    """Numbers that go linearly to their own value, as NAME=FIRST:EPOCHS: beta=0:5 attack.eps=0:10 attack.steps=2:20."""
     ema: Number | None = None
     """Decay a step of an exponential average of the weights, which is then validated and tested. Default: none."""
     ema_warmup: bool = True
@@ -161,6 +164,8 @@ class TrainConfig(RunConfig):
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
         self._check_paths()
+        assert self.method is not None
+        check_ramps(self.method, ramps_of(self.ramps), self.eps_warmup)
         at_least("lr-warmup", self.lr_warmup, 0)
         at_least("eps-warmup", self.eps_warmup, 0)
         count("save-every", self.save_every, 0)
@@ -234,8 +239,9 @@ class TrainConfig(RunConfig):
             place[name] = None if place[name] is None else str(place[name])
         if self.data.limit is None:  # as in checkpoints of the time when there was none
             del plain["data"]["limit"]
-        if not self.seeds:  # likewise
-            del plain["seeds"]
+        for name in ("seeds", "ramps"):  # likewise
+            if not plain[name]:
+                del plain[name]
         return plain | {"method": None if self.method is None else described(self.method)}
 
     @classmethod

@@ -24,6 +24,7 @@ from afd.experiments.display import Terminal, plot_curves
 from afd.experiments.folder import discard_records, is_discarded, run_folder
 from afd.extras import needed_by
 from afd.files import check_source, write_whole
+from afd.methods.ramps import ramps_of
 from afd.methods.registry import spelled
 from afd.nn import FeatureClassifier, build_model
 from afd.runtime import Group, commit, device_named, join
@@ -288,6 +289,7 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
         schedule=schedule_for(config),
         eps_warmup=config.eps_warmup,
         lr_warmup=config.lr_warmup,
+        ramps=ramps_of(config.ramps),
         ema=config.ema,
         ema_warmup=config.ema_warmup,
         ema_buffers=config.ema_buffers,

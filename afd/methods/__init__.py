@@ -6,6 +6,7 @@ from afd.deprecated import METHOD_SETTINGS, understand
 from afd.execution import Execution
 from afd.methods.afd import AFD
 from afd.methods.base import Batch, Method, Step
+from afd.methods.ramps import Ramp
 from afd.methods.registry import METHODS, WRAPPERS
 from afd.methods.supervised import AT, Natural, Supervised, SupervisedStep, TrainedModel, Wrapper
 
@@ -18,6 +19,7 @@ __all__ = [
     "Execution",
     "Method",
     "Natural",
+    "Ramp",
     "Step",
     "Supervised",
     "SupervisedStep",

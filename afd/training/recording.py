@@ -18,6 +18,7 @@ outside of the graph.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -205,11 +206,11 @@ class GraphedStep:
         return kind, self._settings(), self._places(), self._state()
 
     def _settings(self) -> Hashable:
-        """Numbers that a graph bakes in: all that attack and optimizers hold but the rates, which are on the device."""
+        """Numbers that a graph bakes in: all that method, attack and optimizers hold but what is on the device."""
         groups = [group for optimizer in self.step.optimizers.values() for group in optimizer.param_groups]
         others = [{name: value for name, value in group.items() if name not in {"lr", "params"}} for group in groups]
         attacks = [tuple(attack.settings()) for attack in self.step.attacks if isinstance(attack, GradientAttack)]
-        return tuple(attacks), key_of(others)
+        return tuple(attacks), key_of(others), _told(self.step.method)
 
     def _state(self) -> State:
         """What the modules hold in Python, and where their tensors lie."""
@@ -225,3 +226,13 @@ class GraphedStep:
             yield from (group["lr"] for group in optimizer.param_groups)
             for state in optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _told(settings: Any) -> Hashable:
+    """A method's settings, and those within them: values, and the places of tensors and of other objects."""
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        fields = dataclasses.fields(settings)
+        return type(settings), tuple(_told(getattr(settings, one.name)) for one in fields)
+    if isinstance(settings, Tensor):
+        return settings.data_ptr(), settings.shape
+    return settings if isinstance(settings, bool | int | float | str | tuple | None) else id(settings)

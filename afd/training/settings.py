@@ -31,7 +31,7 @@ BUILT = (
 """Settings that a trainer has built on when it was made: a change of one would be followed by nobody."""
 
 FACTS = (
-    "method", "epochs", "schedule", "lr_warmup", "eps_warmup", "ema", "ema_warmup", "ema_buffers", "execution",
+    "method", "epochs", "schedule", "lr_warmup", "eps_warmup", "ramps", "ema", "ema_warmup", "ema_buffers", "execution",
     "feature_layer", "normalize", "seed",
 )  # fmt: skip
 """Settings that must be the same in the run that goes on, where no config says which."""

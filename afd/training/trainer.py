@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from afd.execution import isolated, lay_out_plainly
 from afd.graphs import guard
 from afd.methods import AFD, Execution, Method
 from afd.methods.inputs import device_of, settle, taken_in
+from afd.methods.ramps import Ramp, Ramps, check_ramps
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
 from afd.processes import all_or_none
@@ -61,6 +62,8 @@ class Trainer(Resumable):
             function from progress in [0, 1) to a factor.
         lr_warmup: epochs in which all learning rates grow linearly to what the schedule says.
         eps_warmup: epochs in which the training attack grows to its full radius.
+        ramps: numbers of the method, or ``attack.`` and numbers of its attack, that go linearly to their own value in
+            so many epochs, by name: ``{"beta": Ramp(first=0, epochs=5), "attack.steps": Ramp(2, 20)}``.
         ema: decay a step of the optimizer of an exponential average of the weights, which is then what is validated;
             None for none.
         ema_warmup: whether the decay grows to `ema`, as min(ema, (1 + t) / (10 + t)) after t steps.
@@ -111,10 +114,12 @@ class Trainer(Resumable):
     lr_warmup: float = 0.0
     ema_warmup: bool = True
     ema_buffers: str = "averaged"
+    ramps: Mapping[str, Ramp] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_settings(self.settings())
         self.method, self.judging = overridden(self.method, self.attack, self.validation_attack, self.seed)
+        check_ramps(self.method, self.ramps, self.eps_warmup)
         self.factor = schedule_named(self.schedule)
         self.group = join()
         inner = taken_in(self.model)
@@ -198,6 +203,7 @@ class Trainer(Resumable):
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
         settings = self.settings()
         check_settings(settings)
+        check_ramps(self.method, self.ramps, self.eps_warmup)
         changed = differences(self._built, built(settings))
         if changed:
             raise InputError(f"changed since the trainer was made: {'; '.join(changed)}; make another trainer for that")
@@ -211,6 +217,7 @@ class Trainer(Resumable):
         )
         generators = self._begin(train, validation, steps)
         self.warmup = EpsWarmup(self.method, self.step, round(self.eps_warmup * steps))
+        self.growing = Ramps(self.method, self.step, self.ramps, steps)
         self.run_step = recorded(self.network, self.step, self.device, self.group.size, self.execution)
         self.stopping.begin()
         try:
@@ -285,6 +292,7 @@ class Trainer(Resumable):
         """One step, and the average."""
         self.rates.set(self._done)
         self.warmup.at(self._done)
+        self.growing.at(self._done)
         # the processes' batches are rows of one joint batch, and each row has its own start
         seed, first = self.seed + self.position.global_step, self.group.rank * len(x)
         with held(self._held):
