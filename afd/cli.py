@@ -29,6 +29,7 @@ def train(words: Sequence[str]) -> Work:
     config = train_config(words, train.__doc__)
     for warning in config.settled().warnings():
         print(f"afd: warning: {warning}", file=sys.stderr)
+    from afd.experiments.seeds import train_seeds
     from afd.experiments.train import train as run
     from afd.processes import leave
 
@@ -37,7 +38,10 @@ def train(words: Sequence[str]) -> Work:
         extras.require("sklearn", "the data set digits")
 
     def work() -> None:
-        run(config)
+        if config.seeds:
+            train_seeds(config)
+        else:
+            run(config)
         leave()
 
     return work

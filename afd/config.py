@@ -18,6 +18,7 @@ from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, 
 from afd.extras import needed_by
 from afd.files import check_path, check_target
 from afd.methods import Method
+from afd.methods.ramps import check_ramps, ramps_of
 from afd.methods.registry import described, made, options
 from afd.nn.encoders import Activation
 from afd.nn.networks import ModelName
@@ -31,7 +32,7 @@ PATHS = ("out", "weights", "root", "extra_data")
 PARTS = ("data", "model", "method", "test")
 OUTCOME = ("out", "overwrite", "resume")
 # settings that checkpoints of the time when there were none lack, and what that means: left out where they say no more
-LATER = {"mixup": 0.0, "cutmix": 0.0}
+LATER = {"seeds": (), "ramps": (), "mixup": 0.0, "cutmix": 0.0}
 LATER_OF_MODEL = {"activation": "relu"}
 LATER_OF_DATA = {"limit": None, "extra_data": None, "extra_share": None, "epoch_images": None}
 GREY = 0.5  # the Linf radius from which any image may become the same grey as any other
@@ -98,10 +99,19 @@ class RunConfig:
     """How all learning rates change over the run."""
     milestones: tuple[Number, ...] = (0.5, 5 / 6)
     """step: shares of the epochs after which the rates fall to a tenth (the paper's CIFAR: 150 and 250 of 300)."""
+    lr_warmup: Number = 0.0
+    """Epochs in which all learning rates grow linearly to what the schedule says."""
     eps_warmup: Number = 0.0
     """Epochs in which the training attack grows to its full radius."""
+    ramps: tuple[str, ...] = ()
+    """Numbers that go linearly to their own value, as NAME=FIRST:EPOCHS: beta=0:5 attack.eps=0:10 attack.steps=2:20."""
     ema: Number | None = None
     """Decay a step of an exponential average of the weights, which is then validated and tested. Default: none."""
+    ema_warmup: bool = True
+    """Let the decay grow to --ema: min(ema, (1 + t) / (10 + t)) after t steps."""
+    ema_buffers: Literal["averaged", "copied", "recomputed"] = "averaged"
+    """BatchNorm statistics of the average: averaged like its weights, copied from the model, or recomputed over the
+    training images before each validation."""
     mixup: Number = 0.0
     """Mixup of training images and labels: the alpha of its Beta distribution; 0 for none. With --cutmix, either at
     half the time."""
@@ -118,6 +128,8 @@ class RunConfig:
     reads outside of its tensors and attributes (a closure, a global, Python's random numbers) stays as captured."""
     seed: int = 0
     """Of initial weights, batch order, augmentation and attack starts."""
+    seeds: tuple[int, ...] = ()
+    """Several, as 0,1,2: a run for each of them, in --out's seed-0 and so on, and a table of all."""
     device: str = "auto"
     """torch device; auto takes CUDA where there is one."""
     out: Path | None = None
@@ -174,6 +186,9 @@ class TrainConfig(RunConfig):
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
         self._check_paths()
+        assert self.method is not None
+        check_ramps(self.method, ramps_of(self.ramps), self.eps_warmup)
+        at_least("lr-warmup", self.lr_warmup, 0)
         at_least("eps-warmup", self.eps_warmup, 0)
         at_least("mixup", self.mixup, 0)
         at_least("cutmix", self.cutmix, 0)
@@ -200,15 +215,24 @@ class TrainConfig(RunConfig):
                         f"{name} is {length:g}; images lie in [0, 1], so it is at most 1{in_levels(length)}"
                     )
         count("epochs", self.epochs, 1)
-        at_least("seed", self.seed, 0)
         if self.overwrite and self.resume == "auto":
             raise InputError("resume is auto and overwrite is set; a run is gone on with or discarded, not both")
-        if self.seed >= 2**62:
-            raise InputError(f"seed is {self.seed}; it must be in [0, 2**62)")
+        for name, seed in (("seed", self.seed), *(("one of the seeds", one) for one in self.seeds)):
+            if not 0 <= seed < 2**62:
+                raise InputError(f"{name} is {seed}; it must be in [0, 2**62)")
+        self._check_seeds()
         if not 0 < data.validation < 1:
             raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
         if any(not 0 < share <= 1 for share in self.milestones):
             raise InputError(f"milestones are {self.milestones}; each must be a share of the epochs, in (0, 1]")
+
+    def _check_seeds(self) -> None:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds are {', '.join(map(str, self.seeds))}, of which two are the same")
+        if self.seeds and self.seed:
+            raise InputError(f"seed is {self.seed} and seeds are given; name one of the two")
+        if self.seeds and self.resume not in (None, "auto"):
+            raise InputError(f"resume is {self.resume}, of one run; several seeds go on with auto")
 
     def _check_paths(self) -> None:
         if self.out is not None:

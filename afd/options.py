@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from afd import deprecated
@@ -30,61 +29,16 @@ from afd.methods import METHODS, WRAPPERS, Method
 from afd.methods.optimizers import OPTIMIZERS
 from afd.methods.registry import attack_of, attributes, classes_of, described, known, made, options, spelled
 from afd.presets import method_for
+from afd.words import NUMBERS, fraction
 
 with needed_by("the command afd"):
     import tyro as tyro
-    from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 BAR, ANSI = re.compile("[─-]{10,}"), re.compile(r"\x1b\[[0-9;]*m")
-NUMBERS = tyro.constructors.ConstructorRegistry()
 
 
 class UsageError(InputError):
     """Words that a command does not understand."""
-
-
-def fraction(text: str) -> float:
-    """A number written as "0.3" or "8/255".
-
-    Raises:
-        ValueError: it is neither.
-    """
-    numerator, slash, denominator = text.partition("/")
-    try:
-        return float(numerator) / float(denominator) if slash else float(numerator)
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise ValueError(f"{text!r} is neither a number such as 0.3 nor a fraction such as 8/255") from None
-
-
-def whole(text: str) -> int:
-    """A number written as "3".
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{text[:40]!r} is no whole number") from None
-
-
-@NUMBERS.primitive_rule
-def number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """How an option that is a number, or may be left out, is read, and written in the help."""
-    types = [one for one in get_args(kind.type) or (kind.type,) if one is not NoneType]
-    if types == [float]:
-        reader: Callable[[str], float] = fraction
-    elif types == [int]:
-        reader = whole
-    else:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="FLOAT|P/Q" if reader is fraction else "INT",
-        instance_from_str=lambda words: reader(words[0]),
-        is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
-        str_from_instance=lambda value: [str(value) if value is None or reader is whole else f"{value:g}"],
-    )
 
 
 def parsed(kind: Any, command: str, words: Sequence[str], described: str | None) -> Any:
@@ -174,6 +128,10 @@ def train_config(words: Sequence[str], described_as: str | None) -> TrainConfig:
         classes_of(words[0])  # which says that there is none, and which there are
     words = deprecated.train_words(words, name)
     base = _base(words, name)
+    if last_value(words, "seeds") is not None:
+        if last_value(words, "seed") is not None:
+            raise UsageError("seed and seeds are both given; name one of the two")
+        base = dataclasses.replace(base, seed=0)  # that of the file
     try:
         found = parsed(_kind(base), "train", words, _said(described_as))
     except UsageError as error:
@@ -197,7 +155,7 @@ def method_in(words: Sequence[str]) -> tuple[list[str], str | None]:
     for place, word in enumerate(words):
         before = words[place - 1] if place else ""
         value = before.startswith("--") and "=" not in before and before.removeprefix("--no-").strip("-") not in flags
-        if not word.startswith("-") and known(word) and not value:
+        if not word.startswith("-") and "=" not in word and known(word) and not value:  # beta=0:5 is a ramp
             places.append(place)
     if len(places) > 1:
         raise UsageError(f"two methods are named, {words[places[0]]} and {words[places[1]]}; see afd train --help")

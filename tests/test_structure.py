@@ -40,7 +40,7 @@ FLOORS = (
     {"training"},
     {"evaluation"},
     {"experiments"},
-    {"bench", "demo", "info"},
+    {"bench", "demo", "info", "words"},
     {""},  # afd/__init__.py
     {"options"},
     {"cli"},

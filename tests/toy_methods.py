@@ -1,5 +1,6 @@
-"""Three methods that strain the seam: one steps the weights inside its attack, one is a wrapper that steps at perturbed
-weights, one asks for no labels. Each is its class alone, as anybody would write it.
+"""Methods that strain the seam: one steps the weights inside its attack, one is given each batch several times and
+remembers, one is a wrapper that steps at perturbed weights, one asks for no labels. Each is its class alone, as anybody
+would write it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,35 @@ class Replays(Supervised):
             x = (batch.x + delta).clamp(0, 1).requires_grad_()
             losses = step.descend(replace(batch, x=x))
             delta = (delta + self.eps * x.grad.sign()).clamp(-self.eps, self.eps)
+        return losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remembers(Supervised):
+    """As Free itself: each batch is given several times, and δ, by the place in the batch, stays from step to step.
+
+    Attributes:
+        eps: radius of the Linf ball.
+        replays: of each batch.
+    """
+
+    eps: float = 0.1
+    replays: int = 3
+
+    @property
+    def repeats(self):
+        return self.replays
+
+    def losses(self, model, batch):
+        return {"task": self.cross_entropy(model(batch.x), batch.y)}
+
+    def update(self, step, batch):
+        if "delta" not in step.memory:
+            step.memory["delta"] = torch.zeros_like(batch.x)
+        delta = step.memory["delta"][: len(batch)]
+        x = (batch.x + delta).clamp(0, 1).requires_grad_()
+        losses = step.descend(replace(batch, x=x))
+        delta.add_(self.eps * x.grad.sign()).clamp_(-self.eps, self.eps)
         return losses
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ import torch
 
 from afd import data, methods
 from afd.attacks import Attack, PGDSettings
-from afd.checkpoint import CheckpointError, CheckpointManager, load_checkpoint
+from afd.checkpoint import CheckpointError, load_checkpoint
 from afd.config import TrainConfig
 from afd.data import Batches, Images, MixedBatches, Splits, read_extra
 from afd.data.images import CropAndFlip
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.experiments.display import Terminal, plot_curves
+from afd.experiments.folder import discard_records, is_discarded, run_folder
 from afd.extras import needed_by
-from afd.files import FolderError, FolderLock, check_source, missing, new_folder, point_to, remove_empty, write_whole
+from afd.files import check_source, write_whole
+from afd.methods.ramps import ramps_of
 from afd.methods.registry import spelled
 from afd.nn import FeatureClassifier, build_model
-from afd.runtime import Group, device_named, join
+from afd.runtime import Group, commit, device_named, join
 from afd.training.callbacks import Callback, Report, TrainingError, json_lines, tensorboard
 from afd.training.data import shared_accuracy
 from afd.training.mixing import Mixing
@@ -38,17 +41,32 @@ with needed_by("afd.experiments.train"):
     from rich.console import Console
     from rich.table import Table
 
-ROOT = Path("runs")
-LATEST = ROOT / "latest"
-RECORDS = ("model.pt", "log.jsonl", "curves.png", "events.out.tfevents.*")  # what is written beside checkpoints
 TEST_STEPS = 40
 EVAL_BATCH = 500
 SMALLER_RATES = "smaller learning rates may help (--lr, --lr-discriminator, --lr-features)"
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What weights of a run reach on the test images.
+
+    Attributes:
+        epoch: after which they stood so.
+        natural: clean accuracy, in [0, 1].
+        robust: accuracy under PGD-40 in the ball of the run's test, in [0, 1].
+    """
+
+    epoch: int
+    natural: float
+    robust: float
+
+
+@dataclass(frozen=True)
 class Result:
-    """Where a run's best checkpoint lies and what test accuracies (in [0, 1]) the model reaches."""
+    """Where a run's best checkpoint lies and what test accuracies (in [0, 1]) the model reaches.
+
+    `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA".
+    """
 
     config: TrainConfig
     model: FeatureClassifier
@@ -56,19 +74,27 @@ class Result:
     epoch: int
     natural: float
     robust: float
+    measured: dict[str, Measured] = field(default_factory=dict)
 
 
-def train(config: TrainConfig, console: Console | None = None, splits: Splits | None = None) -> Result:
-    """Trains as `config` says, prints as it goes, and measures the best checkpoint on the test images.
+def train(
+    config: TrainConfig, console: Console | None = None, splits: Splits | None = None, *, advised: Path | None = None
+) -> Result:
+    """Trains as `config` says, prints as it goes, and measures its checkpoints on the test images.
 
     The best epoch is the one with the highest robust (for natural training: clean) accuracy on the validation images.
     Its weights are also written as a plain state_dict, ``model.pt``, the learning curves as ``curves.png``, and the
     run itself as ``run.toml``, which ``afd train --config`` repeats. Under torchrun, every process calls this.
 
+    Measured are, clean and under PGD-40, "best" (the average of the weights after that epoch, where one is kept),
+    "last" (the weights after the last epoch) and "EMA" (their average then): a best epoch alone hides how far a run has
+    overfitted since. They stand in ``result.json``.
+
     Args:
         config: the run; its unset fields are settled by its data set.
         console: where to print; by default the terminal.
         splits: the data, where the caller has it already.
+        advised: the folder to be named to go on with, where that is not the run's own.
 
     Returns:
         The best model with its test accuracies, robust meaning under PGD-40 at the config's eps.
@@ -92,12 +118,14 @@ def train(config: TrainConfig, console: Console | None = None, splits: Splits | 
         if splits is None:
             splits = data.load(config.data.name, config.data.root, validation=config.data.validation)
         splits = splits.limited(config.data.limit)
-        return _train_in(folder, dataclasses.replace(config, out=folder), console, splits, group, device)
+        config = dataclasses.replace(config, out=folder)
+        return _train_in(folder, config, console, splits, group, device, advised or folder)
 
 
 def _train_in(
-    folder: Path, config: TrainConfig, console: Console, splits: Splits, group: Group, device: torch.device
-) -> Result:
+    folder: Path, config: TrainConfig, console: Console, splits: Splits, group: Group, device: torch.device,
+    advised: Path,
+) -> Result:  # fmt: skip
     """`train` in a folder that is its own."""
     torch.manual_seed(config.seed)
     model = model_for(config, splits.train)
@@ -109,36 +137,71 @@ def _train_in(
     name = _name(config)
     assert config.epochs is not None
     best = folder / "best.pt"
-    with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, folder):
+    with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, advised):
         discard = [at_first(lambda: discard_records(folder))] if config.overwrite else []
         first = [*discard, at_first(lambda: write_whole(folder / "run.toml", config.as_toml()))]
         trainer.callbacks = [*first, terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
         trainer.progress = terminal
         trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
         group.wait()  # for the files
-        state, metadata = load_checkpoint(best, device)
-        model.load_state_dict(weights_in(best, state))
+        model.load_state_dict(weights_in(best, load_checkpoint(best, device)[0]))
         if group.leads:
             save_weights(folder / "model.pt", model)
-        test = plain(splits.test, device)
-
-        def measure(work: str, attack: Attack | None) -> float:
-            terminal.began(work, None, 0, len(test))
-            return shared_accuracy(model, test, attack, group, each=terminal.moved)
-
-        result = Result(
-            config,
-            model,
-            checkpoint=best,
-            epoch=metadata["report"]["epoch"],
-            natural=measure("test", None),
-            robust=measure(f"test under PGD-{TEST_STEPS}", test_attack(config, TEST_STEPS).build(model)),
-        )
+        measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
+        result = Result(config, model, best, **vars(measured["best"]), measured=measured)
+        if group.leads:
+            write_whole(folder / "result.json", _as_json(result, len(splits.test)))
     console.print(_summary(result, len(splits.test)))
     console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
     if group.leads:
         draw(folder / "curves.png", name)
     return result
+
+
+def _measured(
+    folder: Path, config: TrainConfig, model: FeatureClassifier, test: Batches, group: Group, terminal: Terminal
+) -> dict[str, Measured]:
+    """What a finished run's checkpoints reach; the model, which has the best weights, has them again afterwards."""
+    best, last = folder / "best.pt", folder / "last.pt"
+    (best_state, best_of), (last_state, last_of) = (load_checkpoint(path, test.images.device) for path in (best, last))
+    epoch, end = best_of["report"]["epoch"], last_of["report"]["epoch"]
+    weights = {"best": (weights_in(best, best_state), epoch), "last": (last_state["model"], end)}
+    if last_state["average"] is not None:
+        weights["EMA"] = weights_in(last, last_state), end
+
+    def measure(work: str, attack: Attack | None) -> float:
+        terminal.began(work, None, 0, len(test))
+        return shared_accuracy(model, test, attack, group, each=terminal.moved)
+
+    def both(name: str) -> Measured:
+        state, after = weights[name]
+        model.load_state_dict(state)
+        attack = test_attack(config, TEST_STEPS).build(model)
+        return Measured(after, measure(f"test, {name}", None), measure(f"test under PGD-{TEST_STEPS}, {name}", attack))
+
+    found = {"best": both("best")}
+    same = ("EMA" if "EMA" in weights else "last") if epoch == end else ""  # the best epoch's weights again
+    found |= {name: found["best"] if name == same else both(name) for name in weights if name != "best"}
+    model.load_state_dict(weights["best"][0])
+    return found
+
+
+def _as_json(result: Result, images: int) -> str:
+    """What ``result.json`` says."""
+    config = result.config
+    assert config.method is not None
+    plain = {
+        "data": config.data.name,
+        "method": spelled(config.method),
+        "seed": config.seed,
+        "images": images,
+        "attack": f"PGD-{TEST_STEPS}",
+        "norm": config.test.norm,
+        "eps": config.test.eps,
+        "commit": commit(),
+        "measured": {name: dataclasses.asdict(one) for name, one in result.measured.items()},
+    }
+    return json.dumps(plain, indent=1) + "\n"
 
 
 def draw(picture: Path, name: str) -> None:
@@ -232,7 +295,11 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
         epochs=config.epochs,
         schedule=schedule_for(config),
         eps_warmup=config.eps_warmup,
+        lr_warmup=config.lr_warmup,
+        ramps=ramps_of(config.ramps),
         ema=config.ema,
+        ema_warmup=config.ema_warmup,
+        ema_buffers=config.ema_buffers,
         mixing=Mixing(config.mixup, config.cutmix),
         execution=methods.Execution(
             config.precision, compile=config.compile, sync_batchnorm=config.sync_batchnorm, graph=config.graph
@@ -307,94 +374,8 @@ def _summary(result: Result, images: int) -> Table:
     config = result.config
     table = Table(title=f"{_name(config)}: {images} test images", title_justify="left")
     ball = f"eps {config.test.eps:g}" + ("" if config.test.norm == "Linf" else f" in {config.test.norm}")
-    for column in ("best epoch", "natural", f"PGD-{TEST_STEPS} at {ball}", "seed"):
+    for column in ("checkpoint", "epoch", "natural", f"PGD-{TEST_STEPS} at {ball}", "seed"):
         table.add_column(column)
-    table.add_row(str(result.epoch), f"{result.natural:.2%}", f"{result.robust:.2%}", str(config.seed))
+    for name, one in result.measured.items():
+        table.add_row(name, str(one.epoch), f"{one.natural:.2%}", f"{one.robust:.2%}", str(config.seed))
     return table
-
-
-# --- The folder of a run --------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def run_folder(out: Path | None, resume: str | None, group: Group, *, overwrite: bool) -> Iterator[Path]:
-    """A run's folder, this run's alone for as long as the context lasts.
-
-    Where none is named, it is the next numbered one under ``runs``, and ``runs/latest`` leads to it; with
-    ``resume="auto"`` it is the one that ``runs/latest`` leads to, if there is one. A new folder in which nothing was
-    written is removed at the end.
-
-    Args:
-        out: the folder, if one is named.
-        resume: what the run goes on from: "auto", a file, or None.
-        group: of the processes; the leading one holds the folder, and all raise together.
-        overwrite: whether another run's files there may be discarded.
-
-    Raises:
-        FolderError: it is used by another process, cannot be written to, or holds a run that is neither gone on with
-            nor to be discarded.
-    """
-    folder = Path()
-    with ExitStack() as stack:
-        with group.together():
-            if group.leads:
-                numbered = out is None and not (resume == "auto" and LATEST.exists())
-                above = missing(ROOT) if numbered else []
-                stack.callback(remove_empty, above)
-                folder = new_folder(ROOT) if numbered else out or _latest()
-                made = [folder] if numbered else missing(folder)
-                if made:
-                    stack.callback(_forget_if_empty, made, _led_to())
-                stack.enter_context(FolderLock(folder).held())
-                if not overwrite:
-                    _check_free(folder, resume)
-                if numbered:
-                    point_to(folder)
-        yield group.gather(folder)[0]
-
-
-def discard_records(folder: Path) -> None:
-    """Removes what an earlier run has written beside its checkpoints."""
-    for pattern in RECORDS:
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
-def is_discarded(file: Path, folder: Path) -> bool:
-    """Whether a file goes with the run in a folder, when that is discarded."""
-    names = [*RECORDS, *(path.name for path in CheckpointManager(folder, print).present)]
-    return file.resolve().parent == folder.resolve() and any(map(file.resolve().match, names))
-
-
-def _latest() -> Path:
-    return ROOT / LATEST.readlink() if LATEST.is_symlink() else LATEST
-
-
-def _led_to() -> Path | None:
-    return _latest() if LATEST.exists() else None
-
-
-def _check_free(folder: Path, resume: str | None) -> None:
-    """Raises FolderError if a run lies there and this one does not go on with it."""
-    checkpoints = CheckpointManager(folder, print).present
-    if resume == "auto" or (resume and checkpoints and Path(resume).resolve() == checkpoints[0].resolve()):
-        return
-    found = checkpoints or [path for pattern in RECORDS for path in sorted(folder.glob(pattern))]
-    if found:
-        raise FolderError(
-            f"out is {folder}, which holds a run ({found[0].name}); go on with it by --resume auto, name another "
-            "folder, or discard it by --overwrite"
-        )
-
-
-def _forget_if_empty(made: list[Path], before: Path | None) -> None:
-    """Takes back a folder, and those above it, that nothing was written to; ``runs/latest`` leads where it led."""
-    folder = made[0]
-    remove_empty(made)
-    if folder.exists():
-        return
-    if LATEST.is_symlink() and _latest() == folder:
-        if before is not None:
-            point_to(before)
-        else:
-            LATEST.unlink()

@@ -9,6 +9,7 @@ from afd.methods.afd import AFD
 from afd.methods.awp import AWP
 from afd.methods.base import Batch, Method, Run, Step
 from afd.methods.free import Free
+from afd.methods.ramps import Ramp
 from afd.methods.registry import METHODS, WRAPPERS
 from afd.methods.supervised import Supervised, SupervisedStep, TrainedModel, Wrapper
 
@@ -28,6 +29,7 @@ __all__ = [
     "Method",
     "Natural",
     "NormPenalty",
+    "Ramp",
     "Run",
     "Step",
     "Supervised",

@@ -39,8 +39,8 @@ class IntervalReport(OldAttributes):
     Attributes:
         epoch: counted from 1.
         global_step: steps in all.
-        done: batches of this epoch trained on.
-        total: batches of an epoch.
+        done: steps of this epoch: batches trained on, each as often as the method repeats it.
+        total: steps of an epoch.
         losses: mean of each loss over the interval.
         learning_rates: of each optimizer, in the interval's last step.
     """
@@ -63,7 +63,8 @@ class EpochReport(OldAttributes):
         losses: mean of each loss over the epoch.
         natural: clean accuracy on the validation images, in [0, 1].
         robust: accuracy there under the validation attack; None without one.
-        images_per_second: training images over training time (attack included, validation not), of all processes.
+        images_per_second: training images over training time (attack included, validation not), of all processes. An
+            image counts once for each step that is taken on it: divided by the batch size, these are steps a second.
         learning_rates: of each optimizer, in the epoch's last step.
     """
 

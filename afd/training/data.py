@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -215,11 +215,12 @@ class ResumableLoader:
         loader: of the batches.
         device: where to put them.
         num_classes: labels are below it.
-        steps: batches of an epoch; what the loader has beyond is not asked for.
+        steps: of an epoch: batches, each as often as it is served; what the loader has beyond is not asked for.
         validation: the other loader of the run, whose state is kept with this one's.
         earlier: the loader of an earlier part of this run in the same process, if there was one.
         labels: whether batches must have labels.
         taken: raises where training does not take such a batch; asked in the first epoch.
+        repeats: how often each batch is served in a row.
     """
 
     def __init__(
@@ -232,10 +233,12 @@ class ResumableLoader:
         earlier: ResumableLoader | None = None,
         labels: bool = True,
         taken: Taken | None = None,
+        repeats: int = 1,
     ) -> None:
         self.loader, self.device, self.num_classes, self.steps = loader, device, num_classes, steps
-        self.labels, self.taken = labels, taken
+        self.labels, self.taken, self.repeats = labels, taken, repeats
         self.at_start: dict[str, Any] | None = None if earlier is None else earlier.at_start
+        self.serving: Item | None = None if earlier is None else earlier.serving  # the batch that is repeated
         self.loaders = {"train": loader, "validation": validation}
         # as a new process finds them
         self.before: dict[str, Any] = loader_state.numbers(self.loaders) if earlier is None else earlier.before
@@ -260,11 +263,11 @@ class ResumableLoader:
         loader_state.set_global_generators(state)
 
     def epoch(self, epoch: int, done: int, now: dict[str, Any] | None) -> Iterator[Item]:
-        """The batches of an epoch after the first `done` ones.
+        """The batches of an epoch after the first `done` steps, each as often as it is repeated.
 
         Args:
             epoch: counted from 1.
-            done: batches trained on already; if there are any, `at_start` is set.
+            done: steps taken already; if there are any, `at_start` is set.
             now: the generators after these, where a run is resumed.
 
         Raises:
@@ -278,19 +281,22 @@ class ResumableLoader:
             if now is not None:
                 self.restore(now)
             return
+        served, repeated = divmod(done, self.repeats)
         if done:
             assert self.at_start is not None
             now = now or self.capture()  # an epoch that was left in this process
             self.restore(self.at_start)
-            batches = _from_batch(self.loader, done)
+            batches = _from_batch(self.loader, served)
+            if repeated:  # of the batch in progress; read again, it might be another: steps have drawn meanwhile
+                batches = chain([self.serving for _ in islice(batches, 1)], batches)
             self.restore(now, own=False)
         else:
             if now is not None:
                 self.restore(now)
             self.at_start = self.capture()
             batches = _from_batch(self.loader, 0)
-        served = done
-        for item in islice(batches, self.steps - done):
+        whole = self.steps // self.repeats
+        for item in islice(batches, whole - served):
             served += 1
             # the first epoch shows every batch once
             if epoch == 1:
@@ -298,10 +304,14 @@ class ResumableLoader:
             else:
                 x, y = images_and_labels(item, self.labels)
             index = index_in(item, len(x))
-            yield self._here(x), None if y is None else self._here(y), None if index is None else self._here(index)
-        if served < self.steps:
+            here = self._here(x), None if y is None else self._here(y), None if index is None else self._here(index)
+            self.serving = here if self.repeats > 1 else None
+            for _ in range(repeated, self.repeats):
+                yield here
+            repeated = 0
+        if served < whole:
             raise InputError(
-                f"train has a length of {self.steps} batches, but had no more than {served} in epoch {epoch}; an "
+                f"train has a length of {whole} batches, but had no more than {served} in epoch {epoch}; an "
                 "epoch is as long as the loader's __len__ says"
             )
 

@@ -3,9 +3,9 @@
 A graph repeats what was captured with the numbers it had then, so whatever changes from step to step lies on the
 device, at a fixed place: the batch, the seed of the attack's starts, its radius while that grows, the learning rates
 (`make_recordable`). What changes rarely makes another capture: the shape of a last, shorter batch, the steps in which
-the features do not answer, weights or optimizer state that have moved in memory, and other flags of torch, hooks, modes
-and plain attributes of the modules (`afd.python_state`). A module whose own code changes such an attribute, a counter,
-say, is not captured; a tensor that it replaces by one like it stays where it is.
+the features do not answer, weights, optimizer state or what a step remembers (`Step.memory`) that have moved in memory,
+and other flags of torch, hooks, modes and plain attributes of the modules (`afd.python_state`). A module whose own code
+changes such an attribute, a counter, say, is not captured; a tensor that it replaces by one like it stays where it is.
 
 What is NOT seen, and stays as it was captured: whatever else Python code reads, such as a number in a closure, a global
 or a class, a draw from Python's or NumPy's generator, the time; and what it writes or prints. (An attack that is
@@ -18,6 +18,7 @@ outside of the graph.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,7 @@ class CapturedStep:
             losses = step(**inputs, seed=seed)
             table = torch.stack(list(losses.values()))
         memory = [attack.memory() for attack in step.attacks if isinstance(attack, GradientAttack)]
-        return cls(graph, inputs, seed, tuple(losses), table, (step, memory))
+        return cls(graph, inputs, seed, tuple(losses), table, (step, memory, list(step.memory.values())))
 
     def run(self, inputs: Inputs, seed: int) -> Losses:
         """Replays the step on another batch."""
@@ -177,15 +178,18 @@ class GraphedStep:
             RuntimeError: something in it cannot be captured, or a module would go on from what a replay does not do.
         """
         steps, before, restore = self.step.steps, (self._state(), self._places()), snapshot(*self._modules)
+        remembered = dict(self.step.memory)
         try:
             with being_recorded(self.step.optimizers.values()):
                 captured = CapturedStep.of(self.step, inputs, self.device, *self._modules)
             if (self._state(), self._places()) != before:
                 moved = [named(one) for one in sorted(changed(before[0], self._state()))]
-                moved.append("a buffer or an optimizer's state")
+                moved.append("a buffer, an optimizer's state or what the step remembers")
                 raise NotCapturableError(f"each changes {moved[0]}, which a graph leaves as it is")
         except RuntimeError:
             restore()
+            self.step.memory.clear()
+            self.step.memory.update(remembered)
             for optimizer in self.step.optimizers.values():
                 optimizer.zero_grad()
             raise
@@ -202,22 +206,33 @@ class GraphedStep:
         return kind, self._settings(), self._places(), self._state()
 
     def _settings(self) -> Hashable:
-        """Numbers that a graph bakes in: all that attack and optimizers hold but the rates, which are on the device."""
+        """Numbers that a graph bakes in: all that method, attack and optimizers hold but what is on the device."""
         groups = [group for optimizer in self.step.optimizers.values() for group in optimizer.param_groups]
         others = [{name: value for name, value in group.items() if name not in {"lr", "params"}} for group in groups]
         attacks = [tuple(attack.settings()) for attack in self.step.attacks if isinstance(attack, GradientAttack)]
-        return tuple(attacks), key_of(others)
+        return tuple(attacks), key_of(others), _told(self.step.method)
 
     def _state(self) -> State:
         """What the modules hold in Python, and where their tensors lie."""
         return state_of(*self._modules, tensors=True)
 
     def _places(self) -> tuple[int, ...]:
-        """Where weights, buffers and the parts of the optimizers' state lie in memory."""
+        """Where weights, buffers, the parts of the optimizers' state and what the step remembers lie in memory."""
         return *places(*self._modules), *(tensor.data_ptr() for tensor in self._tensors())
 
     def _tensors(self) -> Iterator[Tensor]:
+        yield from self.step.memory.values()
         for optimizer in self.step.optimizers.values():
             yield from (group["lr"] for group in optimizer.param_groups)
             for state in optimizer.state.values():
                 yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _told(settings: Any) -> Hashable:
+    """A method's settings, and those within them: values, and the places of tensors and of other objects."""
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        fields = dataclasses.fields(settings)
+        return type(settings), tuple(_told(getattr(settings, one.name)) for one in fields)
+    if isinstance(settings, Tensor):
+        return settings.data_ptr(), settings.shape
+    return settings if isinstance(settings, bool | int | float | str | tuple | None) else id(settings)

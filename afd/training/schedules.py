@@ -80,16 +80,17 @@ class Rates:
         optimizers: by name; their rates now are those of the factor 1.
         schedule: of progress.
         steps: in the whole run.
+        warmup: steps in which the factor grows linearly to the schedule's (Goyal et al. 2017).
     """
 
-    def __init__(self, optimizers: Mapping[str, Optimizer], schedule: Schedule, steps: int) -> None:
-        self.optimizers, self.schedule, self.steps = optimizers, schedule, steps
+    def __init__(self, optimizers: Mapping[str, Optimizer], schedule: Schedule, steps: int, warmup: int = 0) -> None:
+        self.optimizers, self.schedule, self.steps, self.warmup = optimizers, schedule, steps, warmup
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", float(group["lr"]))
 
     def factor(self, done: int) -> float:
-        """What the schedule says for the step after `done` ones.
+        """What the schedule says for the step after `done` ones; (done + 1) / warmup of that in the warm-up.
 
         Raises:
             InputTypeError, InputError: that is no finite number.
@@ -100,7 +101,7 @@ class Rates:
             raise InputTypeError(f"schedule({progress:g}) is {factor!r}; it must be a number, a factor of the rates")
         if not math.isfinite(factor):
             raise InputError(f"schedule({progress:g}) is {float(factor)}; it must be a finite factor of the rates")
-        return float(factor)
+        return float(factor) * (min(1.0, (done + 1) / self.warmup) if self.warmup else 1.0)
 
     def set(self, done: int) -> None:
         """Sets all rates for the step after `done` ones."""
@@ -196,11 +197,15 @@ def _set(attack: Any, name: str, full: Any, share: float) -> None:
 
 
 WIDE = 4  # bytes of a number that averages are kept in
+BUFFERS = ("averaged", "copied", "recomputed")
 FRESH = "deepcopy protocol"  # of torch's error on a tensor that autograd computed
 
 
 class Average(AveragedModel):
     """A copy of a model that follows it: average ← decay * average + (1 - decay) * weights.
+
+    With a warm-up, the decay of the update after t ones is min(decay, (1 + t) / (10 + t)), as in Rebuffi et al. (2021):
+    an average that remembers for longer than it has lived is the model of the beginning.
 
     Floating-point parameters and buffers are averaged, each tensor once however many modules share it. Other buffers,
     such as counts and tables of positions, are not numbers between which anything lies: they are the model's own. The
@@ -213,13 +218,15 @@ class Average(AveragedModel):
     Args:
         model: that is followed.
         decay: in [0, 1).
+        warmup: whether the decay grows to that.
+        copy_buffers: whether all buffers are the model's own, as torch's `AveragedModel` has them by default.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, *, warmup: bool = False, copy_buffers: bool = False) -> None:
         # its counter stays on the CPU, where asking for it waits for no device
         with as_torch_starts(), _leaves(model):
             super().__init__(model)
-        self.decay = decay
+        self.decay, self.warmup = decay, warmup
         named = dict(_named_tensors(self.module))
         for tensor in named.values():
             if torch._debug_has_internal_overlap(tensor):  # an expanded one cannot be written to
@@ -227,16 +234,19 @@ class Average(AveragedModel):
         narrow = (name for name, one in named.items() if one.is_floating_point() and one.element_size() < WIDE)
         self.wide = {name: named[name].detach().float() for name in narrow}
         self.careful = _seldom_finite(self.module)
+        self.copied = {name for name, _ in self.module.named_buffers()} if copy_buffers else set()
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Takes the model's weights in; the first ones are the average."""
+        updates = int(self.n_averaged)
+        decay = min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
         followed = dict(_named_tensors(model))
         numbers: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         looked_at: list[tuple[Tensor, Tensor, Tensor]] = []
         for name, own in _named_tensors(self.module):
             kept, new = self.wide.get(name, own), followed[name].detach()
-            if not self.n_averaged or not (own.is_floating_point() or own.is_complex()):
+            if not updates or name in self.copied or not (own.is_floating_point() or own.is_complex()):
                 kept.copy_(new)
                 continue
             averages, weights = numbers.setdefault((kept.device, kept.dtype), ([], []))
@@ -245,7 +255,7 @@ class Average(AveragedModel):
             if name in self.careful:
                 looked_at.append((kept, weights[-1], kept.isfinite() & weights[-1].isfinite()))
         for averages, weights in numbers.values():
-            torch._foreach_lerp_(averages, weights, 1 - self.decay)
+            torch._foreach_lerp_(averages, weights, 1 - decay)
         for kept, new, finite in looked_at:
             kept.copy_(torch.where(finite, kept, new))
         for name, own in _named_tensors(self.module):
@@ -253,19 +263,33 @@ class Average(AveragedModel):
                 own.copy_(self.wide[name])
         self.n_averaged += 1
 
+    @torch.no_grad()
+    def take_buffers(self) -> None:
+        """Goes on from the copy's buffers as somebody else has set them."""
+        for name, buffer in self.module.named_buffers():
+            if name in self.wide:
+                self.wide[name].copy_(buffer)
 
-def averaged(model: nn.Module, decay: float) -> Average:
+
+def averaged(model: nn.Module, decay: float, *, warmup: bool = False, buffers: str = "averaged") -> Average:
     """A copy of `model` that follows it.
+
+    Args:
+        model: that is followed.
+        decay: in [0, 1).
+        warmup: as of `Average`.
+        buffers: one of `BUFFERS`; those that are to be recomputed are copied until then.
 
     Raises:
         InputTypeError: decay is no number.
-        InputError: decay is not in [0, 1), or the model cannot be copied.
+        InputError: decay is not in [0, 1), buffers is none of these, or the model cannot be copied.
     """
+    one_of("ema_buffers", buffers, BUFFERS)
     number("ema", decay, -math.inf)
     if not 0 <= decay < 1:
         raise InputError(f"ema is {decay}; it must be in [0, 1)")
     try:
-        return Average(model, decay)
+        return Average(model, decay, warmup=warmup, copy_buffers=buffers != "averaged")
     except (RuntimeError, TypeError) as error:  # of the deepcopy
         why = "a tensor that it holds was computed by autograd" if FRESH in str(error) else " ".join(str(error).split())
         raise InputError(

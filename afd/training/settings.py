@@ -22,17 +22,24 @@ from afd.methods import Execution, Method, Wrapper
 from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureSplit
 from afd.training.mixing import Mixing
+from afd.training.schedules import BUFFERS
 from afd.training.weights import SCALED, SCALED_FOR
 
 BUILT = (
-    "method", "schedule", "ema", "execution", "feature_layer", "normalize", "attack", "validation_attack", "folder",
+    "method", "schedule", "ema", "ema_warmup", "ema_buffers", "execution",
+    "feature_layer", "normalize", "attack", "validation_attack", "folder",
 )  # fmt: skip
 """Settings that a trainer has built on when it was made: a change of one would be followed by nobody."""
 
 FACTS = (
-    "method", "epochs", "schedule", "eps_warmup", "ema", "execution", "feature_layer", "normalize", "seed",
+    "method", "epochs", "schedule", "lr_warmup", "eps_warmup", "ramps", "ema", "ema_warmup", "ema_buffers", "execution",
+    "feature_layer", "normalize", "seed",
 )  # fmt: skip
 """Settings that must be the same in the run that goes on, where no config says which."""
+
+EARLIER = {"lr_warmup": 0.0, "ema_warmup": False, "ema_buffers": "averaged"}
+"""What runs did whose checkpoints do not name these settings."""
+OF_AVERAGES = ("ema_warmup", "ema_buffers")
 
 # of a config: may change when resumed
 FREE = {
@@ -50,6 +57,9 @@ def check_settings(given: Mapping[str, Any]) -> None:
     """
     errors.whole("epochs", given["epochs"], 0)
     errors.number("eps_warmup", given["eps_warmup"], 0.0)
+    errors.number("lr_warmup", given["lr_warmup"], 0.0)
+    _expect("ema_warmup", given["ema_warmup"], bool, "True or False")
+    errors.one_of("ema_buffers", given["ema_buffers"], BUFFERS)
     errors.whole("log_every", given["log_every"], 1)
     errors.whole("save_every", given["save_every"], 0)
     errors.whole("seed", given["seed"], 0)
@@ -106,6 +116,7 @@ def _check_method(method: Any) -> None:
         raise InputTypeError(f"method is the class {method.__name__}; it must have settings: {method.__name__}(...)")
     if not isinstance(method, Method):
         raise InputTypeError(f"method is {_told(method)}; it must be a training method, such as AFD(...) or Natural()")
+    errors.whole("repeats of the method", method.repeats, 1)
 
 
 def _told(value: Any) -> str:
@@ -143,6 +154,13 @@ def facts(settings: Mapping[str, Any], judging: Any, processes: int, network: nn
         run = {**run, SCALED_FOR: SCALED[network.normalize]}
     described: dict[str, Any] = describe({"afd": __version__, "processes": processes, **run})
     return described
+
+
+def completed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's `facts` mean: with the settings that it does not name, without those that mean nothing in it."""
+    whole = {**EARLIER, **facts}
+    without = OF_AVERAGES if whole.get("ema") is None else ()
+    return {name: one for name, one in whole.items() if name not in without}
 
 
 def describe(value: Any) -> Any:

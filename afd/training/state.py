@@ -5,7 +5,6 @@ Going on from a state repeats no step and skips none.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -23,21 +22,23 @@ from afd.errors import InputError
 from afd.methods import Method, Step
 from afd.methods.registry import spelled
 from afd.nn import FeatureSplit
-from afd.nn.classifier import MARKER, unwrapped
+from afd.nn.classifier import MARKER
 from afd.nn.modes import held
 from afd.runtime import Group, commit
 from afd.training.callbacks import EpochReport, LossTracker, TrainingError
 from afd.training.data import Loader, ResumableLoader
 from afd.training.schedules import Average, Rates
-from afd.training.settings import FREE, describe, differences, facts
+from afd.training.settings import FREE, completed, differences, facts
+from afd.training.state_dicts import finite, load_memory, load_state_dicts, memory_of, state_dicts
 from afd.training.weights import NETWORK, SCALED, SCALED_FOR, facts_of
-
-UNCOMPARED = {"lr", "params", "foreach", "fused", "capturable"}  # the schedule's, or how it is computed
 
 
 @dataclass
 class Position(OldAttributes):
-    """How far a run has come: the epoch in progress, batches of it that are done, and steps in all."""
+    """How far a run has come: the epoch in progress, steps of it that are done, and steps in all.
+
+    A method takes one step on each batch, or as many as its `repeats`; `batch` counts each of them.
+    """
 
     epoch: int = 1
     batch: int = 0
@@ -47,80 +48,6 @@ class Position(OldAttributes):
         """Goes on from what `dataclasses.asdict` said."""
         for name, value in with_new_keys(state).items():
             setattr(self, name, value)
-
-
-# --- State_dicts ----------------------------------------------------------------------------------------------------
-
-
-def state_dicts(network: nn.Module, average: Average | None, step: Step) -> dict[str, Any]:
-    """State_dicts of the model, the average of its weights, the players and the optimizers."""
-    kept = None
-    if average is not None:
-        weights = unwrapped(average.module).state_dict()
-        kept = {"weights": weights, "steps": average.n_averaged, "wide": average.wide}
-    return {
-        "model": unwrapped(network).state_dict(),
-        "average": kept,
-        "players": {name: player.state_dict() for name, player in step.players.items()},
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in step.optimizers.items()},
-    }
-
-
-def load_state_dicts(
-    source: str, state: Mapping[str, Any], network: nn.Module, average: Average | None, step: Step
-) -> None:
-    """Puts model, average, players and optimizers where `state_dicts` found them.
-
-    Raises:
-        CheckpointError: another run's step has left it; the message names the `source`, and what differs.
-    """
-    model = unwrapped(network)
-    for name, tensor in model.state_dict().items():  # before anything is loaded: torch would load what fits
-        given = state["model"].get(name)
-        if isinstance(tensor, Tensor) and isinstance(given, Tensor) and given.shape != tensor.shape:
-            raise CheckpointError(
-                f"{source} is of another model: {name} is {list(given.shape)} there and {list(tensor.shape)} here"
-            )
-    model.load_state_dict(state["model"])
-    if average is not None:
-        kept = with_new_keys(state["average"])
-        unwrapped(average.module).load_state_dict(kept["weights"])
-        average.n_averaged.copy_(kept["steps"])
-        for name, wide in kept.get("wide", {}).items():
-            average.wide[name].copy_(wide)
-    if state["players"].keys() != step.players.keys():
-        told = [", ".join(sorted(names)) or "none" for names in (state["players"], step.players)]
-        raise CheckpointError(
-            f"{source} holds the players {told[0]}, and the method's step has {told[1]}; what a step keeps from batch "
-            "to batch is a module in its players from when it is built"
-        )
-    for name, player in step.players.items():
-        player.load_state_dict(state["players"][name])
-    for name, optimizer in step.optimizers.items():
-        _check_alike(
-            f"{source} is of another run: optimizers.{name}", state["optimizers"][name], optimizer.state_dict()
-        )
-        # a copy: torch keeps the tensors that it is given, which then are those of whoever gave them, too
-        optimizer.load_state_dict(copy.deepcopy(state["optimizers"][name]))
-
-
-@torch.no_grad()
-def finite(model: nn.Module, players: Mapping[str, nn.Module]) -> bool:
-    """Whether all weights are; waits for the device once."""
-    everything = (p for module in (model, *players.values()) for p in module.parameters())
-    weights: list[Tensor] = [p for p in everything if p.is_floating_point()]
-    norms: list[Tensor] = list(torch._foreach_norm(weights))
-    return bool(torch.isfinite(torch.stack([norm.double().to(norms[0].device) for norm in norms]).sum()))
-
-
-def _check_alike(told: str, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises CheckpointError where an optimizer has other settings than it had; its rates now are the schedule's."""
-    groups = zip(there["param_groups"], here["param_groups"], strict=False)
-    for number, (old, new) in enumerate(groups):
-        for setting in sorted((old.keys() & new.keys()) - UNCOMPARED):
-            one, other = describe(old[setting]), describe(new[setting])
-            if one != other:
-                raise CheckpointError(f"{told}.param_groups.{number}.{setting} is {one} there and {other} here")
 
 
 # --- Whose state it is ----------------------------------------------------------------------------------------------
@@ -150,7 +77,8 @@ def check_same_run(
     if metadata.get("config") is None:
         _tell_what_was_scaled(source, state, run, network)
     grows = _grows(run.get("epochs"), here.get("epochs"))
-    different = differences(settings_of_today(run), here, FREE | {"epochs"} if grows else FREE)
+    free = FREE | {"epochs"} if grows else FREE
+    different = differences(completed(settings_of_today(run)), completed(here), free)
     if different:
         raise CheckpointError(f"{source} is of another run: {'; '.join(different)}")
     return grows
@@ -255,18 +183,26 @@ class Resumable(ABC):
         at, before = self.position.batch, self.steps_per_epoch
         if at and steps != before:
             raise InputError(
-                f"train has {steps} batches, but the epoch in progress has {before}, of which {at} are done; go on "
-                "with as many"
+                f"train has {steps} {self._counted}, but the epoch in progress has {before}, of which {at} are done; "
+                "go on with as many"
             )
         earlier = self.loader if self.begun else None
         classes, self.steps_per_epoch = self.network.num_classes, steps
         self.loader = ResumableLoader(
-            train, self.group.device, classes, steps, validation, earlier, self.method.labels, self._check_batch
+            train,
+            self.group.device,
+            classes,
+            steps,
+            validation,
+            earlier,
+            labels=self.method.labels,
+            taken=self._check_batch,
+            repeats=self.method.repeats,
         )
         if not self.begun and self.resume is not None:
             self._resume(steps)
         if self.generators is not None:
-            self.loader.at_start = self.generators["at_start"]
+            self.loader.at_start, self.loader.serving = self.generators["at_start"], self.generators.get("serving")
         if not self.begun and self.checkpoints is not None:
             content = self._content()
             with self.group.together():
@@ -280,6 +216,11 @@ class Resumable(ABC):
             self.save(best=self.owed)
         self.begun = True
         return None if self.generators is None else self.generators["now"]
+
+    @property
+    def _counted(self) -> str:
+        """What an epoch is counted in, for messages."""
+        return "batches" if self.method.repeats == 1 else f"steps, {self.method.repeats} on each batch"
 
     def _resume(self, steps: int) -> None:
         """Goes on from the checkpoint that `resume` says, if there is one."""
@@ -304,8 +245,9 @@ class Resumable(ABC):
             trainer.load_state_dict(torch.load("run.pt"))
             trainer.fit(train, validation)
 
-        It holds the model, the average of its weights, the method's players, the optimizers, the random generators
-        (those of the loaders, too), the position within the epoch, losses and reports; "metadata" is plain JSON.
+        It holds the model, the average of its weights, the method's players, the optimizers, what each process's step
+        remembers from batch to batch, the random generators (those of the loaders, too), the position within the epoch,
+        losses and reports; "metadata" is plain JSON.
         Tensors are the trainer's own, as in any state_dict, not copies. All processes must ask.
         """
         generators = self._capture_generators() if self.fitting else self.generators
@@ -324,7 +266,10 @@ class Resumable(ABC):
             "batches": self.steps_per_epoch,
             "history": [dataclasses.asdict(report) for report in self.history],
         }
-        return {**kept, "generators": self.group.gather(generators), "metadata": metadata}
+        # of each process, by rank
+        own = self.group.gather((generators, memory_of(self.step, apart=self.group.size > 1)))
+        generators_of_all, memories = map(list, zip(*own, strict=True))
+        return {**kept, "memory": memories, "generators": generators_of_all, "metadata": metadata}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Goes on from what `state_dict` said, in this process or another one; `fit` trains what is left of it.
@@ -349,7 +294,7 @@ class Resumable(ABC):
         batches, done = metadata.get("batches", steps or 0), metadata["position"]["batch"]
         if done and steps not in (None, batches):
             raise CheckpointError(
-                f"{source} lies in an epoch of {batches} batches, of which {done} are done; train has {steps}"
+                f"{source} lies in an epoch of {batches} {self._counted}, of which {done} are done; train has {steps}"
             )
         if grows:
             self.note(
@@ -361,15 +306,22 @@ class Resumable(ABC):
             self._follow_what_was_found()
         with held(self.modules()):
             load_state_dicts(source, saved, self.network, self.average, self.step)
+            load_memory(self.step, saved["memory"][self.group.rank] if "memory" in saved else {})  # not in earlier ones
         self.position.load_state_dict(metadata["position"])
         self.losses.load_state_dict(metadata["losses"])
         self.history[:] = map(EpochReport.read, metadata["history"])
-        self.step.steps = self.position.global_step
+        self.step.steps, self.step.epoch = self.position.global_step, self.position.epoch
         self.steps_per_epoch = batches if steps is None else steps
         self.generators = saved["generators"][self.group.rank]
 
     def _capture_generators(self) -> dict[str, Any]:
-        return {"at_start": self.loader.at_start if self.position.batch else None, "now": self.loader.capture()}
+        found: dict[str, Any] = {
+            "at_start": self.loader.at_start if self.position.batch else None,
+            "now": self.loader.capture(),
+        }
+        if self.position.batch % self.method.repeats and self.loader.serving is not None:
+            found["serving"] = tuple(None if one is None else one.cpu() for one in self.loader.serving)
+        return found
 
     def save(self, *, best: bool) -> None:
         """Writes the checkpoint of this moment, if there is a folder; all processes must ask."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from afd.graphs import guard
 from afd.methods import AFD, Execution, Method
 from afd.methods.base import Run
 from afd.methods.inputs import device_of, settle, taken_in
+from afd.methods.ramps import Ramp, Ramps, check_ramps
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
 from afd.processes import all_or_none
@@ -43,6 +44,7 @@ from afd.training.schedules import EpsWarmup, Rates, Schedule, averaged, schedul
 from afd.training.settings import built, check_settings, differences, overridden
 from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
 from afd.training.state import Position, Resumable
+from afd.training.statistics import recompute_statistics
 
 
 @dataclass
@@ -60,8 +62,16 @@ class Trainer(Resumable):
         epochs: passes over the training images.
         schedule: of all learning rates: "step" (a tenth after 1/2 and 5/6 of the run), "cosine", "one-cycle", or a
             function from progress in [0, 1) to a factor.
+        lr_warmup: epochs in which all learning rates grow linearly to what the schedule says.
         eps_warmup: epochs in which the training attack grows to its full radius.
-        ema: decay a step of an exponential average of the weights, which is then what is validated; None for none.
+        ramps: numbers of the method, or ``attack.`` and numbers of its attack, that go linearly to their own value in
+            so many epochs, by name: ``{"beta": Ramp(first=0, epochs=5), "attack.steps": Ramp(2, 20)}``.
+        ema: decay a step of the optimizer of an exponential average of the weights, which is then what is validated;
+            None for none.
+        ema_warmup: whether the decay grows to `ema`, as min(ema, (1 + t) / (10 + t)) after t steps.
+        ema_buffers: what BatchNorm's statistics and other buffers of the average are: "averaged" like the weights;
+            "copied" from the model at each step; or "recomputed": copied, and before each validation BatchNorm's are
+            computed anew, by a pass of the averaged weights over the training images (`recompute_statistics`).
         mixing: of the training images and their labels, which are soft then: mixup, CutMix.
         execution: precision, memory layout and compilation of the training passes, and whether steps are recorded.
         feature_layer: the linear layer that features enter; by default the last one.
@@ -105,10 +115,15 @@ class Trainer(Resumable):
     resume: Path | str | None = None
     config: dict[str, Any] | None = None
     progress: Progress | None = None
+    lr_warmup: float = 0.0
+    ema_warmup: bool = True
+    ema_buffers: str = "averaged"
+    ramps: Mapping[str, Ramp] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_settings(self.settings())
         self.method, self.judging = overridden(self.method, self.attack, self.validation_attack, self.seed)
+        check_ramps(self.method, self.ramps, self.eps_warmup)
         self.factor = schedule_named(self.schedule)
         self.group = join()
         inner = taken_in(self.model)
@@ -119,7 +134,11 @@ class Trainer(Resumable):
             with isolated(self.device):
                 self.network = self.execution.prepare(network)
                 self._build_step()
-                self.average = None if self.ema is None else averaged(self.network, self.ema)
+                self.average = (
+                    None
+                    if self.ema is None
+                    else averaged(self.network, self.ema, warmup=self.ema_warmup, buffers=self.ema_buffers)
+                )
         # one for all epochs: what it has recorded stays
         self.judge = None if self.judging is None else self.judging.build(self.evaluated)
         self.checkpoints = None if self.folder is None else CheckpointManager(Path(self.folder), self.warn)
@@ -188,6 +207,7 @@ class Trainer(Resumable):
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
         settings = self.settings()
         check_settings(settings)
+        check_ramps(self.method, self.ramps, self.eps_warmup)
         changed = differences(self._built, built(settings))
         if changed:
             raise InputError(f"changed since the trainer was made: {'; '.join(changed)}; make another trainer for that")
@@ -196,10 +216,14 @@ class Trainer(Resumable):
         steps = check_loaders(
             train, validation, self.epochs, look_at, self.group, told, self.method.labels, self._check_batch
         )
+        steps *= self.method.repeats
         self._follow_what_was_found()
-        self.rates = Rates(self.step.optimizers, self.factor, max(1, self.epochs * steps))
+        self.rates = Rates(
+            self.step.optimizers, self.factor, max(1, self.epochs * steps), round(self.lr_warmup * steps)
+        )
         generators = self._begin(train, validation, steps)
         self.warmup = EpsWarmup(self.method, self.step, round(self.eps_warmup * steps))
+        self.growing = Ramps(self.method, self.step, self.ramps, steps)
         self.run_step = recorded(self.network, self.step, self.device, self.group.size, self.execution)
         self.stopping.begin()
         try:
@@ -254,6 +278,7 @@ class Trainer(Resumable):
         with held(self._held):
             self.network.train()
         at, since, steps = self.position, time.perf_counter(), self.steps_per_epoch
+        self.step.epoch = at.epoch
         self.shown.began("training", at.epoch, at.batch, steps, self.losses.peek)
         for x, y, index in self.loader.epoch(at.epoch, at.batch, generators):
             try:
@@ -284,6 +309,7 @@ class Trainer(Resumable):
         """One step, and the average."""
         self.rates.set(self._done)
         self.warmup.at(self._done)
+        self.growing.at(self._done)
         # the processes' batches are rows of one joint batch, and each row has its own start
         seed, first = self.seed + self.position.global_step, self.group.rank * len(x)
         if self.mixing.active and y is not None:
@@ -314,6 +340,7 @@ class Trainer(Resumable):
         generators = self.loader.capture()
         self.group.share_buffers(self.evaluated)
         try:
+            self._recompute()
             natural = self._measure(validation, None)
             robust = None if self.judge is None else self._measure(validation, self.judge)
         except BaseException as error:
@@ -340,6 +367,20 @@ class Trainer(Resumable):
         finally:
             self.save(best=best)
         return True
+
+    def _recompute(self) -> None:
+        """BatchNorm's statistics of the average, where they are to be; LeftError where somebody asks to stop."""
+        if self.average is None or self.ema_buffers != "recomputed":
+            return
+        self.shown.began("statistics", self.position.epoch, 0, self.steps_per_epoch // self.method.repeats)
+
+        def each(images: int) -> None:
+            self.shown.moved(self.group.size * images)
+            self.stopping.leave()
+
+        with held(self.modules()):
+            recompute_statistics(self.average.module, self.loader, self.group, each)
+        self.average.take_buffers()
 
     def _measure(self, validation: Loader, attack: Attack | None) -> float:
         """Accuracy on the validation images; LeftError where somebody asks to stop meanwhile."""

@@ -59,7 +59,7 @@ def test_another_run_is_not_overwritten_without_a_word(here, capsys):
     assert train("--out", "one", "--seed", "5", "--epochs", "1", "--overwrite") == 0
     assert (here / "one" / "best.pt").read_bytes() != before
     names = [path.name for path in (here / "one").iterdir() if "tfevents" not in path.name]
-    assert sorted(names) == ["best.pt", "curves.png", "last.pt", "log.jsonl", "model.pt", "run.toml"]
+    assert sorted(names) == ["best.pt", "curves.png", "last.pt", "log.jsonl", "model.pt", "result.json", "run.toml"]
     assert sum("tfevents" in path.name for path in (here / "one").iterdir()) == 1
 
 

@@ -39,9 +39,10 @@ def test_leaves_checkpoints_and_tensorboard_events(trained):
         "log.jsonl",
         "model.pt",
         "previous.pt",
+        "result.json",
         "run.toml",
     ]
-    assert len(names) == 8
+    assert len(names) == 9
 
 
 def test_tensorboard_has_every_scalar(trained):
@@ -110,7 +111,7 @@ def test_the_same_seed_trains_the_same_weights(trained, tmp_path):
 
 
 def test_the_best_epoch_is_chosen_on_validation_images(tmp_path, monkeypatch):
-    """The test images are looked at once, after training, and only with the best checkpoint."""
+    """The test images are looked at after training only: clean and attacked, by the best weights and by the last."""
     looked_at = []
     real = train.shared_accuracy
     monkeypatch.setattr(
@@ -121,7 +122,8 @@ def test_the_best_epoch_is_chosen_on_validation_images(tmp_path, monkeypatch):
     config = train.TrainConfig(out=tmp_path, epochs=2)
     splits = data.load("digits")
     result = train.train(config, splits=splits)
-    assert looked_at == [len(splits.test)] * 2
+    same = result.measured["best"] == result.measured["last"]
+    assert looked_at == [len(splits.test)] * (2 if same else 4)
     reports = [json.loads(json.dumps(load_checkpoint(tmp_path / n)[1]["report"])) for n in ("best.pt", "last.pt")]
     assert reports[0]["epoch"] == result.epoch
     assert reports[0]["robust"] >= reports[1]["robust"]
@@ -361,3 +363,55 @@ def test_the_path_of_the_checkpoint_is_never_cut(tmp_path, capsys, monkeypatch, 
     out = tmp_path / ("[bold]a long name of a folder, as one has them" * 3)
     assert run(out, "natural", "--limit", "30") == 0
     assert f"\ncheckpoint: {out / 'best.pt'}\n" in capsys.readouterr().out
+
+
+def test_best_last_and_average_are_measured_and_written(tmp_path, monkeypatch, capsys):
+    """By the weights that their checkpoints hold; what is the same is not measured again."""
+    calls = []
+    real = train.shared_accuracy
+    monkeypatch.setattr(train, "shared_accuracy", lambda *a, **kw: (calls.append(a), real(*a, **kw))[1])
+    monkeypatch.setattr(train, "TEST_STEPS", 2)
+    few = ["at", "--limit", "90", "--batch-size", "30", "--epochs", "3", "--lr", "0.05"]
+    for name, words, states in (
+        ("plain", [], ["best", "last"]),
+        ("average", ["--ema", "0.9"], ["best", "last", "EMA"]),
+    ):
+        calls.clear()
+        assert run(tmp_path / name, *few, *words) == 0
+        out = json.loads((tmp_path / name / "result.json").read_text())
+        told = capsys.readouterr().out
+        assert list(out["measured"]) == states
+        assert all(f" {state} " in told for state in states)
+        assert (out["data"], out["method"], out["seed"], out["images"], out["attack"]) == (
+            "digits",
+            "at",
+            0,
+            90,
+            "PGD-2",
+        )
+        best, last = (load_checkpoint(tmp_path / name / f"{one}.pt") for one in ("best", "last"))
+        assert out["measured"]["last"]["epoch"] == last[1]["report"]["epoch"] == 3
+        assert out["measured"]["best"]["epoch"] == best[1]["report"]["epoch"]
+        weights = {"best": train.weights_in(tmp_path, best[0]), "last": last[0]["model"]}
+        if words:
+            weights["EMA"] = last[0]["average"]["weights"]
+        model = train.build_model("convnet", (1, 8, 8), 10, 4)
+        test = train.Batches(data.load("digits").limited(90).test, 90)
+        for state, kept in weights.items():
+            model.load_state_dict(kept)
+            assert out["measured"][state]["natural"] == pytest.approx(accuracy(model, test))
+        again = out["measured"]["best"]["epoch"] == 3
+        assert len(calls) == 2 * (len(states) - again)
+        model.load_state_dict(torch.load(tmp_path / name / "model.pt"))
+        assert out["measured"]["best"]["natural"] == pytest.approx(accuracy(model, test))
+    assert out["measured"]["best"]["robust"] <= out["measured"]["best"]["natural"]
+
+
+def test_weights_that_are_the_best_and_the_last_are_measured_once(tmp_path, monkeypatch):
+    calls = []
+    real = train.shared_accuracy
+    monkeypatch.setattr(train, "shared_accuracy", lambda *a, **kw: (calls.append(a), real(*a, **kw))[1])
+    result = train.train(train.TrainConfig(out=tmp_path, epochs=1), splits=data.load("digits").limited(60))
+    assert len(calls) == 2
+    assert result.measured["best"] == result.measured["last"]
+    assert (result.epoch, result.natural) == (1, result.measured["best"].natural)

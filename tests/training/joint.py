@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from toy_methods import Perturbed, Replays
+from toy_methods import Perturbed, Remembers, Replays
 
 from afd.attacks import PGDSettings
 from afd.data import Batches, Images, MixedBatches
@@ -23,6 +23,7 @@ AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
 GAUSSIAN = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian"), **JUDGE}
 KL = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian", loss="kl"), **JUDGE}
 GAME = {"hidden": 8, **AGAINST}
+REMEMBERS = {"remembers": Remembers(lr=0.05)}  # by the place in each process's batch: not what one process remembers
 METHODS = {
     "joint": AFD(**GAME),
     "separate": AFD.adam(loss="dcgan", lr=1e-2, lr_features=1e-2, **GAME),
@@ -76,7 +77,7 @@ def run(
     group = join()
     trainer = Trainer(
         model(unused=method == "alternating", frozen=method.startswith("frozen")),
-        METHODS[method],
+        {**METHODS, **REMEMBERS}[method],
         epochs=epochs,
         log_every=2,
         save_every=3,

@@ -1,15 +1,23 @@
 """The average of the weights: what is averaged, what is copied, and in which precision."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import utils
 from torch.nn.utils import prune
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, TensorDataset
 
+from afd.checkpoint import CheckpointError
 from afd.errors import InputError
 from afd.methods import Natural
+from afd.runtime import Group
 from afd.training import EpochReport, Trainer, load_checkpoint
+from afd.training.data import ResumableLoader
 from afd.training.schedules import averaged
+from afd.training.statistics import recompute_statistics
 
 
 class Everything(nn.Module):
@@ -163,3 +171,159 @@ def test_a_model_that_cannot_be_copied_is_named_where_its_average_is_asked_for()
     model.kept = [model.weight * 2]
     with pytest.raises(InputError, match="ema averages a copy of the model, which cannot be copied: a tensor"):
         averaged(model, 0.9)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9995])
+def test_the_decay_grows_with_the_updates(decay):
+    """By hand: of update t, min(d, (1 + t) / (10 + t)); the first one copies, in narrow dtypes, too."""
+    model = Everything()
+    average = averaged(model, decay, warmup=True)
+    expected, narrow = 0.0, 256.0
+    for update in range(30):
+        change(model)
+        average.update_parameters(model)
+        now = min(decay, (1 + update) / (10 + update)) if update else 0.0
+        expected = now * expected + (1 - now) * float(model.wide[0].detach())
+        narrow = now * narrow + (1 - now) * float(model.narrow[0].detach())
+        assert float(average.module.wide[0]) == pytest.approx(expected, abs=1e-12)
+        assert float(average.wide["narrow"][0]) == pytest.approx(narrow, rel=1e-6)
+
+
+def test_buffers_are_copied_where_that_is_asked_for():
+    model = Everything()
+    average = averaged(model, 0.9, buffers="copied")
+    average.update_parameters(model)
+    change(model)
+    average.update_parameters(model)
+    assert torch.equal(average.module.statistics, model.statistics)
+    assert torch.equal(average.module.phases, model.phases)
+    torch.testing.assert_close(average.module.wide, torch.full((2,), 0.1, dtype=torch.float64))
+
+
+class Noisy(TensorDataset):
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x + torch.rand(()) / 10, y
+
+
+def with_batchnorm():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=0.3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten())
+    return nn.Sequential(*body, nn.Linear(16, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 3))
+
+
+def noisy(workers=0):
+    generator = torch.Generator().manual_seed(1)
+    data = Noisy(torch.rand(22, 1, 4, 4, generator=torch.Generator().manual_seed(0)) / 2, torch.arange(22) % 3)
+    return DataLoader(data, 8, shuffle=True, generator=generator, num_workers=workers, persistent_workers=workers > 0)
+
+
+X, Y = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(3)), torch.arange(6) % 3
+
+
+def recomputing(**settings):
+    return Trainer(with_batchnorm(), Natural(lr=0.1), ema=0.9, ema_buffers="recomputed", epochs=3, **settings)
+
+
+def test_batchnorm_statistics_are_recomputed_as_torch_does_it_before_each_validation():
+    torch.manual_seed(5)
+    made, loader, seen = recomputing(), noisy(), []
+    real = made._measure
+
+    def measure(validation, attack):
+        model = copy.deepcopy(made.evaluated)
+        before = torch.get_rng_state(), loader.generator.get_state()
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+        update_bn(loader, model)
+        torch.set_rng_state(before[0])
+        loader.generator.set_state(before[1])
+        ours, torchs = made.evaluated.state_dict(), model.state_dict()
+        for name in torchs:
+            torch.testing.assert_close(ours[name], torchs[name], rtol=0, atol=1e-6)
+        seen.append(ours["model.1.running_mean"].clone())
+        return real(validation, attack)
+
+    made._measure = measure
+    made.fit(loader, [(X, Y)])
+    assert len(seen) == 3
+    assert not torch.equal(seen[0], seen[1])
+    layers = [layer for layer in made.evaluated.modules() if hasattr(layer, "momentum")]
+    assert [layer.momentum for layer in layers] == [0.3, 0.1]
+    assert torch.equal(made.state_dict()["average"]["weights"]["1.running_mean"], seen[2])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_pass_for_statistics_changes_nothing_else(workers):
+    """The weights of the model, and the batches to come, are those of a run whose buffers are averaged."""
+    ends = []
+    for buffers in ("recomputed", "averaged"):
+        torch.manual_seed(5)
+        made = Trainer(with_batchnorm(), Natural(lr=0.1), ema=0.9, ema_buffers=buffers, epochs=2)
+        made.fit(noisy(workers), [(X, Y)])
+        ends.append(made)
+    states = [made.network.state_dict() for made in ends]
+    assert all(torch.equal(one, states[1][name]) for name, one in states[0].items())
+    averages = [dict(made.evaluated.named_parameters()) for made in ends]
+    assert all(torch.equal(one, averages[1][name]) for name, one in averages[0].items())
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 5, 6])
+def test_recomputed_statistics_are_those_of_a_run_that_was_not_interrupted(stop_at):
+    torch.manual_seed(5)
+    whole = recomputing()
+    whole.fit(noisy(), [(X, Y)])
+    torch.manual_seed(5)
+    first = recomputing(log_every=1)
+    first.callbacks = [lambda report: first.stop() if report.global_step == stop_at else None]
+    first.fit(noisy(), [(X, Y)])
+    torch.manual_seed(99)
+    second = recomputing(log_every=1)
+    second.load_state_dict(first.state_dict())
+    second.fit(noisy(), [(X, Y)])
+    ours, expected = second.average.state_dict(), whole.average.state_dict()
+    assert all(torch.equal(one, expected[name]) for name, one in ours.items())
+
+
+def test_several_processes_keep_the_mean_of_what_each_has_met():
+    x = torch.rand(16, 1, 4, 4, generator=torch.Generator().manual_seed(2))
+    shares, means = [[(x[:8], Y[:8])], [(x[8:], Y[:8])]], []
+
+    class Pair(Group):
+        def mean(self, values):
+            means[-1].append(values.clone())
+            return (values + means[0].pop(0)) / 2 if len(means) == 2 else values
+
+    for share in shares:
+        means.append([])
+        model = with_batchnorm().eval()
+        recompute_statistics(model, ResumableLoader(share, torch.device("cpu"), 3, 1), Pair(size=2))
+    plain = nn.Sequential(*list(with_batchnorm())[:1])
+    both = [plain(part[0][0]).detach().transpose(0, 1).flatten(1) for part in shares]
+    torch.testing.assert_close(model[1].running_mean, (both[0].mean(1) + both[1].mean(1)) / 2)
+    torch.testing.assert_close(model[1].running_var, (both[0].var(1) + both[1].var(1)) / 2)
+    assert not model[1].training
+
+
+def test_a_checkpoint_of_before_means_an_average_without_warm_up():
+    made = Trainer(with_batchnorm(), Natural(lr=0.1), ema=0.9, epochs=1, ema_warmup=False)
+    made.fit(noisy(), [(X, Y)])
+    state = made.state_dict()
+    for name in ("ema_warmup", "ema_buffers", "lr_warmup"):
+        del state["metadata"]["run"][name]
+    Trainer(with_batchnorm(), Natural(lr=0.1), ema=0.9, epochs=1, ema_warmup=False).load_state_dict(state)
+    with pytest.raises(CheckpointError, match=r"of another run: ema_warmup is False there and True here$"):
+        Trainer(with_batchnorm(), Natural(lr=0.1), ema=0.9, epochs=1).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="ema_buffers is averaged there and copied here; ema_warmup is False"):
+        Trainer(with_batchnorm(), Natural(lr=0.1), ema=0.9, epochs=1, ema_buffers="copied").load_state_dict(state)
+
+
+def test_settings_of_an_average_say_nothing_where_there_is_none():
+    made = Trainer(with_batchnorm(), Natural(lr=0.1), epochs=1, ema_warmup=False, ema_buffers="copied")
+    Trainer(with_batchnorm(), Natural(lr=0.1), epochs=1).load_state_dict(made.state_dict())
+
+
+def test_another_kind_of_buffers_is_refused():
+    with pytest.raises(InputError, match="ema_buffers is 'mine'; allowed are averaged, copied, recomputed"):
+        Trainer(with_batchnorm(), Natural(), ema=0.9, ema_buffers="mine")

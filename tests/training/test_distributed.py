@@ -73,6 +73,24 @@ def test_a_signal_to_one_process_stops_both_after_the_same_round(tmp_path):
 
 
 @pytest.mark.slow
+def test_each_process_goes_on_with_what_it_remembers(tmp_path):
+    """Stopped in the second or third of the steps on a batch, of nine an epoch."""
+    whole = torchrun(tmp_path / "whole", "--methods", "remembers", "--epochs", "2")
+    stopped = torchrun(tmp_path / "part", "--methods", "remembers", "--kill-at", "12", "--send", "SIGTERM")
+    assert whole.returncode == 0, whole.stderr
+    position = load_checkpoint(tmp_path / "part" / "remembers" / "last.pt")[1]["position"]
+    assert position["global_step"] % 3, stopped.stderr
+    resumed = torchrun(tmp_path / "part", "--methods", "remembers", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    ends = [load_checkpoint(tmp_path / name / "remembers" / "last.pt")[0] for name in ("whole", "part")]
+    torch.testing.assert_close(ends[0]["model"], ends[1]["model"], rtol=0, atol=0)
+    memories = [[one["delta"] for one in end["memory"]] for end in ends]
+    assert len(memories[0]) == 2
+    assert not torch.equal(*memories[0])
+    assert all(map(torch.equal, *memories))
+
+
+@pytest.mark.slow
 def test_the_command_runs_under_torchrun(tmp_path):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "afd", "train"]
     settings = ["--epochs", "2", "--width", "4", "--attack-steps", "2", "--out", str(tmp_path)]

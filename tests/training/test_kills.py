@@ -104,7 +104,7 @@ def assert_equal(left, right, where=""):
 def assert_undisturbed(out, undisturbed):
     assert_equal(contents(out), contents(undisturbed))
     assert sorted(path.name for path in out.iterdir() if "tfevents" not in path.name) == [
-        "best.pt", "curves.png", "last.pt", "log.jsonl", "model.pt", "previous.pt", "run.toml",
+        "best.pt", "curves.png", "last.pt", "log.jsonl", "model.pt", "previous.pt", "result.json", "run.toml",
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import nn
-from toy_methods import Perturbed, Replays, Steady
+from toy_methods import Perturbed, Remembers, Replays, Steady
 
 from afd.attacks import PGDSettings
 from afd.errors import InputError
@@ -40,6 +40,7 @@ METHODS = {
     "adamw, no decay of norms": AT(lr=0.01, optimizer="adamw", decay_norms=False, attack=PGDSettings(**PGD_2)),
     "nesterov": AT(lr=0.05, nesterov=True, attack=PGDSettings(**PGD_2)),
     "replays": Replays(lr=0.05),
+    "remembers": Remembers(lr=0.05),
     "wrapped": Perturbed(AT(lr=0.05, attack=PGDSettings(**PGD_2)), gamma=0.05),
     "no labels": Steady(lr=0.05),
 }

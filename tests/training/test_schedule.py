@@ -38,6 +38,30 @@ def test_all_groups_of_all_optimizers_follow():
     assert rates.of_step(1) == {"a": 1.0, "b": 2.0}
 
 
+def test_the_rates_grow_linearly_to_the_schedule():
+    optimizer = SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    rates = Rates({"task": optimizer}, cosine, steps=10, warmup=4)
+    found = []
+    for done in range(10):
+        rates.set(done)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx([2 * cosine(done / 10) * min(1, (done + 1) / 4) for done in range(10)])
+    assert rates.of_step(2) == pytest.approx({"task": found[1]})
+
+
+def test_a_warm_up_of_a_run_is_in_epochs():
+    torch.manual_seed(0)
+    batches = [(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 0]))] * 4
+    reports = []
+    trainer = Trainer(
+        FeatureClassifier(nn.Flatten(), 4, 2), Natural(lr=0.4), epochs=2, schedule=lambda _: 1.0, lr_warmup=1.5,
+        log_every=1, callbacks=[reports.append],
+    )  # fmt: skip
+    trainer.fit(batches, batches)
+    rates = [report.learning_rates["task"] for report in reports if not hasattr(report, "natural")]
+    assert rates == pytest.approx([0.4 * min(1, (done + 1) / 6) for done in range(8)])
+
+
 def test_a_run_follows_its_schedule_round_by_round():
     torch.manual_seed(0)
     seen = []
