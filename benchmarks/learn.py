@@ -1,0 +1,75 @@
+"""What every method learns on digits in about a minute: ``python benchmarks/learn.py [METHOD ...]``, here on one thread.
+
+Runs ``afd train`` as a user would and gathers the ``result.json`` of each run; README's table follows. Named methods are
+trained again and take the place of what the file holds of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from afd.bench.results import Candidate, Case, Document, device_name, read
+from afd.errors import AfdError
+
+RESULTS = Path(__file__).parent / "results"
+RUNS = {
+    "natural": "natural",
+    "at": "at",
+    "fgsm-rs": "fgsm-rs",
+    "free": "free",
+    "trades": "trades",
+    "mart": "mart",
+    "alp": "alp",
+    "norm-penalty": "norm-penalty",
+    "at+awp": "at+awp",
+    "trades+awp": "trades+awp",
+    "afd": "afd",
+    "afd, adversarial weight": "afd --adversarial-weight 0.5",
+}
+
+
+def trained(words: str) -> Case:
+    """One run: its accuracies, in [0, 1], and how long it took."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "afd", "train", *shlex.split(words), "--data", "digits", "--out", folder]
+        began = time.perf_counter()
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - began
+        found = json.loads((Path(folder) / "result.json").read_text())
+    candidates = {
+        name: Candidate(None, {key: one[key] for key in ("epoch", "natural", "robust")})
+        for name, one in found["measured"].items()
+    }
+    settings = {key: found[key] for key in ("data", "seed", "images", "attack", "norm", "eps")}
+    return Case({"command": f"afd train {words}", **settings}, candidates, {"seconds": seconds})
+
+
+def main(names: list[str]) -> None:
+    """Trains, and writes the file after each run."""
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    file = RESULTS / f"learning-digits-{device_name(device).lower().replace('(r)', '').replace(' ', '-')}.json"
+    held = read(file).cases if file.exists() else {}
+    for name in names or list(RUNS):
+        held = {**held, name: trained(RUNS[name])}
+        cases = {known: held[known] for known in RUNS if known in held}
+        document = Document.here("learning", device, 1, {}, cases)
+        replace(document, finished=set(held) == set(RUNS)).write(file)
+        print(name, {key: one.figures for key, one in held[name].candidates.items()}, held[name].measured, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (AfdError, KeyError) as error:
+        sys.exit(f"learn.py: error: {error}")
