@@ -7,6 +7,7 @@ are the CLI's help lines.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ class RunConfig:
     """How a run goes, whatever is trained."""
 
     epochs: int | None = None
-    """Passes over the training images. Default: 60 digits, 10 MNIST, 300 CIFAR."""
+    """Passes over the training images. Default: 60 digits, 10 MNIST, 300 CIFAR; divided by a method's repeats."""
     lr_schedule: Literal["step", "cosine", "one-cycle"] = "step"
     """How all learning rates change over the run."""
     milestones: tuple[Number, ...] = (0.5, 5 / 6)
@@ -176,7 +177,8 @@ class TrainConfig(RunConfig):
             model=_filled(self.model, name=preset.model, width=width_for(self.data.name, self.model.name)),
             method=method,
             test=test,
-            epochs=preset.epochs if self.epochs is None else self.epochs,
+            # a batch that is repeated is passed so many times (Shafahi et al. 2019 divide likewise)
+            epochs=math.ceil(preset.epochs / method.repeats) if self.epochs is None else self.epochs,
         )
         config._check()
         return config

@@ -17,20 +17,32 @@ STEPS = 10  # of a training attack that is not the method's own
 
 @dataclass(frozen=True)
 class Preset:
-    """What a data set asks for where the user says nothing."""
+    """What a data set asks for where the user says nothing.
+
+    Attributes:
+        model: network.
+        width: of its first layer.
+        eps: radius in Linf.
+        epochs: passes over the training images, all repeats of a batch counted.
+        augment: whether images are cropped and flipped at random.
+        weight_decay: the least that methods which attack begin with. On CIFAR it moves robust accuracy by more than
+            most methods differ by, and 5e-4 is better than the 1e-4 and 2e-4 of many released recipes (Pang et al.
+            2021, "Bag of Tricks for Adversarial Training"): with less, a weak recipe is measured, and not the method.
+    """
 
     model: str
     width: int
     eps: float
     epochs: int
     augment: bool
+    weight_decay: float = 0.0
 
 
 PRESETS = {
     "digits": Preset("convnet", width=32, eps=0.2, epochs=60, augment=False),
     "mnist": Preset("convnet", width=16, eps=0.3, epochs=10, augment=False),
-    "cifar10": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True),
-    "cifar100": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True),
+    "cifar10": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True, weight_decay=5e-4),
+    "cifar100": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True, weight_decay=5e-4),
 }
 
 
@@ -64,12 +76,14 @@ def method_for(
     data: str, name: str = "afd", *, optimizer: str | None = None, attack: str | None = None, norm: str | None = None,
     eps: float | None = None,
 ) -> Method:  # fmt: skip
-    """A method with its own defaults, but for the ball of its attack, which the data set asks for.
+    """A method with its own defaults, but for what the data set asks for (`Preset`).
+
+    That is the ball of its attack, and the least weight decay of methods that attack.
 
     Args:
         data: name of the data set.
         name: as in `afd.methods.registry`.
-        optimizer: whose rates it takes; by default its own.
+        optimizer: whose rates it takes, weight decay included; by default its own.
         attack: name of another attack than its own.
         norm: of the ball; by default the attack's own.
         eps: of the ball; by default the usual one.
@@ -81,8 +95,14 @@ def method_for(
     settings = {} if optimizer is None else {"optimizer": optimizer, **getattr(core, "rates", {}).get(optimizer, {})}
     method = made({"name": name, **settings})
     own = method.attack
+    defaults: dict[str, Any] = {one.name: one.default for one in dataclasses.fields(core)}
+    own_ball = own is None and "eps" in defaults
+    least = PRESETS[data].weight_decay
+    rated = optimizer in getattr(core, "rates", {})
+    if (own is not None or own_ball) and not rated and defaults.get("weight_decay", least) < least:
+        settings["weight_decay"] = least
+        method = made({"name": name, **settings})
     if own is None:
-        own_ball = "eps" in {one.name for one in dataclasses.fields(core)}
         radii = {"eps": radius(data, norm or "Linf") if eps is None else eps} if own_ball else {}
         return made({"name": name, **settings, **radii})
     kind = type(own) if attack is None else attack_named(attack)
@@ -99,7 +119,15 @@ def _attack_in(kind: type[AttackSettings], own: AttackSettings, norm: str, eps: 
     other = kind is not type(own)
     names = {one.name for one in dataclasses.fields(kind)}
     fitting: dict[str, Any] = (
-        {"norm": norm, "eps": eps, "steps": STEPS} if other else {"norm": norm, "eps": eps, "alpha": None}
+        {"norm": norm, "eps": eps, "steps": STEPS}
+        if other
+        else {"norm": norm, "eps": eps, "alpha": _step_size(own, norm, eps)}
     )
     changes = {name: value for name, value in fitting.items() if name in names}
     return kind(**changes) if other else dataclasses.replace(own, **changes)
+
+
+def _step_size(own: AttackSettings, norm: str, eps: float) -> float | None:
+    """The step size of an attack with another radius: in proportion; None, for its rule of thumb, in another norm."""
+    alpha: Any = getattr(own, "alpha", None)
+    return None if alpha is None or norm != own.norm or not own.eps else float(alpha * eps / own.eps)

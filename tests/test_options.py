@@ -40,7 +40,7 @@ def asked(text):
         ("--data mnist at", AT(attack=PGDSettings(eps=0.3)), "mnist"),
         ("--data=mnist at --lr 1/20", AT(lr=0.05, attack=PGDSettings(eps=0.3)), "mnist"),
         ("--eps 0.3 --loss dcgan", AFD(loss="dcgan", attack=PGDSettings(eps=0.3)), "digits"),
-        ("--data cifar10 --schedule alternating", AFD(schedule="alternating"), "cifar10"),
+        ("--data cifar10 --schedule alternating", AFD(schedule="alternating", weight_decay=5e-4), "cifar10"),
         ("at --data cifar100", AT(), "cifar100"),
         ("at --eps 4/255 --data cifar10", AT(attack=PGDSettings(eps=4 / 255)), "cifar10"),
         ("at --norm L2 --data cifar10", AT(attack=PGDSettings(norm="L2", eps=0.5)), "cifar10"),
@@ -345,5 +345,35 @@ def test_defaults_that_data_ask_for():
     assert method_for("mnist", "at").attack.resolved().alpha == 2.5 * 0.3 / 10
     assert method_for("cifar10", "at") == AT()
     assert methods.AT().attack.resolved().alpha == 2 / 255
+
+
+def test_weight_decay_of_methods_that_attack_is_what_the_data_ask_for():
+    """Of the command line; the classes have their authors'. What has more keeps it; natural training has its own."""
+    assert method_for("cifar10", "afd").weight_decay == 5e-4
+    assert method_for("cifar100", "toy_methods:Replays").weight_decay == 5e-4  # it has a radius of its own
+    assert method_for("cifar10", "toy_methods:Clashing+toy_methods:Perturbed").core.weight_decay == 5e-4
+    assert method_for("cifar10", "natural").weight_decay == methods.Natural().weight_decay
+    assert method_for("mnist", "afd").weight_decay == AFD().weight_decay
+    assert method_for("cifar10", "toy_methods:Strong").weight_decay == 3.5e-3
+    assert method_for("cifar10", "afd", optimizer="adam") == AFD.adam()
+    assert asked("--data cifar10 --weight-decay 1e-4").method.weight_decay == 1e-4
+    assert asked("--data cifar10 --optimizer sgd").method.weight_decay == 5e-4
+
+
+def test_the_step_size_of_a_method_s_own_attack_follows_the_radius():
+    strong = "toy_methods:Strong"
+    assert method_for("mnist", strong).attack.alpha == pytest.approx(0.3 * 0.25)
+    assert method_for("cifar10", strong, eps=0.05).attack.alpha == pytest.approx(0.0125)
+    assert method_for("cifar10", strong, norm="L2").attack.alpha is None
+    assert method_for("mnist", "at").attack.alpha is None
+
+
+def test_epochs_are_divided_by_the_repeats_of_a_batch():
+    assert asked("toy_methods:Remembers --data mnist").settled().epochs == 4  # of 10, by 3
+    assert asked("toy_methods:Remembers --data mnist --epochs 7").settled().epochs == 7
+    assert asked("toy_methods:Remembers --data mnist --replays 1").settled().epochs == 10
+
+
+def test_what_else_data_ask_for():
     assert math.isclose(asked("natural --data mnist").settled().test.eps, 0.3)
     assert asked("natural --norm L2 --data mnist").settled().test == TestConfig("L2", 2.0)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from afd.attacks import PGDSettings
-from afd.methods import Supervised, Wrapper
+from afd.methods import Natural, Supervised, Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +108,15 @@ class Clashing(Supervised):
     def losses(self, model, batch):
         moved = model(self.attack(model, batch)) + model(self.second(model, batch))
         return {"task": self.alpha * self.cross_entropy(moved, batch.y)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strong(Natural):
+    """With a weight decay of its own, and steps of a quarter of its radius."""
+
+    weight_decay: float = 3.5e-3
+    attack: PGDSettings = PGDSettings(eps=0.1, alpha=0.025, steps=5)
+    validation_attack: str = "pgd-2"
 
 
 def spread(outputs, target):
