@@ -54,7 +54,7 @@ bench: $(PEERS)
 	$(BENCH) attacks --model resnet18 --steps 3 --repeats 3 --against $(LIBRARIES),eager-bf16
 	$(BENCH) kernels --sizes cifar --repeats 40
 	$(BENCH) discriminator --repeats 100
-	$(BENCH) methods --case small --repeats 9
+	$(BENCH) methods --case small --repeats 5
 	$(BIN)/python benchmarks/readme.py
 
 # A day on a GPU, with nothing fetched: make gpu STAGES=1,2,3 BUDGET=350 WHEELS=build/wheels DATA=folder OUT=folder

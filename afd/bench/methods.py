@@ -45,7 +45,7 @@ PRECISIONS, SCHEDULES = ("fp32", "auto"), ("simultaneous", "alternating")
 WARMUP = {"cpu": 1, "cuda": 3}  # calls: a graph is recorded in the second, and its memory settles in the third
 LR, SEED = 1e-12, 1  # of all players, and of the attack's starts
 SETTLING = 40  # training passes after which BatchNorm's running statistics are the batch's
-COUNTED_IMAGES = 4  # that passes are counted on
+COUNTED_IMAGES = 2  # that passes are counted on
 
 Call = Callable[[], object]
 

@@ -10,7 +10,7 @@ both go on from the released ones.
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
@@ -26,12 +26,12 @@ STEPS, CLASSES, EPS = 20, 4, 0.1
 BALL = {"eps": EPS, "alpha": 0.04, "steps": 3}
 
 
-def network():
-    """A small network with two BatchNorms, in training mode, in float64."""
+def network(norm=nn.BatchNorm2d):
+    """A small network with two norms, in training mode, in float64."""
     torch.manual_seed(0)
     encoder = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
-        nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(1, 4, 3, padding=1, bias=False), norm(4), nn.ReLU(),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), norm(6), nn.ReLU(),
         nn.Flatten(), nn.Linear(54, 8),
     )  # fmt: skip
     return FeatureClassifier(encoder, 8, CLASSES).double().train()
@@ -181,6 +181,25 @@ def test_twenty_steps_are_those_of_the_released_flow(name):
         for one, other in zip(statistics(ours), statistics(theirs), strict=True):
             same("statistics", one, other)
     assert all(module.training for module in ours.modules())
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_micro_batches_without_batchnorm_are_the_released_flow_too(name):
+    flow = FLOWS[name]
+    ours, theirs = network(nn.Identity), network(nn.Identity)
+    core = replace(flow.method.core, micro_batches=3)
+    step = (replace(flow.method, method=core) if flow.method is not flow.method.core else core).build(ours)
+    optimizer = torch.optim.SGD(theirs.parameters(), core.lr, 0.9, weight_decay=core.weight_decay)
+    start = Starts(flow.init)
+    transcription = flow.build(theirs, optimizer, start=start)
+    for number, (x, y) in enumerate(batches(6)):
+        step.epoch, start.seed = 1 + number // 3, number
+        expected = transcription(x, y, epoch=step.epoch)
+        for _ in range(flow.method.repeats):
+            found = step(x, y, seed=number)
+        same("loss", sum(found.values()), expected)
+    for (key, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        same(key, one, other)
 
 
 def same(name, one, other):
