@@ -28,9 +28,9 @@ Loader = Iterable[Any]
 """Any re-iterable of batches: a DataLoader, `Batches`, a list.
 
 A batch is what `afd.data.images.images_and_labels` reads: (images [N, ...] in [0, 1], labels [N] int64, ...), a dict or
-an object; a training batch may have soft labels [N, K] or, for a method that asks for none, none. Where the loader has
-a ``set_epoch(epoch)``, or a sampler or data set of it has, that is called before each pass. What a loader draws at
-random is drawn again when a run is resumed, as far as `loader_state` finds its generators.
+an object; a training batch may have soft labels [N, K], which sum to 1 in each row, or, for a method that asks for
+none, none. Where the loader has a ``set_epoch(epoch)``, or a sampler or data set of it has, that is called before each
+pass. What a loader draws at random is drawn again when a run is resumed, as far as `loader_state` finds its generators.
 """
 
 Taken = Callable[[Tensor, Tensor | None], None]  # (images, labels): raises where a run does not take such a batch

@@ -64,11 +64,13 @@ def restore(loaders: Mapping[str, Any], state: Mapping[str, Any], own: bool = Tr
         state: from `capture`.
         own: also what they said by ``state_dict()``, which moves them to another batch.
     """
-    if own:
-        for name, kept in state["own"].items():
-            loaders[name].load_state_dict(kept)
-    reached = dict(_walk(loaders))
     missing = []
+    for name, kept in state["own"].items() if own else ():
+        if _says_its_state(loaders[name]):
+            loaders[name].load_state_dict(kept)
+        else:
+            missing.append(f"{name}.state_dict()")
+    reached = dict(_walk(loaders))
     for path, value in state["numbers"].items():
         holder, _, name = path.rpartition(".")
         if holder in reached:

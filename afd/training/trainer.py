@@ -187,9 +187,10 @@ class Trainer(Resumable):
         was tried on images: one of another number of classes than its layers' widths made believe gets a new step.
 
         Raises:
-            InputError, InputTypeError: images are not finite floats in [0, 1], labels not int64 classes of the model; a
-                loader is empty or can be read only once; processes have different numbers of batches; the logits are
-                not those of the feature layer.
+            InputError, InputTypeError: images are not finite floats in [0, 1], labels not int64 classes of the model,
+                or soft ones that sum to 1; the method, or `mixing`, does not take such batches; a loader is empty or
+                can be read only once; processes have different numbers of batches; the logits are not those of the
+                feature layer.
             FolderError: `folder` is used by another run, or holds one that is neither gone on with nor to be discarded.
             CheckpointError: a checkpoint cannot be written, read or gone on from.
             TrainingError: a loss stopped being finite.
@@ -254,7 +255,7 @@ class Trainer(Resumable):
             try:
                 self.method.check_run(dataclasses.replace(run, soft=True))
             except InputError as error:
-                raise InputError(f"mixing is {self.mixing}, which makes labels soft: {error}") from error
+                raise InputError(f"with mixing={self.mixing}, {error}") from error
 
     def _follow_what_was_found(self) -> None:
         """Step and average as the model has turned out to be, when it was tried on images."""

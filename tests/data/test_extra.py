@@ -14,12 +14,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 
 from afd.checkpoint import load_checkpoint
 from afd.cli import main
 from afd.data import Batches, DataError, Images, MixedBatches, extra, read_extra
 from afd.data.images import CropAndFlip
 from afd.errors import InputError, InputTypeError
+from afd.methods import Natural
+from afd.training import Trainer
 
 SHAPE = (3, 5, 4)  # of one image: channels, height, width
 
@@ -434,6 +437,27 @@ def test_cuda_serves_the_same_batches_and_never_waits(cuda):
 def test_a_mistake_is_named(settings, kind, message):
     with pytest.raises(kind, match=message):
         mixed(**settings)
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    """As many are known to it; that they are the same is the user's word, as for any data set."""
+
+    def fit(train, **settings):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(2, 1000))
+        trainer = Trainer(model, Natural(), epochs=2, **settings)
+        trainer.fit(train, Batches(REAL, 50))
+        return trainer
+
+    fit(mixed(epoch_images=60), folder=tmp_path, save_every=1)
+    within = tmp_path / "previous.pt"
+    assert load_checkpoint(within)[1]["position"]["batch"] == 2
+    fewer = MixedBatches(REAL, 20, extra=numbered(89, first=100), share=0.3, epoch_images=60)
+    told = "trained on 50 images, 90 extra, and here are 50 images, 89 extra; it needs the same ones"
+    with pytest.raises(InputError, match=told):
+        fit(fewer, resume=within)
+    with pytest.warns(UserWarning, match=r"drew from train\.state_dict\(\), which these have not"):
+        fit(Batches(numbered(60), 20, shuffle=True), resume=within)
 
 
 # --- afd train --------------------------------------------------------------------------------------------------------

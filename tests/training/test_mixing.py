@@ -16,7 +16,7 @@ from afd.attacks import PGDSettings
 from afd.checkpoint import CheckpointError, load_checkpoint
 from afd.data import Batches, Images
 from afd.errors import InputError, InputTypeError
-from afd.methods import AFD, AT, Natural
+from afd.methods import AFD, AT, Execution, Natural
 from afd.training import Mixing, Trainer
 from afd.training.mixing import KEY
 
@@ -315,10 +315,10 @@ def test_a_run_without_says_nothing_of_it_as_those_before_it(tmp_path):
 @pytest.mark.parametrize(
     ("method", "mixing", "train", "message"),
     [
-        (AFD(attack=PGD_1), MIXING, None, r"mixing is Mixing\(.*\), which makes labels soft: .* and AFD asks"),
+        (AFD(attack=PGD_1), MIXING, None, r"train: with mixing=Mixing\(.*\), labels are soft.* and AFD asks"),
         (
             AT(attack=PGDSettings(loss="dlr"), validation_attack=None), MIXING, None,
-            "which makes labels soft: labels are soft.* loss 'dlr' asks for classes",
+            r"with mixing=.*, labels are soft.* loss 'dlr' asks for classes",
         ),
         (
             Natural(), Mixing(cutmix=1.0), [(torch.rand(4, 16), torch.zeros(4).long())],
@@ -340,20 +340,17 @@ def test_a_mixing_of_another_type_is_named():
         Trainer(network(), Natural(), mixing=0.2)
 
 
-def test_mixed_steps_are_captured_as_others_are(tapes):
-    """Soft labels are copied into the graph's own, replay by replay."""
-    from afd.training.recording import GraphedStep
-
-    ends = []
-    for kind in (GraphedStep, None):
-        model = network()
-        step = AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=1, fold_batchnorm=False)).build(model)
-        calls = step if kind is None else kind(model, step, torch.device("cpu"))
-        for number in range(5):
-            x, y = MIXING(IMAGES.images(), IMAGES.labels, CLASSES, seed=0, step=number)
-            calls(x, y, seed=number)
-        ends.append([one.detach().clone() for one in model.parameters()])
-    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+def test_a_run_of_captured_steps_mixes_as_an_eager_one(tapes):
+    """Mixed outside of the graphs: one capture for each shape, and soft labels are copied into it."""
+    attack = PGDSettings(eps=0.1, alpha=0.05, steps=1, fold_batchnorm=False)
+    method = AT(lr=0.05, attack=attack, validation_attack=None)
+    eager = fit(method, epochs=3)
+    assert not tapes
+    captured = fit(method, epochs=3, execution=Execution(graph=True))
+    assert len(tapes) == 2  # of 8 rows, and of the last 6
+    torch.testing.assert_close(
+        list(captured.model.parameters()), list(eager.model.parameters()), rtol=1e-5, atol=1e-6
+    )  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore::afd.errors.ModelWarning")
@@ -392,7 +389,7 @@ def test_the_command_mixes(tmp_path: Path):
         ("at --cutmix nan", "cutmix is nan"),
         (
             "afd --mixup 1 --epochs 1 --width 2 --limit 20",
-            "which makes labels soft: labels are soft, [N, K], and AFD asks",
+            "with mixing=Mixing(mixup=1.0, cutmix=0.0), labels are soft, [N, K], and AFD asks",
         ),
     ],
 )
