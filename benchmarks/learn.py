@@ -1,7 +1,7 @@
-"""What every method learns on digits in about a minute: ``python benchmarks/learn.py [METHOD ...]``, here on one thread.
+"""What every method learns on digits in about a minute, on one thread: ``python benchmarks/learn.py [METHOD ...]``.
 
-Runs ``afd train`` as a user would and gathers the ``result.json`` of each run; README's table follows. Named methods are
-trained again and take the place of what the file holds of them.
+Runs ``afd train`` as a user would and gathers the ``result.json`` of each run; README's table follows. Named methods
+are trained again and take the place of what the file holds of them.
 """
 
 from __future__ import annotations

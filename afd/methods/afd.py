@@ -4,8 +4,7 @@ Players: features F_θ, classifier C_φ, discriminator D_ψ. With x' an attacked
 
     (θ, φ) ← (θ, φ) - α ∇L_C        ψ ← ψ - β ∇L_D        θ ← θ - γ ∇L_F
 
-where L_C is the cross-entropy on x (and, if so weighted, on x'); the steps are in `afd.methods.game`, L_D and
-L_F in `afd.methods.game_losses`.
+where L_C is the cross-entropy on x (and, if so weighted, on x'); the steps are in `afd.methods.game`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from afd.attacks import PGDSettings
@@ -22,14 +22,50 @@ from afd.attacks.settings import AttackSettings
 from afd.errors import number, one_of, whole
 from afd.execution import Execution, Wrap, as_torch_starts, feature_dtype
 from afd.methods.base import unwrapped
-from afd.methods.game import AFDStep, AlternatingStep, GameSettings, JointSGDStep, SimultaneousStep
-from afd.methods.game_losses import game_loss
+from afd.methods.game import AFDStep, AlternatingStep, GameLoss, GameSettings, JointSGDStep, SimultaneousStep
 from afd.methods.inputs import as_split
 from afd.methods.optimizers import optimizer_for
 from afd.methods.supervised import Optimized
 from afd.nn import ProjectionDiscriminator, Split
 
 SCHEDULES = ("simultaneous", "alternating")
+
+
+def _dcgan_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
+    return F.softplus(-natural).mean() + F.softplus(attacked).mean()
+
+
+def _dcgan_features(attacked: Tensor) -> Tensor:
+    return F.softplus(-attacked).mean()
+
+
+def _wgan_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
+    return attacked.mean() - natural.mean()
+
+
+def _hinge_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
+    return F.relu(1 - natural).mean() + F.relu(1 + attacked).mean()
+
+
+def _critic_features(attacked: Tensor) -> Tensor:
+    return -attacked.mean()
+
+
+GAME_LOSSES = {
+    "dcgan": GameLoss(_dcgan_discriminator, _dcgan_features),
+    "wgan": GameLoss(_wgan_discriminator, _critic_features),
+    "hinge": GameLoss(_hinge_discriminator, _critic_features),
+}
+
+
+def game_loss(name: str) -> GameLoss:
+    """The pair of losses called "dcgan", "wgan" or "hinge".
+
+    Raises:
+        InputError: unknown name.
+    """
+    one_of("loss", name, GAME_LOSSES)
+    return GAME_LOSSES[name]
 
 
 @dataclass(frozen=True)
@@ -81,6 +117,11 @@ class AFD(GameSettings):
         for name in ("lr_discriminator", "lr_features", "adversarial_weight", "penalty"):
             number(name, getattr(self, name), 0.0)
         whole("discriminator_steps", self.discriminator_steps, 1)
+
+    @property
+    def game(self) -> GameLoss:
+        """The losses of discriminator and features."""
+        return game_loss(self.loss)
 
     @classmethod
     def adam(cls, **settings: Any) -> AFD:

@@ -7,8 +7,9 @@ update; its other passes use the norms as they stand. (The released code passes 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from afd.errors import InputError, ModelError
 from afd.execution import Execution, alone, unsynchronised
 from afd.methods.base import Batch, Part, Step, parts
-from afd.methods.game_losses import game_loss, gradient_penalty
 from afd.methods.optimizers import reaching, take_step, trainable
 from afd.methods.supervised import Optimized
 from afd.nn import Split
@@ -25,14 +25,43 @@ from afd.nn import Split
 # --- The step -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class GameLoss:
+    """discriminator(natural, attacked) -> L_D and features(attacked) -> L_F."""
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]
+    features: Callable[[Tensor], Tensor]
+
+
+def gradient_penalty(discriminator: nn.Module, natural: Tensor, attacked: Tensor) -> Tensor:
+    """mean (‖∇_z D(z)‖₂ - 1)² at random points z between natural and attacked features (Gulrajani et al. 2017).
+
+    As in the paper's code the discriminator is asked without a label.
+
+    Args:
+        discriminator: (z) -> scores [N].
+        natural: features F(x) [N, num_features], detached.
+        attacked: features F(x') [N, num_features], detached.
+    """
+    share = torch.rand(natural.shape[0], 1, dtype=natural.dtype, device=natural.device)
+    between = torch.lerp(natural, attacked, share).requires_grad_()
+    (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
+    penalty: Tensor = (slope.norm(dim=1) - 1).square().mean()
+    return penalty
+
+
 class GameSettings(Optimized):
     """What a step of the game reads of its settings: `afd.methods.AFD` declares them as fields."""
 
-    loss: str
     lr_features: float
     adversarial_weight: float
     discriminator_steps: int
     penalty: float
+
+    @property
+    @abstractmethod
+    def game(self) -> GameLoss:
+        """The losses of discriminator and features."""
 
 
 class AFDStep(Step):
@@ -52,7 +81,7 @@ class AFDStep(Step):
         super().__init__(settings, network, execution)
         self.passes, self.discriminator, self.settings = passes, discriminator, settings
         self.players = {"discriminator": alone(discriminator)}
-        self.loss = game_loss(settings.loss)
+        self.loss = settings.game
         self.theta_phi, self.psi = trainable(passes), trainable(discriminator)
         self.optimizers = {
             "task": settings.optimizer_of("task", self.theta_phi),

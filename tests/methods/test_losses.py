@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from afd.errors import InputError
-from afd.methods.game_losses import game_loss, gradient_penalty
+from afd.methods.afd import game_loss
+from afd.methods.game import gradient_penalty
 
 NATURAL, ATTACKED = torch.tensor([0.0, 2.0, -3.0]), torch.tensor([0.0, -0.5, 4.0])
 
