@@ -238,8 +238,7 @@ class MethodsBench(Benchmark):
     steps: int = 10
     """Of the attacks, but for those that have one by definition."""
     methods: str = ",".join(METHODS)
-    """Comma-separated: at (in Rice's training mode), at-eval, trades, mart, alp, at+awp, trades+awp, fgsm-rs, free,
-    norm-penalty, afd."""
+    """Comma-separated; BatchNorm is in training mode in the attack of at (Rice), in evaluation mode in at-eval's."""
     schedules: str = "simultaneous"
     """Of afd: simultaneous, alternating; comma-separated."""
     precisions: str = ",".join(PRECISIONS)
