@@ -235,6 +235,8 @@ def _kind(base: TrainConfig) -> type[Any]:
         groups.append(_group("attack", list(_attack_options(method, attack))))
     elif ball_of(method) is None:
         groups.append(("test", TestConfig, _default(base.test)))
+    else:  # it attacks by itself
+        groups.append(_group("validation", list(_validation_options(method))))
     hints = get_type_hints(RunConfig, include_extras=True)
     run = [(one.name, hints[one.name], getattr(base, one.name)) for one in dataclasses.fields(RunConfig)]
     file = Annotated[Path | None, tyro.conf.arg(help="TOML file of a run, such as its run.toml; options change it.")]
@@ -277,6 +279,10 @@ def _attack_options(method: Method, attack: AttackSettings) -> Iterator[tuple[st
         if one.name not in OWN:
             spelled = one.name if one.name in PLAIN else f"attack_{one.name}"
             yield from _field(one.name, spelled, type(attack), getattr(attack, one.name))
+    yield from _validation_options(method)
+
+
+def _validation_options(method: Method) -> Iterator[tuple[str, Any, Any]]:
     steps = _pgd_steps(method.validation_attack)
     if steps is not None:
         told = tyro.conf.arg(name="eval-steps", help="Steps of the PGD that validates, in the ball of the attack.")
@@ -329,14 +335,15 @@ def _config(found: Any, base: TrainConfig) -> TrainConfig:
     assert base.method is not None
     method = described(base.method) | vars(found.method)
     test = getattr(found, "test", base.test)
+    told = getattr(found, "attack", None) or getattr(found, "validation", None)
+    attack = {} if told is None else dict(vars(told))
+    steps = attack.pop("eval_steps", None)
     if hasattr(found, "attack"):
-        attack = dict(vars(found.attack))
-        steps = attack.pop("eval_steps", None)
         with _of_the_attack():
             own = base.method.attack
             method["attack"] = attack_of(method["attack"] | {"name": attack.pop("attack")} | attack, own)
-        if steps is not None:
-            method["validation_attack"] = f"pgd-{steps}"
+    if steps is not None:
+        method["validation_attack"] = f"pgd-{steps}"
     run = {one.name: getattr(found, one.name) for one in dataclasses.fields(RunConfig)}
     return TrainConfig(**run, data=found.data, model=found.model, method=made(method), test=test)
 
