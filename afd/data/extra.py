@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from afd.data.images import Images
-from afd.errors import DataError, InputError, in_a_line
+from afd.errors import DataError, InputError, InputTypeError, in_a_line
 from afd.extras import needed_by
 from afd.files import check_source
 
@@ -42,9 +42,12 @@ def read_extra(path: Path | str, like: Images) -> Images:
 
     Raises:
         DataError: there is no such file, it cannot be read, or its images or labels are not as described here.
+        InputTypeError: `like` is no `Images`.
         InputError: the path is a device or pipe, or of a file that is no .npz.
         ExtraMissingError: Pillow, which reads PNG and JPEG, is not installed.
     """
+    if not isinstance(like, Images):
+        raise InputTypeError(f"like is a {type(like).__name__}; it must be an afd.data.Images")
     path = Path(path).expanduser()
     check_source("extra-data", path)
     if not path.exists():

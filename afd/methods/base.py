@@ -254,6 +254,8 @@ class Step(ABC):
                 check_features(self.network, x)
         classes = None if getattr(self.network, "settles", False) else self.network.num_classes
         check_form(x, y, classes)
+        if y is not None and y.is_floating_point():
+            self.method.check_run(Run(soft=True))
         check_values(x, y, classes, x_adv=x_adv, bounds=getattr(self.method.attack, "bounds", BOUNDS))
         self.looks -= 1
 

@@ -150,6 +150,8 @@ def test_other_paths_are_named(tmp_path):
     (tmp_path / "more.npy").write_bytes(b"")
     with pytest.raises(InputError, match=r"extra-data is .*more\.npy; it must be an \.npz file or a folder"):
         read_extra(tmp_path / "more.npy", like())
+    with pytest.raises(InputTypeError, match=r"like is a str; it must be an afd\.data\.Images"):
+        read_extra(tmp_path / "more.npy", "digits")
     with pytest.raises(InputError, match="which is a device or pipe"):
         read_extra("/dev/zero", like())
 

@@ -290,10 +290,13 @@ class OfClasses(AT):
 def test_the_game_is_of_classes():
     game = AFD(attack=PGD_1, validation_attack=None)
     refused(game, in_batches(X, SMOOTH), r"train: labels are soft, \[N, K\], and AFD asks for classes \[N\]")
-    with pytest.raises(
-        AfdError, match=r"y is soft labels \[10, 3\]; the discriminator is conditioned on classes \[N\]"
-    ):
+    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and AFD asks for classes \[N\]"):
         game.build(network())(X, SMOOTH)
+    own_loop = game.build(network())
+    own_loop.looks = 0
+    told = r"y is soft labels \[10, 3\]; the discriminator is conditioned on classes \[N\]"
+    with pytest.raises(AfdError, match=told):
+        own_loop(X, SMOOTH)
 
 
 def test_soft_labels_that_come_later_are_met_in_the_first_epoch():
@@ -321,6 +324,8 @@ def test_soft_labels_sum_to_one_as_well_as_their_dtype_can(dtype):
 def test_an_attack_on_classes_is_refused_with_soft_labels_before_the_first_step(method):
     told = r"labels are soft, \[N, K\], and the attack's loss 'margin' asks for classes \[N\]; 'ce', 'kl' and"
     refused(method(attack=PGDSettings(loss="margin"), validation_attack=None), in_batches(X, SMOOTH), told)
+    with pytest.raises(InputError, match=told):
+        method(attack=PGDSettings(loss="margin")).build(network())(X, SMOOTH)
     refused_by_wrapper = Perturbed(AT(attack=PGD_1))
     object.__setattr__(refused_by_wrapper, "method", OfClasses(attack=PGD_1))
     refused(refused_by_wrapper, in_batches(X, SMOOTH), "and OfClasses asks for classes")
