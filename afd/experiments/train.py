@@ -30,11 +30,11 @@ from afd.methods.registry import spelled
 from afd.nn import FeatureClassifier, build_model
 from afd.runtime import Group, commit, device_named, join
 from afd.training.callbacks import Callback, Report, TrainingError, json_lines, tensorboard
-from afd.training.data import shared_accuracy
 from afd.training.mixing import Mixing
 from afd.training.schedules import SCHEDULES, Schedule, step
 from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
+from afd.training.validation import shared_accuracy
 from afd.training.weights import rebuild, save_weights, weights_in
 
 with needed_by("afd.experiments.train"):

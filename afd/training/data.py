@@ -1,25 +1,20 @@
-"""The loaders of a run: checked before its first step, read from any batch on, and classified for validation."""
+"""The loaders of a run: checked before its first step, and read from any batch on."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
-from functools import partial
 from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
-from afd.attacks import Attack
-from afd.attacks.diagnostics import COULD_NOT_AIM
 from afd.attacks.inputs import outside_inference
 from afd.data import Batches
 from afd.data.images import images_and_labels, index_in
-from afd.errors import AfdError, InputError, InputTypeError, ModelWarning, warn_caller
+from afd.errors import AfdError, InputError, InputTypeError, warn_caller
 from afd.methods.inputs import check_form, check_labels, check_values
-from afd.metrics import accuracy
 from afd.processes import LostError
 from afd.runtime import Group
 from afd.training import loader_state
@@ -334,70 +329,3 @@ def _from_batch(loader: Loader, done: int) -> Iterator[Any]:
     for _ in islice(batches, done):
         pass
     return batches
-
-
-# --- Validation -----------------------------------------------------------------------------------------------------
-
-
-def shared_accuracy(
-    model: nn.Module,
-    batches: Loader,
-    attack: Attack | None,
-    group: Group,
-    num_classes: int | None = None,
-    each: Callable[[int], None] | None = None,
-) -> float:
-    """Share of images classified correctly, batches dealt out to the processes one by one.
-
-    An attack starts at each image as it would in one process. All processes must ask.
-
-    Args:
-        model: images [N, ...] -> logits.
-        batches: as described in `Loader`, the same in all processes.
-        attack: on the model; None for clean images.
-        group: of the processes; its device is the model's.
-        num_classes: labels are below it; None if nobody knows.
-        each: called after each batch, in every process, with the number of its images.
-
-    Raises:
-        InputError, InputTypeError: there are no images, or a batch is not as described in `Loader`.
-        ModelError: the model returned NaN.
-
-    Warns:
-        ModelWarning: images at which the attack could not aim, and which count as robust for that.
-    """
-    correct, seen, blind = 0.0, 0, 0
-    for number, item in enumerate(batches):
-        x, y = checked("validation", item, num_classes, batches)
-        if number % group.size == group.rank:
-            started = None if attack is None else partial(_shifted, attack, seen)
-            with warnings.catch_warnings():  # said once for all batches, below
-                warnings.filterwarnings("ignore", f".*{COULD_NOT_AIM}", ModelWarning)
-                correct += accuracy(model, [(x.to(group.device), y.to(group.device))], started) * len(y)
-            blind += _blind(attack)
-        seen += len(y)
-        if each is not None:
-            each(len(y))
-    if not seen:
-        raise InputError("validation holds no images")
-    counts = torch.tensor([round(correct), blind], dtype=torch.float64, device=group.device)
-    right, blind = map(int, group.sum(counts).tolist())
-    if blind and group.leads:
-        warn_caller(
-            f"for {blind} of {seen} images the gradient of the loss was exactly zero or NaN wherever the attack "
-            f"looked, so {COULD_NOT_AIM}: that they withstand it shows no robustness",
-            ModelWarning,
-        )
-    return right / seen
-
-
-def _blind(attack: Attack | None) -> int:
-    """At how many images an attack of ours could not aim in its last call."""
-    report = getattr(attack, "report", None)
-    return 0 if report is None else int(report.blind.sum())
-
-
-def _shifted(
-    attack: Attack, offset: int, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0
-) -> Tensor:
-    return attack(x, y, seed=seed, first_sample=offset + first_sample)

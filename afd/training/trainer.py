@@ -37,14 +37,14 @@ from afd.training.callbacks import (
     Report,
     TrainingError,
 )
-from afd.training.data import Loader, check_loaders, shared_accuracy
+from afd.training.data import Loader, check_loaders
 from afd.training.mixing import Mixing
 from afd.training.recording import recorded
 from afd.training.schedules import EpsWarmup, Rates, Schedule, averaged, schedule_named
 from afd.training.settings import built, check_settings, differences, overridden
 from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
 from afd.training.state import Position, Resumable
-from afd.training.statistics import recompute_statistics
+from afd.training.validation import recompute_statistics, shared_accuracy
 
 
 @dataclass

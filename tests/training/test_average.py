@@ -17,7 +17,7 @@ from afd.runtime import Group
 from afd.training import EpochReport, Trainer, load_checkpoint
 from afd.training.data import ResumableLoader
 from afd.training.schedules import averaged
-from afd.training.statistics import recompute_statistics
+from afd.training.validation import recompute_statistics
 
 
 class Everything(nn.Module):

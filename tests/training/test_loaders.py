@@ -15,7 +15,8 @@ from afd.methods import AFD, Natural
 from afd.processes import LostError
 from afd.runtime import Group
 from afd.training import Trainer
-from afd.training.data import check_loaders, shared_accuracy
+from afd.training.data import check_loaders
+from afd.training.validation import shared_accuracy
 
 X = torch.rand(8, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 3

@@ -19,7 +19,7 @@ from afd.methods import Natural
 from afd.runtime import Group
 from afd.training import EpochReport, IntervalReport, Trainer, json_lines
 from afd.training.callbacks import LossTracker
-from afd.training.data import shared_accuracy
+from afd.training.validation import shared_accuracy
 
 
 class Clock:
