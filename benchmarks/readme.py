@@ -14,8 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from afd.bench.report import Column, duration, mebibytes
-from afd.bench.results import Candidate, Document, DocumentError, Figure, read
+from afd.bench.results import Candidate, Column, Document, DocumentError, Figure, duration, mebibytes, read
 from afd.errors import AfdError
 from afd.evaluation.outcome import read_results as read_evaluation
 from afd.evaluation.report import Table, robustbench, table_1, table_2

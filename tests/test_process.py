@@ -203,13 +203,13 @@ for words in sys.argv[1:] or ["--help", "train --help", "train --method magic", 
         pass
 from afd.bench.results import Candidate, Case, Document, Timing
 from afd.bench.base import begin, telling
-from afd.bench import report
+from afd.bench import results
 from afd.experiments.display import Terminal
 from afd.training.callbacks import EpochReport, IntervalReport
 from afd.evaluation.evaluate import ProgressBar
 document = Document("kernels", "a CPU", "cpu", 1, {"torch": "2"}, None, "", 3, {}, {
     "case": Case({}, {"afd": Candidate(Timing(1, 2, 3), {"rate": 0.5})})})
-report.whole(Console(), report.table(document, (report.Column("rate", "rate"),)))
+results.whole(Console(), results.table(document, (results.Column("rate", "rate"),)))
 with telling(Console(), "bench"):
     begin("a case")
 with Terminal(Console(), 1, "digits") as bar:

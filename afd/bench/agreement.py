@@ -21,8 +21,7 @@ from afd.bench import base
 from afd.bench.attacks import lenet
 from afd.bench.base import Benchmark, Say
 from afd.bench.baselines import BASELINES, Request, Run, adapted, ours
-from afd.bench.report import Column
-from afd.bench.results import Candidate, Case
+from afd.bench.results import Candidate, Case, Column
 from afd.data import load
 from afd.errors import one_of
 from afd.extras import needed_by

@@ -38,8 +38,7 @@ from afd.bench.baselines import (
     ours,
 )
 from afd.bench.metering import HostReads, interleaved, matmul_rate, pass_flops, peak_bytes, tf32
-from afd.bench.report import Column, mebibytes
-from afd.bench.results import Candidate, Case, Figure
+from afd.bench.results import Candidate, Case, Column, Figure, mebibytes
 from afd.errors import InputError, at_least, out_of_memory
 from afd.evaluation.attacks import check_radius
 from afd.evaluation.model import from_factory

@@ -19,9 +19,8 @@ from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_t
 
 import torch
 
-from afd.bench import report
-from afd.bench.report import Column
-from afd.bench.results import Case, Document, Figure, device_name, earlier, now
+from afd.bench import results
+from afd.bench.results import Case, Column, Document, Figure, device_name, earlier, now
 from afd.errors import InputError, count, one_of
 from afd.extras import needed_by
 from afd.files import check_file_target, check_path, check_writable, missing, remove_empty
@@ -124,13 +123,13 @@ def run(benchmark: Benchmark, console: Console) -> Document:
             document.write(out)
         document = replace(document, finished=True)
         document.write(out)
-        report.whole(console, report.table(document, benchmark.columns))
+        results.whole(console, results.table(document, benchmark.columns))
         written = [out, out.with_suffix(".png")][: 1 + document.timed]
         if document.timed:
-            report.chart(written[-1], document)
+            results.chart(written[-1], document)
         progress.say(f"written: {', '.join(map(str, written))}")
         if old:
-            report.whole(console, report.comparison(old, document))
+            results.whole(console, results.comparison(old, document))
     return document
 
 

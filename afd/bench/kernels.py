@@ -22,8 +22,7 @@ from afd.bench.base import Benchmark, Say
 from afd.bench.baselines import TorchDiscriminator
 from afd.bench.metering import COPY_RATE, Call, Calls, Clock, clock
 from afd.bench.op_cases import OPS, SIZES, OpCase, Work, timed
-from afd.bench.report import Column
-from afd.bench.results import Candidate, Case, Figure
+from afd.bench.results import Candidate, Case, Column, Figure
 from afd.nn import ProjectionDiscriminator
 from afd.ops import backend
 from afd.runtime import device_named

@@ -29,8 +29,7 @@ from afd.bench.base import Benchmark, Say
 from afd.bench.baselines import BASELINES, Request, adapted
 from afd.bench.metering import interleaved, peak_bytes
 from afd.bench.passes import counted
-from afd.bench.report import Column, mebibytes
-from afd.bench.results import Candidate, Case, Figure
+from afd.bench.results import Candidate, Case, Column, Figure, mebibytes
 from afd.errors import AfdError
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Execution, Free, Method, NormPenalty
 from afd.nn import FeatureClassifier, build_model

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from afd.data.datasets import NAMES, Splits, load
-from afd.data.extra import read_extra
+from afd.data.extra import MixedBatches, read_extra
 from afd.data.images import Batches, Images
-from afd.data.mixed import MixedBatches
 from afd.errors import DataError
 
 __all__ = ["NAMES", "Batches", "DataError", "Images", "MixedBatches", "Splits", "load", "read_extra"]

@@ -299,6 +299,39 @@ class Batches:
         return torch.Generator("cpu").manual_seed(int(state[0]))
 
 
+@dataclass
+class Endless:
+    """Images in an endless sequence of orders, of which the last one asked for is kept.
+
+    Attributes:
+        images: that it serves.
+        drawn: number -> the order of that number, and its augmentation's draws.
+        kept: the last of these.
+    """
+
+    images: Images
+    drawn: Callable[[int], tuple[Tensor, Tensor]]
+    kept: tuple[int, Tensor, Tensor] | None = None
+
+    def taken(self, start: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Index, pixels, labels and draws of images from a place in the sequence on."""
+        found: list[tuple[Tensor, Tensor]] = []
+        while count or not found:
+            number, first = divmod(start, len(self.images))
+            order, draws = self._order(number)
+            index = order[first : first + count]
+            found.append((index, draws.index_select(0, index)))
+            start, count = start + len(index), count - len(index)
+        index, draws = (torch.cat(columns) for columns in zip(*found, strict=True))
+        return index, self.images.pixels.index_select(0, index), self.images.labels.index_select(0, index), draws
+
+    def _order(self, number: int) -> tuple[Tensor, Tensor]:
+        if self.kept is None or self.kept[0] != number:
+            order, draws = (one.to(self.images.device, non_blocking=True) for one in self.drawn(number))
+            self.kept = (number, order, draws)
+        return self.kept[1:]
+
+
 # --- Batches of other loaders ---------------------------------------------------------------------------------------
 
 

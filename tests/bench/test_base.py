@@ -12,15 +12,14 @@ from full_disk import REASONS
 from rich.console import Console
 
 from afd import deprecated, process
-from afd.bench import base, report, results
+from afd.bench import base, results
 from afd.bench.__main__ import asked
 from afd.bench.attacks import AttackBench
 from afd.bench.base import Benchmark, built, run
 from afd.bench.kernels import KernelBench
 from afd.bench.metering import in_turn
 from afd.bench.methods import MethodsBench
-from afd.bench.report import Column
-from afd.bench.results import Candidate, Case, DocumentError, Timing, earlier, read
+from afd.bench.results import Candidate, Case, Column, DocumentError, Timing, earlier, read
 from afd.cli import main
 from afd.deprecated import OldSpellingWarning
 from afd.files import FileError, FolderError
@@ -218,7 +217,7 @@ def test_a_full_disk_leaves_the_earlier_document_and_no_picture(document, disk):
     made = document({"PGD": {"afd": (1.0, 2.0, 3.0)}})
     made.write(path)
     with disk.full():
-        for write, at in ((made.write, path), (lambda at: report.chart(at, made), path.with_suffix(".png"))):
+        for write, at in ((made.write, path), (lambda at: results.chart(at, made), path.with_suffix(".png"))):
             with pytest.raises(FileError, match=f"cannot write {at}: {REASONS}"):
                 write(at)
     assert read(path) == made
@@ -233,7 +232,7 @@ def test_a_full_disk_leaves_the_earlier_document_and_no_picture(document, disk):
 @pytest.mark.parametrize(
     ("written", "text"),
     [
-        *((report.duration(seconds), text) for seconds, text in (
+        *((results.duration(seconds), text) for seconds, text in (
             (12.345, "12.3 s"), (1.0, "1 s"), (0.0123, "12.3 ms"), (0.000185, "185 µs"), (3e-7, "0.3 µs"))),
         *((Column("share", "share", "{:.0%}").cell(value), text) for value, text in (
             (0.5, "50%"), (None, ""), ("bf16", "bf16"))),
@@ -245,29 +244,29 @@ def test_figures_are_written_for_people(written, text):
 
 def shown(table, width=200):
     console = Console(record=True, width=width)
-    report.whole(console, table)
+    results.whole(console, table)
     return console.export_text()
 
 
 def test_a_table_has_a_row_for_each_candidate_and_a_picture_a_panel_for_each_case(document, tmp_path):
     made = document({"PGD": {"afd": (0.001, 0.002, 0.003), "floor": (1, 1, 1)}, "APGD": {"afd": (1, 2, 3)}})
     columns = [Column("of floor", "of_floor", "{:.0%}"), Column("missing", "missing")]
-    lines = [line.split() for line in shown(report.table(made, columns), width=20).splitlines()]  # but printed whole
+    lines = [line.split() for line in shown(results.table(made, columns), width=20).splitlines()]  # but printed whole
     assert ["afd", "2", "ms", "1", "ms", "-", "3", "ms", "50%"] in lines
     assert ["floor", "1", "s", "1", "s", "-", "1", "s", "50%"] in lines
-    report.chart(tmp_path / "a.png", made)
+    results.chart(tmp_path / "a.png", made)
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_candidate_of_either_run_is_compared_unless_settings_differ(document):
     old = document({"PGD": {"afd": (1, 2, 3), "art": (4, 5, 6)}})
     new = document({"PGD": {"afd": (4, 4, 5), "foolbox": (7, 8, 9)}, "APGD": {"afd": (1, 1, 1)}})
-    text = shown(report.comparison(old, new))
+    text = shown(results.comparison(old, new))
     lines = {line.split()[0]: line.rstrip() for line in text.splitlines() if line.strip()}
     assert lines["art"].endswith("only then")
     assert "only now" in lines["foolbox"]
     assert all(word in text for word in ("APGD", "2.00", "slower"))
-    text = shown(report.comparison(old, replace(new, settings={"model": "resnet18"})))
+    text = shown(results.comparison(old, replace(new, settings={"model": "resnet18"})))
     assert "not comparable: model was lenet, is resnet18" in text
     assert "slower" not in text
 
