@@ -6,6 +6,7 @@ Going on from a state repeats no step and skips none.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -145,9 +146,17 @@ class Resumable(ABC):
     def settings(self) -> dict[str, Any]:
         """What the trainer was made with, by name."""
 
-    @abstractmethod
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that validation looks at: the average of the weights where there is one."""
+        network: nn.Module = self.network if self.average is None else self.average.module
+        return network
+
     def modules(self) -> list[nn.Module]:
         """All that a step reads or writes: held at once, so that no two threads wait for each other."""
+        others = [getattr(attack, "model", None) for attack in self.step.attacks]
+        models = (self.network, None if self.average is None else self.average.module, *others)
+        return [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
 
     @abstractmethod
     def _check_batch(self, x: Tensor, y: Tensor | None) -> None:
@@ -157,9 +166,10 @@ class Resumable(ABC):
     def _follow_what_was_found(self) -> None:
         """Step and average as the model has turned out to be."""
 
-    @abstractmethod
     def note(self, message: str) -> None:
         """Says what the user may want to know."""
+        if self.group.leads:
+            print(f"afd: {message}", file=sys.stderr)
 
     def warn(self, message: str) -> None:
         """Says what the user should know, once."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field
@@ -155,12 +154,6 @@ class Trainer(Resumable):
         self._built_for = self.network.num_classes
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The network that validation looks at: the average of the weights where there is one."""
-        network: nn.Module = self.network if self.average is None else self.average.module
-        return network
-
-    @property
     def shown(self) -> Progress:
         """Where progress is shown, if anywhere."""
         return self.progress if self.progress is not None and self.group.leads else UNSEEN
@@ -266,12 +259,6 @@ class Trainer(Resumable):
                 self.average.module.num_classes = self.network.num_classes
                 if self.network.plain_layout:
                     lay_out_plainly(self.average.module)
-
-    def modules(self) -> list[nn.Module]:
-        """All that a step reads or writes: held at once, so that no two threads wait for each other."""
-        others = [getattr(attack, "model", None) for attack in self.step.attacks]
-        models = (self.network, None if self.average is None else self.average.module, *others)
-        return [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
 
     def _train_epoch(self, generators: dict[str, Any] | None) -> None:
         """What is left of an epoch."""
@@ -408,8 +395,3 @@ class Trainer(Resumable):
         if self.group.leads:
             for callback in self.callbacks:
                 callback(report)
-
-    def note(self, message: str) -> None:
-        """Says what the user may want to know."""
-        if self.group.leads:
-            print(f"afd: {message}", file=sys.stderr)
