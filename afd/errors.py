@@ -164,3 +164,28 @@ def without_fractions(given: Mapping[str, Any]) -> dict[str, Any]:
 def _number(value: Any) -> Any:
     fraction = re.fullmatch(r"\s*([0-9.]+)\s*/\s*([0-9.]+)\s*", value) if isinstance(value, str) else None
     return value if fraction is None else float(fraction[1]) / float(fraction[2])
+
+
+def fraction(text: str) -> float:
+    """A number written as "0.3" or "8/255".
+
+    Raises:
+        ValueError: it is neither.
+    """
+    numerator, slash, denominator = text.partition("/")
+    try:
+        return float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"{text!r} is neither a number such as 0.3 nor a fraction such as 8/255") from None
+
+
+def whole_number(text: str) -> int:
+    """A number written as "3".
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text[:40]!r} is no whole number") from None

@@ -18,27 +18,56 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from afd import deprecated
 from afd.attacks import ATTACKS, NORMS, AttackSettings
 from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of
-from afd.errors import InputError
+from afd.errors import InputError, fraction, whole_number
 from afd.extras import needed_by
 from afd.methods import METHODS, WRAPPERS, Method
 from afd.methods.optimizers import OPTIMIZERS
 from afd.methods.registry import attack_of, attributes, classes_of, described, known, made, options, spelled
 from afd.presets import method_for
-from afd.words import NUMBERS, fraction
 
 with needed_by("the command afd"):
     import tyro as tyro
+    from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 BAR, ANSI = re.compile("[─-]{10,}"), re.compile(r"\x1b\[[0-9;]*m")
+NUMBERS = tyro.constructors.ConstructorRegistry()
 
 
 class UsageError(InputError):
     """Words that a command does not understand."""
+
+
+@NUMBERS.primitive_rule
+def number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """How an option that is a number, or may be left out, is read, and written in the help."""
+    types = [one for one in get_args(kind.type) or (kind.type,) if one is not NoneType]
+    if types == [float]:
+        reader: Callable[[str], float] = fraction
+    elif types == [int]:
+        reader = whole_number
+    elif kind.type == tuple[int, ...]:  # as 0,1,2, too
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="INT,INT,...",
+            instance_from_str=lambda words: tuple(whole_number(one) for one in ",".join(words).split(",") if one),
+            is_instance=lambda value: isinstance(value, tuple),
+            str_from_instance=lambda value: [str(one) for one in value],
+        )
+    else:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="FLOAT|P/Q" if reader is fraction else "INT",
+        instance_from_str=lambda words: reader(words[0]),
+        is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
+        str_from_instance=lambda value: [str(value) if value is None or reader is whole_number else f"{value:g}"],
+    )
 
 
 def parsed(kind: Any, command: str, words: Sequence[str], described: str | None) -> Any:

@@ -40,7 +40,7 @@ FLOORS = (
     {"training"},
     {"evaluation"},
     {"experiments"},
-    {"bench", "demo", "info", "words"},
+    {"bench", "demo", "info"},
     {""},  # afd/__init__.py
     {"options"},
     {"cli"},

@@ -10,17 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from afd import errors
 from afd._version import __version__
 from afd.attacks import AttackFactory, AttackSettings
 from afd.attacks.base import GradientAttack
-from afd.deprecated import trainer_attacks
+from afd.checkpoint import CheckpointError
+from afd.deprecated import settings_of_today, trainer_attacks
 from afd.errors import InputError, InputTypeError
 from afd.methods import Execution, Method, Wrapper
 from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureSplit
+from afd.nn.classifier import MARKER
 from afd.training.mixing import Mixing
 from afd.training.schedules import BUFFERS
 from afd.training.weights import SCALED, SCALED_FOR
@@ -204,6 +207,67 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
     for name, value in settings.items():
         found += _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else [(prefix + name, value)]
     return found
+
+
+# --- Whose state it is ----------------------------------------------------------------------------------------------
+
+
+def check_same_run(
+    source: str, state: Mapping[str, Any], metadata: Mapping[str, Any], here: Mapping[str, Any], network: nn.Module
+) -> bool:
+    """Whether a run of which a state is goes on for more epochs than it had.
+
+    Args:
+        source: of the state, for messages.
+        state: gets what those of earlier days do not say of scaled features.
+        metadata: of the state.
+        here: `facts` of the run that is to go on.
+        network: of that.
+
+    Raises:
+        CheckpointError: it is another run's; the message says what differs.
+    """
+    if "method" not in metadata:
+        raise CheckpointError(
+            f"{source} is of an afd in which attacks were not their method's own; its run cannot be gone on with, but "
+            "another may begin with its weights (--weights)"
+        )
+    run = dict(metadata["run"])
+    if metadata.get("config") is None:
+        _tell_what_was_scaled(source, state, run, network)
+    grows = _grows(run.get("epochs"), here.get("epochs"))
+    free = FREE | {"epochs"} if grows else FREE
+    different = differences(completed(settings_of_today(run)), completed(here), free)
+    if different:
+        raise CheckpointError(f"{source} is of another run: {'; '.join(different)}")
+    return grows
+
+
+def _grows(there: Any, here: Any) -> bool:
+    """Whether a run is to have more epochs than it had; fewer make it another run."""
+    return isinstance(there, int) and isinstance(here, int) and here > there
+
+
+def _tell_what_was_scaled(source: str, state: Mapping[str, Any], run: dict[str, Any], network: nn.Module) -> None:
+    """Puts into a checkpoint of somebody's own model what those of earlier days do not say: which features were scaled.
+
+    Raises:
+        CheckpointError: they were scaled for their layer, too, which was the default, and are not here.
+    """
+    if not isinstance(network, FeatureSplit) or SCALED_FOR in run:
+        return
+    if run["normalize"] is False:
+        run[SCALED_FOR] = SCALED[False]
+        return
+    if not network.normalize:
+        raise CheckpointError(
+            f"{source} is of a model that scaled its features to length 1 for its own layer "
+            "as well, as was the default; go on from it with normalize=True"
+        )
+    run |= {"normalize": True, SCALED_FOR: SCALED[True]}
+    name = f"{network.feature_layer}.{MARKER}".removeprefix(".")
+    for weights in (state["model"], *([state["average"]["weights"]] if state["average"] else [])):
+        weights[name] = torch.ones((), dtype=torch.bool)
 
 
 # --- Attacks in the place of a method's own -------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""What a run is at one moment, as plain content of a checkpoint, and what must be the same where it goes on.
+"""What a run is at one moment, as plain content of a checkpoint, and a run that can be left and gone on with.
 
 Going on from a state repeats no step and skips none.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from abc import ABC, abstractmethod
@@ -18,20 +19,22 @@ import torch
 from torch import Tensor, nn
 
 from afd.checkpoint import CheckpointError, CheckpointManager, packed
-from afd.deprecated import OldAttributes, settings_of_today, with_new_keys
+from afd.deprecated import OldAttributes, with_new_keys
 from afd.errors import InputError
 from afd.methods import Method, Step
+from afd.methods.inputs import device_of
 from afd.methods.registry import spelled
 from afd.nn import FeatureSplit
-from afd.nn.classifier import MARKER
+from afd.nn.classifier import unwrapped
 from afd.nn.modes import held
 from afd.runtime import Group, commit
 from afd.training.callbacks import EpochReport, LossTracker, TrainingError
 from afd.training.data import Loader, ResumableLoader
 from afd.training.schedules import Average, Rates
-from afd.training.settings import FREE, completed, differences, facts
-from afd.training.state_dicts import finite, load_memory, load_state_dicts, memory_of, state_dicts
-from afd.training.weights import NETWORK, SCALED, SCALED_FOR, facts_of
+from afd.training.settings import check_same_run, describe, facts
+from afd.training.weights import NETWORK, facts_of
+
+UNCOMPARED = {"lr", "params", "foreach", "fused", "capturable"}  # the schedule's, or how it is computed
 
 
 @dataclass
@@ -51,65 +54,90 @@ class Position(OldAttributes):
             setattr(self, name, value)
 
 
-# --- Whose state it is ----------------------------------------------------------------------------------------------
+# --- State_dicts ----------------------------------------------------------------------------------------------------
 
 
-def check_same_run(
-    source: str, state: Mapping[str, Any], metadata: Mapping[str, Any], here: Mapping[str, Any], network: nn.Module
-) -> bool:
-    """Whether a run of which a state is goes on for more epochs than it had.
-
-    Args:
-        source: of the state, for messages.
-        state: gets what those of earlier days do not say of scaled features.
-        metadata: of the state.
-        here: `facts` of the run that is to go on.
-        network: of that.
-
-    Raises:
-        CheckpointError: it is another run's; the message says what differs.
-    """
-    if "method" not in metadata:
-        raise CheckpointError(
-            f"{source} is of an afd in which attacks were not their method's own; its run cannot be gone on with, but "
-            "another may begin with its weights (--weights)"
-        )
-    run = dict(metadata["run"])
-    if metadata.get("config") is None:
-        _tell_what_was_scaled(source, state, run, network)
-    grows = _grows(run.get("epochs"), here.get("epochs"))
-    free = FREE | {"epochs"} if grows else FREE
-    different = differences(completed(settings_of_today(run)), completed(here), free)
-    if different:
-        raise CheckpointError(f"{source} is of another run: {'; '.join(different)}")
-    return grows
+def state_dicts(network: nn.Module, average: Average | None, step: Step) -> dict[str, Any]:
+    """State_dicts of the model, the average of its weights, the players and the optimizers."""
+    kept = None
+    if average is not None:
+        weights = unwrapped(average.module).state_dict()
+        kept = {"weights": weights, "steps": average.n_averaged, "wide": average.wide}
+    return {
+        "model": unwrapped(network).state_dict(),
+        "average": kept,
+        "players": {name: player.state_dict() for name, player in step.players.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in step.optimizers.items()},
+    }
 
 
-def _grows(there: Any, here: Any) -> bool:
-    """Whether a run is to have more epochs than it had; fewer make it another run."""
-    return isinstance(there, int) and isinstance(here, int) and here > there
-
-
-def _tell_what_was_scaled(source: str, state: Mapping[str, Any], run: dict[str, Any], network: nn.Module) -> None:
-    """Puts into a checkpoint of somebody's own model what those of earlier days do not say: which features were scaled.
+def load_state_dicts(
+    source: str, state: Mapping[str, Any], network: nn.Module, average: Average | None, step: Step
+) -> None:
+    """Puts model, average, players and optimizers where `state_dicts` found them.
 
     Raises:
-        CheckpointError: they were scaled for their layer, too, which was the default, and are not here.
+        CheckpointError: another run's step has left it; the message names the `source`, and what differs.
     """
-    if not isinstance(network, FeatureSplit) or SCALED_FOR in run:
-        return
-    if run["normalize"] is False:
-        run[SCALED_FOR] = SCALED[False]
-        return
-    if not network.normalize:
+    model = unwrapped(network)
+    for name, tensor in model.state_dict().items():  # before anything is loaded: torch would load what fits
+        given = state["model"].get(name)
+        if isinstance(tensor, Tensor) and isinstance(given, Tensor) and given.shape != tensor.shape:
+            raise CheckpointError(
+                f"{source} is of another model: {name} is {list(given.shape)} there and {list(tensor.shape)} here"
+            )
+    model.load_state_dict(state["model"])
+    if average is not None:
+        kept = with_new_keys(state["average"])
+        unwrapped(average.module).load_state_dict(kept["weights"])
+        average.n_averaged.copy_(kept["steps"])
+        for name, wide in kept.get("wide", {}).items():
+            average.wide[name].copy_(wide)
+    if state["players"].keys() != step.players.keys():
+        told = [", ".join(sorted(names)) or "none" for names in (state["players"], step.players)]
         raise CheckpointError(
-            f"{source} is of a model that scaled its features to length 1 for its own layer "
-            "as well, as was the default; go on from it with normalize=True"
+            f"{source} holds the players {told[0]}, and the method's step has {told[1]}; what a step keeps from batch "
+            "to batch is a module in its players from when it is built"
         )
-    run |= {"normalize": True, SCALED_FOR: SCALED[True]}
-    name = f"{network.feature_layer}.{MARKER}".removeprefix(".")
-    for weights in (state["model"], *([state["average"]["weights"]] if state["average"] else [])):
-        weights[name] = torch.ones((), dtype=torch.bool)
+    for name, player in step.players.items():
+        player.load_state_dict(state["players"][name])
+    for name, optimizer in step.optimizers.items():
+        _check_alike(
+            f"{source} is of another run: optimizers.{name}", state["optimizers"][name], optimizer.state_dict()
+        )
+        # a copy: torch keeps the tensors that it is given, which then are those of whoever gave them, too
+        optimizer.load_state_dict(copy.deepcopy(state["optimizers"][name]))
+
+
+def memory_of(step: Step, apart: bool) -> dict[str, Tensor]:
+    """What this process's step remembers; `apart`: on the CPU, to be handed to other processes."""
+    return {name: one.detach().cpu() if apart else one.detach() for name, one in step.memory.items()}
+
+
+def load_memory(step: Step, kept: Mapping[str, Tensor]) -> None:
+    """Has a step remember copies of tensors of any shape, on its model's device, and nothing else."""
+    device = device_of(step.network)
+    step.memory.clear()
+    step.memory.update({name: one.to(device, copy=True) for name, one in kept.items()})
+
+
+@torch.no_grad()
+def finite(model: nn.Module, players: Mapping[str, nn.Module]) -> bool:
+    """Whether all weights are; waits for the device once."""
+    everything = (p for module in (model, *players.values()) for p in module.parameters())
+    weights: list[Tensor] = [p for p in everything if p.is_floating_point()]
+    norms: list[Tensor] = list(torch._foreach_norm(weights))
+    return bool(torch.isfinite(torch.stack([norm.double().to(norms[0].device) for norm in norms]).sum()))
+
+
+def _check_alike(told: str, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises CheckpointError where an optimizer has other settings than it had; its rates now are the schedule's."""
+    groups = zip(there["param_groups"], here["param_groups"], strict=False)
+    for number, (old, new) in enumerate(groups):
+        for setting in sorted((old.keys() & new.keys()) - UNCOMPARED):
+            one, other = describe(old[setting]), describe(new[setting])
+            if one != other:
+                raise CheckpointError(f"{told}.param_groups.{number}.{setting} is {one} there and {other} here")
 
 
 # --- A run that can be left and gone on with ------------------------------------------------------------------------
