@@ -144,15 +144,22 @@ class EpsWarmup:
         self.steps, self.grown = steps, False
         self._fill: list[Callable[[float], object]] = []
         step.adopt(method)
-        if not steps or method.attack is None:
+        if not steps:
             return
-        if isinstance(method.attack, GivenAttack):
+        if method.attack is None:
+            core = getattr(method, "core", method)
+            if hasattr(core, "eps"):  # it attacks by itself
+                self._grow(step, core, "")
+        elif isinstance(method.attack, GivenAttack):
             self._follow(step.attacks.of(method.attack))
         else:
-            full = method.attack.resolved()
-            for name in (name for name in SIZES if hasattr(full, name)):
-                value = getattr(full, name)
-                self._fill.append(partial(_fill, step.live(f"attack.{name}", value), value))
+            self._grow(step, method.attack.resolved(), "attack.")
+
+    def _grow(self, step: Step, full: Any, within: str) -> None:
+        """Has the sizes of settings grow, as far as they have any."""
+        for name in (name for name in SIZES if getattr(full, name, None) is not None):
+            value = getattr(full, name)
+            self._fill.append(partial(_fill, step.live(f"{within}{name}", value), value))
 
     def _follow(self, attack: Any) -> None:
         """An attack that somebody has built has its numbers set."""

@@ -7,7 +7,7 @@ from torch.optim import SGD
 
 from afd.attacks import APGD, PGD, APGDSettings, PGDSettings
 from afd.errors import InputError
-from afd.methods import AFD, AT, Natural
+from afd.methods import AFD, AT, AWP, Free, Natural
 from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureClassifier
 from afd.training import Trainer
@@ -94,6 +94,19 @@ def test_the_radius_grows_to_its_own_value(given, eps, alpha):
         torch.testing.assert_close(attack.alpha, torch.as_tensor(length) * share, check_dtype=False)
     assert torch.equal(attack.eps, torch.as_tensor(eps, dtype=attack.eps.dtype))
     assert (attack.eps.data_ptr(), attack.alpha.data_ptr()) == places
+
+
+@pytest.mark.parametrize("around", [lambda method: method, AWP])
+def test_a_method_that_attacks_by_itself_warms_up(around):
+    """δ of Free stays in the ball of its step: a quarter of the radius in the first, all of it from the fourth on."""
+    method = around(Free(lr=0.0001, eps=0.2))
+    step = method.build(FeatureClassifier(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), 3, 3))
+    warmup = EpsWarmup(method, step, 4)
+    x, y = torch.full((6, 1, 2, 2), 0.5), torch.arange(6) % 3
+    for number, expected in enumerate((0.05, 0.1, 0.15, 0.2, 0.2)):
+        warmup.at(number)
+        step(x, y)
+        assert step.memory["delta"].abs().max().item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_run_without_a_warm_up_has_the_numbers_as_they_were_given():
