@@ -357,7 +357,7 @@ class NormPenalty(Released):
         model: FeatureClassifier,
         optimizer: Optimizer,
         *,
-        weight: float = 1.0,
+        weight: float = 0.2,
         distance: Literal["L1", "L2", "squared-L2"] = "L2",
         **settings: Any,
     ) -> None:

@@ -204,7 +204,8 @@ DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
 class NormPenalty(Supervised):
     """The norm ablation of AFD (Bashivan et al. 2021): CE(C(F(x)), y) + λ mean ‖F(x) - F(x')‖, without a discriminator.
 
-    The gradient flows into both features. Which norm and which λ the paper has is not published. Features are those
+    The gradient flows into both features. Which norm and which λ the paper has is not published; with λ = 1 and L2, our
+    digits stay at chance, where all features are one, and with 0.2 they learn. Features are those
     that the classifier is shown, of length 1 where the model scales them.
 
     Attributes:
@@ -217,7 +218,7 @@ class NormPenalty(Supervised):
     """
 
     weight_decay: float = 5e-4
-    weight: float = 1.0
+    weight: float = 0.2
     distance: Literal["L1", "L2", "squared-L2"] = "L2"
     attack: AttackSettings = PGDSettings()
     validation_attack: AttackSettings | str | None = "pgd-20"
