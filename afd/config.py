@@ -20,7 +20,7 @@ from afd.extras import needed_by
 from afd.files import check_path, check_target
 from afd.methods import Method
 from afd.methods.ramps import check_ramps, ramps_of
-from afd.methods.registry import described, made, options
+from afd.methods.registry import described, made
 from afd.nn.encoders import Activation
 from afd.nn.networks import ModelName
 from afd.presets import PRESETS, method_for, radius, width_for
@@ -318,12 +318,9 @@ class TrainConfig(RunConfig):
 
 
 def ball_of(method: Method) -> TestConfig | None:
-    """The ball of a method's attack, or of a method that attacks by itself, if there is one."""
-    attack = method.attack
-    if isinstance(attack, AttackSettings):
-        return TestConfig(attack.norm, float(attack.eps))
-    own = {one.name: value for one, value in options(method) if one.name in ("norm", "eps")}
-    return TestConfig(**own) if "eps" in own else None
+    """The ball that a method trains against, if there is one."""
+    ball = method.ball
+    return TestConfig(ball.norm, float(ball.eps)) if isinstance(ball, AttackSettings) else None
 
 
 def _stated(plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from afd.ops import native
 from afd.ops.spectral import native as spectral_native
 
-WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
+# what reads a value back, or copies a number of the host's to the device
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::lift_fresh"}
 
 
 class Tape(TorchDispatchMode):

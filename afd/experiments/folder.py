@@ -12,7 +12,8 @@ from afd.runtime import Group
 
 ROOT = Path("runs")
 LATEST = ROOT / "latest"
-RECORDS = ("model.pt", "log.jsonl", "curves.png", "result.json", "events.out.tfevents.*")  # beside checkpoints
+# beside checkpoints
+RECORDS = ("seeds.json", "model.pt", "log.jsonl", "curves.png", "result.json", "events.out.tfevents.*")
 
 
 @contextmanager

@@ -144,10 +144,9 @@ def _train_in(
         trainer.progress = terminal
         trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
         group.wait()  # for the files
-        model.load_state_dict(weights_in(best, load_checkpoint(best, device)[0]))
+        measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
         if group.leads:
             save_weights(folder / "model.pt", model)
-        measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
         result = Result(config, model, best, **vars(measured["best"]), measured=measured)
         if group.leads:
             write_whole(folder / "result.json", _as_json(result, len(splits.test)))
@@ -163,7 +162,7 @@ def _measured(
 ) -> dict[str, Measured]:
     """What a finished run's checkpoints reach; the model, which has the best weights, has them again afterwards."""
     best, last = folder / "best.pt", folder / "last.pt"
-    (best_state, best_of), (last_state, last_of) = (load_checkpoint(path, test.images.device) for path in (best, last))
+    (best_state, best_of), (last_state, last_of) = map(load_checkpoint, (best, last))
     epoch, end = best_of["report"]["epoch"], last_of["report"]["epoch"]
     weights = {"best": (weights_in(best, best_state), epoch), "last": (last_state["model"], end)}
     if last_state["average"] is not None:

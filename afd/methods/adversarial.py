@@ -6,6 +6,7 @@ weights, and what two passes would compute alike is computed once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -19,6 +20,7 @@ from afd.attacks.settings import AttackSettings
 from afd.errors import number, one_of
 from afd.methods.base import Batch
 from afd.methods.supervised import Supervised, TrainedModel
+from afd.nn.modes import Statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,9 @@ class FGSMRS(AT):
     attack: AttackSettings = PGDSettings(steps=1, alpha=10 / 255, batchnorm="train")
 
 
+SHARING = "batch", "kl", None  # BatchNorm, loss and precision of an attack whose clean pass is that of the loss
+
+
 @dataclass(frozen=True, kw_only=True)
 class TRADES(Supervised):
     """TRADES (Zhang et al. 2019, Eq. 5): CE(f(x), y) + β KL(p(x) ‖ p(x')), x' maximising the same divergence.
@@ -72,6 +77,8 @@ class TRADES(Supervised):
     The gradient flows into both sides of the divergence. The defaults are those of the authors' code for CIFAR-10; for
     MNIST it has β = 1, eps 0.3 in 40 steps of 0.01 and a learning rate of 0.01. It passes x twice in each step, which
     changes running statistics of BatchNorm only: that is done here without the pass. (Dropout would draw twice there.)
+    Where the attack has the batch's statistics (``batchnorm="batch"``), the clean pass of the loss is that of the
+    attack, dropout included.
 
     Attributes:
         weight_decay: on the model's weights; later work has 5e-4 (Pang et al. 2021), the default on CIFAR here.
@@ -92,23 +99,24 @@ class TRADES(Supervised):
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy of clean images as "task", the weighted divergence as "robust"."""
-        if isinstance(self.attack, AttackSettings) and self.attack.batchnorm == "batch" and self.attack.loss == "kl":
+        attack = self.attack
+        if isinstance(attack, AttackSettings) and (attack.batchnorm, attack.loss, attack.precision) == SHARING:
             # the clean pass of the attack is this very one (Gowal et al. 2020)
             clean, statistics = self._clean(model, batch)
-            x_adv = self.attack(model, batch, target=clean.detach())
+            x_adv = attack(model, batch, target=clean.detach())
         else:
-            x_adv = self.attack(model, batch)
+            x_adv = attack(model, batch)
             clean, statistics = self._clean(model, batch)
         attacked = model(x_adv)
-        statistics()
+        statistics.replay()
         robust = F.kl_div(attacked.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
         return {"task": self.cross_entropy(clean, batch.y), "robust": self.beta * robust}
 
     @staticmethod
-    def _clean(model: TrainedModel, batch: Batch) -> tuple[Tensor, Callable[[], None]]:
+    def _clean(model: TrainedModel, batch: Batch) -> tuple[Tensor, Statistics]:
         with model.statistics() as statistics:
             logits = model(batch.x)
-        return logits, statistics.again
+        return logits, statistics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +154,8 @@ class MART(Supervised):
         own, log_p = self.classes_of(batch)[:, None], attacked.log_softmax(1)
         wrong = log_p.exp().scatter(1, own, -1.0).max(1).values
         # log(p + 1e-12), as the authors have it, where p may be too small for a number
-        divergence = (clean.exp() * (clean - torch.logaddexp(log_p, log_p.new_tensor(1e-12).log()))).sum(1)
+        floored = torch.logaddexp(log_p, torch.full_like(log_p[:1, :1], math.log(1e-12)))
+        divergence = (clean.exp() * (clean - floored)).sum(1)
         unsure = 1.0000001 - clean.exp().gather(1, own).squeeze(1)
         return {
             "task": self.cross_entropy(attacked, batch.y),
@@ -185,7 +194,7 @@ class ALP(Supervised):
         """Cross-entropy of both as "task", the weighted distance as "pairing"."""
         aimed = batch
         if getattr(self.attack, "targeted", False):
-            aimed = replace(batch, y=model.looked(batch).argmin(1))
+            aimed = replace(batch, y=model.eval_logits(batch).argmin(1))
         x_adv = self.attack(model, aimed)
         logits = model(torch.cat([batch.x, x_adv]))
         clean, attacked = logits.chunk(2)
@@ -205,8 +214,8 @@ class NormPenalty(Supervised):
     """The norm ablation of AFD (Bashivan et al. 2021): CE(C(F(x)), y) + λ mean ‖F(x) - F(x')‖, without a discriminator.
 
     The gradient flows into both features. Which norm and which λ the paper has is not published; with λ = 1 and L2, our
-    digits stay at chance, where all features are one, and with 0.2 they learn. Features are those
-    that the classifier is shown, of length 1 where the model scales them.
+    digits stay at chance, where all features are one, and with 0.2 they learn. Features are those that the classifier
+    is shown, of length 1 where the model scales them.
 
     Attributes:
         weight_decay: on the model's weights; 5e-4 as for AT.

@@ -147,7 +147,8 @@ class AFD(GameSettings):
         discriminator.to(weight.device, feature_dtype(model))
         kind: type[AFDStep] = AlternatingStep
         if self.schedule == "simultaneous":
-            one_rule = self.optimizer == "sgd" and not {"task", "features"} & self.optimizers.keys()
+            own = {"task", "features"} & self.optimizers.keys()
+            one_rule = self.optimizer == "sgd" and self.clip is None and not own
             kind = JointSGDStep if one_rule else SimultaneousStep
         return kind(self, model, execution, wrap(passes), wrap(discriminator))
 

@@ -90,13 +90,17 @@ class Attacks:
             known[1].own_graphs = self.own_graphs
         return known[1]
 
+    def forget(self, settings: Any) -> None:
+        """Lets go of the attack that settings describe, with the graphs that it holds."""
+        self._built.pop(id(settings), None)
+
     def __call__(self, settings: Any, batch: Any, target: Tensor | None = None, start: Tensor | None = None) -> Tensor:
         """Attacked copies of a batch's images, [N, ...]."""
         if self._given is not None:
             return self._given[getattr(batch, "rows", slice(None))]
         return self._once(lambda: self._attacked(self.of(settings), batch, target, start))
 
-    def looked(self, batch: Any) -> Tensor:
+    def eval_logits(self, batch: Any) -> Tensor:
         """Logits [N, K] of a batch's images in evaluation mode, without a graph: what aims an attack, say."""
         return self._once(lambda: self._logits(batch.x))
 
@@ -143,6 +147,9 @@ class Attacks:
     @contextmanager
     def found_once(self) -> Iterator[None]:
         """Inside, what is attacked again after `again` is not: it is what was found the first time, in this order."""
+        if self._found is not None:  # within another such context
+            yield
+            return
         self._found, self._next = [], 0
         try:
             yield

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from afd.errors import number, one_of, whole
+from afd.errors import InputError, number, one_of, whole
 from afd.methods.adversarial import TRADES
 from afd.methods.base import Batch
-from afd.methods.supervised import SupervisedStep, Wrapper
+from afd.methods.supervised import Supervised, SupervisedStep, Wrapper
 from afd.nn.modes import Buffers, statistics_kept
 
 DECAYS = ("perturbed", "original")
@@ -32,34 +32,40 @@ class AWP(Wrapper):
     Attributes:
         gamma: length γ of the move, as a share of each tensor's norm. Default: the authors', 0.005 around TRADES and
             0.01 around others.
-        start_epoch: epochs in which nothing is moved yet (the authors have 10 with TRADES).
+        start_epoch: the first in which weights are moved, counted from 1; the authors have 10 with TRADES.
         weight_decay_at: the weights that decay: "perturbed", w + v as released, or "original", w.
 
     Raises:
-        InputError: a number out of range.
+        InputError: a number out of range, or a method inside that takes its steps in a way of its own, where w decays.
     """
 
     gamma: float | None = None
-    start_epoch: int = 0
+    start_epoch: int = 1
     weight_decay_at: Literal["perturbed", "original"] = "perturbed"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.gamma is not None:
-            number("gamma", self.gamma, 0.0)
-        whole("start_epoch", self.start_epoch, 0)
+        if self.gamma is None:
+            object.__setattr__(self, "gamma", 0.005 if isinstance(self.core, TRADES) else 0.01)
+        number("gamma", self.gamma, 0.0)
+        whole("start_epoch", self.start_epoch, 1)
         one_of("weight_decay_at", self.weight_decay_at, DECAYS)
+        if self.weight_decay_at == "original" and not _steps_plainly(self.method):
+            raise InputError(
+                "weight_decay_at is 'original', but the method inside takes its steps in a way of its own, at the "
+                "weights that it finds; allowed around it is 'perturbed'"
+            )
 
     def moves(self, step: SupervisedStep) -> bool:
         """Whether the next step moves the weights."""
-        return step.epoch > self.start_epoch
+        return step.epoch >= self.start_epoch
 
     def kind(self, step: SupervisedStep) -> Hashable:
         """See `Wrapper`."""
         return self.moves(step), super().kind(step)
 
     def descend(self, step: SupervisedStep, batch: Batch) -> dict[str, Tensor]:
-        """One step of the optimizer at perturbed weights; returns the losses there."""
+        """One step of the optimizer at perturbed weights, as the method inside takes it; returns the losses there."""
         if not self.moves(step):
             return super().descend(step, batch)
         with step.attacks.found_once():
@@ -70,33 +76,48 @@ class AWP(Wrapper):
             others.put_back()
             weights: list[Any] = [one for one in step.parameters if one.dim() > 1 and one.grad is not None]
             original = [weight.detach().clone() for weight in weights]
-            with torch.no_grad():
-                torch._foreach_add_(weights, self._uphill(weights))
+            self._move_uphill(weights)
             step.forget()
             try:
-                losses = step.gather(batch)
+                return self._at_perturbed(step, batch, weights, original)
             except BaseException:
-                self._put_back(weights, original)
+                _set(weights, original)
                 raise
+
+    def _at_perturbed(
+        self, step: SupervisedStep, batch: Batch, weights: list[Any], original: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """The step of the optimizer, after which v is taken back."""
         if self.weight_decay_at == "original":
-            self._put_back(weights, original)
+            losses = step.gather(batch)
+            _set(weights, original)
             step.apply()
             return losses
         moved = [weight.detach().clone() for weight in weights]
-        step.apply()
+        losses = super().descend(step, batch)
         with torch.no_grad():  # w + what the step has done: exactly w where it has done nothing
-            torch._foreach_sub_(weights, moved)
-            torch._foreach_add_(weights, original)
+            for weight, before, w in zip(weights, moved, original, strict=True):
+                weight.sub_(before).add_(w)
         return losses
 
-    def _uphill(self, weights: list[Tensor]) -> list[Tensor]:
-        """v of each weight, from the gradient that was gathered."""
-        gamma = (0.005 if isinstance(self.core, TRADES) else 0.01) if self.gamma is None else self.gamma
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        long, steep = torch._foreach_norm(weights), torch._foreach_norm(gradients)
-        return [g * (gamma * one / (other + TINY)) for g, one, other in zip(gradients, long, steep, strict=True)]
-
-    @staticmethod
     @torch.no_grad()
-    def _put_back(weights: list[Tensor], original: list[Tensor]) -> None:
-        torch._foreach_copy_(weights, original)
+    def _move_uphill(self, weights: list[Any]) -> None:
+        """Adds v to each weight, by the gradient that was gathered."""
+        if not weights:
+            return
+        gradients, gamma = [weight.grad for weight in weights], cast(Any, self.gamma)
+        long, steep = torch._foreach_norm(weights), torch._foreach_norm(gradients)
+        for weight, gradient, one, other in zip(weights, gradients, long, steep, strict=True):
+            weight.add_(gradient * (gamma * one / (other + TINY)))
+
+
+def _steps_plainly(method: Any) -> bool:
+    """Whether a method, and all inside of it, gather gradients and step on them, and nothing else."""
+    plain = type(method).descend in (Wrapper.descend, Supervised.descend)
+    return plain and (not isinstance(method, Wrapper) or _steps_plainly(method.method))
+
+
+@torch.no_grad()
+def _set(weights: list[Any], values: list[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)

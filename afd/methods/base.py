@@ -22,7 +22,8 @@ from afd.methods.attacking import Attacks, judge_of
 from afd.methods.inputs import check_dtype, check_features, check_form, check_values, device_of
 from afd.nn import Split
 
-CLASS_LEVEL = ("labels", "soft_labels", "of_optimizers", "coupled")  # said of a class, however it is annotated
+# what is said of a class, however it is annotated
+CLASS_LEVEL = ("labels", "soft_labels", "of_optimizers", "of_host", "coupled")
 LOOKS = 3  # batches of a step of one's own whose values are looked at
 
 
@@ -173,9 +174,15 @@ class Method(ABC):
         Raises:
             InputError: it is a PGD in the ball of an attack that has none.
         """
-        own = getattr(self, "eps", None)  # of a method that attacks by itself
-        ball = PGDSettings(eps=own) if self.attack is None and own is not None else self.attack
-        return judge_of(self.validation_attack, ball, seed)
+        return judge_of(self.validation_attack, self.ball, seed)
+
+    @property
+    def ball(self) -> Any:
+        """An attack in the ball that it trains against, if it does: its own, or a PGD where it attacks by itself."""
+        own = getattr(self, "eps", None)
+        if self.attack is not None or own is None:
+            return self.attack
+        return PGDSettings(norm=getattr(self, "norm", "Linf"), eps=own)
 
 
 class Step(ABC):
@@ -235,6 +242,8 @@ class Step(ABC):
                 at), or the features are not those that the logits are made of.
         """
         check_form(x, y, index=index, x_adv=x_adv)
+        if x_adv is not None and self.method.attack is None:
+            raise InputError(f"x_adv is given, but {type(self.method).__name__} has no attack in whose place it is")
         device = _device_now(self.network)
         if x.device != device:
             raise InputError(f"x is on {x.device}; it must be on the model's device, {device}")
@@ -244,14 +253,14 @@ class Step(ABC):
         self.steps += 1
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        with isolated(x.device), explained(getattr(self.method, "micro_batches", 1)), self.attacks.given(x_adv):
+        micro_batches = getattr(getattr(self.method, "core", self.method), "micro_batches", 1)
+        with isolated(x.device), explained(micro_batches), self.attacks.given(x_adv):
             return self.update(_outside_inference(batch))
 
     def _look(self, x: Tensor, y: Tensor | None, x_adv: Tensor | None) -> None:
         if not self.steps:
             check_dtype(self.network, x)
-            if self.players:  # which have the features
-                check_features(self.network, x)
+            check_features(self.network, x)
         classes = None if getattr(self.network, "settles", False) else self.network.num_classes
         check_form(x, y, classes)
         if y is not None and y.is_floating_point():
@@ -321,7 +330,7 @@ def _exchanged(settings: Any, path: list[str], value: Tensor) -> Any:
     twin, inside = copy.copy(settings), vars(settings)
     if not rest and name in getattr(settings, "of_optimizers", ()):
         raise InputError(f"{name} is the optimizers' own since the step was built; set it in step.optimizers")
-    if name in inside and not rest and not fits(0.5, get_type_hints(type(settings))[name]):
+    if name in inside and not rest and not may_change(settings, name):
         raise InputError(f"{name} of {type(settings).__name__} is {inside[name]!r}, no number that may change")
     if name in inside:
         object.__setattr__(twin, name, _exchanged(inside[name], rest, value) if rest else value)
@@ -330,6 +339,14 @@ def _exchanged(settings: Any, path: list[str], value: Tensor) -> Any:
     else:
         raise InputError(f"{type(settings).__name__} has no number {name!r}; it has {', '.join(inside)}")
     return twin
+
+
+def may_change(settings: Any, name: str) -> bool:
+    """Whether a number of a method, or of its attack, may be one on the device, which the host does not read."""
+    hint = get_type_hints(type(settings))[name]
+    if isinstance(settings, AttackSettings):
+        return fits(torch.zeros(()), hint)
+    return fits(0.5, hint) and name not in getattr(settings, "of_host", ())
 
 
 def _outside_inference(batch: Batch) -> Batch:

@@ -39,7 +39,8 @@ class Free(Supervised):
         alpha: length of a step of δ; by default eps.
         replays: steps on each batch, m.
         keyed: whose δ an image is given: "position", that which the image at its place in the batch before has left (as
-            released), or "index", its own, by its index in the data set.
+            released), or "index", its own, by its index in the data set: as much memory as the data set in float32, in
+            checkpoints too, and a wait for the device in each step.
 
     Raises:
         InputError: a number out of range, or as `Supervised`.
@@ -113,12 +114,18 @@ class Free(Supervised):
     @staticmethod
     def _table(step: SupervisedStep, batch: Batch, rows: slice | Tensor) -> Tensor:
         """δ of all that it is kept for: what is new begins with 0."""
-        count = len(batch) if isinstance(rows, slice) else int(rows.max()) + 1
+        count = len(batch)
+        if isinstance(rows, Tensor):
+            low, high = rows.aminmax()
+            if low < 0:
+                raise InputError(f"index holds {int(low)}; the index of an image in its data set is at least 0")
+            count = int(high) + 1
         known = step.memory.get(DELTA)
         if known is not None and known.shape[1:] != batch.x.shape[1:]:  # images of another size
             known = None
         if known is None or len(known) < count:
-            table = batch.x.new_zeros((count if known is None else max(count, 2 * len(known)), *batch.x.shape[1:]))
+            length = count if known is None else max(count, len(known) + len(known) // 8)
+            table = batch.x.new_zeros((length, *batch.x.shape[1:]))
             if known is not None:
                 table[: len(known)] = known
             step.memory[DELTA] = table

@@ -21,6 +21,7 @@ from afd.methods.base import Batch, Part, Step, parts
 from afd.methods.optimizers import reaching, take_step, trainable
 from afd.methods.supervised import Optimized
 from afd.nn import Split
+from afd.nn.modes import statistics_kept
 
 # --- The step -------------------------------------------------------------------------------------------------------
 
@@ -123,17 +124,18 @@ class AFDStep(Step):
         """L_C as far as it is of x."""
         return reaching(self.settings.cross_entropy(logits, part.y))
 
-    def gather_task(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Adds the gradients of L_C; returns detached features of x, and the loss."""
+    def gather_task(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Adds the gradients of L_C; returns detached features of x, the loss, and those of x', if L_C is of it too."""
         if not asked(self.settings.adversarial_weight):
             with self.gathering(self.passes, part):
-                return self._task(part)
+                return *self._task(part), None
         with unsynchronised(self.passes):  # the backward through x' averages both
             z, task = self._task(part)
         with self.gathering(self.passes, part):
-            adversarial = self.adversarial_loss(self.passes(part.attacked)[1], part)
+            z_adv, logits = self.passes(part.attacked)
+            adversarial = self.adversarial_loss(logits, part)
             self.backward(adversarial, part, self.theta_phi)
-        return z, task + adversarial.detach()
+        return z, task + adversarial.detach(), z_adv.detach()
 
     def _task(self, part: Part) -> tuple[Tensor, Tensor]:
         z, logits = self.passes(part.x)
@@ -256,16 +258,18 @@ class SimultaneousStep(AFDStep):
 
     def gather(self, part: Part) -> Tensor:
         """Adds the gradients of a part; returns its share of the losses."""
-        z, task = self.gather_task(part)
+        z, task, z_adv = self.gather_task(part)
         if self.features_answer and self.features_learn:
-            with self.gathering(self.passes, part):
+            # a pass of its own, as its gradient is averaged by itself; running statistics have met x' already
+            once = nullcontext() if z_adv is None else statistics_kept(self.passes)
+            with self.gathering(self.passes, part), once:
                 (z_adv,) = self.passes(part.attacked, False)
                 grad_features, *game = self.gather_discriminator(z, z_adv.detach(), part)
                 self.gradients.swap()
                 self.backward_features(z_adv, grad_features)
                 self.gradients.swap()
         else:
-            _, *game = self.gather_discriminator(z, self.look(part.attacked), part)
+            _, *game = self.gather_discriminator(z, self.look(part.attacked) if z_adv is None else z_adv, part)
         return weighted(part, [task, *game])
 
     def gather_discriminator(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from afd.errors import InputError, number, whole
+from afd.errors import InputError, InputTypeError, number, whole
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 OPTIMIZERS = ("sgd", "adam", "adamw")
+RATES = {"adam": {"lr": 1e-3}, "adamw": {"lr": 1e-3, "weight_decay": 0.05}}
 RECORDABLE = (SGD, Adam, AdamW)  # whose fused steps read their rate, and count, on the device
 
 
@@ -53,6 +54,9 @@ def check_factories(factories: Mapping[str, OptimizerFactory], players: Iterable
     for name in factories:
         if name not in names:
             raise InputError(f"optimizers has the key {name!r}; allowed are {', '.join(names)}")
+        if not callable(factories[name]):
+            told = type(factories[name]).__name__
+            raise InputTypeError(f"optimizers has a {told} for {name!r}; it must be a function of the parameters")
 
 
 def check_update(

@@ -17,8 +17,8 @@ from typing import Any, get_type_hints
 from torch import Tensor
 
 from afd.attacks.settings import AttackSettings, step_size
-from afd.errors import InputError, InputTypeError, fits, number, without_fractions
-from afd.methods.base import Method, Step
+from afd.errors import InputError, InputTypeError, fits, fraction, number
+from afd.methods.base import Method, Step, may_change
 
 STEPS = "attack.steps"
 SIZES = ("attack.eps", "attack.alpha")  # that grow in an ε warm-up
@@ -60,7 +60,7 @@ def ramps_of(words: Iterable[str]) -> dict[str, Ramp]:
         name, equals, rest = word.partition("=")
         first, colon, epochs = rest.partition(":")
         try:
-            values = [float(one) for one in without_fractions({"": [first, epochs]})[""]]
+            values = [fraction(first), fraction(epochs)]
         except (ValueError, ZeroDivisionError):
             values = []
         if not (name and equals and colon and values):
@@ -87,7 +87,8 @@ def check_ramps(method: Method, ramps: Any, eps_warmup: float = 0.0) -> None:
         raise InputTypeError('ramps must be ramps by the name of a number, such as {"beta": Ramp(first=0, epochs=5)}')
     for name, ramp in ramps.items():
         _own(method, name)
-        if eps_warmup and name in SIZES:
+        own = method.attack is None and f"attack.{name}" in SIZES
+        if eps_warmup and (own or name in SIZES):
             raise InputError(f"ramps has {name}, which eps_warmup={eps_warmup:g} lets grow already; name one of them")
         first: float = ramp.first
         if name == STEPS:
@@ -120,6 +121,8 @@ def _own(method: Method, name: str) -> Any:
         raise InputError(f"ramps has {name}, which is {value!r}, no number that may change")
     if not fits(0.5, hint) and name != STEPS:
         raise InputError(f"ramps has {name}, a whole number; of these only {STEPS} may change in a run")
+    if name != STEPS and not may_change(holder, path[-1]):
+        raise InputError(f"ramps has {name}, a number that the host reads in each step; it may not change in a run")
     if value is None:
         raise InputError(f"ramps has {name}, which is None: there is no value to go to")
     return value
@@ -231,6 +234,7 @@ class Ramps:
         if STEPS in self.ramps:
             method = self._with(self.value(STEPS, done))
             if method is not self.step.method:
+                self.step.attacks.forget(self.step.method.attack)  # none comes again
                 self.step.adopt(method)
 
     def _with(self, steps: int) -> Method:

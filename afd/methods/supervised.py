@@ -21,6 +21,7 @@ from afd.methods.base import Batch, Method, Run, Step, parts, unwrapped
 from afd.methods.inputs import as_split
 from afd.methods.optimizers import (
     OPTIMIZERS,
+    RATES,
     OptimizerFactory,
     check_factories,
     check_update,
@@ -67,11 +68,9 @@ class Optimized(Method):
 
     of_optimizers: ClassVar[frozenset[str]] = frozenset({"lr", "momentum", "weight_decay"})
     players: ClassVar[tuple[str, ...]] = ("task",)  # that have an optimizer
+    of_host: ClassVar[frozenset[str]] = frozenset({"label_smoothing", "clip"})  # numbers that torch reads there
     coupled: ClassVar[bool] = False  # whether the losses of a batch are more than a mean over its rows
-    rates: ClassVar[Mapping[str, Mapping[str, float]]] = {  # that an optimizer wants where nobody names any
-        "adam": {"lr": 1e-3},
-        "adamw": {"lr": 1e-3, "weight_decay": 0.05},
-    }
+    rates: ClassVar[Mapping[str, Mapping[str, float]]] = RATES  # that an optimizer wants where nobody names any
 
     def __post_init__(self) -> None:
         check_attacks(self)
@@ -231,9 +230,10 @@ class Wrapper(ByLosses):
         """See `Method`; asks the method inside."""
         self.method.check_run(run)
 
-    def judge(self, seed: int = 0) -> Any:
-        """See `Method`; that of the method inside."""
-        return self.method.judge(seed)
+    @property
+    def ball(self) -> Any:
+        """That of the method inside."""
+        return self.method.ball
 
     @property
     def core(self) -> Supervised:
@@ -290,9 +290,9 @@ class TrainedModel(nn.Module):
         """Attacked copies of a batch's images: what ``self.attack(model, batch)`` asks for."""
         return self.attacks(settings, batch, target, start)
 
-    def looked(self, batch: Batch) -> Tensor:
+    def eval_logits(self, batch: Batch) -> Tensor:
         """Logits [N, K] of a batch's images, of the model in evaluation mode and without a graph."""
-        return self.attacks.looked(batch)
+        return self.attacks.eval_logits(batch)
 
     @contextmanager
     def statistics(self) -> Iterator[Statistics]:
@@ -337,6 +337,7 @@ class SupervisedStep(Step):
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """See `Step.update`."""
+        self.forget()
         losses: dict[str, Tensor] = self.method.update(self, batch)
         return losses
 
@@ -384,12 +385,14 @@ class SupervisedStep(Step):
         return kind
 
     def forget(self) -> None:
-        """Lets go of the gradients gathered."""
-        self.optimizers["task"].zero_grad()
+        """Lets go of the gradients gathered, also of weights that an optimizer of somebody's own leaves alone."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def apply(self) -> None:
         """One step of the optimizer on the gradients gathered, which are then gone."""
         take_step(self.optimizers["task"], self.settings.clip)
+        self.forget()
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -170,13 +170,12 @@ class Statistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [
-            layer
-            for layer in model.modules()
-            if isinstance(layer, _BatchNorm) and layer.training and layer.num_batches_tracked is not None
-        ]
-        self.before = [self._values(layer) for layer in self.layers]
-        self.after: list[list[Tensor]] = []
+        self.kinds: dict[float | None, list[_BatchNorm]] = {}  # by momentum
+        for layer in model.modules():
+            if isinstance(layer, _BatchNorm) and layer.training and layer.num_batches_tracked is not None:
+                self.kinds.setdefault(layer.momentum, []).append(layer)
+        self.before = [self._values(layers) for layers in self.kinds.values()]
+        self.after: list[tuple[list[Tensor], Tensor]] = []
 
     @classmethod
     @contextmanager
@@ -184,38 +183,40 @@ class Statistics:
         """Notes what the body's passes do."""
         found = cls(model)
         yield found
-        found.after = [found._values(layer) for layer in found.layers]
+        found.after = [found._values(layers) for layers in found.kinds.values()]
 
     @torch.no_grad()
-    def again(self) -> None:
+    def replay(self) -> None:
         """Does it once more, to the statistics as they are now.
 
         As in a pass, that is no change to a graph that autograd keeps of them: buffers are written to uncounted.
         """
-        for layer, before, after in zip(self.layers, self.before, self.after, strict=True):
-            now = self._values(layer)
-            calls = after[2] - before[2]
-            if layer.momentum is None:  # the mean of all calls: what the calls added is a sum
-                kept, old, new = (one / (now[2] + calls) for one in (now[2], before[2], after[2]))
+        for (momentum, layers), (r0, n0), (r1, n1) in zip(self.kinds.items(), self.before, self.after, strict=True):
+            r, n = self._values(layers)
+            if momentum is None:  # the mean of all calls: what the calls added is a sum
+                kept, old, new = n / (n + n1 - n0), n0 / (n + n1 - n0), n1 / (n + n1 - n0)
             else:
-                kept = old = (1 - layer.momentum) ** calls
+                kept = old = (1 - momentum) ** (n1 - n0)
                 new = torch.ones_like(kept)
-            for buffer, r, r0, r1 in zip(self._buffers(layer), now, before, after, strict=False):
-                buffer.data.copy_(kept * r + (new * r1 - old * r0))
-            layer.num_batches_tracked.add_(calls.to(layer.num_batches_tracked.dtype))  # type: ignore[union-attr]
+            terms = []
+            for values, shares in ((r, kept), (r1, new), (r0, -old)):
+                terms.append(torch._foreach_mul(values, [*shares.unbind(), *shares.unbind()]))
+            torch._foreach_add_(terms[0], terms[1])
+            torch._foreach_add_(terms[0], terms[2])
+            torch._foreach_copy_([one.data for one in self._buffers(layers)], terms[0])
+            counts = [layer.num_batches_tracked for layer in layers]
+            torch._foreach_add_(counts, list((n1 - n0).long().unbind()))  # type: ignore[arg-type]
+
+    @classmethod
+    def _values(cls, layers: list[_BatchNorm]) -> tuple[list[Tensor], Tensor]:
+        """Copies of all running means, then variances, and how often each layer was called, float64 [L]."""
+        counts: Any = [layer.num_batches_tracked for layer in layers]
+        return [one.clone() for one in cls._buffers(layers)], torch.stack(counts).double()
 
     @staticmethod
-    def _values(layer: _BatchNorm) -> list[Tensor]:
-        """Running mean, running variance, and how often the layer was called, a tensor [] of float64."""
-        calls: Any = layer.num_batches_tracked
-        return [*(one.clone() for one in Statistics._buffers(layer)), calls.to(torch.float64, copy=True)]
-
-    @staticmethod
-    def _buffers(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
-        mean, variance = layer.running_mean, layer.running_var
-        assert mean is not None
-        assert variance is not None
-        return mean, variance
+    def _buffers(layers: list[_BatchNorm]) -> list[Tensor]:
+        found = [layer.running_mean for layer in layers] + [layer.running_var for layer in layers]
+        return [one for one in found if one is not None]
 
 
 @contextmanager

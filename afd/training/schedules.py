@@ -245,15 +245,16 @@ class Average(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Takes the model's weights in; the first ones are the average."""
+        """Takes the model's weights in; the first ones are the average, unless the decay grows from a tenth."""
         updates = int(self.n_averaged)
         decay = min(self.decay, (1 + updates) / (10 + updates)) if self.warmup else self.decay
         followed = dict(_named_tensors(model))
+        begins = self.copied if updates or self.warmup else followed.keys()
         numbers: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         looked_at: list[tuple[Tensor, Tensor, Tensor]] = []
         for name, own in _named_tensors(self.module):
             kept, new = self.wide.get(name, own), followed[name].detach()
-            if not updates or name in self.copied or not (own.is_floating_point() or own.is_complex()):
+            if name in begins or not (own.is_floating_point() or own.is_complex()):
                 kept.copy_(new)
                 continue
             averages, weights = numbers.setdefault((kept.device, kept.dtype), ([], []))

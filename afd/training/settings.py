@@ -62,6 +62,8 @@ def check_settings(given: Mapping[str, Any]) -> None:
     errors.number("eps_warmup", given["eps_warmup"], 0.0)
     errors.number("lr_warmup", given["lr_warmup"], 0.0)
     _expect("ema_warmup", given["ema_warmup"], bool, "True or False")
+    if given["ema"] is None and given["ema_buffers"] != "averaged":
+        raise InputError(f"ema_buffers is {given['ema_buffers']!r}, but ema is None: there is no average that has them")
     errors.one_of("ema_buffers", given["ema_buffers"], BUFFERS)
     errors.whole("log_every", given["log_every"], 1)
     errors.whole("save_every", given["save_every"], 0)

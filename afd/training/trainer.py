@@ -367,7 +367,7 @@ class Trainer(Resumable):
             self.stopping.leave()
 
         with held(self.modules()):
-            recompute_statistics(self.average.module, self.loader, self.group, each)
+            recompute_statistics(self.average.module, self.loader, self.group, each, self.network)
         self.average.take_buffers()
 
     def _measure(self, validation: Loader, attack: Attack | None) -> float:

@@ -108,7 +108,11 @@ def tracking(model: nn.Module) -> list[_BatchNorm]:
 
 @torch.no_grad()
 def recompute_statistics(
-    model: nn.Module, loader: ResumableLoader, group: Group, each: Callable[[int], None] = lambda _images: None
+    model: nn.Module,
+    loader: ResumableLoader,
+    group: Group,
+    each: Callable[[int], None] = lambda _images: None,
+    followed: nn.Module | None = None,
 ) -> None:
     """Has BatchNorm layers keep the mean of the statistics of all training batches, instead of what they keep.
 
@@ -122,8 +126,12 @@ def recompute_statistics(
         loader: of the training batches.
         group: of the processes, which all ask.
         each: called after each batch with the number of its images.
+        followed: the model that this is the average of, in training mode; what is frozen there stays as it is.
     """
     layers = tracking(model)
+    if followed is not None:
+        trains = {name for name, layer in followed.named_modules() if layer.training}
+        layers = [layer for name, layer in model.named_modules() if layer in layers and name in trains]
     if not layers:
         return
     momenta = [layer.momentum for layer in layers]

@@ -125,6 +125,12 @@ def load_state(state: Mapping[str, Any], facts: Mapping[str, Any], model: nn.Mod
     for name in marked:  # said again by `split` below
         del state[name]
     renamed = published(state, inner, source)
+    theirs, ours = facts.get("recipe"), recipe_of(model)
+    if theirs and ours and theirs.get("activation", "relu") != ours.get("activation", "relu"):
+        raise CheckpointError(
+            f"{source} is of a network with {theirs.get('activation', 'relu')}, and this one has "
+            f"{ours.get('activation', 'relu')}; build it with the same activation"
+        )
     try:
         unscaled(inner)
         inner.load_state_dict(_without_prefixes(state, inner) if renamed is None else renamed)

@@ -31,6 +31,10 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
     "afd": (AFD(), (12, 12, 2)),
     "afd with a loss of attacked images": (AFD(adversarial_weight=0.5), (12, 12, 2)),
     "afd alternating": (AFD(schedule="alternating"), (13, 12, 2)),
+    "afd with Adam and a loss of attacked images": (AFD.adam(adversarial_weight=0.5), (13, 13, 3)),
+    "afd, features silent": (AFD(discriminator_steps=5), (12, 11, 1)),
+    "afd, features silent, with a loss of attacked images": (
+        AFD(discriminator_steps=5, adversarial_weight=0.5), (12, 12, 2)),
 }  # fmt: skip
 COSTS = {  # of the fewest passes, as published lists have them
     "at": 23, "at in training mode": 23, "trades": 27, "mart": 26, "alp": 27, "at+awp": 26, "trades+awp": 33,

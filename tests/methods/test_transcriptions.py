@@ -104,7 +104,7 @@ FLOWS = {
     ),
     "free": Flow(Free(eps=EPS, replays=3), lambda *built, **_: released.Free(*built, eps=EPS, repeats=3)),
     "at+awp": Flow(
-        AWP(AT(attack=attack(**TRAIN)), gamma=0.02, start_epoch=1),
+        AWP(AT(attack=attack(**TRAIN)), gamma=0.02, start_epoch=2),
         partial(released_players.ATAWP, **BALL, gamma=0.02, start_epoch=2),
         passes=RICE,
     ),
@@ -114,7 +114,7 @@ FLOWS = {
         passes=RICE,
     ),
     "trades+awp": Flow(
-        AWP(TRADES(beta=3.0, attack=attack(**KL)), start_epoch=1),
+        AWP(TRADES(beta=3.0, attack=attack(**KL)), start_epoch=2),
         partial(released_players.TRADESAWP, **BALL, beta=3.0, gamma=0.005, start_epoch=2, proxy_lr=0.1),
         "gaussian",
         passes=(1, 0, 2),

@@ -39,7 +39,7 @@ METHODS = {
     "free": Free(lr=0.05, eps=0.1, replays=2, **JUDGE),
     "norm-penalty": NormPenalty(lr=0.05, distance="squared-L2", **AGAINST),
     "at+awp": AWP(AT(lr=0.05, **AGAINST)),
-    "trades+awp": AWP(TRADES(lr=0.05, micro_batches=2, **KL), gamma=0.05, start_epoch=1),
+    "trades+awp": AWP(TRADES(lr=0.05, micro_batches=2, **KL), gamma=0.05, start_epoch=2),
     "free+awp": AWP(Free(lr=0.05, eps=0.1, replays=2, **JUDGE), weight_decay_at="original"),
     "adversarial": AFD(adversarial_weight=0.5, **GAME),
     "adversarial-separate": AFD.adam(loss="dcgan", lr=1e-2, lr_features=1e-2, adversarial_weight=0.5, **GAME),

@@ -29,7 +29,7 @@ METHODS = {
     "alp": ALP(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, targeted=True)),
     "fgsm-rs": FGSMRS(lr=0.05),
     "norm-penalty": NormPenalty(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)),
-    "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)), gamma=0.05, start_epoch=1),
+    "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)), gamma=0.05, start_epoch=2),
 }
 
 
