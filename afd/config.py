@@ -253,13 +253,16 @@ class TrainConfig(RunConfig):
 
     def warnings(self) -> list[str]:
         """What is allowed, of a settled config, and yet hardly meant."""
-        test = self.test
-        if self.attack is None or not NORMS[test.norm].in_levels or test.eps is None or test.eps < GREY:
-            return []
-        return [
-            f"eps is {test.eps:g}: from {GREY} on, any image may become the same grey as any other, and nothing "
-            f"can be learnt{in_levels(test.eps)}"
-        ]
+        found, test = [], self.test
+        attacks = self.method is not None and self.method.ball is not None
+        if self.eps_warmup and not attacks:
+            found.append(f"eps-warmup is {self.eps_warmup:g}, but the method attacks nothing; it has no effect")
+        if attacks and NORMS[test.norm].in_levels and test.eps is not None and test.eps >= GREY:
+            found.append(
+                f"eps is {test.eps:g}: from {GREY} on, any image may become the same grey as any other, and nothing "
+                f"can be learnt{in_levels(test.eps)}"
+            )
+        return found
 
     def as_json(self) -> dict[str, Any]:
         """Plain types only, for a checkpoint's metadata; `from_json` reads them."""

@@ -55,7 +55,7 @@ def number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         return PrimitiveConstructorSpec(
             nargs="*",
             metavar="INT,INT,...",
-            instance_from_str=lambda words: tuple(whole_number(one) for one in ",".join(words).split(",") if one),
+            instance_from_str=lambda words: tuple(map(whole_number, ",".join(words).split(","))),
             is_instance=lambda value: isinstance(value, tuple),
             str_from_instance=lambda value: [str(one) for one in value],
         )
@@ -374,7 +374,8 @@ def _config(found: Any, base: TrainConfig) -> TrainConfig:
     if steps is not None:
         method["validation_attack"] = f"pgd-{steps}"
     run = {one.name: getattr(found, one.name) for one in dataclasses.fields(RunConfig)}
-    return TrainConfig(**run, data=found.data, model=found.model, method=made(method), test=test)
+    own = made(method)
+    return TrainConfig(**run, data=found.data, model=found.model, method=own, test=ball_of(own) or test)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def test_every_option_of_a_method_and_its_attack_has_a_help_line_and_its_own_nam
         ("./mine.py:Method", "somebody's own class is written package.module:Class"),
         ("afd.methods:Supervised", "it must be a class of afd.methods.Method"),
         ("afd.methods:Method", "it must be a class of afd.methods.Method"),
-        ("afd+toy_methods:Perturbed", "Perturbed goes around a supervised method; it was given a AFD"),
+        ("afd+toy_methods:Perturbed", "Perturbed goes around a supervised method, which AFD is not"),
         ("toy_methods:spread", "must be a class of afd.methods.Method"),
         ("toy_methods:Perturbed", "toy_methods:Perturbed is a wrapper around a method"),
         ("at --loss dcgan", "--loss"),

@@ -58,6 +58,7 @@ def ramps_of(words: Iterable[str]) -> dict[str, Ramp]:
     found: dict[str, Ramp] = {}
     for word in words:
         name, equals, rest = word.partition("=")
+        name = name.replace("-", "_")
         first, colon, epochs = rest.partition(":")
         try:
             values = [fraction(first), fraction(epochs)]
@@ -86,7 +87,8 @@ def check_ramps(method: Method, ramps: Any, eps_warmup: float = 0.0) -> None:
     if not isinstance(ramps, Mapping) or not all(isinstance(one, Ramp) for one in ramps.values()):
         raise InputTypeError('ramps must be ramps by the name of a number, such as {"beta": Ramp(first=0, epochs=5)}')
     for name, ramp in ramps.items():
-        _own(method, name)
+        if _own(method, name) == ramp.first:
+            raise InputError(f"ramps has {name}, which begins at its own value, {ramp.first:g}; it would never change")
         own = method.attack is None and f"attack.{name}" in SIZES
         if eps_warmup and (own or name in SIZES):
             raise InputError(f"ramps has {name}, which eps_warmup={eps_warmup:g} lets grow already; name one of them")

@@ -198,8 +198,8 @@ class Wrapper(ByLosses):
 
     def __post_init__(self) -> None:
         if not isinstance(self.method, ByLosses):
-            told = type(self.method).__name__
-            raise InputTypeError(f"{type(self).__name__} goes around a supervised method; it was given a {told}")
+            told = f"{type(self).__name__} goes around a supervised method, which {type(self.method).__name__} is not"
+            raise InputTypeError(told)
 
     @property
     def attack(self) -> Any:

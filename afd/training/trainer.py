@@ -248,7 +248,7 @@ class Trainer(Resumable):
             try:
                 self.method.check_run(dataclasses.replace(run, soft=True))
             except InputError as error:
-                raise InputError(f"with mixing={self.mixing}, {error}") from error
+                raise InputError(f"{error} (mixup and cutmix make them soft)") from error
 
     def _follow_what_was_found(self) -> None:
         """Step and average as the model has turned out to be, when it was tried on images."""

@@ -92,6 +92,7 @@ def test_seeds_are_a_list(words, expected):
         ("--seeds 1,1", "seeds are 1, 1, of which two are the same"),
         ("--seeds=-1,1", "one of the seeds is -1; it must be in"),
         ("--seeds 1,x", "'x' is no whole number"),
+        ("--seeds", "'' is no whole number"),
         ("--seeds 1,2 --resume a.pt", "resume is a.pt, of one run; several seeds go on with auto"),
     ],
 )
@@ -100,6 +101,15 @@ def test_mistakes_end_in_one_line(words, message, capsys, tmp_path):
     told = capsys.readouterr().err
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_other_seeds_do_not_take_the_place_of_a_study(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "seeds.json").write_text("{}")
+    assert main([*QUICK, "--out", str(out), "--seeds", "2"]) == 2
+    assert "which holds a run (seeds.json); go on with it by --resume auto" in capsys.readouterr().err
+    assert (out / "seeds.json").read_text() == "{}"
 
 
 def test_a_file_repeats_seeds_only_as_it_was_told(tmp_path):

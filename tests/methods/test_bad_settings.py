@@ -67,7 +67,7 @@ def test_so_it_is_of_a_wrapper(settings, message):
 
 
 def test_a_wrapper_goes_around_no_game():
-    with pytest.raises(InputTypeError, match="AWP goes around a supervised method; it was given a AFD"):
+    with pytest.raises(InputTypeError, match="AWP goes around a supervised method, which AFD is not"):
         AWP(AFD())
 
 

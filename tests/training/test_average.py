@@ -175,14 +175,14 @@ def test_a_model_that_cannot_be_copied_is_named_where_its_average_is_asked_for()
 
 @pytest.mark.parametrize("decay", [0.5, 0.9995])
 def test_the_decay_grows_with_the_updates(decay):
-    """By hand: of update t, min(d, (1 + t) / (10 + t)); the first one copies, in narrow dtypes, too."""
+    """By hand: of update t, min(d, (1 + t) / (10 + t)), from the weights that the model began with."""
     model = Everything()
     average = averaged(model, decay, warmup=True)
-    expected, narrow = 0.0, 256.0
+    expected, narrow = float(model.wide[0].detach()), float(model.narrow[0].detach())
     for update in range(30):
         change(model)
         average.update_parameters(model)
-        now = min(decay, (1 + update) / (10 + update)) if update else 0.0
+        now = min(decay, (1 + update) / (10 + update))
         expected = now * expected + (1 - now) * float(model.wide[0].detach())
         narrow = now * narrow + (1 - now) * float(model.narrow[0].detach())
         assert float(average.module.wide[0]) == pytest.approx(expected, abs=1e-12)
@@ -319,9 +319,31 @@ def test_a_checkpoint_of_before_means_an_average_without_warm_up():
         Trainer(with_batchnorm(), Natural(lr=0.1), ema=0.9, epochs=1, ema_buffers="copied").load_state_dict(state)
 
 
-def test_settings_of_an_average_say_nothing_where_there_is_none():
-    made = Trainer(with_batchnorm(), Natural(lr=0.1), epochs=1, ema_warmup=False, ema_buffers="copied")
+def test_settings_of_an_average_are_refused_where_there_is_none():
+    with pytest.raises(InputError, match="ema_buffers is 'copied', but ema is None: there is no average that has them"):
+        Trainer(with_batchnorm(), Natural(lr=0.1), epochs=1, ema_buffers="copied")
+    made = Trainer(with_batchnorm(), Natural(lr=0.1), epochs=1, ema_warmup=False)
     Trainer(with_batchnorm(), Natural(lr=0.1), epochs=1).load_state_dict(made.state_dict())
+
+
+def test_statistics_of_layers_that_are_frozen_are_not_recomputed():
+    """Those of a model whose own train() leaves a BatchNorm in evaluation mode are its own, as trained with."""
+
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    torch.manual_seed(5)
+    model = Frozen(*with_batchnorm())
+    model[1].running_mean.fill_(3.0)
+    made = Trainer(model, Natural(lr=0.1), ema=0.9, ema_buffers="recomputed", epochs=1)
+    before = model[6].running_mean.clone()
+    made.fit(noisy(), [(X, Y)])
+    kept = made.state_dict()["average"]["weights"]
+    assert torch.equal(kept["1.running_mean"], torch.full((4,), 3.0))
+    assert not torch.equal(kept["6.running_mean"], before)
 
 
 def test_another_kind_of_buffers_is_refused():

@@ -176,3 +176,12 @@ def test_training_begins_with_published_weights_if_it_scales_no_features(tmp_pat
     begun = rebuild(tmp_path / "two").network
     torch.testing.assert_close(begun.encoder.conv1.weight, model.encoder.conv1.weight)
     assert not begun.normalize
+
+
+def test_weights_of_a_network_with_another_activation_are_refused(tmp_path):
+    save_weights(tmp_path / "smooth.pt", build_model("convnet", (1, 8, 8), 3, 4, "silu"))
+    with pytest.raises(
+        CheckpointError, match="is of a network with silu, and this one has relu; build it with the same"
+    ):
+        load_weights(tmp_path / "smooth.pt", build_model("convnet", (1, 8, 8), 3, 4))
+    load_weights(tmp_path / "smooth.pt", build_model("convnet", (1, 8, 8), 3, 4, "silu"))
