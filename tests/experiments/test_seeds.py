@@ -74,7 +74,7 @@ def test_a_seed_that_ends_early_is_named_and_gone_on_with(tmp_path, capsys, monk
     alone, among = (torch.load(path / "model.pt") for path in (tmp_path / "one", out / "seed-1"))
     assert all(torch.equal(alone[name], among[name]) for name in alone)
     assert main(words) == 2
-    assert "seed 0: out is" in capsys.readouterr().err
+    assert "which holds a run (seeds.json)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
