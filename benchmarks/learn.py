@@ -22,19 +22,20 @@ from afd.bench.results import Candidate, Case, Document, device_name, read
 from afd.errors import AfdError
 
 RESULTS = Path(__file__).parent / "results"
+EPOCHS = "--epochs 30"
 RUNS = {
-    "natural": "natural",
-    "at": "at",
-    "fgsm-rs": "fgsm-rs",
-    "free": "free --epochs 40",
-    "trades": "trades",
-    "mart": "mart --lr 0.1 --weight-decay 7e-4",
-    "alp": "alp",
-    "norm-penalty": "norm-penalty",
-    "at+awp": "at+awp",
-    "trades+awp": "trades+awp",
-    "afd": "afd",
-    "afd, adversarial weight": "afd --adversarial-weight 0.5",
+    "natural": f"natural {EPOCHS}",
+    "at": f"at {EPOCHS}",
+    "fgsm-rs": f"fgsm-rs {EPOCHS}",
+    "free": f"free {EPOCHS}",
+    "trades": f"trades {EPOCHS}",
+    "mart": f"mart {EPOCHS} --lr 0.1 --weight-decay 7e-4",
+    "alp": f"alp {EPOCHS}",
+    "norm-penalty": f"norm-penalty {EPOCHS}",
+    "at+awp": f"at+awp {EPOCHS}",
+    "trades+awp": f"trades+awp {EPOCHS}",
+    "afd": f"afd {EPOCHS}",
+    "afd, adversarial weight": f"afd {EPOCHS} --adversarial-weight 0.5",
 }
 
 
