@@ -229,7 +229,7 @@ class Step(ABC):
             index: of the images in their data set, [N] int64.
             seed: of the attack's starts; by default the number of steps taken before.
             first_sample: as in `Batch`.
-            x_adv: attacked copies of x, to train on instead of attacking.
+            x_adv: attacked copies of x, to train on instead of attacking; no matter to a method without an attack.
 
         Returns:
             The losses by name, detached, on the device: reading them waits for it.
@@ -242,8 +242,6 @@ class Step(ABC):
                 at), or the features are not those that the logits are made of.
         """
         check_form(x, y, index=index, x_adv=x_adv)
-        if x_adv is not None and self.method.attack is None:
-            raise InputError(f"x_adv is given, but {type(self.method).__name__} has no attack in whose place it is")
         device = _device_now(self.network)
         if x.device != device:
             raise InputError(f"x is on {x.device}; it must be on the model's device, {device}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from afd.attacks import APGDSettings, MIMSettings, PGDSettings
 from afd.errors import InputError, InputTypeError
-from afd.methods import AFD, AT, AWP, MART, TRADES, Free, Natural, NormPenalty, Wrapper
+from afd.methods import AFD, AT, AWP, MART, TRADES, Free, NormPenalty, Wrapper
 from afd.methods.game import JointSGDStep, SimultaneousStep
 from afd.methods.ramps import Ramp, check_ramps
 from afd.nn import FeatureClassifier, split
@@ -168,13 +168,6 @@ def test_a_number_that_the_host_reads_is_never_live(name):
     step = AT(label_smoothing=0.1, clip=1.0).build(network())
     with pytest.raises(InputError, match=f"{name} of AT is .*, no number that may change"):
         step.live(name, 0.1)
-
-
-@pytest.mark.parametrize("method", [Natural(), Free()])
-def test_attacked_images_are_refused_where_nothing_is_attacked(method):
-    x, y = next(batches(1))
-    with pytest.raises(InputError, match=f"x_adv is given, but {type(method).__name__} has no attack"):
-        method.build(network())(x, y, x_adv=x)
 
 
 def test_an_index_below_zero_is_named():
