@@ -231,6 +231,7 @@ class NormPenalty(Supervised):
     distance: Literal["L1", "L2", "squared-L2"] = "L2"
     attack: AttackSettings = PGDSettings()
     validation_attack: AttackSettings | str | None = "pgd-20"
+    uses_features: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -23,7 +23,7 @@ from afd.methods.inputs import check_dtype, check_features, check_form, check_va
 from afd.nn import Split
 
 # what is said of a class, however it is annotated
-CLASS_LEVEL = ("labels", "soft_labels", "of_optimizers", "of_host", "coupled")
+CLASS_LEVEL = ("labels", "soft_labels", "uses_features", "of_optimizers", "of_host", "coupled")
 LOOKS = 3  # batches of a step of one's own whose values are looked at
 
 
@@ -128,6 +128,7 @@ class Method(ABC):
             the ball of `attack`, settings of another attack, or None to measure clean accuracy alone.
         labels: whether it asks for labels: the training batches of one that does not may be images alone.
         soft_labels: whether it takes soft labels [N, K] in the place of classes.
+        uses_features: whether its losses ask for features, so that the model is looked at for where they are.
         repeats: steps that are taken on each batch in a row; all that counts steps counts each of them.
         of_optimizers: names of the numbers that its optimizers are built with, and have by themselves from then on.
     """
@@ -136,6 +137,7 @@ class Method(ABC):
     validation_attack: Any = None
     labels: ClassVar[bool] = True
     soft_labels: ClassVar[bool] = True
+    uses_features: ClassVar[bool] = False
     of_optimizers: ClassVar[frozenset[str]] = frozenset()
 
     @property
@@ -258,7 +260,8 @@ class Step(ABC):
     def _look(self, x: Tensor, y: Tensor | None, x_adv: Tensor | None) -> None:
         if not self.steps:
             check_dtype(self.network, x)
-            check_features(self.network, x)
+            if self.players or getattr(getattr(self.method, "core", self.method), "uses_features", False):
+                check_features(self.network, x)
         classes = None if getattr(self.network, "settles", False) else self.network.num_classes
         check_form(x, y, classes)
         if y is not None and y.is_floating_point():

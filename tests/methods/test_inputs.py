@@ -72,7 +72,7 @@ def refused(method, error, message, *batch, **beside):
 def test_a_wrong_batch_is_named_and_trains_nothing(method, case):
     batch, error, message = WRONG[case]
     if isinstance(method, AFD) and case.startswith("soft"):
-        error, message = InputError, "y (is soft labels|has shape)|soft labels must be"
+        error, message = InputError, "y (is soft labels|has shape)|soft labels must be|labels are soft"
     refused(method, error, message, *batch)
 
 
