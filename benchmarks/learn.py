@@ -32,10 +32,10 @@ RUNS = {
     "mart": f"mart {EPOCHS} --lr 0.1 --weight-decay 7e-4",
     "alp": f"alp {EPOCHS}",
     "norm-penalty": f"norm-penalty {EPOCHS}",
-    "at+awp": f"at+awp {EPOCHS}",
+    "at+awp": f"at+awp {EPOCHS} --eps-warmup 10",
     "trades+awp": f"trades+awp {EPOCHS}",
-    "afd": f"afd {EPOCHS}",
-    "afd, adversarial weight": f"afd {EPOCHS} --adversarial-weight 0.5",
+    "afd": f"afd {EPOCHS} --batch-size 64",
+    "afd, adversarial weight": f"afd {EPOCHS} --batch-size 64 --adversarial-weight 0.5",
 }
 
 
