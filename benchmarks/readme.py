@@ -102,8 +102,21 @@ def discriminator(documents: list[Document]) -> Rows:
         yield name, *times(others["afd"]), figure(others, "afd", "over_plain", "{:.2f}"), *slower
 
 
+def learning(documents: list[Document]) -> Rows:
+    """What every method reaches on digits, with its best and its last weights."""
+    yield "command", "clean", "PGD-40", "last: clean", "PGD-40", "time"
+    for document in documents:
+        for case in document.cases.values():
+            accuracies = (
+                shown(case.candidates[name].figures[key], "{:.1%}")
+                for name in ("best", "last")
+                for key in ("natural", "robust")
+            )
+            yield f"`{case.settings['command']}`", *accuracies, shown(case.measured["seconds"], "{:.0f} s")
+
+
 TABLES = {"attacks": attacks, "kernels": kernels, "step": steps, "methods": methods, "discriminator": discriminator,
-          "agreement": agreement}  # fmt: skip
+          "agreement": agreement, "learning": learning}  # fmt: skip
 
 
 def cases(documents: list[Document]) -> Iterator[tuple[str, Mapping[str, Candidate]]]:
