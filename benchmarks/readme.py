@@ -76,7 +76,7 @@ def methods(documents: list[Document]) -> Rows:
     columns = {"forwards": "{:g}", "input_backwards": "{:g}", "weight_backwards": "{:g}", "cost": "{:g}",
                "ms_per_image": "{:.2f}", "images_per_second": "{:,.0f}", "speedup": "{:.2f}x",
                "peak_bytes": mebibytes}  # fmt: skip
-    return by_candidate(documents, headings, "{name}, {batchnorm}, {case}", columns)
+    return by_candidate(documents, headings, "{name}, {batchnorm}, {case}, {batch}", columns)
 
 
 def kernels(documents: list[Document]) -> Rows:
