@@ -206,6 +206,7 @@ MODULES = {  # that were moved, by their names within afd
     "data.augment": "data.images",
     "data.items": "data.images",
     "data.loader": "data.images",
+    "evaluation.features": "evaluation.model",
     "evaluation.robustness": "metrics",
     "methods.execution": "execution",
     "nn.build": "nn.networks",

@@ -18,9 +18,8 @@ from afd.attacks.external import ordinary_modes
 from afd.data import Images
 from afd.errors import InputError, InputTypeError
 from afd.evaluation.checks import NEEDED, finite_check, model_checks, outcome_checks, overall, verification_check
-from afd.evaluation.features import DomainCounter, divergences, feature_summary, has_features
-from afd.evaluation.model import Model, check_fit, check_metadata
-from afd.evaluation.outcome import read_results, summarize, write_results
+from afd.evaluation.model import DomainCounter, Model, check_fit, check_metadata, feature_summary, has_features
+from afd.evaluation.outcome import divergences, read_results, summarize, write_results
 from afd.evaluation.plots import examples, plot_divergence, plot_examples, plot_sweeps
 from afd.evaluation.protocol import PROBED, Protocol
 from afd.evaluation.report import report, tables_of

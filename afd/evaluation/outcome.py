@@ -16,7 +16,7 @@ from afd._version import __version__
 from afd.attacks.ball import NORMS
 from afd.data import Images
 from afd.errors import AfdError, InputError, look_up
-from afd.evaluation.model import Model
+from afd.evaluation.model import Model, divergence
 from afd.evaluation.protocol import Protocol, Stage
 from afd.files import check_source, write_whole
 from afd.nn.classifier import unwrapped
@@ -182,6 +182,24 @@ def normalised_area(radii: list[float], accuracies: list[float]) -> float:
         raise InputError(f"radii are {radii} for {len(accuracies)} accuracies; they must ascend from 0, one for each")
     heights, places = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (accuracies, radii))
     return float(torch.trapezoid(heights, places)) / radii[-1]
+
+
+def divergences(outcome: Outcome) -> list[dict[str, Any]]:
+    """The HΔH distance beside the gap (attacked error - natural error), for each scoring attack and radius."""
+    natural = outcome.counts.get("clean", Counter())
+    if not natural:
+        return []
+    clean = float(outcome.correct.double().mean())
+    found = []
+    for stage in outcome.protocol.stages:
+        counts = outcome.counts.get(stage.name, Counter())
+        for i, accuracy in enumerate(outcome.accuracies(stage) if stage.role == "score" else []):
+            at = {name: counts[f"{i} {name}"] for name in ("judged", "natural", "attacked")}
+            distance = divergence(natural, at)
+            if distance is not None:
+                gap = clean - accuracy
+                found.append({"attack": stage.name, "eps": str(stage.epsilons[i]), "distance": distance, "gap": gap})
+    return found
 
 
 class ResultsError(AfdError):

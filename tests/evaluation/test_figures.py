@@ -10,7 +10,7 @@ from torch import nn
 
 from afd.errors import InputError
 from afd.evaluation.checks import Check, judge, overall, skipped
-from afd.evaluation.features import DomainCounter, divergence, feature_summary, principal_components
+from afd.evaluation.model import DomainCounter, divergence, feature_summary, principal_components
 from afd.evaluation.outcome import normalised_area
 from afd.evaluation.plots import plot_curves, plot_examples
 from afd.evaluation.report import TABLE_1, TABLE_1_COLUMNS, TABLE_2, TABLE_2_COLUMNS, TABLE_2_HEADS

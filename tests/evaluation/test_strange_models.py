@@ -16,8 +16,7 @@ from afd.errors import InputError, InputTypeError, ModelWarning
 from afd.evaluation import attacks
 from afd.evaluation.attacks import ATTACKS, Epsilon, Target, ascending
 from afd.evaluation.evaluate import FolderError, evaluate
-from afd.evaluation.features import feature_summary
-from afd.evaluation.model import Model, UnusableModelError, check_fit
+from afd.evaluation.model import Model, UnusableModelError, check_fit, feature_summary
 from afd.evaluation.protocol import Protocol, Stage, autoattack, autoattack_reference, probes, quick
 from afd.evaluation.runner import Runner
 from afd.evaluation.store import Store
