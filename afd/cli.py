@@ -112,8 +112,7 @@ COMMANDS = {"train": train, "evaluate": evaluate, "bench": bench, "curves": curv
 
 def benchmarks() -> Any:
     """All benchmarks as one type for the parser."""
-    from afd.bench.agreement import AgreementBench
-    from afd.bench.attacks import AttackBench
+    from afd.bench.attacks import AgreementBench, AttackBench
     from afd.bench.kernels import DiscriminatorBench, KernelBench
     from afd.bench.methods import MethodsBench
     from afd.options import tyro

@@ -202,6 +202,7 @@ MODULES = {  # that were moved, by their names within afd
     "attacks.fgsm": "attacks.pgd",
     "attacks.mim": "attacks.pgd",
     "attacks.watch": "attacks.diagnostics",
+    "bench.agreement": "bench.attacks",
     "bench.report": "bench.results",
     "data.augment": "data.images",
     "data.items": "data.images",

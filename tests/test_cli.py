@@ -12,8 +12,7 @@ import pytest
 
 from afd import config, info
 from afd.attacks import ATTACKS, CaptureWarning
-from afd.bench.agreement import AgreementBench
-from afd.bench.attacks import AttackBench
+from afd.bench.attacks import AgreementBench, AttackBench
 from afd.bench.base import Benchmark
 from afd.bench.kernels import DiscriminatorBench, KernelBench
 from afd.bench.methods import MethodsBench
