@@ -52,6 +52,7 @@ def trained(words: str) -> Case:
         for name, one in found["measured"].items()
     }
     settings = {key: found[key] for key in ("data", "seed", "images", "attack", "norm", "eps")}
+    settings["alarms"] = "; ".join(alarm["kind"] for alarm in found["alarms"])
     return Case({"command": f"afd train {words}", **settings}, candidates, {"seconds": seconds})
 
 

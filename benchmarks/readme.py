@@ -1,7 +1,8 @@
 """Writes README's tables of measurements from the JSON in benchmarks/results: ``python benchmarks/readme.py``.
 
 A table of a benchmark stands between ``<!-- bench: FILE ... -->`` and ``<!-- /bench -->``; the files lie in
-benchmarks/results and are of one benchmark. Evaluations stand between ``<!-- table 1: FILE ... -->`` (``table 2``,
+benchmarks/results and are of one benchmark; ``<!-- passes: FILE ... -->`` shows the costs that one of methods counted.
+Evaluations stand between ``<!-- table 1: FILE ... -->`` (``table 2``,
 ``autoattack``) and ``<!-- /table -->``. What is between the markers is replaced, whatever it was; nothing else is.
 """
 
@@ -21,7 +22,7 @@ from afd.evaluation.report import Table, robustbench, table_1, table_2
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
-BLOCK = re.compile(r"(<!-- bench: (.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?:bench|passes): (.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 EVALUATED = re.compile(r"(<!-- (table 1|table 2|autoattack): (.+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 Rows = Iterator[tuple[str, ...]]  # the first holds the headings
@@ -79,6 +80,23 @@ def methods(documents: list[Document]) -> Rows:
     return by_candidate(documents, headings, "{name}, {batchnorm}, {case}, {batch}", columns)
 
 
+PUBLISHED = {  # passes of a step by a list of released code: as released, and the fewest; a forward is 1
+    "at": ("35", 23), "trades": ("39", 27), "mart": ("26", 26), "alp": ("28", 27), "at+awp": ("38", 26),
+    "trades+awp": ("48", 33), "llr": ("33", 30), "fgsm-rs": ("6", 5), "free": ("3 a replay", 12), "gat": ("12", 9),
+    "nuat": ("12", 9), "norm-penalty": ("at + 3", 26),
+}  # fmt: skip
+
+
+def passes(documents: list[Document]) -> Rows:
+    """What a step costs: as a list of released code has it, as released, and ours, both counted."""
+    yield "method", "published: released", "fewest", "counted: released", "ours"
+    for name, others in cases(documents):
+        published, fewest = PUBLISHED.get(name, ("–", None))
+        ours = next(one for one in others if one != "released")
+        counted = (figure(others, one, "cost", "{:g}") for one in ("released", ours))
+        yield f"`{name}`", published, "–" if fewest is None else str(fewest), *counted
+
+
 def kernels(documents: list[Document]) -> Rows:
     """The kernels alone: their time, on a GPU the device's and the host's, and how many times as fast they are."""
     on_gpu = documents[0].device_type == "cuda"
@@ -104,7 +122,7 @@ def discriminator(documents: list[Document]) -> Rows:
 
 def learning(documents: list[Document]) -> Rows:
     """What every method reaches on digits, with its best and its last weights."""
-    yield "command", "clean", "PGD-40", "last: clean", "PGD-40", "time"
+    yield "command", "clean", "PGD-40", "last: clean", "PGD-40", "time", "alarms while it trained"
     for document in documents:
         for case in document.cases.values():
             accuracies = (
@@ -112,11 +130,12 @@ def learning(documents: list[Document]) -> Rows:
                 for name in ("best", "last")
                 for key in ("natural", "robust")
             )
-            yield f"`{case.settings['command']}`", *accuracies, shown(case.measured["seconds"], "{:.0f} s")
+            told, taken = case.settings["alarms"] or "none", shown(case.measured["seconds"], "{:.0f} s")
+            yield f"`{case.settings['command']}`", *accuracies, taken, str(told)
 
 
 TABLES = {"attacks": attacks, "kernels": kernels, "step": steps, "methods": methods, "discriminator": discriminator,
-          "agreement": agreement, "learning": learning}  # fmt: skip
+          "agreement": agreement, "learning": learning, "passes": passes}  # fmt: skip
 
 
 def cases(documents: list[Document]) -> Iterator[tuple[str, Mapping[str, Candidate]]]:
@@ -155,8 +174,14 @@ def shown(value: Figure, form: str | Callable[[float], str]) -> str:
     return Column("", "", form).cell(value) or "–"
 
 
-def rendered(files: list[str], results: Path) -> str:
-    """Table, without columns that say nothing, and caption of the documents in these files."""
+def rendered(files: list[str], results: Path, table: str | None = None) -> str:
+    """Table, without columns that say nothing, and caption of the documents in these files.
+
+    Args:
+        files: their names.
+        results: the folder that they lie in.
+        table: one of `TABLES`; by default, that of their benchmark.
+    """
     documents = [read(results / name) for name in files]
     for name, document in zip(files, documents, strict=True):
         if not document.finished:
@@ -167,11 +192,11 @@ def rendered(files: list[str], results: Path) -> str:
         found = ", ".join(sorted(f"{benchmark} on {device}" for benchmark, device in kinds))
         raise DocumentError(f"{' '.join(files)} are of {found}; a table is of one benchmark on one kind of device")
     ((kind, _),) = kinds
-    columns = [column for column in zip(*TABLES[kind](documents), strict=True) if set(column[1:]) != {"–"}]
+    columns = [column for column in zip(*TABLES[table or kind](documents), strict=True) if set(column[1:]) != {"–"}]
     headings, *rows = zip(*columns, strict=True)
     lines = [headings, ("---",) * len(headings), *rows]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"\n{table}\n\n{caption(dict(zip(files, documents, strict=True)))}\n\n"
+    drawn = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"\n{drawn}\n\n{caption(dict(zip(files, documents, strict=True)))}\n\n"
 
 
 def evaluated(kind: str, files: list[str], results: Path) -> str:
@@ -201,7 +226,12 @@ def caption(documents: dict[str, Document]) -> str:
 
 def renewed(text: str, results: Path = ROOT / RESULTS) -> str:
     """The README with every table as its JSON has it."""
-    text = BLOCK.sub(lambda found: found[1] + rendered(found[2].split(), results) + found[3], text)
+
+    def block(found: re.Match[str]) -> str:
+        table = "passes" if found[1].startswith("<!-- passes") else None
+        return found[1] + rendered(found[2].split(), results, table) + found[3]
+
+    text = BLOCK.sub(block, text)
     return EVALUATED.sub(lambda found: found[1] + evaluated(found[2], found[3].split(), results) + found[4], text)
 
 
