@@ -255,9 +255,9 @@ def check_twice_differentiable(method: str, network: nn.Module, execution: Execu
     found = next((told for module in network.modules() if (told := _kinked(module)) is not None), None)
     if found is not None:
         warn_caller(
-            f"{method} differentiates the gradient of the loss, and the model has a {found}: second derivatives of "
-            "what is piecewise linear are zero almost everywhere, so that most of the regulariser moves nothing; "
-            "softplus and silu (--activation) have some",
+            f"{method} differentiates the gradient of the loss, and the model has a {found}, piecewise linear: its "
+            "second derivative is zero almost everywhere, so that the regulariser does not see the curvature that "
+            "weights make by switching units; softplus and silu (--activation) show it",
             UserWarning,
         )
 

@@ -49,8 +49,8 @@ class LLR(Supervised):
     steps, the rate falling tenfold after 80, 88 and 96 thousand; eps grows over 500 steps, which is `--eps-warmup`). In
     the words of the paper (Eq. 8), with ``task_weight=1``, λ is `linearity` and μ is `slope`.
 
-    Of a ReLU network the loss is linear almost everywhere, and second derivatives are zero: `--activation softplus` or
-    silu is what it is for. Differentiates twice, which `Execution(compile=True)` cannot.
+    It differentiates twice, which `Execution(compile=True)` cannot. The second derivative of a ReLU is zero almost
+    everywhere, so that the regulariser does not see what bends the loss: it is for softplus or silu (`--activation`).
 
     Attributes:
         weight_decay: on the model's weights; the authors' is on convolutions and linear layers only (`decay_norms`).
@@ -243,11 +243,12 @@ class Guided(Supervised):
         attack = self.attack
         if not isinstance(attack, AttackSettings) or callable(attack.loss):
             return attack(model, batch)  # type: ignore[no-any-return]
-        if batch.steps % 2 == 0:
-            return attack(model, batch)
         known: dict[Callable[..., Tensor], AttackSettings] = _guided.setdefault(attack, {})
         if self.guide not in known:
             known[self.guide] = replace(attack, loss=self.guide)
+        model.attacks.of(known[self.guide])  # built in the first step, after which nothing is new to a recorded one
+        if batch.steps % 2 == 0:
+            return attack(model, batch)
         y: Any = batch.y
         labels = y if y.is_floating_point() else torch.zeros_like(clean).scatter_(1, y[:, None], 1.0)
         target = torch.cat([labels.to(clean.dtype), clean, weight * torch.ones_like(clean[:, :1])], 1)
