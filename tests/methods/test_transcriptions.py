@@ -232,6 +232,30 @@ def test_micro_batches_without_batchnorm_are_the_released_flow_too(name):
         same(key, one, other)
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("llr", {"task_weight": 1.499}),
+        ("llr", {"linearity": 3.001}),
+        ("llr", {"slope": 1.499}),
+        ("llr", {"search_rate": 0.0999}),
+        ("llr", {"search_steps": 2}),
+        ("llr", {"ascent": "gap"}),
+        ("gat", {"weight": 3.001}),
+        ("gat", {"growth": 2.001}),
+        ("gat", {"growth_epoch": 3}),
+        ("gat", {"attack": attack(**{**ONE, "start_scale": 0.051})}),
+        ("nuat", {"weight": 2.001}),
+        ("nuat", {"attack": attack(**{**ONE, "alpha": 0.099})}),
+    ],
+)
+def test_another_constant_is_another_flow(name, changed, monkeypatch):
+    flow = FLOWS[name]
+    monkeypatch.setitem(FLOWS, name, replace(flow, method=replace(flow.method, **changed)))
+    with pytest.raises(AssertionError):
+        test_twenty_steps_are_those_of_the_released_flow(name)
+
+
 def same(name, one, other):
     """To 1e-10."""
     torch.testing.assert_close(one, other, rtol=0, atol=1e-10, msg=lambda text: f"{name}: {text}")
