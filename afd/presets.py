@@ -13,6 +13,7 @@ from afd.methods.registry import classes_of, made
 from afd.nn.networks import own_width
 
 STEPS = 10  # of a training attack that is not the method's own
+LENGTHS = ("alpha", "start_scale")  # that follow the radius, where a method's attack has them
 
 
 @dataclass(frozen=True)
@@ -121,13 +122,13 @@ def _attack_in(kind: type[AttackSettings], own: AttackSettings, norm: str, eps: 
     fitting: dict[str, Any] = (
         {"norm": norm, "eps": eps, "steps": STEPS}
         if other
-        else {"norm": norm, "eps": eps, "alpha": _step_size(own, norm, eps)}
+        else {"norm": norm, "eps": eps, **{name: _in_proportion(name, own, norm, eps) for name in LENGTHS}}
     )
     changes = {name: value for name, value in fitting.items() if name in names}
     return kind(**changes) if other else dataclasses.replace(own, **changes)
 
 
-def _step_size(own: AttackSettings, norm: str, eps: float) -> float | None:
-    """The step size of an attack with another radius: in proportion; None, for its rule of thumb, in another norm."""
-    alpha: Any = getattr(own, "alpha", None)
-    return None if alpha is None or norm != own.norm or not own.eps else float(alpha * eps / own.eps)
+def _in_proportion(name: str, own: AttackSettings, norm: str, eps: float) -> float | None:
+    """A length of an attack with another radius: in proportion; None, for its rule of thumb, in another norm."""
+    length: Any = getattr(own, name, None)
+    return None if length is None or norm != own.norm or not own.eps else float(length * eps / own.eps)

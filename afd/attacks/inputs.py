@@ -99,6 +99,11 @@ def rows_of(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *([1] * (x.dim() - 1)))
 
 
+def of_each(length: float | Tensor, x: Tensor) -> float | Tensor:
+    """A length, or, of a live one, a tensor [] on the images' device, one for each of images x, [N]."""
+    return length.to(x.dtype).repeat(len(x)) if isinstance(length, Tensor) else length
+
+
 def check_form(x: Tensor, y: Tensor) -> None:
     """Checks what can be known of images and labels without a look at their values.
 

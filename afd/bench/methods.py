@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from afd.attacks import APGDSettings, PGDSettings
-from afd.bench import base, released, released_players
+from afd.bench import base, released, released_players, released_regularized
 from afd.bench.base import Benchmark, Say
 from afd.bench.baselines import BASELINES, Request, adapted
 from afd.bench.metering import interleaved, peak_bytes
 from afd.bench.passes import counted
 from afd.bench.results import Candidate, Case, Column, Figure, mebibytes
 from afd.errors import AfdError
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Execution, Free, Method, NormPenalty
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Execution, Free, Method, NormPenalty, NuAT
 from afd.nn import FeatureClassifier, build_model
 from afd.training.recording import GraphedStep
 
@@ -64,11 +64,11 @@ class Setting:
     steps: int
 
     @classmethod
-    def of(cls, name: str, batch: int, steps: int, device: torch.device) -> Setting:
+    def of(cls, name: str, batch: int, steps: int, device: torch.device, activation: str = "relu") -> Setting:
         """One of `NETWORKS` with random weights and images (speed does not depend on them)."""
         kind, shape, width, eps = NETWORKS[name]
         torch.manual_seed(0)
-        model = build_model(kind, shape, 10, width).to(device)
+        model = build_model(kind, shape, 10, width, activation=activation).to(device)
         x = torch.rand(batch, *shape, device=device)
         with torch.no_grad():
             if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
@@ -87,6 +87,11 @@ class Setting:
         """The attack of a method."""
         return PGDSettings(**{"eps": self.eps, "alpha": self.eps / 4, "steps": self.steps, **settings})
 
+    @property
+    def one_step(self) -> PGDSettings:
+        """The attack of GAT and NuAT."""
+        return self.pgd(steps=1, alpha=self.eps, init="coin-flip", start_scale=self.eps / 2)
+
 
 # --- The methods ----------------------------------------------------------------------------------------------------
 
@@ -100,12 +105,14 @@ class Entry:
         released: (model, optimizer, eps=) -> its flow; None where `flow_of` knows better.
         batchnorm: what BatchNorm does during the attack, on both sides.
         attacks: whether the flow is told alpha and steps.
+        activation: of the network.
     """
 
     ours: Callable[[Setting], Any]
     released: Callable[..., Any] | None
     batchnorm: str = "eval"
     attacks: bool = True
+    activation: str = "relu"
 
 
 def _at(setting: Setting, batchnorm: Literal["eval", "train"]) -> AT:
@@ -133,6 +140,14 @@ METHODS: dict[str, Entry] = {
     ),
     "free": Entry(lambda setting: Free(lr=LR, eps=setting.eps), released.Free, "train", attacks=False),
     "norm-penalty": Entry(lambda setting: NormPenalty(lr=LR, attack=setting.pgd()), released.NormPenalty),
+    "llr": Entry(
+        lambda setting: LLR(lr=LR, eps=setting.eps, search_steps=setting.steps),
+        released_regularized.LLR,
+        "clean",
+        activation="softplus",
+    ),
+    "gat": Entry(lambda setting: GAT(lr=LR, attack=setting.one_step), released_regularized.GAT),
+    "nuat": Entry(lambda setting: NuAT(lr=LR, attack=setting.one_step), released_regularized.NuAT),
     "afd": Entry(
         lambda setting: AFD(lr=LR, lr_discriminator=LR, lr_features=LR,
                             attack=APGDSettings(eps=setting.eps, steps=setting.steps)),
@@ -150,7 +165,11 @@ def of_released(name: str, setting: Setting) -> Call:
         return partial(released_players.AFD(model, LR, attack), setting.x, setting.y)
     core = entry.ours(setting).core
     optimizer = SGD(model.parameters(), LR, momentum=core.momentum, weight_decay=core.weight_decay)
-    told = {"alpha": core.attack.alpha, "steps": core.attack.steps} if entry.attacks else {}
+    told = {}
+    if isinstance(core, LLR):
+        told = {"alpha": core.search_rate, "steps": core.search_steps}
+    elif entry.attacks:
+        told = {"alpha": core.attack.alpha, "steps": core.attack.steps}
     return partial(entry.released(model, optimizer, eps=setting.eps, **told), setting.x, setting.y)
 
 
@@ -261,13 +280,16 @@ class MethodsBench(Benchmark):
             BaselineMissingError: the attack of AFD's released flow is not installed; before anything is timed.
         """
         base.begin(f"building {self.case}")
-        setting = Setting.of(self.case, self.batch, self.steps, device)
+        plain = Setting.of(self.case, self.batch, self.steps, device)
         names, refused = self.listed("methods"), list[RecordingError]()
+        others = {METHODS[name].activation for name in names} - {"relu"}
+        smooth = {one: Setting.of(self.case, self.batch, self.steps, device, one) for one in others}
         if "afd" in names:
-            of_released("afd", setting)
+            of_released("afd", plain)
         asked = self.listed("schedules"), self.listed("precisions")
         for name in names:
             base.begin(name)
+            setting = smooth.get(METHODS[name].activation, plain)
             found = candidates(name, setting, *asked, graphs=device.type == "cuda")
             refused += left_out(name, found, say)
             case = timed(name, found, self.batch, self.repeats, device)

@@ -11,6 +11,7 @@ from afd.methods.base import Batch, Method, Run, Step
 from afd.methods.free import Free
 from afd.methods.ramps import Ramp
 from afd.methods.registry import METHODS, WRAPPERS
+from afd.methods.regularized import GAT, LLR, NuAT
 from afd.methods.supervised import Supervised, SupervisedStep, TrainedModel, Wrapper
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "AT",
     "AWP",
     "FGSMRS",
+    "GAT",
+    "LLR",
     "MART",
     "METHODS",
     "TRADES",
@@ -29,6 +32,7 @@ __all__ = [
     "Method",
     "Natural",
     "NormPenalty",
+    "NuAT",
     "Ramp",
     "Run",
     "Step",

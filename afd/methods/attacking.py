@@ -98,19 +98,19 @@ class Attacks:
         """Attacked copies of a batch's images, [N, ...]."""
         if self._given is not None:
             return self._given[getattr(batch, "rows", slice(None))]
-        return self._once(lambda: self._attacked(self.of(settings), batch, target, start))
+        return self.once(lambda: self._attacked(self.of(settings), batch, target, start))
 
     def eval_logits(self, batch: Any) -> Tensor:
         """Logits [N, K] of a batch's images in evaluation mode, without a graph: what aims an attack, say."""
-        return self._once(lambda: self._logits(batch.x))
+        return self.once(lambda: self._logits(batch.x))
 
     def _logits(self, x: Tensor) -> Tensor:
         execution = AttackExecution(self.precision)
         with evaluating(self.network), torch.no_grad(), execution.autocast(x.device):
             return engine.logits(self.network, execution.laid_out(x, self.network))[0]
 
-    def _once(self, find: Callable[[], Tensor]) -> Tensor:
-        """What is found, or was found at this place when the same passes were made before."""
+    def once(self, find: Callable[[], Tensor]) -> Tensor:
+        """What is found, such as attacked images, or was found at this place when the same passes were made before."""
         if self._found is not None and self._next < len(self._found):
             self._next += 1
             return self._found[self._next - 1]

@@ -37,6 +37,8 @@ class Batch:
         index: of the images in their data set, [N] int64; None if the loader has none.
         seed: of this step, for attacks; a tensor [] where a recorded step reads it.
         first_sample: index of the first row among those of all processes, so that their attacks start apart.
+        steps: taken before this one; what hangs on it in Python, `kind` must tell.
+        epoch: in progress, counted from 1; likewise.
     """
 
     x: Tensor
@@ -44,6 +46,8 @@ class Batch:
     index: Tensor | None = None
     seed: int | Tensor = 0
     first_sample: int = 0
+    steps: int = 0
+    epoch: int = 1
 
     def __len__(self) -> int:
         return len(self.x)
@@ -88,7 +92,7 @@ def parts(batch: Batch, count: int, x_adv: Tensor | None = None) -> Iterator[Par
         x, y, index, attacked = (None if one is None else one[rows] for one in (batch.x, batch.y, batch.index, x_adv))
         assert x is not None
         yield Part(
-            x, y, index, batch.seed, batch.first_sample + start, rows, size / len(batch),
+            x, y, index, batch.seed, batch.first_sample + start, batch.steps, batch.epoch, rows, size / len(batch),
             first=start == 0, last=rows.stop == len(batch), x_adv=attacked,
         )  # fmt: skip
         start += size
@@ -159,6 +163,14 @@ class Method(ABC):
                 f"labels are soft, [N, K], and the attack's loss {loss!r} asks for classes [N]; 'ce', 'kl' and "
                 "functions take soft ones"
             )
+
+    def running(self, network: Any, execution: Execution) -> Execution:  # noqa: ARG002
+        """How its training passes run on a model, by default as the user chose.
+
+        Raises:
+            InputError: they cannot; the message says why.
+        """
+        return execution
 
     @abstractmethod
     def build(self, model: nn.Module | Split, execution: Execution = ..., wrap: Wrap = ...) -> Step:
@@ -249,7 +261,7 @@ class Step(ABC):
             raise InputError(f"x is on {x.device}; it must be on the model's device, {device}")
         if self.looks:
             self._look(x, y, x_adv)
-        batch = Batch(x, y, index, self.steps if seed is None else seed, first_sample)
+        batch = Batch(x, y, index, self.steps if seed is None else seed, first_sample, self.steps, self.epoch)
         self.steps += 1
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()

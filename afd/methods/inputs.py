@@ -6,6 +6,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
@@ -117,6 +118,8 @@ def check_labels(largest: int, num_classes: int | None) -> None:
 
 
 TRIED = 8  # images that a model is tried on
+KINKED = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Threshold)
+KINKED_FUNCTIONS = (F.relu, torch.relu, F.relu6, F.leaky_relu, F.hardtanh, F.threshold)
 
 
 def taken_in(model: nn.Module) -> nn.Module:
@@ -236,6 +239,34 @@ def check_features(network: Any, x: Tensor) -> None:
         with isolated(x.device), explained(1), evaluating(network):
             network.settle(outside_inference(x[:TRIED]))
         network.num_classes = classes  # where there are others, the passes say so
+
+
+def check_twice_differentiable(method: str, network: nn.Module, execution: Execution) -> None:
+    """Finds that a gradient with respect to images can itself be differentiated, as far as that can be known.
+
+    Raises:
+        InputError: the passes are to be compiled, which allows it once.
+
+    Warns:
+        UserWarning: the model's activations are piecewise linear, as far as its modules hold them.
+    """
+    if execution.compile:
+        raise InputError(f"compile is True, but {method} differentiates twice, which torch.compile does not")
+    found = next((told for module in network.modules() if (told := _kinked(module)) is not None), None)
+    if found is not None:
+        warn_caller(
+            f"{method} differentiates the gradient of the loss, and the model has a {found}, piecewise linear: its "
+            "second derivative is zero almost everywhere, so that the regulariser does not see the curvature that "
+            "weights make by switching units; softplus and silu (--activation) show it",
+            UserWarning,
+        )
+
+
+def _kinked(module: nn.Module) -> str | None:
+    if isinstance(module, KINKED):
+        return type(module).__name__
+    held = (one for one in vars(module).values() if callable(one))
+    return next((one.__name__ for one in held if any(one is known for known in KINKED_FUNCTIONS)), None)
 
 
 def _try(network: Any, execution: Execution, x: Tensor) -> None:

@@ -23,6 +23,7 @@ from afd.methods.afd import AFD
 from afd.methods.awp import AWP
 from afd.methods.base import Method, check_declared
 from afd.methods.free import Free
+from afd.methods.regularized import GAT, LLR, NuAT
 from afd.methods.supervised import Wrapper
 
 METHODS: dict[str, type[Method]] = {
@@ -34,6 +35,9 @@ METHODS: dict[str, type[Method]] = {
     "fgsm-rs": FGSMRS,
     "free": Free,
     "norm-penalty": NormPenalty,
+    "llr": LLR,
+    "gat": GAT,
+    "nuat": NuAT,
     "afd": AFD,
 }
 WRAPPERS: dict[str, type[Wrapper]] = {"awp": AWP}

@@ -324,7 +324,7 @@ class SupervisedStep(Step):
     def __init__(self, method: ByLosses, network: Split, execution: Execution, wrap: Wrap) -> None:
         super().__init__(method, network, execution)
         self.settings = method.core
-        self.model = TrainedModel(execution.passes(network), self.attacks)
+        self.model = TrainedModel(self.settings.running(network, execution).passes(network), self.attacks)
         self.parameters = trainable(self.model.passes)
         self.optimizers = {"task": self.settings.optimizer_of("task", self.parameters)}
         self._losses = Losses(method, self.model)

@@ -209,8 +209,9 @@ class GraphedStep:
         """Numbers that a graph bakes in: all that method, attack and optimizers hold but what is on the device."""
         groups = [group for optimizer in self.step.optimizers.values() for group in optimizer.param_groups]
         others = [{name: value for name, value in group.items() if name not in {"lr", "params"}} for group in groups]
-        attacks = [tuple(attack.settings()) for attack in self.step.attacks if isinstance(attack, GradientAttack)]
-        return tuple(attacks), key_of(others), _told(self.step.method)
+        # of several, in no order: which was used last, is no matter
+        attacks = {tuple(attack.settings()) for attack in self.step.attacks if isinstance(attack, GradientAttack)}
+        return frozenset(attacks), key_of(others), _told(self.step.method)
 
     def _state(self) -> State:
         """What the modules hold in Python, and where their tensors lie."""

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from afd.attacks import PGDSettings
-from afd.bench import released, released_players
+from afd.bench import released, released_players, released_regularized
 from afd.bench.passes import Passes, UncountableError, counted
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Free, NormPenalty
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Free, NormPenalty, NuAT
 from afd.nn import FeatureClassifier
 
 TRAIN = PGDSettings(batchnorm="train")
@@ -28,6 +28,9 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
     "norm-penalty": (NormPenalty(), (12, 12, 2)),
     "fgsm-rs": (FGSMRS(), (2, 2, 1)),
     "free, a replay": (Free(), (1, 1, 1)),
+    "llr": (LLR(), (13, 13, 3)),  # the slope is differentiated: a forward, a backward and a part of the weights more
+    "gat": (GAT(), (3, 3, 2)),
+    "nuat": (NuAT(), (3, 3, 2)),
     "afd": (AFD(), (12, 12, 2)),
     "afd with a loss of attacked images": (AFD(adversarial_weight=0.5), (12, 12, 2)),
     "afd alternating": (AFD(schedule="alternating"), (13, 12, 2)),
@@ -38,7 +41,8 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
 }  # fmt: skip
 COSTS = {  # of the fewest passes, as published lists have them
     "at": 23, "at in training mode": 23, "trades": 27, "mart": 26, "alp": 27, "at+awp": 26, "trades+awp": 33,
-    "norm-penalty": 26, "fgsm-rs": 5, "free, a replay": 3, "afd": 26, "afd with a loss of attacked images": 26,
+    "norm-penalty": 26, "llr": 29, "gat": 8, "nuat": 8, "fgsm-rs": 5, "free, a replay": 3, "afd": 26,
+    "afd with a loss of attacked images": 26,
 }  # fmt: skip
 RELEASED = {
     "at of robustness": (released.RobustnessAT, 23),
@@ -49,6 +53,9 @@ RELEASED = {
     "at+awp": (released_players.ATAWP, 38),
     "trades+awp": (released_players.TRADESAWP, 48),
     "norm-penalty": (released.NormPenalty, 26),
+    "llr": (released_regularized.LLR, 32),
+    "gat": (released_regularized.GAT, 12),
+    "nuat": (released_regularized.NuAT, 12),
     "fgsm-rs": (released.FGSMRS, 6),
 }
 
@@ -72,6 +79,7 @@ def spent(model, call):
     return counted(lambda: call(x, y), model, x)
 
 
+@pytest.mark.filterwarnings("ignore:LLR differentiates the gradient")
 @pytest.mark.parametrize("name", PASSES)
 def test_a_step_takes_the_fewest_passes(name):
     method, expected = PASSES[name]

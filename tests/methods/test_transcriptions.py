@@ -18,20 +18,20 @@ import torch
 from torch import nn
 
 from afd.attacks import PGDSettings
-from afd.bench import released, released_players
-from afd.methods import ALP, AT, AWP, FGSMRS, MART, TRADES, Batch, Free, NormPenalty
+from afd.bench import released, released_players, released_regularized
+from afd.methods import ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Batch, Free, NormPenalty, NuAT
 from afd.nn import FeatureClassifier
 
 STEPS, CLASSES, EPS = 20, 4, 0.1
 BALL = {"eps": EPS, "alpha": 0.04, "steps": 3}
 
 
-def network(norm=nn.BatchNorm2d):
+def network(norm=nn.BatchNorm2d, activation=nn.ReLU):
     """A small network with two norms, in training mode, in float64."""
     torch.manual_seed(0)
     encoder = nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1, bias=False), norm(4), nn.ReLU(),
-        nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), norm(6), nn.ReLU(),
+        nn.Conv2d(1, 4, 3, padding=1, bias=False), norm(4), activation(),
+        nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False), norm(6), activation(),
         nn.Flatten(), nn.Linear(54, 8),
     )  # fmt: skip
     return FeatureClassifier(encoder, 8, CLASSES).double().train()
@@ -51,7 +51,8 @@ class Starts:
         self.seed = 0
         # a gaussian start is not projected before the first step, but where there is none: so a ball that holds it
         ball = {"eps": 10.0, "bounds": (-10.0, 10.0)} if init == "gaussian" else {"eps": EPS}
-        self.settings = PGDSettings(**ball, init=init, steps=0)
+        scale = EPS / 2 if init == "coin-flip" else None
+        self.settings = PGDSettings(**ball, init=init, start_scale=scale, steps=0)
 
     def __call__(self, x):
         return self.settings(nn.Flatten(), Batch(x, torch.zeros(len(x), dtype=torch.int64), seed=self.seed))
@@ -81,6 +82,7 @@ class Flow:
         init: what starts are drawn from.
         passes: the released flow's forwards in training mode in each step that ours has as well, in the order of ours.
         handed_on: whether our running statistics are made the released ones after each step.
+        activation: of the network.
     """
 
     method: object
@@ -88,9 +90,13 @@ class Flow:
     init: str = "uniform"
     passes: tuple = ()
     handed_on: bool = False
+    activation: type = nn.ReLU
 
 
 RICE = (0, 1, 2, 4)  # three of the attack, (one after it,) training (, clean images)
+ALPHA = {"alpha": EPS, "steps": 1}
+ONE = {**ALPHA, "init": "coin-flip", "start_scale": EPS / 2}
+LINEAR = {"task_weight": 1.5, "linearity": 3.0, "slope": 1.5, "search_steps": 3}
 KL, TRAIN = {"loss": "kl", "init": "gaussian"}, {"batchnorm": "train"}
 FLOWS = {
     "at of robustness": Flow(AT(attack=attack()), partial(released.RobustnessAT, **BALL)),
@@ -119,6 +125,30 @@ FLOWS = {
         "gaussian",
         passes=(1, 0, 2),
         handed_on=True,
+    ),
+    "llr": Flow(
+        LLR(eps=EPS, decay_norms=True, **LINEAR),
+        partial(
+            released_regularized.LLR,
+            eps=EPS,
+            alpha=0.1,
+            steps=3,
+            task_weight=1.5,
+            loss_weight=3.0,
+            smoothing_factor=0.5,
+        ),
+        passes=(0,),  # those of the regulariser change no running statistics
+        activation=nn.Softplus,
+    ),
+    "gat": Flow(
+        GAT(weight=3.0, growth=2.0, growth_epoch=2, attack=attack(**ONE)),
+        partial(released_regularized.GAT, **BALL | ALPHA, weight=3.0, growth=2.0, growth_epoch=2),
+        "coin-flip",
+    ),
+    "nuat": Flow(
+        NuAT(weight=2.0, attack=attack(**ONE)),
+        partial(released_regularized.NuAT, **BALL | ALPHA, weight=2.0),
+        "coin-flip",
     ),
 } | {
     f"norm-penalty {distance}": Flow(
@@ -153,7 +183,7 @@ class Forwards:
 @pytest.mark.parametrize("name", FLOWS)
 def test_twenty_steps_are_those_of_the_released_flow(name):
     flow = FLOWS[name]
-    ours, theirs = network(), network()
+    ours, theirs = network(activation=flow.activation), network(activation=flow.activation)
     begun = [parameter.detach().clone() for parameter in ours.parameters()]
     step, settings = flow.method.build(ours), flow.method.core
     optimizer = torch.optim.SGD(theirs.parameters(), settings.lr, 0.9, weight_decay=settings.weight_decay)
@@ -183,23 +213,47 @@ def test_twenty_steps_are_those_of_the_released_flow(name):
     assert all(module.training for module in ours.modules())
 
 
-@pytest.mark.parametrize("name", FLOWS)
+@pytest.mark.parametrize("name", [name for name in FLOWS if not FLOWS[name].method.core.coupled])
 def test_micro_batches_without_batchnorm_are_the_released_flow_too(name):
     flow = FLOWS[name]
-    ours, theirs = network(nn.Identity), network(nn.Identity)
+    ours, theirs = network(nn.Identity, flow.activation), network(nn.Identity, flow.activation)
     core = replace(flow.method.core, micro_batches=3)
     step = (replace(flow.method, method=core) if flow.method is not flow.method.core else core).build(ours)
     optimizer = torch.optim.SGD(theirs.parameters(), core.lr, 0.9, weight_decay=core.weight_decay)
     start = Starts(flow.init)
     transcription = flow.build(theirs, optimizer, start=start)
     for number, (x, y) in enumerate(batches(6)):
-        step.epoch, start.seed = 1 + number // 3, number
+        step.epoch, start.seed = 1 + number // 2, number
         expected = transcription(x, y, epoch=step.epoch)
         for _ in range(flow.method.repeats):
             found = step(x, y, seed=number)
         same("loss", sum(found.values()), expected)
     for (key, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         same(key, one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("llr", {"task_weight": 1.499}),
+        ("llr", {"linearity": 3.001}),
+        ("llr", {"slope": 1.499}),
+        ("llr", {"search_rate": 0.0999}),
+        ("llr", {"search_steps": 2}),
+        ("llr", {"ascent": "gap"}),
+        ("gat", {"weight": 3.001}),
+        ("gat", {"growth": 2.001}),
+        ("gat", {"growth_epoch": 3}),
+        ("gat", {"attack": attack(**{**ONE, "start_scale": 0.051})}),
+        ("nuat", {"weight": 2.001}),
+        ("nuat", {"attack": attack(**{**ONE, "alpha": 0.099})}),
+    ],
+)
+def test_another_constant_is_another_flow(name, changed, monkeypatch):
+    flow = FLOWS[name]
+    monkeypatch.setitem(FLOWS, name, replace(flow, method=replace(flow.method, **changed)))
+    with pytest.raises(AssertionError):
+        test_twenty_steps_are_those_of_the_released_flow(name)
 
 
 def same(name, one, other):

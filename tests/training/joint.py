@@ -12,7 +12,8 @@ from toy_methods import Perturbed, Remembers, Replays
 from afd.attacks import PGDSettings
 from afd.data import Batches, Images, MixedBatches
 from afd.data.images import CropAndFlip
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Free, Natural, NormPenalty
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Free, Natural, NormPenalty, NuAT
+from afd.methods.regularized import nuclear_norm
 from afd.nn import FeatureClassifier
 from afd.processes import leave
 from afd.runtime import join
@@ -23,6 +24,7 @@ AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
 GAUSSIAN = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian"), **JUDGE}
 KL = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian", loss="kl"), **JUDGE}
 GAME = {"hidden": 8, **AGAINST}
+ONE = {"attack": PGDSettings(eps=0.1, alpha=0.1, steps=1, init="coin-flip", start_scale=0.05), **JUDGE}
 REMEMBERS = {"remembers": Remembers(lr=0.05)}  # by the place in each process's batch: not what one process remembers
 METHODS = {
     "joint": AFD(**GAME),
@@ -38,6 +40,9 @@ METHODS = {
     "fgsm-rs": FGSMRS(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.125, steps=1, batchnorm="train"), **JUDGE),
     "free": Free(lr=0.05, eps=0.1, replays=2, **JUDGE),
     "norm-penalty": NormPenalty(lr=0.05, distance="squared-L2", **AGAINST),
+    "llr": LLR(lr=0.02, eps=0.1, search_steps=3, micro_batches=2, **JUDGE),
+    "gat": GAT(lr=0.05, growth_epoch=2, micro_batches=2, **ONE),
+    "nuat": NuAT(lr=0.05, **ONE),
     "at+awp": AWP(AT(lr=0.05, **AGAINST)),
     "trades+awp": AWP(TRADES(lr=0.05, micro_batches=2, **KL), gamma=0.05, start_epoch=2),
     "free+awp": AWP(Free(lr=0.05, eps=0.1, replays=2, **JUDGE), weight_decay_at="original"),
@@ -51,6 +56,22 @@ METHODS = {
     "frozen-separate": AFD.adam(loss="dcgan", lr=1e-2, **GAME),
     "frozen-alternating": AFD(schedule="alternating", **GAME),
 }
+
+
+class OfHalves(NuAT):
+    """What `NuAT` is in two processes, in one: the mean of the nuclear norms of the halves, each over its images."""
+
+    @staticmethod
+    def guide(outputs, target):
+        halves = zip(outputs.chunk(2), target.chunk(2), strict=True)
+        return torch.stack([NuAT.guide(*half) for half in halves]).mean()
+
+    def distance(self, clean, attacked):
+        halves = (clean - attacked).chunk(2)
+        return torch.stack([nuclear_norm(half) / len(half) for half in halves]).mean()
+
+
+ALONE = {"nuat": OfHalves(lr=0.05, **ONE)}  # where one process trains as two do by another method
 
 
 def images(count: int = 58) -> Images:
@@ -77,7 +98,7 @@ def run(
     group = join()
     trainer = Trainer(
         model(unused=method == "alternating", frozen=method.startswith("frozen")),
-        {**METHODS, **REMEMBERS}[method],
+        {**METHODS, **REMEMBERS, **(ALONE if group.size == 1 else {})}[method],
         epochs=epochs,
         log_every=2,
         save_every=3,

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from afd.attacks import PGDSettings
 from afd.checkpoint import CheckpointError
 from afd.errors import InputError
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Natural, NormPenalty
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Natural, NormPenalty, NuAT
 from afd.training import EpochReport, Trainer
 
 X = torch.rand(40, 1, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -29,6 +29,9 @@ METHODS = {
     "alp": ALP(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, targeted=True)),
     "fgsm-rs": FGSMRS(lr=0.05),
     "norm-penalty": NormPenalty(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)),
+    "llr": LLR(lr=0.05, eps=0.1, search_steps=2),
+    "gat": GAT(lr=0.05, growth_epoch=2, attack=PGDSettings(eps=0.1, alpha=0.1, steps=1, init="coin-flip")),
+    "nuat": NuAT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.1, steps=1, init="coin-flip")),
     "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)), gamma=0.05, start_epoch=2),
 }
 
@@ -78,6 +81,7 @@ def disturb():
     random.seed(99)
 
 
+@pytest.mark.filterwarnings("ignore:LLR differentiates the gradient")
 @pytest.mark.parametrize("stop_at", [3, BATCHES, BATCHES + 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_new_trainer_goes_on_to_the_same_weights(method, stop_at):
