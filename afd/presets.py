@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from afd.attacks import AttackSettings, attack_named
+from afd.attacks import AttackSettings, PGDSettings, UnionSettings, attack_named
+from afd.attacks.union import RADIUS_IN
 from afd.errors import InputError
 from afd.methods import Method
 from afd.methods.registry import classes_of, made
@@ -46,8 +48,10 @@ PRESETS = {
 }
 
 
-# Radii that are usual besides: MNIST's of Tramèr & Boneh (2019), CIFAR's of RobustBench and Croce & Hein (2021)
+# Radii that are usual besides: MNIST's of Tramèr & Boneh (2019), CIFAR's of RobustBench and Croce & Hein (2021); those
+# of digits are ours, so that a network that knows one ball alone is hurt in each
 RADII = {
+    ("digits", "L2"): 1.0, ("digits", "L1"): 4.0,
     ("mnist", "L2"): 2.0, ("mnist", "L1"): 10.0,
     ("cifar10", "L2"): 0.5, ("cifar10", "L1"): 12.0,
     ("cifar100", "L2"): 0.5, ("cifar100", "L1"): 12.0,
@@ -74,7 +78,7 @@ def radius(data: str, norm: str) -> float:
 
 def method_for(
     data: str, name: str = "afd", *, optimizer: str | None = None, attack: str | None = None, norm: str | None = None,
-    eps: float | None = None,
+    eps: float | None = None, radii: Mapping[str, float | None] | None = None,
 ) -> Method:  # fmt: skip
     """A method with its own defaults, but for what the data set asks for (`Preset`).
 
@@ -87,6 +91,7 @@ def method_for(
         attack: name of another attack than its own.
         norm: of the ball; by default the attack's own.
         eps: of the ball; by default the usual one.
+        radii: of a union, by name, in the place of the usual ones; None leaves a ball out.
 
     Raises:
         InputError: there is no such method or attack, or no radius is usual in such a ball.
@@ -106,6 +111,9 @@ def method_for(
         radii = {"eps": radius(data, norm or "Linf") if eps is None else eps} if own_ball else {}
         return made({"name": name, **settings, **radii})
     kind = type(own) if attack is None else attack_named(attack)
+    if kind is UnionSettings:
+        settings["attack"] = _union_of(own, data, radii or {})
+        return made({"name": name, **settings})
     norm = own.norm if norm is None else norm
     other_ball = norm != own.norm or PRESETS[data].eps != own.eps
     if kind is type(own) and not other_ball and eps is None:
@@ -125,6 +133,31 @@ def _attack_in(kind: type[AttackSettings], own: AttackSettings, norm: str, eps: 
     )
     changes = {name: value for name, value in fitting.items() if name in names}
     return kind(**changes) if other else dataclasses.replace(own, **changes)
+
+
+def another(own: AttackSettings, attack: str, data: str, radii: Mapping[str, float | None]) -> AttackSettings:
+    """Another attack than a run's own, by name, with what both have; radii as in `method_for`."""
+    if attack_named(attack) is UnionSettings:
+        known = {RADIUS_IN[own.norm]: float(own.eps)} if own.norm in RADIUS_IN else {}
+        return _union_of(own, data, {**known, **radii})
+    taken = {one.name for one in dataclasses.fields(attack_named(attack))}
+    values = {name: value for name, value in {**own}.items() if name in taken}
+    if values.get("eps", 0.0) is None:  # of a union
+        values["eps"] = radius(data, "Linf")
+    return attack_named(attack)(**values)
+
+
+def _union_of(own: AttackSettings, data: str, radii: Mapping[str, float | None]) -> UnionSettings:
+    """A union of balls, attacked as a method's own attack does where that is a PGD; radii as in `method_for`."""
+    taken: dict[str, Any] = {
+        field: radii[field] if field in radii else radius(data, norm) for norm, field in RADIUS_IN.items()
+    }
+    if isinstance(own, PGDSettings):
+        shared = {one.name for one in dataclasses.fields(PGDSettings)} - {"norm", "eps", "alpha", "targeted"}
+        taken |= {name: own[name] for name in shared}
+        if own.norm == "Linf" and taken["eps"] is not None:
+            taken["alpha"] = _step_size(own, "Linf", taken["eps"])
+    return UnionSettings(**taken)
 
 
 def _step_size(own: AttackSettings, norm: str, eps: float) -> float | None:

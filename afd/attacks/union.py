@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Self, cast, get_args
@@ -16,7 +16,7 @@ from afd.attacks.ball import Ball, Norm
 from afd.attacks.inputs import Chunk, rows_of
 from afd.attacks.pgd import PGD, PGDSettings
 from afd.attacks.settings import SIZES, STEP_OF, AttackSettings, step_size, takes
-from afd.errors import InputError, one_of
+from afd.errors import InputError, fraction, one_of
 
 Choice = Literal["worst", "average", "random", "fooling"]
 RADIUS_IN: dict[Norm, str] = {"Linf": "eps", "L2": "eps_l2", "L1": "eps_l1"}
@@ -67,6 +67,21 @@ class UnionSettings(PGDSettings):
         for radius, alpha in STEP_OF.items():
             if getattr(self, radius) is None and getattr(self, alpha) is not None:
                 raise InputError(f"{alpha} is {getattr(self, alpha)}, but {radius} is None: there is no such ball")
+
+    @classmethod
+    def written(cls, union: str, **settings: Any) -> Self:
+        """With balls that are written as Linf=8/255,L2=0.5,L1=12.
+
+        Raises:
+            InputError: as `balls_in`, or a radius is no number, or negative.
+        """
+        radii: dict[str, Any] = {}
+        for norm, word in balls_in(union).items():
+            try:
+                radii[RADIUS_IN[norm]] = fraction(word)
+            except ValueError as error:
+                raise InputError(f"union is {union!r}, where a radius is no number: {error}") from None
+        return cls(**radii, **settings)
 
     def _radii(self) -> Iterator[str]:
         return (name for name in RADIUS_IN.values() if getattr(self, name) is not None)
@@ -256,7 +271,7 @@ def _picked(points: Sequence[Tensor], which: Tensor) -> Tensor:
 # --- In words -------------------------------------------------------------------------------------------------------
 
 
-def words_of(union: str) -> dict[Norm, str]:
+def balls_in(union: str) -> dict[Norm, str]:
     """The radius in each norm of a union that is written as Linf=8/255,L2=0.5,L1=12, as it is written.
 
     Raises:
@@ -274,6 +289,12 @@ def words_of(union: str) -> dict[Norm, str]:
     return {norm: found[norm] for norm in RADIUS_IN if norm in found}
 
 
-def in_words(settings: AttackSettings) -> str:
-    """The balls of an attack, with radii that are numbers, as `words_of` reads them."""
+def words_of(settings: AttackSettings) -> str:
+    """The balls of an attack, with radii that are numbers, as `balls_in` reads them."""
     return ",".join(f"{norm}={float(radius)!r}" for norm, radius in settings.balls.items())
+
+
+def told(balls: Mapping[Norm, float | Tensor]) -> str:
+    """Balls as a table names them: eps 0.2, or eps 0.2 in Linf, 1 in L2."""
+    words = [f"{float(eps):g}" + ("" if list(balls) == ["Linf"] else f" in {norm}") for norm, eps in balls.items()]
+    return f"eps {', '.join(words)}"
