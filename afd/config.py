@@ -89,7 +89,7 @@ class TestConfig:
     norm: Norm = "Linf"
     """Norm of the ball."""
     eps: Number | None = None
-    """Radius of the ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR; in L2 1, 2 and 0.5; in L1 4, 10 and 12."""
+    """Radius of the ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR; in L2 0.75, 2 and 0.5; in L1 2, 10 and 12."""
     union: str | None = None
     """Balls in whose union it is tested instead, such as Linf=8/255,L2=0.5,L1=12."""
 

@@ -51,7 +51,7 @@ PRESETS = {
 # Radii that are usual besides: MNIST's of Tramèr & Boneh (2019), CIFAR's of RobustBench and Croce & Hein (2021); those
 # of digits are ours, so that a network that knows one ball alone is hurt in each
 RADII = {
-    ("digits", "L2"): 1.0, ("digits", "L1"): 4.0,
+    ("digits", "L2"): 0.75, ("digits", "L1"): 2.0,
     ("mnist", "L2"): 2.0, ("mnist", "L1"): 10.0,
     ("cifar10", "L2"): 0.5, ("cifar10", "L1"): 12.0,
     ("cifar100", "L2"): 0.5, ("cifar100", "L1"): 12.0,
