@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from toy_methods import Perturbed, Remembers, Replays, Steady
 
-from afd.attacks import PGDSettings
+from afd.attacks import PGDSettings, UnionSettings
 from afd.errors import InputError
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Free, NormPenalty, Supervised
 from afd.nn import FeatureClassifier
@@ -17,6 +17,7 @@ from afd.training import recording
 CPU, STEPS = torch.device("cpu"), 6
 # a tape is a mode, in which no layers are joined
 PGD_2 = {"eps": 0.1, "alpha": 0.05, "steps": 2, "fold_batchnorm": False}
+UNION = {"eps": 0.1, "eps_l2": 0.4, "eps_l1": 1.5, "steps": 2, "fold_batchnorm": False}
 METHODS = {
     **{mode: AT(lr=0.05, attack=PGDSettings(batchnorm=mode, **PGD_2)) for mode in ("eval", "train", "batch", "clean")},
     "in parts": AT(lr=0.05, micro_batches=2, clip=1.0, attack=PGDSettings(**PGD_2)),
@@ -39,6 +40,12 @@ METHODS = {
     ),
     "adamw, no decay of norms": AT(lr=0.01, optimizer="adamw", decay_norms=False, attack=PGDSettings(**PGD_2)),
     "nesterov": AT(lr=0.05, nesterov=True, attack=PGDSettings(**PGD_2)),
+    **{
+        f"union, {choice}": AT(lr=0.05, attack=UnionSettings(**UNION, choice=choice))
+        for choice in ("worst", "random", "average", "fooling")
+    },
+    "trades, union": TRADES(lr=0.05, attack=UnionSettings(**UNION, loss="kl", choice="average")),
+    "afd, union": AFD(lr=0.05, hidden=4, attack=UnionSettings(**UNION, choice="average", batchnorm="batch")),
     "replays": Replays(lr=0.05),
     "remembers": Remembers(lr=0.05),
     "wrapped": Perturbed(AT(lr=0.05, attack=PGDSettings(**PGD_2)), gamma=0.05),

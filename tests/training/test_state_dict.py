@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from afd.attacks import PGDSettings
+from afd.attacks import PGDSettings, UnionSettings
 from afd.checkpoint import CheckpointError
 from afd.errors import InputError
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Natural, NormPenalty
@@ -29,6 +29,8 @@ METHODS = {
     "alp": ALP(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, targeted=True)),
     "fgsm-rs": FGSMRS(lr=0.05),
     "norm-penalty": NormPenalty(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)),
+    "at, union": AT(lr=0.05, attack=UnionSettings(eps=0.1, eps_l2=0.4, steps=2, choice="random")),
+    "afd, union": AFD(lr=0.05, hidden=4, attack=UnionSettings(eps=0.1, eps_l1=1.5, steps=2, choice="average")),
     "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)), gamma=0.05, start_epoch=2),
 }
 
