@@ -79,7 +79,7 @@ def in_a_line(error: BaseException, longest: int = 300) -> str:
 
 
 def unboxed(box: str) -> str:
-    """In a line, what stands in a box that tyro draws around a mistake: what is wrong, what is meant, where to read on."""
+    """A box that tyro draws around a mistake, in a line: what is wrong, what may be meant, where to read more."""
     plain = [ANSI.sub("", row) for row in box.splitlines()]
     framed = [row.strip("│") for row in plain if row.startswith("│")]
     rows = [" ".join(row.split()) for row in framed or plain]  # a terminal without these letters has no frame
