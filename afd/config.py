@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from afd.attacks import NORMS, AttackSettings, Norm
+from afd.attacks import NORMS, AttackSettings, Norm, PGDSettings, UnionSettings
+from afd.attacks.union import words_of
 from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, in_words, without_fractions
 from afd.extras import needed_by
 from afd.files import check_path, check_target
@@ -35,6 +36,7 @@ OUTCOME = ("out", "overwrite", "resume")
 # settings that checkpoints of the time when there were none lack, and what that means: left out where they say no more
 LATER = {"seeds": (), "ramps": (), "mixup": 0.0, "cutmix": 0.0}
 LATER_OF_MODEL = {"activation": "relu"}
+LATER_OF_TEST = {"union": None}
 LATER_OF_DATA = {"limit": None, "extra_data": None, "extra_share": None, "epoch_images": None}
 GREY = 0.5  # the Linf radius from which any image may become the same grey as any other
 EXTRA_SHARE = 0.7
@@ -87,7 +89,16 @@ class TestConfig:
     norm: Norm = "Linf"
     """Norm of the ball."""
     eps: Number | None = None
-    """Radius of the ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR; in L2 2 MNIST, 0.5 CIFAR; in L1 10 and 12."""
+    """Radius of the ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR; in L2 0.75, 2 and 0.5; in L1 2, 10 and 12."""
+    union: str | None = None
+    """Balls in whose union it is tested instead, such as Linf=8/255,L2=0.5,L1=12."""
+
+    def pgd(self, steps: int, seed: int) -> PGDSettings:
+        """The test itself; in a union an image counts as robust if it withstands the attack in every ball."""
+        if self.union is not None:
+            return UnionSettings.written(self.union).pgd(steps, seed)
+        assert self.eps is not None
+        return PGDSettings(norm=self.norm, eps=self.eps, steps=steps, seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +180,7 @@ class TrainConfig(RunConfig):
         method = method_for(self.data.name) if self.method is None else self.method
         test = ball_of(method) or self.test
         share = None if self.data.extra_data is None else EXTRA_SHARE
-        if test.eps is None:
+        if test.eps is None and test.union is None:
             test = dataclasses.replace(test, eps=radius(self.data.name, test.norm))
         config = dataclasses.replace(
             self,
@@ -184,7 +195,7 @@ class TrainConfig(RunConfig):
         return config
 
     def _check(self) -> None:
-        data, model, test = self.data, self.model, self.test
+        data, model = self.data, self.model
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
         self._check_paths()
@@ -197,7 +208,6 @@ class TrainConfig(RunConfig):
         count("save-every", self.save_every, 0)
         count("log-every", self.log_every, 1)
         assert model.width is not None
-        assert test.eps is not None
         assert self.epochs is not None
         count("batch-size", data.batch_size, 1)
         if data.limit is not None:
@@ -209,13 +219,7 @@ class TrainConfig(RunConfig):
         if data.epoch_images is not None:
             count("epoch-images", data.epoch_images, 1)
         count("width", model.width, 1)
-        at_least("eps", test.eps, 0)
-        if NORMS[test.norm].in_levels:
-            for name, length in (("eps", test.eps), ("alpha", getattr(self.attack, "alpha", None))):
-                if length is not None and length > 1:
-                    raise InputError(
-                        f"{name} is {length:g}; images lie in [0, 1], so it is at most 1{in_levels(length)}"
-                    )
+        self._check_test()
         count("epochs", self.epochs, 1)
         if self.overwrite and self.resume == "auto":
             raise InputError("resume is auto and overwrite is set; a run is gone on with or discarded, not both")
@@ -227,6 +231,22 @@ class TrainConfig(RunConfig):
             raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
         if any(not 0 < share <= 1 for share in self.milestones):
             raise InputError(f"milestones are {self.milestones}; each must be a share of the epochs, in (0, 1]")
+
+    def _check_test(self) -> None:
+        test = self.test
+        if test.union is not None and (test.eps is not None or test.norm != "Linf"):
+            raise InputError(f"union is {test.union!r}, and norm or eps is given; it names the radius in each norm")
+        for eps in self._radii_in_levels():
+            for name, length in (("eps", eps), ("alpha", getattr(self.attack, "alpha", None))):
+                if length is not None and length > 1:
+                    raise InputError(
+                        f"{name} is {length:g}; images lie in [0, 1], so it is at most 1{in_levels(length)}"
+                    )
+
+    def _radii_in_levels(self) -> list[float]:
+        """The radii of the test, of a settled config, that may be told in grey levels."""
+        balls = self.test.pgd(1, 0).balls
+        return [float(eps) for norm, eps in balls.items() if NORMS[norm].in_levels]
 
     def _check_seeds(self) -> None:
         if len(set(self.seeds)) < len(self.seeds):
@@ -253,16 +273,13 @@ class TrainConfig(RunConfig):
 
     def warnings(self) -> list[str]:
         """What is allowed, of a settled config, and yet hardly meant."""
-        found, test = [], self.test
+        found = []
         attacks = self.method is not None and self.method.ball is not None
         if self.eps_warmup and not attacks:
             found.append(f"eps-warmup is {self.eps_warmup:g}, but the method attacks nothing; it has no effect")
-        if attacks and NORMS[test.norm].in_levels and test.eps is not None and test.eps >= GREY:
-            found.append(
-                f"eps is {test.eps:g}: from {GREY} on, any image may become the same grey as any other, and nothing "
-                f"can be learnt{in_levels(test.eps)}"
-            )
-        return found
+        told = f"from {GREY} on, any image may become the same grey as any other, and nothing can be learnt"
+        large = [eps for eps in self._radii_in_levels() if attacks and eps >= GREY]
+        return found + [f"eps is {eps:g}: {told}{in_levels(eps)}" for eps in large]
 
     def as_json(self) -> dict[str, Any]:
         """Plain types only, for a checkpoint's metadata; `from_json` reads them."""
@@ -274,7 +291,8 @@ class TrainConfig(RunConfig):
         data = plain["data"]
         for place, name in ((plain, "out"), (plain, "weights"), (data, "root"), (data, "extra_data")):
             place[name] = None if place[name] is None else str(place[name])
-        for place, later in ((plain, LATER), (data, LATER_OF_DATA), (plain["model"], LATER_OF_MODEL)):
+        parts = (plain["model"], LATER_OF_MODEL), (plain["test"], LATER_OF_TEST)
+        for place, later in ((plain, LATER), (data, LATER_OF_DATA), *parts):
             for name in [name for name, without in later.items() if place[name] == without]:
                 del place[name]
         return plain | {"method": None if self.method is None else described(self.method)}
@@ -323,6 +341,8 @@ class TrainConfig(RunConfig):
 def ball_of(method: Method) -> TestConfig | None:
     """The ball that a method trains against, if there is one."""
     ball = method.ball
+    if isinstance(ball, UnionSettings):
+        return TestConfig(union=words_of(ball))
     return TestConfig(ball.norm, float(ball.eps)) if isinstance(ball, AttackSettings) else None
 
 

@@ -16,6 +16,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 MOST = 2**31 - 1  # of what counts something
+BAR, ANSI = re.compile("[─-]{10,}"), re.compile(r"\x1b\[[0-9;]*m")
 
 
 class AfdError(Exception):
@@ -75,6 +76,27 @@ def in_a_line(error: BaseException, longest: int = 300) -> str:
     """What an error says, without line breaks, cut where it grows long."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= longest else f"{said[:longest]}…"
+
+
+def unboxed(box: str) -> str:
+    """A box that tyro draws around a mistake, in a line: what is wrong, what may be meant, where to read more."""
+    plain = [ANSI.sub("", row) for row in box.splitlines()]
+    framed = [row.strip("│") for row in plain if row.startswith("│")]
+    rows = [" ".join(row.split()) for row in framed or plain]  # a terminal without these letters has no frame
+    parts = [part.strip().split("\n") for part in BAR.split("\n".join(rows))]
+    first, *others = parts if framed else parts[1:]  # but the title as a part of its own
+    told = [" ".join(first).removeprefix("Error parsing ").rstrip(". ")]
+    if "Got errors: " in told[0]:  # of each type that the option may have; the last says most
+        option, last = told[0].partition(":")[0], told[0].rpartition(" - ")[2].rpartition(">: ")[2]
+        told[0] = re.sub(r"\[/?bold\]", "", f"{option}: {last}")
+    for title, *more in others:
+        if title.startswith("Perhaps you meant"):
+            told.append(" ".join([title, *more[:1]]).replace("Perhaps you meant: ", "perhaps you meant "))
+        elif title.startswith("Available"):
+            told.append(title[0].lower() + title[1:])
+        elif more_is_at := re.search(r"afd[a-z ]* --help", title):
+            told.append(f"see {more_is_at[0]}")
+    return "; ".join(told)
 
 
 def out_of_memory(error: BaseException) -> bool:

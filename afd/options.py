@@ -22,20 +22,21 @@ from types import NoneType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from afd import deprecated
-from afd.attacks import ATTACKS, NORMS, AttackSettings
+from afd.attacks import ATTACKS, NORMS, AttackSettings, UnionSettings
+from afd.attacks.settings import SIZES
+from afd.attacks.union import RADIUS_IN
 from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of
-from afd.errors import InputError, fraction, whole_number
+from afd.errors import InputError, fraction, unboxed, whole_number
 from afd.extras import needed_by
 from afd.methods import METHODS, WRAPPERS, Method
 from afd.methods.optimizers import OPTIMIZERS
 from afd.methods.registry import attack_of, attributes, classes_of, described, known, made, options, spelled
-from afd.presets import method_for
+from afd.presets import another, method_for
 
 with needed_by("the command afd"):
     import tyro as tyro
     from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-BAR, ANSI = re.compile("[─-]{10,}"), re.compile(r"\x1b\[[0-9;]*m")
 NUMBERS = tyro.constructors.ConstructorRegistry()
 
 
@@ -47,6 +48,7 @@ class UsageError(InputError):
 def number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """How an option that is a number, or may be left out, is read, and written in the help."""
     types = [one for one in get_args(kind.type) or (kind.type,) if one is not NoneType]
+    optional = NoneType in get_args(kind.type)
     if types == [float]:
         reader: Callable[[str], float] = fraction
     elif types == [int]:
@@ -64,7 +66,7 @@ def number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar="FLOAT|P/Q" if reader is fraction else "INT",
-        instance_from_str=lambda words: reader(words[0]),
+        instance_from_str=lambda words: None if optional and words[0].lower() == "none" else reader(words[0]),
         is_instance=lambda value: value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)),
         str_from_instance=lambda value: [str(value) if value is None or reader is whole_number else f"{value:g}"],
     )
@@ -105,38 +107,17 @@ def _read(read: Callable[..., Any], words: Sequence[str]) -> Any:
     except SystemExit as ended:
         if not ended.code:
             raise
-        raise UsageError(in_a_line(said.getvalue())) from None
+        raise UsageError(unboxed(said.getvalue())) from None
     finally:
         options["ansi_codes"] = coloured
     sys.stderr.write(said.getvalue())
     return made
 
 
-def in_a_line(box: str) -> str:
-    """What stands in a box that tyro draws around a mistake: what is wrong, what may be meant, where to read more."""
-    plain = [ANSI.sub("", row) for row in box.splitlines()]
-    framed = [row.strip("│") for row in plain if row.startswith("│")]
-    rows = [" ".join(row.split()) for row in framed or plain]  # a terminal without these letters has no frame
-    parts = [part.strip().split("\n") for part in BAR.split("\n".join(rows))]
-    first, *others = parts if framed else parts[1:]  # but the title as a part of its own
-    told = [" ".join(first).removeprefix("Error parsing ").rstrip(". ")]
-    if "Got errors: " in told[0]:  # of each type that the option may have; the last says most
-        option, last = told[0].partition(":")[0], told[0].rpartition(" - ")[2].rpartition(">: ")[2]
-        told[0] = re.sub(r"\[/?bold\]", "", f"{option}: {last}")
-    for title, *more in others:
-        if title.startswith("Perhaps you meant"):
-            told.append(" ".join([title, *more[:1]]).replace("Perhaps you meant: ", "perhaps you meant "))
-        elif title.startswith("Available"):
-            told.append(title[0].lower() + title[1:])
-        elif more_is_at := re.search(r"afd[a-z ]* --help", title):
-            told.append(f"see {more_is_at[0]}")
-    return "; ".join(told)
-
-
 # --- Options of a run -----------------------------------------------------------------------------------------------
 
 
-PLAIN = {"norm", "eps", "alpha"}  # settings of an attack that are options by their own names
+PLAIN = {"norm", *SIZES}  # settings of an attack that are options by their own names
 # what training sees to itself
 OWN = {"targeted", "outputs", "bounds", "precision", "chunk_size", "validate", "fold_batchnorm", "seed"}
 ATTACKS_OF = {"attack", "validation_attack"}
@@ -209,24 +190,41 @@ def _base(words: Sequence[str], name: str | None) -> TrainConfig:
     own, norm, eps = base.method, last_value(words, "norm"), last_value(words, "eps")
     optimizer, attack = last_value(words, "optimizer"), last_value(words, "attack")
     if own is None or name not in (None, spelled(own)):
-        radius = _radius(eps)
+        given = _radius(eps)
         known_norm = norm if norm in NORMS else None
         ball = base.test if own is None else ball_of(own) or base.test
         base = dataclasses.replace(base, test=ball)
-        if file is not None and last_value(words, "data") is None and ball.eps is not None:  # the file's ball stays
-            radius = ball.eps if radius is None and known_norm in (None, ball.norm) else radius
-            known_norm = known_norm or ball.norm
+        radii = _radii(words)
+        if file is not None and last_value(words, "data") is None:  # the file's ball stays
+            if ball.eps is not None:
+                given = ball.eps if given is None and known_norm in (None, ball.norm) else given
+                known_norm = known_norm or ball.norm
+            elif ball.union is not None and attack in (None, "union"):
+                of_file = UnionSettings.written(ball.union)
+                attack, radii = "union", {**{name: of_file[name] for name in RADIUS_IN.values()}, **radii}
         chosen: dict[str, Any] = {
             "optimizer": optimizer if optimizer in OPTIMIZERS else None,
             "norm": known_norm,
-            "eps": radius,
+            "eps": given,
+            "radii": radii,
         }
         own = method_for(data, name or "afd", attack=attack if attack in ATTACKS else None, **chosen)
     elif attack in ATTACKS and own.attack is not None and ATTACKS[attack] is not type(own.attack):
-        taken = {one.name for one in dataclasses.fields(ATTACKS[attack])}
-        changed = ATTACKS[attack](**{name: value for name, value in {**own.attack}.items() if name in taken})
-        own = made(described(own) | {"attack": {"name": attack, **changed}})
+        own = made(described(own) | {"attack": {"name": attack, **another(own.attack, attack, data, _radii(words))}})
+    if isinstance(own.attack, UnionSettings) and norm is not None:
+        raise UsageError(
+            f"norm is {norm}, but the attack is a union, which takes the radius of each of its balls: eps (Linf), "
+            "eps-l2, eps-l1"
+        )
     return dataclasses.replace(base, method=own, test=ball_of(own) or base.test)
+
+
+def _radii(words: Sequence[str]) -> dict[str, float | None]:
+    """The radii of a union that the words name, by name; None is of a ball that is left out."""
+    named = {name: last_value(words, _option(name)) for name in RADIUS_IN.values()}
+    told = {name: word for name, word in named.items() if word is not None}
+    found = {name: _radius(word) for name, word in told.items()}
+    return {name: one for name, one in found.items() if one is not None or told[name].lower() == "none"}
 
 
 def _radius(text: str | None) -> float | None:
@@ -304,8 +302,9 @@ def _attack_options(method: Method, attack: AttackSettings) -> Iterator[tuple[st
     name = next(name for name, kind in ATTACKS.items() if kind is type(attack))
     told = tyro.conf.arg(name="attack", help="The attack to train against.")
     yield "attack", Annotated[Literal[tuple(ATTACKS)], told], name
+    hidden = OWN | {"norm"} if isinstance(attack, UnionSettings) else OWN
     for one in dataclasses.fields(attack):
-        if one.name not in OWN:
+        if one.name not in hidden:
             spelled = one.name if one.name in PLAIN else f"attack_{one.name}"
             yield from _field(one.name, spelled, type(attack), getattr(attack, one.name))
     yield from _validation_options(method)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from afd.attacks import AttackSettings, attack_named
+from afd.attacks import AttackSettings, PGDSettings, UnionSettings, attack_named
+from afd.attacks.union import RADIUS_IN
 from afd.errors import InputError
 from afd.methods import Method
 from afd.methods.registry import classes_of, made
@@ -47,8 +49,10 @@ PRESETS = {
 }
 
 
-# Radii that are usual besides: MNIST's of Tramèr & Boneh (2019), CIFAR's of RobustBench and Croce & Hein (2021)
+# Radii that are usual besides: MNIST's of Tramèr & Boneh (2019), CIFAR's of RobustBench and Croce & Hein (2021); those
+# of digits are ours, so that a network that knows one ball alone is hurt in each
 RADII = {
+    ("digits", "L2"): 0.75, ("digits", "L1"): 2.0,
     ("mnist", "L2"): 2.0, ("mnist", "L1"): 10.0,
     ("cifar10", "L2"): 0.5, ("cifar10", "L1"): 12.0,
     ("cifar100", "L2"): 0.5, ("cifar100", "L1"): 12.0,
@@ -75,7 +79,7 @@ def radius(data: str, norm: str) -> float:
 
 def method_for(
     data: str, name: str = "afd", *, optimizer: str | None = None, attack: str | None = None, norm: str | None = None,
-    eps: float | None = None,
+    eps: float | None = None, radii: Mapping[str, float | None] | None = None,
 ) -> Method:  # fmt: skip
     """A method with its own defaults, but for what the data set asks for (`Preset`).
 
@@ -88,6 +92,7 @@ def method_for(
         attack: name of another attack than its own.
         norm: of the ball; by default the attack's own.
         eps: of the ball; by default the usual one.
+        radii: of a union, by name, in the place of the usual ones; None leaves a ball out.
 
     Raises:
         InputError: there is no such method or attack, or no radius is usual in such a ball.
@@ -107,6 +112,9 @@ def method_for(
         radii = {"eps": radius(data, norm or "Linf") if eps is None else eps} if own_ball else {}
         return made({"name": name, **settings, **radii})
     kind = type(own) if attack is None else attack_named(attack)
+    if kind is UnionSettings:
+        settings["attack"] = _union_of(own, data, radii or {})
+        return made({"name": name, **settings})
     norm = own.norm if norm is None else norm
     other_ball = norm != own.norm or PRESETS[data].eps != own.eps
     if kind is type(own) and not other_ball and eps is None:
@@ -132,3 +140,28 @@ def _in_proportion(name: str, own: AttackSettings, norm: str, eps: float) -> flo
     """A length of an attack with another radius: in proportion; None, for its rule of thumb, in another norm."""
     length: Any = getattr(own, name, None)
     return None if length is None or norm != own.norm or not own.eps else float(length * eps / own.eps)
+
+
+def another(own: AttackSettings, attack: str, data: str, radii: Mapping[str, float | None]) -> AttackSettings:
+    """Another attack than a run's own, by name, with what both have; radii as in `method_for`."""
+    if attack_named(attack) is UnionSettings:
+        known = {RADIUS_IN[own.norm]: float(own.eps)} if own.norm in RADIUS_IN else {}
+        return _union_of(own, data, {**known, **radii})
+    taken = {one.name for one in dataclasses.fields(attack_named(attack))}
+    values = {name: value for name, value in {**own}.items() if name in taken}
+    if values.get("eps", 0.0) is None:  # of a union
+        values["eps"] = radius(data, "Linf")
+    return attack_named(attack)(**values)
+
+
+def _union_of(own: AttackSettings, data: str, radii: Mapping[str, float | None]) -> UnionSettings:
+    """A union of balls, attacked as a method's own attack does where that is a PGD; radii as in `method_for`."""
+    taken: dict[str, Any] = {
+        field: radii[field] if field in radii else radius(data, norm) for norm, field in RADIUS_IN.items()
+    }
+    if isinstance(own, PGDSettings):
+        shared = {one.name for one in dataclasses.fields(PGDSettings)} - {"norm", "eps", "alpha", "targeted"}
+        taken |= {name: own[name] for name in shared}
+        if own.norm == "Linf" and taken["eps"] is not None:
+            taken |= {name: _in_proportion(name, own, "Linf", taken["eps"]) for name in LENGTHS}
+    return UnionSettings(**taken)

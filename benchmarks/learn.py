@@ -32,6 +32,7 @@ RUNS = {
     "mart": f"mart {EPOCHS} --lr 0.1 --weight-decay 7e-4",
     "alp": f"alp {EPOCHS}",
     "norm-penalty": f"norm-penalty {EPOCHS}",
+    "at, worst of three balls": f"at {EPOCHS} --attack union",
     "at+awp": f"at+awp {EPOCHS} --eps-warmup 10",
     "trades+awp": f"trades+awp {EPOCHS}",
     "afd": f"afd {EPOCHS} --batch-size 64",
@@ -51,7 +52,8 @@ def trained(words: str) -> Case:
         name: Candidate(None, {key: one[key] for key in ("epoch", "natural", "robust")})
         for name, one in found["measured"].items()
     }
-    settings = {key: found[key] for key in ("data", "seed", "images", "attack", "norm", "eps")}
+    told = ("data", "seed", "images", "attack", "norm", "eps", "union")  # one ball, or several
+    settings = {key: found[key] for key in told if key in found}
     settings["alarms"] = "; ".join(alarm["kind"] for alarm in found["alarms"])
     return Case({"command": f"afd train {words}", **settings}, candidates, {"seconds": seconds})
 

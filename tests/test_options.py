@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from afd import methods
-from afd.attacks import APGDSettings, FGSMSettings, MIMSettings, PGDSettings
+from afd.attacks import APGDSettings, FGSMSettings, MIMSettings, PGDSettings, UnionSettings
 from afd.cli import main
 from afd.config import TestConfig, TrainConfig
 from afd.deprecated import OldSpellingWarning
 from afd.errors import InputError
-from afd.methods import AFD, AT, METHODS, WRAPPERS, Natural
+from afd.methods import AFD, AT, FGSMRS, METHODS, TRADES, WRAPPERS, Natural
 from afd.methods.registry import described, made, spelled
 from afd.options import method_in, train_config
-from afd.presets import PRESETS, method_for
+from afd.presets import PRESETS, method_for, radius
 
 DIGITS = PGDSettings(eps=0.2)
+BALLS = {"eps": 0.2, "eps_l2": 0.75, "eps_l1": 2.0}  # that digits ask for
 
 
 def asked(text):
@@ -50,6 +51,23 @@ def asked(text):
         ("at --attack apgd --attack-loss dlr", AT(attack=APGDSettings(eps=0.2, steps=10, loss="dlr")), "digits"),
         ("at --attack fgsm", AT(attack=FGSMSettings(eps=0.2)), "digits"),
         ("at --attack mim --attack-decay 0.5", AT(attack=MIMSettings(eps=0.2, decay=0.5)), "digits"),
+        ("at --norm L1", AT(attack=PGDSettings(norm="L1", eps=2.0)), "digits"),
+        ("at --attack union", AT(attack=UnionSettings(**BALLS)), "digits"),
+        (
+            "--attack union --attack-choice average --eps-l1 none --eps-l2 1/2 --alpha-l2 0.1",
+            AFD(attack=UnionSettings(eps=0.2, eps_l2=0.5, alpha_l2=0.1, choice="average")),
+            "digits",
+        ),
+        (
+            "trades --attack union --data mnist --eps NONE",  # as the method's own attack climbs, where that is a PGD
+            TRADES(attack=UnionSettings(eps_l2=2.0, eps_l1=10.0, loss="kl", init="gaussian")),
+            "mnist",
+        ),
+        (
+            "fgsm-rs --attack union",
+            FGSMRS(attack=UnionSettings(**BALLS, alpha=0.25, steps=1, batchnorm="train")),
+            "digits",
+        ),
         ("at --attack-batchnorm train", AT(attack=PGDSettings(eps=0.2, batchnorm="train")), "digits"),
         ("at --no-attack-random-start", AT(attack=PGDSettings(eps=0.2, random_start=False)), "digits"),
         ("at --attack-init gaussian", AT(attack=PGDSettings(eps=0.2, init="gaussian")), "digits"),
@@ -114,7 +132,6 @@ def test_every_option_of_a_method_and_its_attack_has_a_help_line_and_its_own_nam
         ("at --attack cw", "invalid choice 'cw' for argument '--attack'"),
         ("at --attack apgd --alpha 0.1", "--alpha"),
         ("at --norm L7", "--norm"),
-        ("at --norm L2", "eps is missing; no radius is usual for digits in L2"),
         ("at --eps -1", "eps is -1"),
         ("at --eps 2", "did you mean 2/255?"),
         ("at --alpha -1", "alpha is -1"),
@@ -279,6 +296,29 @@ def test_a_method_that_is_named_beside_a_file_keeps_what_the_file_says(tmp_path)
         assert asked(f"{other} --config {file}").settled().test == TestConfig("L2", 1.0)
 
 
+def test_a_union_that_a_file_says_stays_but_for_what_is_named(tmp_path):
+    file = tmp_path / "run.toml"
+    run = asked("at --attack union --attack-choice random --eps-l1 none --eps-l2 0.5 --attack-steps 3 --lr 0.02")
+    file.write_text(run.settled().as_toml())
+    assert asked(f"at --config {file}").method == asked(f"--config {file}").method == run.method
+    assert run.settled().test == TestConfig(union="Linf=0.2,L2=0.5")
+    other = asked(f"trades --config {file}").method
+    own = TRADES(attack=UnionSettings(eps=0.2, eps_l2=0.5, loss="kl", init="gaussian")).attack
+    assert dataclasses.replace(other.attack, alpha=None) == own
+    assert asked(f"natural --config {file}").settled().test == TestConfig(union="Linf=0.2,L2=0.5")
+    assert asked(f"at --config {file} --eps-l1 3 --eps none").method.attack == UnionSettings(
+        eps_l2=0.5, eps_l1=3.0, steps=3, choice="random"
+    )
+    assert asked(f"at --config {file} --attack pgd").method.attack == PGDSettings(eps=0.2, steps=3)
+    assert asked(f"mart --config {file} --attack pgd --data mnist").method.attack.eps == 0.3
+    file.write_text(asked("at --norm L2 --eps 0.6 --attack-steps 3").settled().as_toml())
+    assert asked(f"at --config {file} --attack union --eps-l1 1").method.attack == UnionSettings(
+        eps=0.2, eps_l2=0.6, eps_l1=1.0, steps=3
+    )
+    with pytest.raises(InputError, match="norm is L2, but the attack is a union"):
+        asked(f"at --config {file} --attack union --norm L2")
+
+
 def test_settings_by_the_names_of_other_options_and_functions_have_their_place(tmp_path, capsys):
     config = asked("toy_methods:Clashing --method-alpha 0.25 --alpha 0.1 --method-epochs 7 --epochs 1")
     assert (config.epochs, config.method.alpha, config.method.epochs) == (1, 0.25, 7)
@@ -377,3 +417,5 @@ def test_epochs_are_divided_by_the_repeats_of_a_batch():
 def test_what_else_data_ask_for():
     assert math.isclose(asked("natural --data mnist").settled().test.eps, 0.3)
     assert asked("natural --norm L2 --data mnist").settled().test == TestConfig("L2", 2.0)
+    with pytest.raises(InputError, match="eps is missing; no radius is usual for digits in L7"):
+        radius("digits", "L7")

@@ -20,7 +20,7 @@ from afd.attacks.inputs import Call, Chunk
 from afd.attacks.joining import Joining
 from afd.attacks.losses import loss_of
 from afd.attacks.replay import AttackGraphs, StepsFn
-from afd.attacks.settings import AttackSettings
+from afd.attacks.settings import SIZES, AttackSettings
 from afd.errors import InputTypeError, warn_caller
 from afd.execution import needs_plain_layout
 from afd.graphs import CaptureWarning, capturable, guard
@@ -29,7 +29,7 @@ from afd.nn.outputs import saying_once
 from afd.python_state import key_of
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # between the logits of a replay and of the model, as a share of the largest
-NO_SETTINGS = {"model", "report", "execution", "_graphs", "_joining", "_batchnorms", "_scalar"}
+NO_SETTINGS = {"model", "report", "which", "execution", "_graphs", "_joining", "_batchnorms", "_scalar"}
 OUTDATED = (
     "an earlier call of this attack replayed a graph in which the model gave other logits than it did by then, though "
     "no weight, hook, mode or attribute of a module had changed: something outside of it had. Its points are those of "
@@ -56,6 +56,7 @@ class GradientAttack(ABC):
     """
 
     random_start = True
+    copies = 1  # images that it returns for each image, beside each other
 
     def __init__(self, model: nn.Module, settings: AttackSettings, *, steps: int, seed: int = 0) -> None:
         if not isinstance(model, nn.Module):
@@ -125,7 +126,7 @@ class GradientAttack(ABC):
             seed = inputs.counter("seed", seed)
         call = Call(x, y, target, start, seed, first_sample)
         call.check(self.loss, starts=self.random_start)
-        for name in ("eps", "alpha"):
+        for name in SIZES:
             inputs.check_length(name, getattr(self, name, None), x)
         with guard(x.device), torch.inference_mode(False), torch.no_grad():
             return self._attacked(call.outside_inference()) if x.numel() else torch.empty_like(x)
@@ -135,7 +136,7 @@ class GradientAttack(ABC):
         if capturable(call.x) and self._graphs.outdated(wait=False):
             warn_caller(OUTDATED, CaptureWarning)
         self._graphs.paused = not self.own_graphs or self.batchnorm != "eval"
-        x_adv = torch.empty_like(call.x)
+        x_adv = torch.empty_like(call.x if self.copies == 1 else inputs.copied(call.x, self.copies))
         with self._batchnorms.running(self.model, self.batchnorm), saying_once():
             counters = self._fill(x_adv, call)
             if counters is not None and self._graphs.outdated(wait=True):
@@ -177,7 +178,8 @@ class GradientAttack(ABC):
         joins = self.fold_batchnorm and self.batchnorm == "eval"
         with self._joining.joined(self._module) if joins else nullcontext():
             for rows in chunks:
-                x_adv[rows] = self._run(call.chunk(rows, self._laid_out, largest_label, counters))
+                own = slice(rows.start * self.copies, rows.stop * self.copies)
+                x_adv[own] = self._run(call.chunk(rows, self._laid_out, largest_label, counters))
         return counters
 
     def _laid_out(self, x: Tensor) -> Tensor:

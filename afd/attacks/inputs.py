@@ -34,6 +34,7 @@ class Chunk:
         start: where to begin, like x, if the call said so.
         loss_target: what the loss is judged by, [n, ...]: y, for most.
         first_outputs: those of the first evaluation of the model, once there was one.
+        which: of several balls the one that each image is attacked in, [n] int64, where each has one of its own.
     """
 
     x: Tensor
@@ -48,6 +49,7 @@ class Chunk:
     start: Tensor | None = None
     loss_target: Tensor | None = None
     first_outputs: list[Tensor] = field(default_factory=list)
+    which: Tensor | None = None
 
     def of(self, setting: float | Tensor, factor: float = 1.0) -> float | Tensor:
         """A setting of the batch for these rows, times a factor: one number, or one per row.
@@ -65,19 +67,24 @@ class Chunk:
         rows = self.rows
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=kept.device)
-        y, loss_target = (None if one is None else one[kept] for one in (self.y, self.loss_target))
-        return replace(self, x=take(self.x, kept), y=y, loss_target=loss_target, rows=rows[kept], whole=False)
+        y, loss_target, which = (None if one is None else one[kept] for one in (self.y, self.loss_target, self.which))
+        return replace(
+            self, x=take(self.x, kept), y=y, loss_target=loss_target, which=which, rows=rows[kept], whole=False
+        )
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What a recorded graph reads of it."""
-        return tuple(one for one in (self.x, self.y, self.loss_target, self.counters) if one is not None)
+        given = self.x, self.y, self.loss_target, self.counters, self.which
+        return tuple(one for one in given if one is not None)
 
     def cloned(self) -> Chunk:
         """The same on memory of its own, nothing evaluated yet."""
-        y, loss_target, counters = (
-            None if one is None else one.clone() for one in (self.y, self.loss_target, self.counters)
+        y, loss_target, counters, which = (
+            None if one is None else one.clone() for one in (self.y, self.loss_target, self.counters, self.which)
         )
-        return replace(self, x=self.x.clone(), y=y, loss_target=loss_target, counters=counters, first_outputs=[])
+        return replace(
+            self, x=self.x.clone(), y=y, loss_target=loss_target, counters=counters, which=which, first_outputs=[]
+        )
 
     def check_classes(self, logits: Tensor) -> None:
         """Raises InputError unless logits [n, K] have a class for each label; there is one for -1."""
@@ -99,9 +106,14 @@ def rows_of(values: Tensor, x: Tensor) -> Tensor:
     return values.view(-1, *([1] * (x.dim() - 1)))
 
 
-def of_each(length: float | Tensor, x: Tensor) -> float | Tensor:
+def per_image(length: float | Tensor, x: Tensor) -> float | Tensor:
     """A length, or, of a live one, a tensor [] on the images' device, one for each of images x, [N]."""
     return length.to(x.dtype).repeat(len(x)) if isinstance(length, Tensor) else length
+
+
+def copied(rows: Tensor, copies: int) -> Tensor:
+    """Each row so many times, beside each other: [N, ...] -> [N * copies, ...]."""
+    return rows if copies == 1 else rows[:, None].expand(-1, copies, *rows.shape[1:]).flatten(0, 1)
 
 
 def check_form(x: Tensor, y: Tensor) -> None:

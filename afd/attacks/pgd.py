@@ -94,16 +94,20 @@ class PGD(GradientAttack):
         self._alpha = value
 
     def _run(self, chunk: Chunk) -> Tensor:
-        ball = self._ball(chunk)
+        x_adv = self._first_point(chunk, self._ball(chunk))
+        (x_adv,) = self._all_steps(self._steps_fn, self._with_loss_target(chunk), x_adv)
+        return x_adv
+
+    def _first_point(self, chunk: Chunk, ball: Ball) -> Tensor:
+        """Where the steps in a ball begin, like chunk.x: in the memory of chunk.start, if there is one."""
         if chunk.start is not None:
             x_adv = chunk.start
         elif self.random_start:
             x_adv = random_point(self.init, self.start_scale, chunk, ball)
         else:
             x_adv = chunk.x.clone()
-        if not self.steps and (chunk.start is not None or self.init == "gaussian"):  # no step will project it
+        if not self.steps and (chunk.start is not None or self.init != "uniform"):  # no step will project it
             ball.project_(x_adv, chunk.x)
-        (x_adv,) = self._all_steps(self._steps_fn, self._with_loss_target(chunk), x_adv)
         return x_adv
 
     def _steps_fn(self, chunk: Chunk, x_adv: Tensor) -> tuple[Tensor]:

@@ -7,7 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Concatenate, Literal, ParamSpec, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ One = TypeVar("One")
 LossName = Literal["ce", "margin", "dlr", "dlr-targeted", "kl"]
 OutputsName = Literal["logits", "features"]
 BatchNormMode = Literal["eval", "train", "batch", "clean"]
+STEP_OF = {"eps": "alpha", "eps_l2": "alpha_l2", "eps_l1": "alpha_l1"}  # names of radii, and of the steps that go with
+SIZES = (*STEP_OF, *STEP_OF.values())  # what an attack may have one of for each image, and a warm-up lets grow
 
 
 class Attack(Protocol):
@@ -118,13 +120,16 @@ class AttackSettings(ABC):
     validate: bool = True
     fold_batchnorm: bool = True
 
+    copies: ClassVar[int] = 1  # attacked images for each image, beside each other
+
     def __post_init__(self) -> None:
         ball_of_norm(self.norm)
         bounds = checks.split_bounds(self.bounds)
         checks.bounds(*bounds)
         one_of("batchnorm", self.batchnorm, batchnorm.MODES)
         self._set(bounds=bounds, chunk_size=self.execution.chunk_size)
-        self._set(eps=inputs.size("eps", self.eps))
+        for name in self._radii():
+            self._set(**{name: inputs.size(name, getattr(self, name))})
         for name in ("targeted", "validate", "fold_batchnorm"):
             self._set(**{name: inputs.truth(name, getattr(self, name))})
         check_outputs(self.outputs, self.loss)
@@ -181,6 +186,15 @@ class AttackSettings(ABC):
             if name not in own:
                 raise InputError(f"the attack {cls.__name__} has no setting {name!r}; it has {', '.join(own)}")
         return dict(given)
+
+    @property
+    def balls(self) -> dict[Norm, float | Tensor]:
+        """The radius in each norm in which it has a ball."""
+        return {self.norm: self.eps}
+
+    def _radii(self) -> Iterator[str]:
+        """The names of the radii that it has."""
+        yield "eps"
 
     def keys(self) -> Iterator[str]:
         """The settings' names, so that ``**settings`` gives them all."""

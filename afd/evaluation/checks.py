@@ -246,8 +246,9 @@ class Probes:
         return found & self.correct
 
     def reached(self, stage: Stage) -> Tensor:
-        """Where a stage fooled the model at the reference radius or below it."""
-        positions = [i for i, epsilon in enumerate(stage.epsilons) if epsilon <= self.protocol.reference]
+        """Where a stage fooled the model at the reference radius, that in its norm, or below it."""
+        reference = self.protocol.reference_in(stage.norm)
+        positions = [i for i, epsilon in enumerate(stage.epsilons) if epsilon <= reference]
         return self.outcome.found[stage.name][positions].any(0)
 
 
@@ -303,7 +304,9 @@ def _square(seen: Probes) -> Check:
     extra = []
     if "probe-square" in seen.stages:
         extra.append((seen.points(seen.adversarial("probe-square") & ~seen.white_box()), seen.one))
-    if (last := seen.stages.get("square")) is not None:
+    for last in seen.stages.values():
+        if last.attack != "square" or last.role != "score":
+            continue
         alone = seen.reached(last) & seen.outcome.correct
         for stage in seen.stages.values():
             if stage.attack not in BLACK_BOX and stage.role != "transfer" and stage.norm == last.norm:

@@ -11,6 +11,7 @@ import torch
 
 from afd import data
 from afd.attacks import NORMS, Norm
+from afd.attacks.union import RADIUS_IN, balls_in
 from afd.data import Images
 from afd.errors import AfdError, InputError, look_up
 from afd.evaluation.attacks import Epsilon, ascending, check_radius
@@ -19,7 +20,18 @@ from afd.evaluation.model import Model, from_factory
 from afd.evaluation.outcome import read_results
 from afd.evaluation.plots import plot_sweeps
 from afd.evaluation.protocol import named
-from afd.evaluation.report import VERDICTS, Table, advised, comparison, percent, table_1, table_2, tables_of
+from afd.evaluation.report import (
+    VERDICTS,
+    Table,
+    advised,
+    ball_name,
+    comparison,
+    percent,
+    table_1,
+    table_2,
+    tables_of,
+    union_table,
+)
 from afd.evaluation.store import REPORT, TABLES, Output, check_folder, comparison_folder
 from afd.extras import needed_by
 from afd.files import check_path, check_source, write_whole
@@ -58,6 +70,10 @@ class EvaluateConfig:
     """Norm of quick and autoattack."""
     eps: tuple[str, ...] = ()
     """Radii of quick and autoattack, ascending, such as 0.3 or 8/255. Default, in Linf: what it was trained at."""
+    union: str = ""
+    """quick and autoattack: balls in each of which they are run, and in whose union an image counts, such as
+    Linf=8/255,L2=0.5,L1=12. Default, where neither --norm nor --eps is given: those that it was trained in, if it
+    was in several."""
     reference: bool = False
     """autoattack: run pyautoattack whole, instead of our engine and its FAB-T and Square."""
     transfer_from: str = ""
@@ -123,15 +139,20 @@ def _evaluate(config: EvaluateConfig, output: Output, console: Console) -> None:
     _check(config)
     radii = ascending(config.eps) if config.eps else None
     check_numbers(config.seed, config.batch_size)
-    if radii and config.norm == "Linf":
-        check_radius(radii[-1], "Linf", values=1)
+    union = {norm: Epsilon.of(eps) for norm, eps in balls_in(config.union).items()} if config.union else None
+    largest = radii[-1] if radii and config.norm == "Linf" else (union or {}).get("Linf")
+    if largest is not None:
+        check_radius(largest, "Linf", values=1)
     with joined(config.device) as group:
         model = load(config.checkpoint, group.device, config.model)
         surrogate = load(config.transfer_from, group.device, config.transfer_model) if config.transfer_from else None
         images = test_images(config, model, group)
+        if union is None and radii is None and config.norm == "Linf" and config.protocol != "paper":
+            union = trained_in(model)
         protocol = named(
             config.protocol, data=images.name, norm=config.norm, epsilons=radii,
             trained_at=trained_at(model, images.name), reference=config.reference, transfer=surrogate is not None,
+            union=union,
         )  # fmt: skip
         results = evaluate(
             model, images, protocol, output, surrogate=surrogate, seed=config.seed, batch_size=config.batch_size,
@@ -170,7 +191,8 @@ def compare(config: EvaluateConfig, console: Console) -> None:
     names = {one["data"]["name"] for one in found}
     if len(names) > 1:
         raise InputError(f"compare names evaluations of {', '.join(sorted(names))}; all must be of one data set")
-    tables = [table_1(found), table_2(found)]
+    of_union = union_table(found)
+    tables = [table_1(found), table_2(found), *([] if of_union is None else [of_union])]
     with comparison_folder(config.out, overwrite=config.overwrite) as out:
         plot_sweeps(out / "curves.png", found)
         write_whole(out / REPORT, comparison(found, out, tables))
@@ -244,6 +266,17 @@ def trained_at(model: Model, data_name: str) -> Epsilon:
     return exactly(PRESETS[data_name].eps)
 
 
+def trained_in(model: Model) -> dict[Norm, Epsilon] | None:
+    """The balls that a checkpoint was trained in, where it was in several; None where it was not, or nobody knows."""
+    for path in ((run, *attack) for run in ("config", "run") for attack in ATTACKS):
+        radii = {norm: look_up(model.metadata, *path, name) for norm, name in RADIUS_IN.items()}
+        if look_up(model.metadata, *path, "choice") is None:  # no union
+            continue
+        balls = {norm: exactly(float(eps)) for norm, eps in radii.items() if isinstance(eps, (int, float)) and eps > 0}
+        return balls or None
+    return None
+
+
 def exactly(eps: float) -> Epsilon:
     """The fraction that a checkpoint's float stands for: so many 255ths if it is one of those, else its decimal."""
     levels = round(eps * 255)
@@ -267,6 +300,9 @@ def present(results: dict[str, Any], console: Console) -> None:
     for norm, worst in results["worst_case"].items():
         points = [{"text": eps, "accuracy": accuracy} for eps, accuracy in worst.items()]
         grid.add_row("worst case", NORMS[norm].sign, _curve(points), style="bold")
+    if results.get("union"):
+        balls = ", ".join(map(ball_name, results["union"]["balls"]))
+        grid.add_row("all balls", "", f"{balls}: {percent(results['union']['accuracy'])}", style="bold")
     console.print(grid)
     signs = Grid("check", "verdict", "number", "meaning", title="Self-deception", title_justify="left")
     for check in results["checks"]:

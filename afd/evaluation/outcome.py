@@ -16,6 +16,7 @@ from afd._version import __version__
 from afd.attacks.ball import NORMS
 from afd.data import Images
 from afd.errors import AfdError, InputError, look_up
+from afd.evaluation.attacks import Epsilon
 from afd.evaluation.model import Model, divergence
 from afd.evaluation.protocol import Protocol, Stage
 from afd.files import check_source, write_whole
@@ -134,7 +135,7 @@ class Outcome:
             for other in self.protocol.stages:
                 if other.name == stage.name:
                     break
-                if other.scope == "remaining":
+                if other.scope == "remaining" and other.norm == stage.norm:
                     fooled = fooled | self.found[other.name].int().cummax(0).values.bool()
         return ~fooled if stage.scope == "all" else self.correct & ~fooled
 
@@ -156,16 +157,33 @@ class Outcome:
 
         An image is lost at a radius if any attack that counts, or was transferred, fooled the model there or below.
         """
-        stages = [stage for stage in self.protocol.stages if stage.norm == norm and stage.role != "probe"]
-        radii = sorted({epsilon for stage in stages if stage.role == "score" for epsilon in stage.epsilons})
-        result = {}
-        for radius in radii:
-            robust = self.correct.clone()
-            for stage in stages:
+        stages = [stage for stage in self.protocol.stages if stage.norm == norm and stage.role == "score"]
+        radii = sorted({epsilon for stage in stages for epsilon in stage.epsilons})
+        return {str(radius): float(self.withstands(norm, radius).double().mean()) for radius in radii}
+
+    def withstands(self, norm: str, radius: Epsilon) -> Tensor:
+        """Whether the model is robust on each image to all that counts in a norm up to a radius, bool [N]."""
+        robust = self.correct.clone()
+        for stage in self.protocol.stages:
+            if stage.norm == norm and stage.role != "probe":
                 reached = [i for i, epsilon in enumerate(stage.epsilons) if epsilon <= radius]
                 robust &= ~self.found[stage.name][reached].any(0)
-            result[str(radius)] = float(robust.double().mean())
-        return result
+        return robust
+
+    def union(self) -> dict[str, Any] | None:
+        """Robust accuracy in each ball of the protocol's union, and in all of them together; None of one ball."""
+        balls = self.protocol.union
+        if not balls:
+            return None
+        robust = {norm: self.withstands(norm, eps) for norm, eps in balls.items()}
+        every = torch.stack([*robust.values()]).all(0)
+        return {
+            "balls": [
+                {"norm": norm, **eps.as_json(), "accuracy": float(robust[norm].double().mean())}
+                for norm, eps in balls.items()
+            ],
+            "accuracy": float(every.double().mean()),
+        }
 
 
 def normalised_area(radii: list[float], accuracies: list[float]) -> float:
@@ -252,6 +270,7 @@ def summarize(
         "clean": float(outcome.correct.double().mean()),
         "attacks": [attack_summary(outcome, stage) for stage in protocol.stages],
         "worst_case": {norm: worst for norm in NORMS if (worst := outcome.worst_case(norm))},
+        "union": outcome.union(),
         "checks": checks,
         "features": features,
         "divergence": divergence,

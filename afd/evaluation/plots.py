@@ -58,11 +58,14 @@ def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
         for attack in one["attacks"]:
             if attack["role"] == "score":
                 attacks.setdefault(attack["name"], attack)
-    columns = min(4, len(attacks))
-    rows = math.ceil(len(attacks) / columns)
+    unions = [one for one in results if one.get("union")]
+    count = len(attacks) + bool(unions)
+    columns = min(4, count)
+    rows = math.ceil(count / columns)
     figure = Figure(figsize=(max(5.0, 3.2 * columns), 2.8 * rows + 0.7), dpi=130, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).flat
-    for axes, (name, attack) in zip(panels, attacks.items(), strict=False):
+    panels = iter(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for name, attack in attacks.items():
+        axes = next(panels)
         for number, one in enumerate(results):
             _line(axes, one, name, f"C{number}")
         chance = 100 / results[0]["data"]["classes"]
@@ -70,7 +73,9 @@ def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
         axes.set_title(f"{name} ({NORMS[attack['norm']].sign})", fontsize=10)
         axes.set(xlabel="ε", ylim=(-2, 102), xlim=(0, None))
         axes.grid(alpha=0.3)
-    for axes in list(panels)[len(attacks) :]:
+    if unions:
+        _bars(next(panels), unions, results)
+    for axes in panels:
         axes.set_axis_off()
     for row in range(rows):
         figure.axes[row * columns].set_ylabel("accuracy (%)")
@@ -91,6 +96,21 @@ def _line(axes: Any, results: dict[str, Any], name: str, colour: str) -> None:
                 radii, [100 * value for value in accuracies], marker="o", markersize=4, color=colour,
                 label=results["subject"]["name"], clip_on=False,
             )  # fmt: skip
+
+
+def _bars(axes: Any, unions: Sequence[dict[str, Any]], results: Sequence[dict[str, Any]]) -> None:
+    """Accuracy in each ball of a union, and in all of them: a bar for each model that was evaluated so."""
+    places = dict.fromkeys(ball["norm"] for one in unions for ball in one["union"]["balls"])
+    names = [*(NORMS[norm].sign for norm in places), "union"]
+    for number, one in enumerate(unions):
+        found = {NORMS[ball["norm"]].sign: ball["accuracy"] for ball in one["union"]["balls"]}
+        found["union"] = one["union"]["accuracy"]
+        width = 0.8 / len(unions)
+        left = [names.index(name) - 0.4 + (number + 0.5) * width for name in found]
+        axes.bar(left, [100 * value for value in found.values()], width, color=f"C{results.index(one)}")
+    axes.set_title("each ball, and their union", fontsize=10)
+    axes.set_xticks(range(len(names)), names)
+    axes.grid(alpha=0.3, axis="y")
 
 
 def plot_divergence(path: Path, results: dict[str, Any]) -> None:
@@ -189,7 +209,7 @@ def examples(runner: Runner) -> tuple[str, list[Example]]:
         stage, eps = item.stage, item.largest
         if not len(result.rows) or stage.role != "score":
             continue
-        beyond = eps > protocol.reference and not stage.minimal
+        beyond = eps > protocol.reference_in(stage.norm) and not stage.minimal
         place = (stage.norm != protocol.norm, beyond, stage.minimal, -float(eps) if not beyond else float(eps))
         ranked.append((place, number, len(ranked), item, result))
     if not ranked:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ class Stage:
         scope: which images are attacked. "all": every one, at each radius on its own. "correct": those that the model
             gets right. "survivors": of these, those that are robust to this stage at the smaller radii: an adversarial
             image at 0.1 is one at 0.2 too, so the sweep goes on from what is left, and ends where nothing is.
-            "remaining": those that are robust to every stage with this scope so far (AutoAttack's cascade).
+            "remaining": those that are robust to every stage with this scope and norm so far (AutoAttack's cascade).
         role: "score": counts in the worst case. "transfer": attacks the surrogate, and is judged on the model.
             "probe": only looks for self-deception.
         first: attack only so many images from the beginning; None for all.
@@ -120,6 +120,8 @@ class Protocol:
         norm: the norm of the radius that the result is judged at.
         reference: that radius.
         stages: in the order in which they run on each batch.
+        union: the radius in each norm, where an image counts as robust if it withstands all that score in each of
+            these balls; empty where the result is judged in one.
 
     Raises:
         InputError: two stages have one name.
@@ -129,12 +131,17 @@ class Protocol:
     norm: Norm
     reference: Epsilon
     stages: tuple[Stage, ...]
+    union: Mapping[Norm, Epsilon] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise InputError(f"stages {sorted(twice)} are named twice; each name must be unique")
+
+    def reference_in(self, norm: Norm) -> Epsilon:
+        """The radius in a norm that the result is judged at."""
+        return self.union.get(norm, self.reference)
 
     def check_extras(self) -> None:
         """Raises ExtraMissingError, before anything is computed, if a stage comes from a library that is missing."""
@@ -179,6 +186,7 @@ class Protocol:
             "norm": self.norm,
             "reference": self.reference.as_json(),
             "stages": [stage.as_json() for stage in self.stages],
+            **({"union": {norm: eps.as_json() for norm, eps in self.union.items()}} if self.union else {}),
         }
 
 
@@ -256,6 +264,26 @@ def autoattack_reference(norm: Norm, epsilons: Sequence[Epsilon], reference: Eps
     return Protocol("reference", norm, reference, stages + probes(norm, reference))
 
 
+def in_union(build: Callable[[Norm, Sequence[Epsilon], Epsilon], Protocol], balls: Mapping[Norm, Epsilon]) -> Protocol:
+    """A protocol in each of several balls, with the probes of the first.
+
+    Args:
+        build: `quick`, `autoattack` or `autoattack_reference`.
+        balls: the radius in each norm.
+    """
+    alone = [build(norm, (eps,), eps) for norm, eps in balls.items()]
+    stages = [
+        replace(stage, name=f"{stage.name}-{one.norm.lower()}")
+        for one in alone
+        for stage in one.stages
+        if stage.role == "score"
+    ]
+    first = alone[0]
+    return Protocol(
+        first.name, first.norm, first.reference, (*stages, *probes(first.norm, first.reference)), union=dict(balls)
+    )
+
+
 def paper(data: str, *, transfer: bool) -> Protocol:
     """The eight attacks of Bashivan et al. 2021 over their sweeps, and with `transfer` those made on a surrogate.
 
@@ -311,6 +339,7 @@ def named(
     trained_at: Epsilon,
     reference: bool = False,
     transfer: bool = False,
+    union: Mapping[Norm, Epsilon] | None = None,
 ) -> Protocol:
     """The protocol that a user asked for.
 
@@ -322,6 +351,7 @@ def named(
         trained_at: radius that the model was trained at, or its data set's.
         reference: let pyautoattack do all of autoattack.
         transfer: there is a surrogate (paper).
+        union: of quick and autoattack: the radius in each norm, instead of norm and radii.
 
     Raises:
         InputError: an unknown name, or an option that this protocol does not have.
@@ -332,7 +362,16 @@ def named(
         raise InputError(f"reference is set, but protocol is {name!r}; allowed with it is autoattack")
     if transfer and name != "paper":
         raise InputError(f"transfer-from is set, but protocol is {name!r}; allowed with it is paper")
-    if name == "paper":
+    build = {"quick": quick, "autoattack": autoattack_reference if reference else autoattack}.get(name)
+    if union is not None:
+        if build is None:
+            raise InputError("union is set, but the paper's protocol has its own radii and norms; leave it out")
+        if epsilons is not None or norm != "Linf":
+            raise InputError("union is set, and eps or norm too; it names the radius in each norm")
+        if not all(eps.exact > 0 for eps in union.values()):
+            raise InputError("union has a radius of 0, where nothing is attacked; it needs radii > 0")
+        return in_union(build, union)
+    if build is None:
         if epsilons is not None or norm != "Linf":
             raise InputError("eps or norm is set, but the paper's protocol has its own radii and norms; leave them out")
         return paper(data, transfer=transfer)
@@ -342,5 +381,4 @@ def named(
     if not radii:
         raise InputError("eps is 0 alone, where nothing is attacked; it needs a radius > 0")
     judged_at = trained_at if trained_at in radii else radii[0]
-    build = {"quick": quick, "autoattack": autoattack_reference if reference else autoattack}[name]
     return build(norm, radii, judged_at)

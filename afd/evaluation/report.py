@@ -134,12 +134,32 @@ def robustbench(results: Results) -> Table | None:
     return Table(f"{data['name']}, {norm}, ε = {eps}, {data['images']} {data['split']} images", head, (row,), 1)
 
 
+def union_table(results: Sequence[Results]) -> Table | None:
+    """Accuracies (%): clean, in each ball of a union, and in all of them; None where none was evaluated so."""
+    unions = [one for one in results if one.get("union")]
+    if not unions:
+        return None
+    balls = dict.fromkeys(ball_name(ball) for one in unions for ball in one["union"]["balls"])
+    rows = []
+    for one in unions:
+        found = {ball_name(ball): ball["accuracy"] for ball in one["union"]["balls"]}
+        alone = (percent(found.get(ball)) for ball in balls)
+        rows.append((name_of(one), percent(one["clean"]), *alone, percent(one["union"]["accuracy"])))
+    protocols = ", ".join(dict.fromkeys(one["protocol"]["name"] for one in unions))
+    title = f"Union of balls: accuracy (%) on {unions[0]['data']['name']}, protocol {protocols}"
+    return Table(title, ("method", "clean", *balls, "union"), tuple(rows), len(rows), note(unions))
+
+
+def ball_name(ball: Mapping[str, Any]) -> str:
+    """What a table calls a ball of a union."""
+    return f"{NORMS[ball['norm']].sign} ε = {ball['text']}"
+
+
 def tables_of(results: Results) -> list[Table]:
     """The tables that belong to a protocol."""
     if results["protocol"]["name"] == "paper":
         return [table_1([results]), table_2([results])]
-    row = robustbench(results)
-    return [] if row is None else [row]
+    return [table for table in (union_table([results]), robustbench(results)) if table is not None]
 
 
 def accuracy(results: Results, attack: str, eps: str | None) -> float | None:
@@ -313,5 +333,5 @@ TEMPLATES = Environment(
     loader=PackageLoader("afd.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
     lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-TEMPLATES.filters |= {"percent": percent, "setting": setting, "wordy": wordy}
+TEMPLATES.filters |= {"ball": ball_name, "percent": percent, "setting": setting, "wordy": wordy}
 TEMPLATES.globals |= {"NORMS": NORMS, "VERDICTS": VERDICTS, "advised": advised}

@@ -42,7 +42,7 @@ class Batch:
         y: labels [N].
         said: what the model says of the clean images.
         correct: whether that is right [N].
-        taken: whether a cascade has found an adversarial image of it [N].
+        taken: whether the cascade in a norm has found an adversarial image of it [N], by norm.
     """
 
     number: int
@@ -51,7 +51,7 @@ class Batch:
     y: Tensor
     said: Predictions
     correct: Tensor
-    taken: Tensor
+    taken: dict[str, Tensor]
 
 
 class Meter(Interface):
@@ -129,7 +129,8 @@ class Runner:
         x, y = self.images.images(index), self.images.labels[index.to(self.images.device)]
         said = self.predict(x)
         correct = said.classes == y
-        return Batch(number, first, x, y, said, correct, torch.zeros_like(correct))
+        taken: dict[str, Tensor] = {stage.norm: torch.zeros_like(correct) for stage in self.protocol.stages}
+        return Batch(number, first, x, y, said, correct, taken)
 
     def result(self, batch: Batch, item: WorkItem, fooled: Tensor) -> ItemResult:
         """What an item finds, from the store or computed now; `fooled` [N]: where its stage did at smaller radii."""
@@ -159,7 +160,7 @@ class Runner:
             "all": ~batch.said.undefined,
             "correct": batch.correct,
             "survivors": batch.correct & ~fooled,
-            "remaining": batch.correct & ~batch.taken,
+            "remaining": batch.correct & ~batch.taken[stage.norm],
         }[stage.scope]
         if stage.first is None:
             return wanted
@@ -214,7 +215,7 @@ class Runner:
         rows = result.rows.to(fooled.device)
         fooled[rows] = True
         if item.stage.scope == "remaining":
-            batch.taken[rows] = True
+            batch.taken[item.stage.norm][rows] = True
 
     def saved(self) -> Iterator[tuple[int, WorkItem, ItemResult]]:
         """Every result of this process that is in the store, with its batch and work item."""

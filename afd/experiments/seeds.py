@@ -94,8 +94,7 @@ def _as_json(config: TrainConfig, found: BySeed, images: int) -> str:
         "method": spelled(config.method),
         "images": images,
         "attack": f"PGD-{experiment.TEST_STEPS}",
-        "norm": config.test.norm,
-        "eps": config.test.eps,
+        **experiment.ball_as_json(config),
         "commit": commit(),
         "seeds": {
             str(seed): {name: dataclasses.asdict(measured) for name, measured in one.items()}

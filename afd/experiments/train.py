@@ -16,6 +16,7 @@ import torch
 
 from afd import data, methods
 from afd.attacks import Attack, PGDSettings
+from afd.attacks.union import told
 from afd.checkpoint import CheckpointError, load_checkpoint
 from afd.config import TrainConfig
 from afd.data import Batches, Images, MixedBatches, Splits, read_extra
@@ -53,7 +54,7 @@ class Measured:
     Attributes:
         epoch: after which they stood so.
         natural: clean accuracy, in [0, 1].
-        robust: accuracy under PGD-40 in the ball of the run's test, in [0, 1].
+        robust: accuracy under PGD-40 in the ball (or the union of balls) of the run's test, in [0, 1].
     """
 
     epoch: int
@@ -195,12 +196,17 @@ def _as_json(result: Result, images: int) -> str:
         "seed": config.seed,
         "images": images,
         "attack": f"PGD-{TEST_STEPS}",
-        "norm": config.test.norm,
-        "eps": config.test.eps,
+        **ball_as_json(config),
         "commit": commit(),
         "measured": {name: dataclasses.asdict(one) for name, one in result.measured.items()},
     }
     return json.dumps(plain, indent=1) + "\n"
+
+
+def ball_as_json(config: TrainConfig) -> dict[str, Any]:
+    """In what ball, or balls, a settled run is tested."""
+    test = config.test
+    return {"norm": test.norm, "eps": test.eps} if test.union is None else {"union": test.pgd(1, 0).balls}
 
 
 def draw(picture: Path, name: str) -> None:
@@ -360,8 +366,7 @@ def plain(images: Images, device: torch.device) -> Batches:
 
 def test_attack(config: TrainConfig, steps: int) -> PGDSettings:
     """PGD in the ball of a settled config, as used in validation and test: random start, step 2.5 eps / steps."""
-    assert config.test.eps is not None
-    return PGDSettings(norm=config.test.norm, eps=config.test.eps, steps=steps, seed=config.seed)
+    return config.test.pgd(steps, config.seed)
 
 
 def _name(config: TrainConfig) -> str:
@@ -372,8 +377,13 @@ def _name(config: TrainConfig) -> str:
 def _summary(result: Result, images: int) -> Table:
     config = result.config
     table = Table(title=f"{_name(config)}: {images} test images", title_justify="left")
-    ball = f"eps {config.test.eps:g}" + ("" if config.test.norm == "Linf" else f" in {config.test.norm}")
-    for column in ("checkpoint", "epoch", "natural", f"PGD-{TEST_STEPS} at {ball}", "seed"):
+    for column in (
+        "checkpoint",
+        "epoch",
+        "natural",
+        f"PGD-{TEST_STEPS} at {told(config.test.pgd(1, 0).balls)}",
+        "seed",
+    ):
         table.add_column(column)
     for name, one in result.measured.items():
         table.add_row(name, str(one.epoch), f"{one.natural:.2%}", f"{one.robust:.2%}", str(config.seed))

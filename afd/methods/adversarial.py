@@ -18,7 +18,7 @@ from torch import Tensor
 from afd.attacks import PGDSettings
 from afd.attacks.settings import AttackSettings
 from afd.errors import number, one_of
-from afd.methods.base import Batch
+from afd.methods.base import Batch, of_each
 from afd.methods.supervised import Supervised, TrainedModel
 from afd.nn.modes import Statistics
 
@@ -38,6 +38,8 @@ class Natural(Supervised):
 class AT(Supervised):
     """Adversarial training (Madry et al. 2018): SGD on CE(C(F(x')), y), x' found by PGD; defaults for CIFAR-10.
 
+    Of a union of balls it takes all points of an image, too: the mean of their losses (Tramèr & Boneh 2019).
+
     Attributes:
         weight_decay: on the model's weights; 5e-4 as in Rice et al. (2020): it decides much of the robust accuracy.
     """
@@ -45,10 +47,13 @@ class AT(Supervised):
     weight_decay: float = 5e-4
     attack: AttackSettings = PGDSettings()
     validation_attack: AttackSettings | str | None = "pgd-20"
+    takes_copies: ClassVar[bool] = True
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
         """The cross-entropy of attacked images as "task"."""
-        return {"task": self.cross_entropy(model(self.attack(model, batch)), batch.y)}
+        x_adv = self.attack(model, batch)
+        y = None if batch.y is None else of_each(batch.y, x_adv)
+        return {"task": self.cross_entropy(model(x_adv), y)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,7 @@ class FGSMRS(AT):
 
     lr: float = 0.2
     attack: AttackSettings = PGDSettings(steps=1, alpha=10 / 255, batchnorm="train")
+    takes_copies: ClassVar[bool] = False
 
 
 SHARING = "batch", "kl", None  # BatchNorm, loss and precision of an attack whose clean pass is that of the loss
@@ -78,7 +84,7 @@ class TRADES(Supervised):
     MNIST it has β = 1, eps 0.3 in 40 steps of 0.01 and a learning rate of 0.01. It passes x twice in each step, which
     changes running statistics of BatchNorm only: that is done here without the pass. (Dropout would draw twice there.)
     Where the attack has the batch's statistics (``batchnorm="batch"``), the clean pass of the loss is that of the
-    attack, dropout included.
+    attack, dropout included. Of a union of balls it takes all points of an image, too: the mean of their divergences.
 
     Attributes:
         weight_decay: on the model's weights; later work has 5e-4 (Pang et al. 2021), the default on CIFAR here.
@@ -92,6 +98,7 @@ class TRADES(Supervised):
     beta: float = 6.0
     attack: AttackSettings = PGDSettings(eps=0.031, alpha=0.007, loss="kl", init="gaussian")
     validation_attack: AttackSettings | str | None = "pgd-20"
+    takes_copies: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +116,8 @@ class TRADES(Supervised):
             clean, statistics = self._clean(model, batch)
         attacked = model(x_adv)
         statistics.replay()
-        robust = F.kl_div(attacked.log_softmax(1), clean.log_softmax(1), reduction="batchmean", log_target=True)
+        log_p = of_each(clean.log_softmax(1), attacked)
+        robust = F.kl_div(attacked.log_softmax(1), log_p, reduction="batchmean", log_target=True)
         return {"task": self.cross_entropy(clean, batch.y), "robust": self.beta * robust}
 
     @staticmethod

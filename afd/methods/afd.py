@@ -72,6 +72,8 @@ def game_loss(name: str) -> GameLoss:
 class AFD(GameSettings):
     """Settings of the game; the defaults are the paper's. `AFD.adam` has those of its Adam variant.
 
+    Of a union of balls it takes all points of an image, too: L_D and L_F are means over all of x and over all of x'.
+
     Attributes:
         loss: of the game between discriminator and features: "dcgan", "wgan" or "hinge".
         schedule: "simultaneous" (the paper's Algorithm 1) or "alternating" (the authors' released code).
@@ -103,6 +105,7 @@ class AFD(GameSettings):
     validation_attack: AttackSettings | str | None = "pgd-20"
 
     soft_labels: ClassVar[bool] = False  # the discriminator is conditioned on classes
+    takes_copies: ClassVar[bool] = True
     of_optimizers: ClassVar[frozenset[str]] = Optimized.of_optimizers | {"lr_discriminator", "lr_features"}
     players: ClassVar[tuple[str, ...]] = ("task", "discriminator", "features")
     rates: ClassVar[Mapping[str, Mapping[str, float]]] = {

@@ -46,6 +46,10 @@ class GivenAttack:
         if isinstance(attack, type) or not callable(attack):
             told = attack.__name__ if isinstance(attack, type) else type(attack).__name__
             raise InputTypeError(f"{self.argument} made a {told} of the model; it must make an attack (x, y) -> images")
+        if isinstance(attack, GradientAttack) and attack.copies > 1:
+            raise InputError(
+                f"{self.argument} made a Union with choice 'average'; give its settings, UnionSettings(...)"
+            )
         return attack  # type: ignore[no-any-return]
 
     def __call__(self, model: Any, batch: Any, **given: Tensor | None) -> Tensor:
@@ -95,9 +99,10 @@ class Attacks:
         self._built.pop(id(settings), None)
 
     def __call__(self, settings: Any, batch: Any, target: Tensor | None = None, start: Tensor | None = None) -> Tensor:
-        """Attacked copies of a batch's images, [N, ...]."""
+        """Attacked copies of a batch's images, [N, ...]; of `settings.copies` for each, [N * copies, ...]."""
         if self._given is not None:
-            return self._given[getattr(batch, "rows", slice(None))]
+            rows = getattr(batch, "rows", None)
+            return self._given if rows is None else self._given[slice_of(rows, getattr(settings, "copies", 1))]
         return self.once(lambda: self._attacked(self.of(settings), batch, target, start))
 
     def eval_logits(self, batch: Any) -> Tensor:
@@ -137,7 +142,7 @@ class Attacks:
 
     @contextmanager
     def given(self, x_adv: Tensor | None) -> Iterator[None]:
-        """Inside, attacked images [N, ...] of the whole batch are these, unless that is None."""
+        """Inside, attacked images [N * copies, ...] of the whole batch are these, unless that is None."""
         self._given = x_adv
         try:
             yield
@@ -161,11 +166,27 @@ class Attacks:
         self._next = 0
 
 
+def slice_of(rows: slice, copies: int) -> slice:
+    """The rows of images of which there are several copies each, beside each other."""
+    return slice(rows.start * copies, rows.stop * copies)
+
+
 def check_attacks(method: Any) -> None:
-    """Raises InputTypeError unless a method's attacks, as far as it has any, are settings of attacks."""
+    """Checks a method's attacks, as far as it has any.
+
+    Raises:
+        InputTypeError: one is no settings of an attack.
+        InputError: one makes several images of each, and the method, or validation, takes one.
+    """
     allowed = {"attack": "", "validation_attack": ", 'pgd-N' or None"}
     for name in (field.name for field in fields(method) if field.name in allowed):
         value = getattr(method, name)
+        if isinstance(value, AttackSettings) and value.copies > 1 and (allowed[name] or not method.takes_copies):
+            taker = "validation" if allowed[name] else type(method).__name__
+            raise InputError(
+                f"{name} is a union with choice 'average', which makes {value.copies} images of each; {taker} takes "
+                "one, so 'worst' and 'random' are allowed"
+            )
         if isinstance(value, AttackSettings | GivenAttack) or (allowed[name] and isinstance(value, str | None)):
             continue
         told = value.__name__ if isinstance(value, type) else repr(value) if value is None else type(value).__name__

@@ -14,16 +14,16 @@ from torch.optim import Optimizer
 
 from afd.attacks import AttackSettings, PGDSettings
 from afd.attacks.external import BOUNDS
-from afd.attacks.inputs import outside_inference
+from afd.attacks.inputs import copied, outside_inference
 from afd.attacks.losses import LOSSES
 from afd.errors import InputError, InputTypeError, fits
 from afd.execution import Execution, Wrap, explained, isolated
-from afd.methods.attacking import Attacks, judge_of
+from afd.methods.attacking import Attacks, judge_of, slice_of
 from afd.methods.inputs import check_dtype, check_features, check_form, check_values, device_of
 from afd.nn import Split
 
 # what is said of a class, however it is annotated
-CLASS_LEVEL = ("labels", "soft_labels", "uses_features", "of_optimizers", "of_host", "coupled")
+CLASS_LEVEL = ("labels", "soft_labels", "uses_features", "of_optimizers", "of_host", "coupled", "takes_copies")
 LOOKS = 3  # batches of a step of one's own whose values are looked at
 
 
@@ -62,7 +62,7 @@ class Part(Batch):
         share: of the batch.
         first: whether they are its first.
         last: whether they are its last.
-        x_adv: attacked copies of x, where the whole batch was attacked before.
+        x_adv: attacked copies of x, where the whole batch was attacked before; of several for each image, all.
     """
 
     rows: slice = field(default_factory=lambda: slice(None))
@@ -89,13 +89,19 @@ def parts(batch: Batch, count: int, x_adv: Tensor | None = None) -> Iterator[Par
     start = 0
     for size in _sizes(len(batch), count):
         rows = slice(start, start + size)
-        x, y, index, attacked = (None if one is None else one[rows] for one in (batch.x, batch.y, batch.index, x_adv))
+        x, y, index = (None if one is None else one[rows] for one in (batch.x, batch.y, batch.index))
+        attacked = None if x_adv is None else x_adv[slice_of(rows, len(x_adv) // len(batch))]
         assert x is not None
         yield Part(
             x, y, index, batch.seed, batch.first_sample + start, batch.steps, batch.epoch, rows, size / len(batch),
             first=start == 0, last=rows.stop == len(batch), x_adv=attacked,
         )  # fmt: skip
         start += size
+
+
+def of_each(rows: Tensor, attacked: Tensor) -> Tensor:
+    """What belongs to images, [N, ...], as often as there are attacked copies of each, [N * copies, ...]."""
+    return copied(rows, len(attacked) // len(rows))
 
 
 def _sizes(images: int, count: int) -> list[int]:
@@ -133,6 +139,7 @@ class Method(ABC):
         labels: whether it asks for labels: the training batches of one that does not may be images alone.
         soft_labels: whether it takes soft labels [N, K] in the place of classes.
         uses_features: whether its losses ask for features, so that the model is looked at for where they are.
+        takes_copies: whether it takes an attack that makes several images of each, as a union with "average" does.
         repeats: steps that are taken on each batch in a row; all that counts steps counts each of them.
         of_optimizers: names of the numbers that its optimizers are built with, and have by themselves from then on.
     """
@@ -142,6 +149,7 @@ class Method(ABC):
     labels: ClassVar[bool] = True
     soft_labels: ClassVar[bool] = True
     uses_features: ClassVar[bool] = False
+    takes_copies: ClassVar[bool] = False
     of_optimizers: ClassVar[frozenset[str]] = frozenset()
 
     @property
@@ -243,7 +251,8 @@ class Step(ABC):
             index: of the images in their data set, [N] int64.
             seed: of the attack's starts; by default the number of steps taken before.
             first_sample: as in `Batch`.
-            x_adv: attacked copies of x, to train on instead of attacking; no matter to a method without an attack.
+            x_adv: attacked copies of x, to train on instead of attacking; no matter to a method without an attack. Of
+                an attack that makes several images of each, [N * copies, ...], all of an image beside each other.
 
         Returns:
             The losses by name, detached, on the device: reading them waits for it.
@@ -255,7 +264,7 @@ class Step(ABC):
             InputTypeError, InputError: an argument is not as described here (of values, the first batches are looked
                 at), or the features are not those that the logits are made of.
         """
-        check_form(x, y, index=index, x_adv=x_adv)
+        check_form(x, y, index=index, x_adv=x_adv, copies=getattr(self.method.attack, "copies", 1))
         device = _device_now(self.network)
         if x.device != device:
             raise InputError(f"x is on {x.device}; it must be on the model's device, {device}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from afd.attacks.ball import Ball, Norm, ball_of_norm
-from afd.attacks.inputs import of_each
+from afd.attacks.inputs import per_image
 from afd.attacks.settings import AttackSettings
 from afd.errors import InputError, number, one_of, whole
 from afd.methods.base import Batch, Run
@@ -92,7 +92,7 @@ class Free(Supervised):
         assert x.grad is not None
         with torch.no_grad():
             inside = (moved >= 0) & (moved <= 1)  # elsewhere the clamp lets no gradient through
-            eps, alpha = (of_each(one, x) for one in (self.eps, self.eps if self.alpha is None else self.alpha))
+            eps, alpha = (per_image(one, x) for one in (self.eps, self.eps if self.alpha is None else self.alpha))
             ball = Ball(self.norm, eps, BOUNDS)
             table[rows] = ball.step_(delta.clone(), torch.zeros_like(delta), x.grad * inside, alpha)
         return losses

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from afd.errors import InputError, ModelError
 from afd.execution import Execution, alone, unsynchronised
-from afd.methods.base import Batch, Part, Step, parts
+from afd.methods.base import Batch, Part, Step, of_each, parts
 from afd.methods.optimizers import reaching, take_step, trainable
 from afd.methods.supervised import Optimized
 from afd.nn import Split
@@ -42,8 +42,9 @@ def gradient_penalty(discriminator: nn.Module, natural: Tensor, attacked: Tensor
     Args:
         discriminator: (z) -> scores [N].
         natural: features F(x) [N, num_features], detached.
-        attacked: features F(x') [N, num_features], detached.
+        attacked: features F(x') [N, num_features], detached; of several copies of each image, [N * copies, ...].
     """
+    natural = of_each(natural, attacked)
     share = torch.rand(natural.shape[0], 1, dtype=natural.dtype, device=natural.device)
     between = torch.lerp(natural, attacked, share).requires_grad_()
     (slope,) = torch.autograd.grad(discriminator(between).sum(), between, create_graph=True)
@@ -145,7 +146,7 @@ class AFDStep(Step):
 
     def adversarial_loss(self, logits: Tensor, part: Part) -> Tensor:
         """λ CE of the logits of x'."""
-        return self.settings.adversarial_weight * self.settings.cross_entropy(logits, part.y)
+        return self.settings.adversarial_weight * self.settings.cross_entropy(logits, of_each(part.classes, logits))
 
     def judge(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Scores of natural and attacked features, in the pass of the discriminator that its update rests on.
@@ -153,13 +154,14 @@ class AFDStep(Step):
         Only the first part of a batch takes a power iteration: one a step, and all parts see the same norms.
         """
         self.discriminator.train(part.first)
-        natural, attacked = self.discriminator(torch.cat([z, z_adv]), part.classes.repeat(2)).chunk(2)
+        classes = torch.cat([part.classes, of_each(part.classes, z_adv)])
+        natural, attacked = self.discriminator(torch.cat([z, z_adv]), classes).split([len(z), len(z_adv)])
         self.discriminator.eval()
         return natural, attacked
 
     def score(self, z: Tensor, part: Part) -> Tensor:
         """Scores in a pass that neither updates the discriminator nor its norms."""
-        scores: Tensor = alone(self.discriminator)(z, part.classes)
+        scores: Tensor = alone(self.discriminator)(z, of_each(part.classes, z))
         return scores
 
     def discriminator_loss(self, natural: Tensor, attacked: Tensor, z: Tensor, z_adv: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from afd.attacks.external import BOUNDS, inside
-from afd.attacks.inputs import check_classes, check_images, check_rows, largest_label, outside_inference
+from afd.attacks.inputs import check_classes, check_images, check_rows, copied, largest_label, outside_inference
 from afd.errors import AfdError, InputError, InputTypeError, warn_caller
 from afd.execution import Execution, TrainingPass, explained, isolated, lay_out_plainly, needs_plain_layout
 from afd.nn import Encoder, FeatureClassifier, FeatureSplit, Split, split
@@ -30,6 +30,7 @@ def check_form(
     soft: bool = True,
     index: Tensor | None = None,
     x_adv: Tensor | None = None,
+    copies: int = 1,
 ) -> None:
     """Checks what can be known of a batch without a look at its values.
 
@@ -40,6 +41,7 @@ def check_form(
         soft: whether labels may be soft.
         index: of the images, [N] int64.
         x_adv: attacked copies of x.
+        copies: so many for each image.
 
     Raises:
         InputTypeError, InputError: it is something else.
@@ -59,7 +61,7 @@ def check_form(
     if index is not None and (index.dtype != torch.int64 or index.shape != x.shape[:1]):
         raise InputTypeError(f"index is {index.dtype} {list(index.shape)}; it must be torch.int64 [{len(x)}]")
     if x_adv is not None:
-        checks.iterate("x_adv", x_adv, x)
+        checks.iterate("x_adv", x_adv, x if copies == 1 else copied(x, copies))
 
 
 def _is_soft(y: Tensor) -> bool:

@@ -16,12 +16,13 @@ from typing import Any, get_type_hints
 
 from torch import Tensor
 
-from afd.attacks.settings import AttackSettings, step_size
+from afd.attacks import settings as of_attacks
+from afd.attacks.settings import STEP_OF, AttackSettings, step_size
 from afd.errors import InputError, InputTypeError, fits, fraction, number
 from afd.methods.base import Method, Step, may_change
 
 STEPS = "attack.steps"
-SIZES = ("attack.eps", "attack.alpha")  # that grow in an ε warm-up
+SIZES = tuple(f"attack.{name}" for name in of_attacks.SIZES)  # that grow in an ε warm-up
 
 
 @dataclass(frozen=True)
@@ -201,18 +202,21 @@ class Ramps:
 
     def _settle_alpha(self, method: Method) -> None:
         """A step size that hangs on steps, and perhaps on eps, stays that of the attack with all its steps."""
-        attack = method.attack
-        if STEPS not in self.ramps or getattr(self.step.method.attack, "alpha", 0.0) is not None:
+        if STEPS in self.ramps:
+            for eps, alpha in STEP_OF.items():
+                if getattr(method.attack, eps, None) is not None and f"attack.{alpha}" not in self.ramps:
+                    self._settle(method.attack, eps, alpha)
+
+    def _settle(self, attack: Any, eps: str, alpha: str) -> None:
+        if getattr(self.step.method.attack, alpha, 0.0) is not None:
             return
-        if "attack.alpha" in self.ramps:
+        full = step_size(None, getattr(attack, eps), attack.steps)
+        if f"attack.{eps}" not in self.ramps:
+            self.step.adopt(_exchanged(self.step.method, ["attack", alpha], full, checked=False))
             return
-        full = step_size(None, attack.eps, attack.steps)
-        if "attack.eps" not in self.ramps:
-            self.step.adopt(_exchanged(self.step.method, ["attack", "alpha"], full, checked=False))
-            return
-        held = self.step.live("attack.alpha", full)
+        held = self.step.live(f"attack.{alpha}", full)
         share = step_size(None, 1.0, attack.steps)
-        self._fill.append(lambda done: _put(held, share * self.value("attack.eps", done)))
+        self._fill.append(lambda done: _put(held, share * self.value(f"attack.{eps}", done)))
 
     def _filling(self, name: str, held: Tensor) -> Callable[[int], object]:
         return lambda done: _put(held, self.value(name, done))

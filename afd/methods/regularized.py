@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from afd.attacks import PGDSettings, engine
 from afd.attacks.ball import Ball, Norm, ball_of_norm
 from afd.attacks.batchnorm import CleanBatch, check_clean, taking_part
-from afd.attacks.inputs import of_each
+from afd.attacks.inputs import per_image
 from afd.attacks.losses import wide
 from afd.attacks.settings import AttackSettings
 from afd.errors import InputError, number, one_of, whole
@@ -132,7 +132,7 @@ class LLR(Supervised):
     def _search(self, model: TrainedModel, batch: Batch, clean: CleanBatch, losses: Tensor, gradient: Tensor) -> Tensor:
         """The images x + δ, [N, ...], from the losses [N] and their gradients at the clean ones."""
         x, network, execution = batch.x, model.attacks.network, AttackExecution(model.attacks.precision)
-        ball = Ball(self.norm, of_each(self.eps, x))
+        ball = Ball(self.norm, per_image(self.eps, x))
         x_adv = ball.start(x, seed=batch.seed, first_sample=batch.first_sample)
         adam, share = _Adam(x_adv, self.search_rate), getattr(batch, "share", 1.0)  # the whole batch's mean
         with clean.evaluating(network) as begin_pass:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from afd.attacks.base import GradientAttack
+from afd.attacks.settings import SIZES
 from afd.errors import InputError, InputTypeError, number, one_of
 from afd.execution import as_torch_starts
 from afd.methods import Method, Step
@@ -123,11 +124,8 @@ class Rates:
 # --- The attack's radius --------------------------------------------------------------------------------------------
 
 
-SIZES = ("eps", "alpha")
-
-
 class EpsWarmup:
-    """Scales `eps` (and step size `alpha`, if any) of a step's attack by (step + 1) / steps in the first steps.
+    """Scales the radius (or radii) and step sizes of a step's attack by (step + 1) / steps in the first steps.
 
     The numbers lie on the device, so that a recorded step follows them.
 
@@ -165,7 +163,7 @@ class EpsWarmup:
         """An attack that somebody has built has its numbers set."""
         if not hasattr(attack, "eps"):
             raise InputError(f"attack is a {type(attack).__name__}, which has no eps that a warm-up could scale")
-        for name in (name for name in SIZES if hasattr(attack, name)):
+        for name in (name for name in SIZES if getattr(attack, name, None) is not None):
             value = getattr(attack, name)
             if not isinstance(attack, GradientAttack):  # takes numbers, as far as anybody knows
                 self._fill.append(partial(_set, attack, name, value))

@@ -6,9 +6,25 @@ from typing import ClassVar
 import pytest
 import torch
 
-from afd.attacks import PGDSettings
+from afd.attacks import PGDSettings, UnionSettings
 from afd.errors import InputError, InputTypeError
-from afd.methods import AFD, ALP, AT, AWP, GAT, LLR, MART, TRADES, Execution, Free, Natural, NormPenalty, NuAT, Run
+from afd.methods import (
+    AFD,
+    ALP,
+    AT,
+    AWP,
+    FGSMRS,
+    GAT,
+    LLR,
+    MART,
+    TRADES,
+    Execution,
+    Free,
+    Natural,
+    NormPenalty,
+    NuAT,
+    Run,
+)
 from afd.methods.supervised import Supervised
 from afd.nn import FeatureClassifier
 
@@ -82,6 +98,21 @@ def test_what_is_no_number_is_named(kind, settings, message):
 def test_so_it_is_of_a_wrapper(settings, message):
     with pytest.raises(InputError, match=message):
         AWP(AT(), **settings)
+
+
+@pytest.mark.parametrize("kind", [MART, ALP, NormPenalty, FGSMRS])
+def test_a_method_that_takes_one_attacked_image_takes_no_average_over_balls(kind):
+    said = (
+        "attack is a union with choice 'average', which makes 2 images of each; "
+        f"{kind.__name__} takes one, so 'worst' and 'random' are allowed"
+    )
+    with pytest.raises(InputError, match=said):
+        kind(attack=UnionSettings(eps=0.1, eps_l2=0.5, choice="average"))
+    for choice in ("worst", "random"):
+        kind(attack=UnionSettings(eps=0.1, eps_l2=0.5, choice=choice))
+    kind(attack=UnionSettings(eps=0.1, choice="average"))  # of one ball
+    with pytest.raises(InputError, match=r"validation_attack is a union with choice 'average'.*; validation takes one"):
+        AT(validation_attack=UnionSettings(eps=0.1, eps_l2=0.5, choice="average"))
 
 
 def test_a_wrapper_goes_around_no_game():

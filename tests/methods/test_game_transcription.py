@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from afd.attacks import UnionSettings
 from afd.methods import AFD, Execution
 from afd.methods.game import AlternatingStep, JointSGDStep, SimultaneousStep
 from afd.nn import FeatureClassifier
@@ -26,12 +27,18 @@ def tiny_model():
     return FeatureClassifier(encoder, FEATURES, CLASSES).double()
 
 
-def batches():
+def batches(copies=1):
+    """x, y, and attacked copies of x: several of an image beside each other."""
     generator = torch.Generator().manual_seed(5)
     for _ in range(ROUNDS):
         x = torch.rand(BATCH, 2, 2, 2, generator=generator, dtype=torch.float64)
         y = torch.randint(CLASSES, (BATCH,), generator=generator)
-        yield x, y, (x + 0.1 * torch.randn(x.shape, generator=generator, dtype=torch.float64)).clamp(0, 1)
+        beside = x.repeat_interleave(copies, 0)
+        yield x, y, (beside + 0.1 * torch.randn(beside.shape, generator=generator, dtype=torch.float64)).clamp(0, 1)
+
+
+def of_each(y, x_adv):
+    return torch.stack([y[row * len(y) // len(x_adv)] for row in range(len(x_adv))])
 
 
 class Critic(nn.Module):
@@ -136,53 +143,55 @@ def optimizers(p):
     return SGD(p.theta + p.phi, ALPHA, DECAY), SGD(p.psi, BETA), SGD(p.theta, GAMMA)
 
 
-def simultaneous(p, loss, weight=0.0):
+def simultaneous(p, loss, weight=0.0, copies=1):
     task, critic, features = optimizers(p)
-    for x, y, x_adv in batches():
+    for x, y, x_adv in batches(copies):
         p.power_iteration()
-        g_task = task.gradient(L_C(p, x, y) + weight * L_C(p, x_adv, y))
-        g_critic = critic.gradient(L_D[loss](p.D(p.F(x), y), p.D(p.F(x_adv), y)))
-        g_features = features.gradient(L_F[loss](p.D(p.F(x_adv), y)))
+        g_task = task.gradient(L_C(p, x, y) + weight * L_C(p, x_adv, of_each(y, x_adv)))
+        g_critic = critic.gradient(L_D[loss](p.D(p.F(x), y), p.D(p.F(x_adv), of_each(y, x_adv))))
+        g_features = features.gradient(L_F[loss](p.D(p.F(x_adv), of_each(y, x_adv))))
         task.step(g_task)
         critic.step(g_critic)
         features.step(g_features)
 
 
-def one_optimizer(p, loss, weight=0.0):
+def one_optimizer(p, loss, weight=0.0, copies=1):
     """The simultaneous step as one optimizer on L_C + (γ/α) L_F for (θ, φ), beside one on L_D for ψ."""
     joint, critic, _ = optimizers(p)
-    for x, y, x_adv in batches():
+    for x, y, x_adv in batches(copies):
         p.power_iteration()
-        task = L_C(p, x, y) + weight * L_C(p, x_adv, y)
-        g_joint = joint.gradient(task + GAMMA / ALPHA * L_F[loss](p.D(p.F(x_adv), y)))
-        g_critic = critic.gradient(L_D[loss](p.D(p.F(x), y), p.D(p.F(x_adv), y)))
+        task = L_C(p, x, y) + weight * L_C(p, x_adv, of_each(y, x_adv))
+        g_joint = joint.gradient(task + GAMMA / ALPHA * L_F[loss](p.D(p.F(x_adv), of_each(y, x_adv))))
+        g_critic = critic.gradient(L_D[loss](p.D(p.F(x), y), p.D(p.F(x_adv), of_each(y, x_adv))))
         joint.step(g_joint)
         critic.step(g_critic)
 
 
-def alternating(p, loss, weight=0.0):
+def alternating(p, loss, weight=0.0, copies=1):
     task, critic, features = optimizers(p)
-    for x, y, x_adv in batches():
-        task.step(task.gradient(L_C(p, x, y) + weight * L_C(p, x_adv, y)))
+    for x, y, x_adv in batches(copies):
+        task.step(task.gradient(L_C(p, x, y) + weight * L_C(p, x_adv, of_each(y, x_adv))))
         p.power_iteration()
-        critic.step(critic.gradient(L_D[loss](p.D(p.F(x), y), p.D(p.F(x_adv), y))))
-        features.step(features.gradient(L_F[loss](p.D(p.F(x_adv), y))))
+        critic.step(critic.gradient(L_D[loss](p.D(p.F(x), y), p.D(p.F(x_adv), of_each(y, x_adv)))))
+        features.step(features.gradient(L_F[loss](p.D(p.F(x_adv), of_each(y, x_adv)))))
 
 
-def play(schedule, loss, transcription, weight=0.0, **settings):
+def play(schedule, loss, transcription, weight=0.0, copies=1, **settings):
     """Runs afd's step and the transcription from the same start; returns start, afd's end, the transcription's end."""
     torch.manual_seed(0)
     model = tiny_model()
     rates = {"lr": ALPHA, "lr_discriminator": BETA, "lr_features": GAMMA, "weight_decay": DECAY}
     discriminator = Critic().double()
     execution = Execution(channels_last=False)
+    if copies == 3:
+        settings["attack"] = UnionSettings(eps=0.1, eps_l2=0.5, eps_l1=2.0, choice="average")
     method = AFD(loss=loss, adversarial_weight=weight, **rates, **settings)
     game = ROUNDS_OF[schedule](method, model, execution, execution.passes(model), discriminator)
     start = Players(model, discriminator)
     literal = copy.deepcopy(start)
-    for x, y, x_adv in batches():
+    for x, y, x_adv in batches(copies):
         game(x, y, x_adv=x_adv)
-    transcription(literal, loss, weight)
+    transcription(literal, loss, weight, copies)
     return start, Players(model, discriminator), literal
 
 
@@ -195,8 +204,9 @@ def play(schedule, loss, transcription, weight=0.0, **settings):
 )  # fmt: skip
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("weight", [0.0, 0.4], ids=["", "with a loss of attacked images"])
-def test_twenty_rounds_equal_the_literal_formulas(schedule, loss, transcription, micro_batches, weight):
-    start, ours, literal = play(schedule, loss, transcription, weight, micro_batches=micro_batches)
+@pytest.mark.parametrize("copies", [1, 3], ids=["", "with three attacked images of each"])
+def test_twenty_rounds_equal_the_literal_formulas(schedule, loss, transcription, micro_batches, weight, copies):
+    start, ours, literal = play(schedule, loss, transcription, weight, copies, micro_batches=micro_batches)
     for group in ("theta", "phi", "psi", "u", "v"):
         ends = list(zip(getattr(start, group), getattr(ours, group), getattr(literal, group), strict=True))
         for _, got, expected in ends:

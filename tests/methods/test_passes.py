@@ -8,13 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks import PGDSettings
+from afd.attacks import PGDSettings, UnionSettings
 from afd.bench import released, released_players, released_regularized
 from afd.bench.passes import Passes, UncountableError, counted
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Free, NormPenalty, NuAT
 from afd.nn import FeatureClassifier
 
 TRAIN = PGDSettings(batchnorm="train")
+BALLS = {"eps": 0.1, "eps_l2": 0.5, "eps_l1": 2.0}  # of which each takes ten steps
+
+
+def union(choice, loss="ce"):
+    return {"attack": UnionSettings(**BALLS, choice=choice, loss=loss)}
+
+
 PASSES = {  # forwards, backwards to the input, backwards to the weights, in a step
     "at": (AT(), (11, 11, 1)),
     "at in training mode": (AT(attack=TRAIN), (11, 11, 1)),
@@ -38,6 +45,17 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
     "afd, features silent": (AFD(discriminator_steps=5), (12, 11, 1)),
     "afd, features silent, with a loss of attacked images": (
         AFD(discriminator_steps=5, adversarial_weight=0.5), (12, 12, 2)),
+    "at, the worst of three balls": (AT(**union("worst")), (34, 31, 1)),  # one more forward a ball says which
+    "at, three balls": (AT(**union("average")), (33, 33, 3)),
+    "at, one of three balls": (AT(**union("random")), (11, 11, 1)),
+    "trades, the worst of three balls": (TRADES(**union("worst", "kl")), (36, 32, 2)),
+    "trades, three balls": (TRADES(**union("average", "kl")), (35, 34, 4)),  # x once in the attack, once in the loss
+    "trades, one of three balls": (TRADES(**union("random", "kl")), (13, 12, 2)),
+    "afd, three balls": (AFD(**union("average")), (34, 34, 4)),
+    "afd, three balls, with a loss of attacked images": (
+        AFD(adversarial_weight=0.5, **union("average")), (34, 34, 4)),
+    "afd alternating, three balls": (AFD(schedule="alternating", **union("average")), (35, 34, 4)),
+    "at+awp, three balls": (AWP(AT(**union("average"))), (36, 36, 6)),
 }  # fmt: skip
 COSTS = {  # of the fewest passes, as published lists have them
     "at": 23, "at in training mode": 23, "trades": 27, "mart": 26, "alp": 27, "at+awp": 26, "trades+awp": 33,

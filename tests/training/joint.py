@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from toy_methods import Perturbed, Remembers, Replays
 
-from afd.attacks import PGDSettings
+from afd.attacks import PGDSettings, UnionSettings
 from afd.data import Batches, Images, MixedBatches
 from afd.data.images import CropAndFlip
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Free, Natural, NormPenalty, NuAT
@@ -23,6 +23,7 @@ JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=2)}
 AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
 GAUSSIAN = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian"), **JUDGE}
 KL = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian", loss="kl"), **JUDGE}
+BALLS = {"eps": 0.1, "eps_l2": 0.4, "eps_l1": 1.5, "steps": 2}
 GAME = {"hidden": 8, **AGAINST}
 ONE = {"attack": PGDSettings(eps=0.1, alpha=0.1, steps=1, init="coin-flip", start_scale=0.05), **JUDGE}
 REMEMBERS = {"remembers": Remembers(lr=0.05)}  # by the place in each process's batch: not what one process remembers
@@ -49,6 +50,14 @@ METHODS = {
     "adversarial": AFD(adversarial_weight=0.5, **GAME),
     "adversarial-separate": AFD.adam(loss="dcgan", lr=1e-2, lr_features=1e-2, adversarial_weight=0.5, **GAME),
     "adversarial-alternating": AFD(schedule="alternating", adversarial_weight=0.5, micro_batches=2, **GAME),
+    **{
+        f"union-{choice}": AT(lr=0.05, attack=UnionSettings(**BALLS, choice=choice), validation_attack="pgd-2")
+        for choice in ("worst", "random", "average")
+    },
+    "union-trades": TRADES(
+        lr=0.05, micro_batches=2, attack=UnionSettings(**BALLS, choice="average", loss="kl"), **JUDGE
+    ),
+    "union-afd": AFD(hidden=8, micro_batches=2, attack=UnionSettings(**BALLS, choice="average"), **JUDGE),
     "replays": Replays(lr=0.05),
     "mixed": AT(lr=0.05, **AGAINST),
     "wrapped": Perturbed(AT(lr=0.05, **AGAINST), gamma=0.05),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from toy_methods import Perturbed, Remembers, Replays, Steady
 
-from afd.attacks import PGDSettings
+from afd.attacks import PGDSettings, UnionSettings
 from afd.errors import InputError
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Free, NormPenalty, NuAT, Supervised
 from afd.nn import FeatureClassifier
@@ -19,6 +19,7 @@ CPU, STEPS = torch.device("cpu"), 6
 PGD_2 = {"eps": 0.1, "alpha": 0.05, "steps": 2, "fold_batchnorm": False}
 ONE = {**PGD_2, "alpha": 0.1, "steps": 1, "init": "coin-flip", "start_scale": 0.05}
 KINDS = {"gat": 2, "nuat": 2, "nuat+awp": 2}  # of steps, where there is more than one: each is captured
+UNION = {"eps": 0.1, "eps_l2": 0.4, "eps_l1": 1.5, "steps": 2, "fold_batchnorm": False}
 METHODS = {
     **{mode: AT(lr=0.05, attack=PGDSettings(batchnorm=mode, **PGD_2)) for mode in ("eval", "train", "batch", "clean")},
     "in parts": AT(lr=0.05, micro_batches=2, clip=1.0, attack=PGDSettings(**PGD_2)),
@@ -47,6 +48,12 @@ METHODS = {
     ),
     "adamw, no decay of norms": AT(lr=0.01, optimizer="adamw", decay_norms=False, attack=PGDSettings(**PGD_2)),
     "nesterov": AT(lr=0.05, nesterov=True, attack=PGDSettings(**PGD_2)),
+    **{
+        f"union, {choice}": AT(lr=0.05, attack=UnionSettings(**UNION, choice=choice))
+        for choice in ("worst", "random", "average", "fooling")
+    },
+    "trades, union": TRADES(lr=0.05, attack=UnionSettings(**UNION, loss="kl", choice="average")),
+    "afd, union": AFD(lr=0.05, hidden=4, attack=UnionSettings(**UNION, choice="average", batchnorm="batch")),
     "replays": Replays(lr=0.05),
     "remembers": Remembers(lr=0.05),
     "wrapped": Perturbed(AT(lr=0.05, attack=PGDSettings(**PGD_2)), gamma=0.05),

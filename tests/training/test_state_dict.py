@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from afd.attacks import PGDSettings
+from afd.attacks import PGDSettings, UnionSettings
 from afd.checkpoint import CheckpointError
 from afd.errors import InputError
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Natural, NormPenalty, NuAT
@@ -32,6 +32,8 @@ METHODS = {
     "llr": LLR(lr=0.05, eps=0.1, search_steps=2),
     "gat": GAT(lr=0.05, growth_epoch=2, attack=PGDSettings(eps=0.1, alpha=0.1, steps=1, init="coin-flip")),
     "nuat": NuAT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.1, steps=1, init="coin-flip")),
+    "at, union": AT(lr=0.05, attack=UnionSettings(eps=0.1, eps_l2=0.4, steps=2, choice="random")),
+    "afd, union": AFD(lr=0.05, hidden=4, attack=UnionSettings(eps=0.1, eps_l1=1.5, steps=2, choice="average")),
     "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)), gamma=0.05, start_epoch=2),
 }
 
