@@ -9,6 +9,7 @@ from afd.methods.afd import AFD
 from afd.methods.awp import AWP
 from afd.methods.base import Batch, Method, Run, Step
 from afd.methods.free import Free
+from afd.methods.jarn import JARN
 from afd.methods.ramps import Ramp
 from afd.methods.registry import METHODS, WRAPPERS
 from afd.methods.supervised import Supervised, SupervisedStep, TrainedModel, Wrapper
@@ -19,6 +20,7 @@ __all__ = [
     "AT",
     "AWP",
     "FGSMRS",
+    "JARN",
     "MART",
     "METHODS",
     "TRADES",

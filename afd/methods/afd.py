@@ -103,6 +103,7 @@ class AFD(GameSettings):
     validation_attack: AttackSettings | str | None = "pgd-20"
 
     soft_labels: ClassVar[bool] = False  # the discriminator is conditioned on classes
+    uses_features: ClassVar[bool] = True
     of_optimizers: ClassVar[frozenset[str]] = Optimized.of_optimizers | {"lr_discriminator", "lr_features"}
     players: ClassVar[tuple[str, ...]] = ("task", "discriminator", "features")
     rates: ClassVar[Mapping[str, Mapping[str, float]]] = {

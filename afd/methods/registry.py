@@ -23,6 +23,7 @@ from afd.methods.afd import AFD
 from afd.methods.awp import AWP
 from afd.methods.base import Method, check_declared
 from afd.methods.free import Free
+from afd.methods.jarn import JARN
 from afd.methods.supervised import Wrapper
 
 METHODS: dict[str, type[Method]] = {
@@ -34,6 +35,7 @@ METHODS: dict[str, type[Method]] = {
     "fgsm-rs": FGSMRS,
     "free": Free,
     "norm-penalty": NormPenalty,
+    "jarn": JARN,
     "afd": AFD,
 }
 WRAPPERS: dict[str, type[Wrapper]] = {"awp": AWP}
