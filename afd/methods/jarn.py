@@ -11,9 +11,10 @@ where CE_D is the cross-entropy of the discriminator, which tells adapted gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -79,8 +80,7 @@ class ConvDiscriminator(nn.Module):
         super().__init__()
         widths = [channels, *(width * 2**layer for layer in range(layers))]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(inputs, outputs, 4, stride=2, padding=1)
-            for inputs, outputs in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(inputs, outputs, 4, stride=2, padding=1) for inputs, outputs in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(outputs, eps=VARIANCE) for outputs in widths[1:])
         self.linear = nn.Linear(widths[-1], 2)
