@@ -7,7 +7,7 @@ backward. A training pass is 3, a step of an attack 2, or 3 where it computes gr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +54,10 @@ def counted(work: Callable[[], object], model: nn.Module, x: Tensor) -> Passes:
     """The passes that `work` takes of a model, or of copies of it, for each image of a batch x.
 
     Counted are the operations of convolutions, as they reach the device, so that it does not matter who calls them:
-    backwards say themselves whether they go to their input, to their weights, or both. The first layer is left out:
-    where images ask for no gradient, its input gets none. (What is compiled or replayed as a graph is not seen.)
+    backwards say themselves whether they go to their input, to their weights, or both. Where a gradient of the input is
+    differentiated itself, a layer is applied once more, which counts as a forward, and its weights get a gradient. The
+    first layer is left out: where images ask for no gradient, its input gets none. (What is compiled or replayed as a
+    graph is not seen.)
 
     Raises:
         UncountableError: the model has no convolution behind the first.
@@ -66,7 +68,7 @@ def counted(work: Callable[[], object], model: nn.Module, x: Tensor) -> Passes:
     per_image = others["forwards"] - others["forwards", first]
     if not per_image:
         raise UncountableError("the model has no convolution behind the first; passes are counted by those")
-    with _Convolutions() as found:
+    with _Convolutions(once.shapes) as found:
         work()
     return Passes(*((found.images[kind] - found.images[kind, first]) / per_image for kind in KINDS))
 
@@ -74,29 +76,46 @@ def counted(work: Callable[[], object], model: nn.Module, x: Tensor) -> Passes:
 class _Convolutions(TorchDispatchMode):
     """Counts the images that convolutions are applied to, in all, and by the shape of the weights.
 
+    Args:
+        known: shapes of the model's weights, where they are known.
+
     Attributes:
         images: by kind of pass, and by kind and shape.
         first: shape of the first weights that were met.
+        shapes: of all weights that were met.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Collection[tuple[int, ...]] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.images: Counter[Any] = Counter()
         self.first: tuple[int, ...] = ()
+        self.shapes: set[tuple[int, ...]] = set()
+        self.known = known
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Counts, and lets the operation pass."""
         name = func.overloadpacket.__name__ if func.namespace == "aten" else ""
         if name == "convolution":
-            self._count(args[0], args[1], "forwards")
+            self._count_convolution(args[0], args[1])
         elif name == "convolution_backward":
             to_input, to_weights = args[10][:2]
-            self._count(args[1], args[2], *["input_backwards"] * to_input, *["weight_backwards"] * to_weights)
+            kinds = ["input_backwards"] * to_input + ["weight_backwards"] * to_weights
+            self._count(len(args[1]), args[2].shape, *kinds)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, x: Tensor, weight: Tensor, *kinds: str) -> None:
-        shape = tuple(weight.shape)
+    def _count_convolution(self, x: Tensor, weight: Tensor) -> None:
+        shape = weight.shape
+        if not self.known or shape in self.known:
+            self._count(len(x), shape, "forwards")
+            return
+        # the weights' gradient in a second derivative: images [C_in, N, ...] with gradients of outputs [C_out, N, ...]
+        ends = (shape[0], x.shape[0])
+        self._count(x.shape[1], next((one for one in self.known if one[:2] == ends), shape), "weight_backwards")
+
+    def _count(self, images: int, shape: Iterable[int], *kinds: str) -> None:
+        shape = tuple(shape)
         self.first = self.first or shape
+        self.shapes.add(shape)
         for kind in kinds:
-            self.images[kind] += len(x)
-            self.images[kind, shape] += len(x)
+            self.images[kind] += images
+            self.images[kind, shape] += images
