@@ -143,7 +143,9 @@ class JARN(Optimized):
     fall to a tenth at 80,000 and 120,000. What it gains is largely masked gradients (the authors' network is reported
     at 15.5% and has 0.26% under AutoAttack): measure it by many restarts and without gradients.
 
-    BatchNorm of the discriminator sees gradients and images together, of one process and of one micro-batch.
+    Once it is regularised, passes of training are in float32 whatever precision is asked for: what bfloat16 makes of a
+    gradient of a gradient has cosines of 0.79 to 0.99 with it on small trained networks, where a training pass has 0.997
+    and more. BatchNorm of the discriminator sees gradients and images together, of one process and of one micro-batch.
 
     Attributes:
         weight_decay: on the weights of all three networks.
@@ -309,7 +311,7 @@ class JARNStep(Step):
         The model is passed once: J is a gradient of the pass that CE is of, and one backward takes both.
         """
         x = part.x.detach().requires_grad_()
-        with self._gathering(part, self.passes, self.adapter), _differentiable_twice():
+        with self._gathering(part, self.passes, self.adapter), self._in_float32(), _differentiable_twice():
             logits = self.passes(x)[1]
             task = self.method.cross_entropy(logits, part.y)
             (jacobian,) = torch.autograd.grad(_of_own_class(logits, part.classes), x, create_graph=True)
@@ -329,7 +331,8 @@ class JARNStep(Step):
     def gather_discriminator(self, part: Part) -> None:
         """Adds the gradients of CE_D to the discriminator's, at the model and the adapter as they have become."""
         x = part.x.detach().requires_grad_()
-        (jacobian,) = torch.autograd.grad(_of_own_class(alone(self.passes)(x)[1], part.classes), x)
+        with self._in_float32():
+            (jacobian,) = torch.autograd.grad(_of_own_class(alone(self.passes)(x)[1], part.classes), x)
         with torch.no_grad():
             adapted = alone(self.adapter)(jacobian)
         with self._gathering(part, self.discriminator):
@@ -337,6 +340,17 @@ class JARNStep(Step):
             torch.autograd.backward(
                 judged, torch.full_like(judged, part.share), inputs=self.parameters["discriminator"]
             )
+
+    @contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        """Passes of the model inside are, as gradients of their gradients in bfloat16 are others."""
+        passes: Any = alone(self.passes)
+        chosen = passes.execution
+        passes.execution = replace(chosen, precision="fp32")
+        try:
+            yield
+        finally:
+            passes.execution = chosen
 
     @staticmethod
     def judged(discriminator: nn.Module, adapted: Tensor, images: Tensor) -> Tensor:
