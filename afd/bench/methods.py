@@ -24,14 +24,14 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from afd.attacks import APGDSettings, PGDSettings
-from afd.bench import base, released, released_players
+from afd.bench import base, released, released_jarn, released_players
 from afd.bench.base import Benchmark, Say
 from afd.bench.baselines import BASELINES, Request, adapted
 from afd.bench.metering import interleaved, peak_bytes
 from afd.bench.passes import counted
 from afd.bench.results import Candidate, Case, Column, Figure, mebibytes
 from afd.errors import AfdError
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Execution, Free, Method, NormPenalty
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, JARN, MART, TRADES, Execution, Free, Method, NormPenalty
 from afd.nn import FeatureClassifier, build_model
 from afd.training.recording import GraphedStep
 
@@ -133,6 +133,7 @@ METHODS: dict[str, Entry] = {
     ),
     "free": Entry(lambda setting: Free(lr=LR, eps=setting.eps), released.Free, "train", attacks=False),
     "norm-penalty": Entry(lambda setting: NormPenalty(lr=LR, attack=setting.pgd()), released.NormPenalty),
+    "jarn": Entry(lambda setting: JARN(lr=LR, eps=setting.eps), released_jarn.JARN, "train", attacks=False),
     "afd": Entry(
         lambda setting: AFD(lr=LR, lr_discriminator=LR, lr_features=LR,
                             attack=APGDSettings(eps=setting.eps, steps=setting.steps)),
@@ -148,7 +149,8 @@ def of_released(name: str, setting: Setting) -> Call:
         request = Request("apgd", "Linf", setting.eps, alpha=setting.eps, steps=setting.steps)
         attack = adapted("pyautoattack", model, request)
         return partial(released_players.AFD(model, LR, attack), setting.x, setting.y)
-    core = entry.ours(setting).core
+    method = entry.ours(setting)
+    core = getattr(method, "core", method)
     optimizer = SGD(model.parameters(), LR, momentum=core.momentum, weight_decay=core.weight_decay)
     told = {"alpha": core.attack.alpha, "steps": core.attack.steps} if entry.attacks else {}
     return partial(entry.released(model, optimizer, eps=setting.eps, **told), setting.x, setting.y)

@@ -321,10 +321,10 @@ class JARNStep(Step):
                 judged, torch.full_like(judged, -part.share), inputs=[shown, *self.parameters["adapter"]]
             )
             assert shown.grad is not None
+            # to all that it hangs on: where only weights were asked for, torch would not tell of a layer whose gradient
+            # cannot be differentiated, and leave out what lies behind it
             torch.autograd.backward(
-                [task, jacobian],
-                [torch.full_like(task, part.share), self.method.beta * shown.grad],
-                inputs=self.parameters["task"],
+                [task, jacobian], [torch.full_like(task, part.share), self.method.beta * shown.grad]
             )
         return part.share * torch.stack([task.detach(), judged.detach()])
 
@@ -356,8 +356,9 @@ class JARNStep(Step):
     def judged(discriminator: nn.Module, adapted: Tensor, images: Tensor) -> Tensor:
         """CE_D [], the mean over adapted gradients and images, which are one batch."""
         logits = discriminator(torch.cat([adapted, images]))
-        labels = torch.full((len(logits),), IMAGE, device=logits.device)
-        labels[: len(adapted)] = GRADIENT
+        labels = torch.cat(
+            [torch.full((len(one),), kind, device=one.device) for one, kind in ((adapted, GRADIENT), (images, IMAGE))]
+        )
         return F.cross_entropy(logits, labels)
 
     @staticmethod

@@ -8,7 +8,7 @@ import torch
 
 from afd.attacks import PGDSettings
 from afd.errors import InputError, InputTypeError
-from afd.methods import AFD, ALP, AT, AWP, MART, TRADES, Free, Natural, NormPenalty, Run
+from afd.methods import AFD, ALP, AT, AWP, JARN, MART, TRADES, Free, Natural, NormPenalty, Run
 from afd.methods.supervised import Supervised
 from afd.nn import FeatureClassifier
 
@@ -28,6 +28,15 @@ from afd.nn import FeatureClassifier
         (Free, {"norm": "L7"}, "norm is 'L7'; allowed are"),
         (Free, {"keyed": "name"}, "keyed is 'name'; allowed are position, index"),
         (AFD, {"adversarial_weight": -1.0}, "adversarial_weight is -1.0"),
+        (JARN, {"beta": -1.0}, "beta is -1.0"),
+        (JARN, {"gamma": float("nan")}, "gamma is nan"),
+        (JARN, {"eps": -0.1}, "eps is -0.1"),
+        (JARN, {"start_step": -1}, "start_step is -1; it must be a finite number >= 0"),
+        (JARN, {"update_interval": 0}, "update_interval is 0; it must be a finite number >= 1"),
+        (JARN, {"discriminator_width": 0}, "discriminator_width is 0"),
+        (JARN, {"discriminator_layers": 0}, "discriminator_layers is 0"),
+        (JARN, {"channels": 0}, "channels is 0"),
+        (JARN, {"optimizers": {"features": torch.optim.SGD}}, "allowed are task, adapter, discriminator"),
         (AT, {"nesterov": True, "momentum": 0.0}, "nesterov is True with momentum 0; it is a kind of SGD's momentum"),
         (AT, {"nesterov": True, "optimizer": "adamw"}, "nesterov is True with optimizer 'adamw'"),
         (AT, {"optimizer": "lion"}, "optimizer is 'lion'; allowed are sgd, adam, adamw"),
@@ -45,6 +54,7 @@ def test_what_is_out_of_range_is_named(kind, settings, message):
         (Free, {"replays": 2.5}, "replays is 2.5, a float; it must be a whole number"),
         (AT, {"lr": None}, "lr is None, a NoneType; it must be a number"),
         (AT, {"micro_batches": 1.5}, "micro_batches is 1.5, a float; it must be a whole number"),
+        (JARN, {"start_step": 0.5}, "start_step is 0.5, a float; it must be a whole number"),
         (AFD, {"discriminator_steps": True}, "discriminator_steps is True, a bool; it must be a whole number"),
     ],
 )
@@ -69,12 +79,14 @@ def test_so_it_is_of_a_wrapper(settings, message):
 def test_a_wrapper_goes_around_no_game():
     with pytest.raises(InputTypeError, match="AWP goes around a supervised method, which AFD is not"):
         AWP(AFD())
+    with pytest.raises(InputTypeError, match="AWP goes around a supervised method, which JARN is not"):
+        AWP(JARN())
 
 
-@pytest.mark.parametrize("method", [MART(), AFD(), AWP(MART())])
+@pytest.mark.parametrize("method", [MART(), AFD(), JARN(channels=1), AWP(MART())])
 def test_a_loss_of_classes_takes_no_soft_labels(method):
     """Said of the run, and by a step that is given some all the same, before anything moves."""
-    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and (MART|AFD) asks for classes \[N\]"):
+    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and (MART|AFD|JARN) asks for classes \[N\]"):
         method.check_run(Run(soft=True))
     for other in (AT(), TRADES(), ALP(), Free(), NormPenalty(), AWP(TRADES())):
         other.check_run(Run(soft=True))
@@ -82,7 +94,7 @@ def test_a_loss_of_classes_takes_no_soft_labels(method):
     model = FeatureClassifier(torch.nn.Flatten(), 4, 3)
     before = {name: one.clone() for name, one in model.state_dict().items()}
     step = method.build(model)
-    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and (MART|AFD) asks for classes"):
+    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and (MART|AFD|JARN) asks for classes"):
         step(torch.rand(2, 1, 2, 2), torch.full((2, 3), 1 / 3))
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 

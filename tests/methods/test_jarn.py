@@ -122,7 +122,9 @@ def everything_of_the_start():
     torch.manual_seed(2)
     step = JARN(eps=EPS, **SMALL, **RUN).build(model)
     modules = model, step.players["adapter"].convolution, step.players["discriminator"]
-    return {f"{number}.{name}": one.clone() for number, one in enumerate(modules) for name, one in one.state_dict().items()}
+    return {
+        f"{number}.{name}": one.clone() for number, one in enumerate(modules) for name, one in one.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("change", [{"beta": 1.49}, {"gamma": 0.71}, {"start_step": 6}, {"update_interval": 5}])
@@ -288,3 +290,154 @@ def test_passes_are_in_float32_once_the_model_is_regularised():
     step.steps = 0
     step(x, y, seed=0)
     assert kinds[-1] == torch.bfloat16
+
+
+# --- Around it ------------------------------------------------------------------------------------------------------
+
+
+def test_it_is_validated_in_the_ball_of_its_noise_and_takes_ramps():
+    judge = JARN(eps=0.3).judge(3)
+    assert (judge.norm, judge.eps, judge.steps, judge.seed) == ("Linf", 0.3, 20, 3)
+    check_ramps(JARN(), {"beta": Ramp(0.0, 1), "gamma": Ramp(0.0, 1), "eps": Ramp(0.0, 1)})
+    with pytest.raises(InputError, match="start_step"):
+        check_ramps(JARN(), {"start_step": Ramp(1, 1)})
+
+
+@pytest.mark.parametrize("name", ["beta", "gamma", "eps"])
+def test_a_number_that_is_live_is_followed(name):
+    ends = []
+    for live in (False, True):
+        model = network()
+        torch.manual_seed(2)
+        own = {"eps": EPS, "beta": 0.6, "gamma": 0.6}
+        step = JARN(**SMALL, **(own | ({name: 0.01} if live else {}))).build(model)
+        if live:
+            step.live(name, 0.0).fill_(own[name])
+        for number, (x, y) in enumerate(batches(3)):
+            step(x, y, seed=number)
+        ends.append(everything([model, *step.players.values()], step.optimizers.values()))
+    assert apart(*ends) < 1e-12
+
+
+def test_each_players_gradient_is_clipped_and_its_own_optimizer_steps():
+    model, (x, y) = network(), next(batches(1))
+    seen = {}
+
+    def noting(player):
+        def made(parameters):
+            optimizer = torch.optim.SGD(parameters, 0.1)
+            optimizer.register_step_pre_hook(
+                lambda one, *_: seen.update({player: float(torch.cat(
+                    [p.grad.flatten() for group in one.param_groups for p in group["params"]]
+                ).norm())})
+            )  # fmt: skip
+            return optimizer
+
+        return made
+
+    own = {player: noting(player) for player in ("task", "adapter", "discriminator")}
+    JARN(**SMALL, optimizers=own, clip=1e-3).build(model)(x, y)
+    assert seen.keys() == own.keys()
+    assert all(norm <= 1.001e-3 for norm in seen.values())
+
+
+def test_labels_are_smoothed_in_the_cross_entropy_alone():
+    x, y = next(batches(1))
+    losses = []
+    for smoothing in (0.0, 0.3):
+        torch.manual_seed(2)
+        model = network()
+        losses.append(JARN(**SMALL, label_smoothing=smoothing).build(model)(x, y, seed=1))
+    assert losses[0]["task"] != losses[1]["task"]
+    assert losses[0]["discriminator"] == losses[1]["discriminator"]
+
+
+def test_the_discriminator_has_as_many_layers_as_leave_a_pixel():
+    for shape, layers in (((1, 8, 8), 3), ((1, 28, 28), 5), ((3, 32, 32), 5), ((3, 64, 64), 5), ((2, 9, 5), 4)):
+        model = build_model("resnet18", shape, 10, 4)
+        assert (channels_of(model), layers_for(model)) == (shape[0], layers)
+        images = torch.rand(3, *shape)
+        assert ConvDiscriminator(shape[0], 4, layers)(images).shape == (3, 2)
+        assert Adapter(shape[0])(images).shape == images.shape
+    assert layers_for(nn.Conv2d(1, 1, 1)) == 5
+
+
+def test_standardised_images_have_no_mean_and_length_1():
+    found = standardised(torch.rand(3, 2, 4, 4, dtype=torch.float64))
+    torch.testing.assert_close(found.mean((1, 2, 3)), torch.zeros(3, dtype=torch.float64))
+    torch.testing.assert_close(found.flatten(1).norm(dim=1), torch.ones(3, dtype=torch.float64))
+    assert not standardised(torch.ones(1, 2, 4, 4)).any()
+
+
+def test_a_gradient_that_is_zero_spoils_nothing():
+    """Of a model whose logits do not hang on its input, but on its weights."""
+    model, (x, y) = network(), next(batches(1))
+    with torch.no_grad():
+        model.encoder[0].weight.zero_()
+    losses = JARN(**SMALL).build(model)(x, y)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.rand(4, 3, 6, 6), torch.zeros(4).long(), r"x has shape \[4, 3, 6, 6\]; .* for images \[N, 2, H, W\]"),
+        (torch.rand(4, 72), torch.zeros(4).long(), r"x has shape \[4, 72\]"),
+        (torch.rand(4, 2, 6, 6), None, "y is None"),
+    ],
+)
+def test_images_and_labels_of_another_kind_are_named(images, labels, message):
+    step = JARN(**SMALL).build(network(dtype=torch.float32))
+    before = [one.clone() for one in step.network.parameters()]
+    with pytest.raises(InputError, match=message):
+        step(images, labels)
+    assert all(map(torch.equal, before, step.network.parameters()))
+
+
+def test_what_cannot_be_built_is_named():
+    flat = FeatureClassifier(nn.Flatten(), 36, 3)
+    with pytest.raises(InputError, match="channels is missing, and the model has no convolution that says how many"):
+        JARN().build(flat)
+    JARN(channels=1, **SMALL).build(flat)(torch.rand(4, 1, 6, 6), torch.arange(4) % 3)
+    with pytest.raises(InputError, match="compile is True, but torch.compile allows no backward through a gradient"):
+        JARN().build(network(), Execution(compile=True))
+    with pytest.raises(InputTypeError, match="AWP goes around a supervised method"):
+        AWP(JARN())
+
+
+def test_a_layer_that_is_differentiable_only_once_is_named():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(_ctx, x):
+            return x * 2
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(_ctx, grad):
+            return grad * 2
+
+    model, (x, y) = network(), next(batches(1))
+    model.encoder[2].forward = Once.apply
+    step = JARN(**SMALL).build(model)
+    with pytest.raises(InputError, match="a layer whose gradient torch cannot differentiate, as JARN does"):
+        step(x, y)
+
+
+def test_a_frozen_backbone_stays():
+    model = network()
+    model.encoder.requires_grad_(False)
+    before = [one.clone() for one in model.encoder.parameters()]
+    head = model.classifier.weight.clone()
+    step = JARN(**SMALL).build(model)
+    for x, y in batches(2):
+        step(x, y)
+    assert all(map(torch.equal, before, model.encoder.parameters()))
+    assert not torch.equal(head, model.classifier.weight)
+
+
+def test_trainable_parameters_that_have_no_part_in_the_logits_are_named():
+    model, (x, y) = network().requires_grad_(False), next(batches(1))
+    model.spare = nn.Linear(2, 2).double()
+    with pytest.raises(InputError, match="no trainable parameter of the model has a part in the logits"):
+        JARN(**SMALL).build(model)(x, y)

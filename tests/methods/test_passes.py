@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from afd.attacks import PGDSettings
-from afd.bench import released, released_players
+from afd.bench import released, released_jarn, released_players
 from afd.bench.passes import Passes, UncountableError, counted
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Free, NormPenalty
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, JARN, MART, TRADES, Free, NormPenalty
 from afd.nn import FeatureClassifier
 
 TRAIN = PGDSettings(batchnorm="train")
@@ -28,6 +28,7 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
     "norm-penalty": (NormPenalty(), (12, 12, 2)),
     "fgsm-rs": (FGSMRS(), (2, 2, 1)),
     "free, a replay": (Free(), (1, 1, 1)),
+    "jarn": (JARN(discriminator_width=4), (2, 2, 2)),  # a gradient of the input, and its derivative
     "afd": (AFD(), (12, 12, 2)),
     "afd with a loss of attacked images": (AFD(adversarial_weight=0.5), (12, 12, 2)),
     "afd alternating": (AFD(schedule="alternating"), (13, 12, 2)),
@@ -38,7 +39,7 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
 }  # fmt: skip
 COSTS = {  # of the fewest passes, as published lists have them
     "at": 23, "at in training mode": 23, "trades": 27, "mart": 26, "alp": 27, "at+awp": 26, "trades+awp": 33,
-    "norm-penalty": 26, "fgsm-rs": 5, "free, a replay": 3, "afd": 26, "afd with a loss of attacked images": 26,
+    "norm-penalty": 26, "jarn": 6, "fgsm-rs": 5, "free, a replay": 3, "afd": 26, "afd with a loss of attacked images": 26,
 }  # fmt: skip
 RELEASED = {
     "at of robustness": (released.RobustnessAT, 23),
@@ -50,6 +51,7 @@ RELEASED = {
     "trades+awp": (released_players.TRADESAWP, 48),
     "norm-penalty": (released.NormPenalty, 26),
     "fgsm-rs": (released.FGSMRS, 6),
+    "jarn": (released_jarn.JARN, 6),
 }
 
 

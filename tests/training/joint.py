@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -12,12 +13,22 @@ from toy_methods import Perturbed, Remembers, Replays
 from afd.attacks import PGDSettings
 from afd.data import Batches, Images, MixedBatches
 from afd.data.images import CropAndFlip
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Free, Natural, NormPenalty
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, JARN, MART, TRADES, Free, Natural, NormPenalty
 from afd.nn import FeatureClassifier
 from afd.processes import leave
 from afd.runtime import join
 from afd.training import Mixing, Trainer
 
+
+class WithoutNorms(JARN):
+    """JARN whose discriminator has no BatchNorm, whose statistics hang on how a batch is shared out."""
+
+    def build(self, *args, **settings):
+        with mock.patch("afd.methods.jarn.nn.BatchNorm2d", lambda *_, **__: nn.Identity()):
+            return super().build(*args, **settings)
+
+
+SMALL = {"lr": 0.05, "eps": 0.1, "discriminator_width": 4, "discriminator_layers": 2}
 JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=2)}
 AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
 GAUSSIAN = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian"), **JUDGE}
@@ -38,6 +49,8 @@ METHODS = {
     "fgsm-rs": FGSMRS(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.125, steps=1, batchnorm="train"), **JUDGE),
     "free": Free(lr=0.05, eps=0.1, replays=2, **JUDGE),
     "norm-penalty": NormPenalty(lr=0.05, distance="squared-L2", **AGAINST),
+    "jarn": WithoutNorms(start_step=1, update_interval=2, **SMALL, **JUDGE),
+    "jarn in parts": WithoutNorms(update_interval=1, micro_batches=2, clip=1.0, beta=0.5, gamma=0.7, **SMALL, **JUDGE),
     "at+awp": AWP(AT(lr=0.05, **AGAINST)),
     "trades+awp": AWP(TRADES(lr=0.05, micro_batches=2, **KL), gamma=0.05, start_epoch=2),
     "free+awp": AWP(Free(lr=0.05, eps=0.1, replays=2, **JUDGE), weight_decay_at="original"),

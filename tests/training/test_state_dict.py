@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from afd.attacks import PGDSettings
 from afd.checkpoint import CheckpointError
 from afd.errors import InputError
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Natural, NormPenalty
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, JARN, MART, TRADES, Natural, NormPenalty
 from afd.training import EpochReport, Trainer
 
 X = torch.rand(40, 1, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -29,6 +29,7 @@ METHODS = {
     "alp": ALP(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, targeted=True)),
     "fgsm-rs": FGSMRS(lr=0.05),
     "norm-penalty": NormPenalty(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)),
+    "jarn": JARN(lr=0.05, eps=0.1, start_step=4, update_interval=3, discriminator_width=4, discriminator_layers=2),
     "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)), gamma=0.05, start_epoch=2),
 }
 
