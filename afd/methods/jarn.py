@@ -144,8 +144,9 @@ class JARN(Optimized):
     at 15.5% and has 0.26% under AutoAttack): measure it by many restarts and without gradients.
 
     Once it is regularised, passes of training are in float32 whatever precision is asked for: what bfloat16 makes of a
-    gradient of a gradient has cosines of 0.79 to 0.99 with it on small trained networks, where a training pass has 0.997
-    and more. BatchNorm of the discriminator sees gradients and images together, of one process and of one micro-batch.
+    gradient of a gradient has cosines of 0.79 to 0.99 with it on small trained networks, where a training pass has
+    0.997 and more. BatchNorm of the discriminator sees gradients and images together, of one process and of one
+    micro-batch.
 
     Attributes:
         weight_decay: on the weights of all three networks.

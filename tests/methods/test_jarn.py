@@ -400,7 +400,7 @@ def test_what_cannot_be_built_is_named():
     with pytest.raises(InputError, match="channels is missing, and the model has no convolution that says how many"):
         JARN().build(flat)
     JARN(channels=1, **SMALL).build(flat)(torch.rand(4, 1, 6, 6), torch.arange(4) % 3)
-    with pytest.raises(InputError, match="compile is True, but torch.compile allows no backward through a gradient"):
+    with pytest.raises(InputError, match=r"compile is True, but torch\.compile allows no backward through a gradient"):
         JARN().build(network(), Execution(compile=True))
     with pytest.raises(InputTypeError, match="AWP goes around a supervised method"):
         AWP(JARN())

@@ -39,7 +39,8 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
 }  # fmt: skip
 COSTS = {  # of the fewest passes, as published lists have them
     "at": 23, "at in training mode": 23, "trades": 27, "mart": 26, "alp": 27, "at+awp": 26, "trades+awp": 33,
-    "norm-penalty": 26, "jarn": 6, "fgsm-rs": 5, "free, a replay": 3, "afd": 26, "afd with a loss of attacked images": 26,
+    "norm-penalty": 26, "jarn": 6, "fgsm-rs": 5, "free, a replay": 3, "afd": 26,
+    "afd with a loss of attacked images": 26,
 }  # fmt: skip
 RELEASED = {
     "at of robustness": (released.RobustnessAT, 23),
