@@ -24,14 +24,30 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from afd.attacks import APGDSettings, PGDSettings
-from afd.bench import base, released, released_players, released_regularized
+from afd.bench import base, released, released_jarn, released_players, released_regularized
 from afd.bench.base import Benchmark, Say
 from afd.bench.baselines import BASELINES, Request, adapted
 from afd.bench.metering import interleaved, peak_bytes
 from afd.bench.passes import counted
 from afd.bench.results import Candidate, Case, Column, Figure, mebibytes
 from afd.errors import AfdError
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Execution, Free, Method, NormPenalty, NuAT
+from afd.methods import (
+    AFD,
+    ALP,
+    AT,
+    AWP,
+    FGSMRS,
+    GAT,
+    JARN,
+    LLR,
+    MART,
+    TRADES,
+    Execution,
+    Free,
+    Method,
+    NormPenalty,
+    NuAT,
+)
 from afd.nn import FeatureClassifier, build_model
 from afd.training.recording import GraphedStep
 
@@ -148,6 +164,7 @@ METHODS: dict[str, Entry] = {
     ),
     "gat": Entry(lambda setting: GAT(lr=LR, attack=setting.one_step), released_regularized.GAT),
     "nuat": Entry(lambda setting: NuAT(lr=LR, attack=setting.one_step), released_regularized.NuAT),
+    "jarn": Entry(lambda setting: JARN(lr=LR, eps=setting.eps), released_jarn.JARN, "train", attacks=False),
     "afd": Entry(
         lambda setting: AFD(lr=LR, lr_discriminator=LR, lr_features=LR,
                             attack=APGDSettings(eps=setting.eps, steps=setting.steps)),
@@ -163,7 +180,8 @@ def of_released(name: str, setting: Setting) -> Call:
         request = Request("apgd", "Linf", setting.eps, alpha=setting.eps, steps=setting.steps)
         attack = adapted("pyautoattack", model, request)
         return partial(released_players.AFD(model, LR, attack), setting.x, setting.y)
-    core = entry.ours(setting).core
+    method = entry.ours(setting)
+    core = getattr(method, "core", method)
     optimizer = SGD(model.parameters(), LR, momentum=core.momentum, weight_decay=core.weight_decay)
     told = {}
     if isinstance(core, LLR):

@@ -57,7 +57,7 @@ def counted(work: Callable[[], object], model: nn.Module, x: Tensor) -> Passes:
     backwards say themselves whether they go to their input, to their weights, or both. Where a gradient of the input is
     differentiated itself, a layer is applied once more, which counts as a forward, and its weights get a gradient. The
     first layer is left out: where images ask for no gradient, its input gets none. (What is compiled or replayed as a
-    graph is not seen.)
+    graph is not seen.) Those of networks beside the model are not, as far as their weights are of other shapes.
 
     Raises:
         UncountableError: the model has no convolution behind the first.
@@ -110,10 +110,13 @@ class _Convolutions(TorchDispatchMode):
             return
         # the weights' gradient in a second derivative: images [C_in, N, ...] with gradients of outputs [C_out, N, ...]
         ends = (shape[0], x.shape[0])
-        self._count(x.shape[1], next((one for one in self.known if one[:2] == ends), shape), "weight_backwards")
+        for one in [one for one in self.known if one[:2] == ends][:1]:
+            self._count(x.shape[1], one, "weight_backwards")
 
     def _count(self, images: int, shape: Iterable[int], *kinds: str) -> None:
         shape = tuple(shape)
+        if self.known and shape not in self.known:
+            return  # of a network beside the model
         self.first = self.first or shape
         self.shapes.add(shape)
         for kind in kinds:

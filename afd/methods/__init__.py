@@ -9,6 +9,7 @@ from afd.methods.afd import AFD
 from afd.methods.awp import AWP
 from afd.methods.base import Batch, Method, Run, Step
 from afd.methods.free import Free
+from afd.methods.jarn import JARN
 from afd.methods.ramps import Ramp
 from afd.methods.registry import METHODS, WRAPPERS
 from afd.methods.regularized import GAT, LLR, NuAT
@@ -21,6 +22,7 @@ __all__ = [
     "AWP",
     "FGSMRS",
     "GAT",
+    "JARN",
     "LLR",
     "MART",
     "METHODS",

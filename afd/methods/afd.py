@@ -106,6 +106,7 @@ class AFD(GameSettings):
 
     soft_labels: ClassVar[bool] = False  # the discriminator is conditioned on classes
     takes_copies: ClassVar[bool] = True
+    uses_features: ClassVar[bool] = True
     of_optimizers: ClassVar[frozenset[str]] = Optimized.of_optimizers | {"lr_discriminator", "lr_features"}
     players: ClassVar[tuple[str, ...]] = ("task", "discriminator", "features")
     rates: ClassVar[Mapping[str, Mapping[str, float]]] = {

@@ -281,7 +281,7 @@ class Step(ABC):
     def _look(self, x: Tensor, y: Tensor | None, x_adv: Tensor | None) -> None:
         if not self.steps:
             check_dtype(self.network, x)
-            if self.players or getattr(getattr(self.method, "core", self.method), "uses_features", False):
+            if getattr(getattr(self.method, "core", self.method), "uses_features", False):
                 check_features(self.network, x)
         classes = None if getattr(self.network, "settles", False) else self.network.num_classes
         check_form(x, y, classes)

@@ -23,6 +23,7 @@ from afd.methods.afd import AFD
 from afd.methods.awp import AWP
 from afd.methods.base import Method, check_declared
 from afd.methods.free import Free
+from afd.methods.jarn import JARN
 from afd.methods.regularized import GAT, LLR, NuAT
 from afd.methods.supervised import Wrapper
 
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "llr": LLR,
     "gat": GAT,
     "nuat": NuAT,
+    "jarn": JARN,
     "afd": AFD,
 }
 WRAPPERS: dict[str, type[Wrapper]] = {"awp": AWP}

@@ -15,6 +15,7 @@ from afd.methods import (
     AWP,
     FGSMRS,
     GAT,
+    JARN,
     LLR,
     MART,
     TRADES,
@@ -59,6 +60,15 @@ from afd.nn import FeatureClassifier
         (NuAT, {"weight": -1.0}, "weight is -1.0"),
         (NuAT, {"micro_batches": 2}, "micro_batches is 2, but the losses of NuAT couple the rows of a batch"),
         (AFD, {"adversarial_weight": -1.0}, "adversarial_weight is -1.0"),
+        (JARN, {"beta": -1.0}, "beta is -1.0"),
+        (JARN, {"gamma": float("nan")}, "gamma is nan"),
+        (JARN, {"eps": -0.1}, "eps is -0.1"),
+        (JARN, {"start_step": -1}, "start_step is -1; it must be a finite number >= 0"),
+        (JARN, {"update_interval": 0}, "update_interval is 0; it must be a finite number >= 1"),
+        (JARN, {"discriminator_width": 0}, "discriminator_width is 0"),
+        (JARN, {"discriminator_layers": 0}, "discriminator_layers is 0"),
+        (JARN, {"channels": 0}, "channels is 0"),
+        (JARN, {"optimizers": {"features": torch.optim.SGD}}, "allowed are task, adapter, discriminator"),
         (AT, {"nesterov": True, "momentum": 0.0}, "nesterov is True with momentum 0; it is a kind of SGD's momentum"),
         (AT, {"nesterov": True, "optimizer": "adamw"}, "nesterov is True with optimizer 'adamw'"),
         (AT, {"optimizer": "lion"}, "optimizer is 'lion'; allowed are sgd, adam, adamw"),
@@ -79,6 +89,7 @@ def test_what_is_out_of_range_is_named(kind, settings, message):
         (GAT, {"growth_epoch": 1.5}, "growth_epoch is 1.5, a float; it must be a whole number"),
         (AT, {"lr": None}, "lr is None, a NoneType; it must be a number"),
         (AT, {"micro_batches": 1.5}, "micro_batches is 1.5, a float; it must be a whole number"),
+        (JARN, {"start_step": 0.5}, "start_step is 0.5, a float; it must be a whole number"),
         (AFD, {"discriminator_steps": True}, "discriminator_steps is True, a bool; it must be a whole number"),
     ],
 )
@@ -118,12 +129,14 @@ def test_a_method_that_takes_one_attacked_image_takes_no_average_over_balls(kind
 def test_a_wrapper_goes_around_no_game():
     with pytest.raises(InputTypeError, match="AWP goes around a supervised method, which AFD is not"):
         AWP(AFD())
+    with pytest.raises(InputTypeError, match="AWP goes around a supervised method, which JARN is not"):
+        AWP(JARN())
 
 
-@pytest.mark.parametrize("method", [MART(), AFD(), AWP(MART())])
+@pytest.mark.parametrize("method", [MART(), AFD(), JARN(channels=1), AWP(MART())])
 def test_a_loss_of_classes_takes_no_soft_labels(method):
     """Said of the run, and by a step that is given some all the same, before anything moves."""
-    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and (MART|AFD) asks for classes \[N\]"):
+    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and (MART|AFD|JARN) asks for classes \[N\]"):
         method.check_run(Run(soft=True))
     for other in (AT(), TRADES(), ALP(), Free(), NormPenalty(), LLR(), GAT(), NuAT(), AWP(TRADES())):
         other.check_run(Run(soft=True))
@@ -131,7 +144,7 @@ def test_a_loss_of_classes_takes_no_soft_labels(method):
     model = FeatureClassifier(torch.nn.Flatten(), 4, 3)
     before = {name: one.clone() for name, one in model.state_dict().items()}
     step = method.build(model)
-    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and (MART|AFD) asks for classes"):
+    with pytest.raises(InputError, match=r"labels are soft, \[N, K\], and (MART|AFD|JARN) asks for classes"):
         step(torch.rand(2, 1, 2, 2), torch.full((2, 3), 1 / 3))
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
 

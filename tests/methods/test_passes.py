@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from afd.attacks import PGDSettings, UnionSettings
-from afd.bench import released, released_players, released_regularized
+from afd.bench import released, released_jarn, released_players, released_regularized
 from afd.bench.passes import Passes, UncountableError, counted
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Free, NormPenalty, NuAT
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, JARN, LLR, MART, TRADES, Free, NormPenalty, NuAT
 from afd.nn import FeatureClassifier
 
 TRAIN = PGDSettings(batchnorm="train")
@@ -38,6 +38,7 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
     "llr": (LLR(), (13, 13, 3)),  # the slope is differentiated: a forward, a backward and a part of the weights more
     "gat": (GAT(), (3, 3, 2)),
     "nuat": (NuAT(), (3, 3, 2)),
+    "jarn": (JARN(discriminator_width=4), (2, 2, 2)),  # a gradient of the input, and its derivative
     "afd": (AFD(), (12, 12, 2)),
     "afd with a loss of attacked images": (AFD(adversarial_weight=0.5), (12, 12, 2)),
     "afd alternating": (AFD(schedule="alternating"), (13, 12, 2)),
@@ -59,7 +60,7 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
 }  # fmt: skip
 COSTS = {  # of the fewest passes, as published lists have them
     "at": 23, "at in training mode": 23, "trades": 27, "mart": 26, "alp": 27, "at+awp": 26, "trades+awp": 33,
-    "norm-penalty": 26, "llr": 29, "gat": 8, "nuat": 8, "fgsm-rs": 5, "free, a replay": 3, "afd": 26,
+    "norm-penalty": 26, "llr": 29, "gat": 8, "nuat": 8, "jarn": 6, "fgsm-rs": 5, "free, a replay": 3, "afd": 26,
     "afd with a loss of attacked images": 26,
 }  # fmt: skip
 RELEASED = {
@@ -75,6 +76,7 @@ RELEASED = {
     "gat": (released_regularized.GAT, 12),
     "nuat": (released_regularized.NuAT, 12),
     "fgsm-rs": (released.FGSMRS, 6),
+    "jarn": (released_jarn.JARN, 6),
 }
 
 

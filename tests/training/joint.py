@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -12,13 +13,23 @@ from toy_methods import Perturbed, Remembers, Replays
 from afd.attacks import PGDSettings, UnionSettings
 from afd.data import Batches, Images, MixedBatches
 from afd.data.images import CropAndFlip
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Free, Natural, NormPenalty, NuAT
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, JARN, LLR, MART, TRADES, Free, Natural, NormPenalty, NuAT
 from afd.methods.regularized import nuclear_norm
 from afd.nn import FeatureClassifier
 from afd.processes import leave
 from afd.runtime import join
 from afd.training import Mixing, Trainer
 
+
+class WithoutNorms(JARN):
+    """JARN whose discriminator has no BatchNorm, whose statistics hang on how a batch is shared out."""
+
+    def build(self, *args, **settings):
+        with mock.patch("afd.methods.jarn.nn.BatchNorm2d", nn.Identity):
+            return super().build(*args, **settings)
+
+
+SMALL = {"lr": 0.05, "eps": 0.1, "discriminator_width": 4, "discriminator_layers": 2}
 JUDGE = {"validation_attack": PGDSettings(eps=0.05, alpha=2 / 255, steps=2)}
 AGAINST = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2), **JUDGE}
 GAUSSIAN = {"attack": PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian"), **JUDGE}
@@ -44,6 +55,8 @@ METHODS = {
     "llr": LLR(lr=0.02, eps=0.1, search_steps=3, micro_batches=2, **JUDGE),
     "gat": GAT(lr=0.05, growth_epoch=2, micro_batches=2, **ONE),
     "nuat": NuAT(lr=0.05, **ONE),
+    "jarn": WithoutNorms(start_step=1, update_interval=2, **SMALL, **JUDGE),
+    "jarn in parts": WithoutNorms(update_interval=1, micro_batches=2, clip=1.0, beta=0.5, gamma=0.7, **SMALL, **JUDGE),
     "at+awp": AWP(AT(lr=0.05, **AGAINST)),
     "trades+awp": AWP(TRADES(lr=0.05, micro_batches=2, **KL), gamma=0.05, start_epoch=2),
     "free+awp": AWP(Free(lr=0.05, eps=0.1, replays=2, **JUDGE), weight_decay_at="original"),

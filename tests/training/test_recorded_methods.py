@@ -10,7 +10,7 @@ from toy_methods import Perturbed, Remembers, Replays, Steady
 
 from afd.attacks import PGDSettings, UnionSettings
 from afd.errors import InputError
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Free, NormPenalty, NuAT, Supervised
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, JARN, LLR, MART, TRADES, Free, NormPenalty, NuAT, Supervised
 from afd.nn import FeatureClassifier
 from afd.training import recording
 
@@ -39,6 +39,7 @@ METHODS = {
     "nuat": NuAT(lr=0.05, attack=PGDSettings(**ONE)),
     "llr+awp": AWP(LLR(lr=0.05, eps=0.1, search_steps=2), gamma=0.05),
     "nuat+awp": AWP(NuAT(lr=0.05, attack=PGDSettings(**ONE)), gamma=0.05),
+    "jarn": JARN(lr=0.05, eps=0.1, update_interval=1, discriminator_width=4, discriminator_layers=2),
     "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(**PGD_2))),
     "trades+awp": AWP(TRADES(lr=0.05, attack=PGDSettings(loss="kl", init="gaussian", **PGD_2)), gamma=0.05),
     "free+awp": AWP(Free(lr=0.05, eps=0.1), weight_decay_at="original"),
@@ -104,6 +105,23 @@ def test_a_captured_step_is_the_step(name, tapes):
     assert losses == told
     for (key, ours), plain in zip(replayed.state_dict().items(), alone.state_dict().values(), strict=True):
         assert torch.equal(ours, plain), key
+
+
+def test_each_way_that_jarn_goes_is_captured(tapes):
+    """Before its start, after it, with an update of the discriminator, and after it, when that has its momentum."""
+    ends = []
+    for kind in (Eager, recording.GraphedStep):
+        model = network()
+        torch.manual_seed(2)
+        method = JARN(lr=0.05, start_step=4, update_interval=3, discriminator_width=4, discriminator_layers=2)
+        step = method.build(model)
+        calls = kind(model, step, CPU)
+        for number, (x, y) in enumerate(batches(14)):
+            calls(x, y, seed=number)
+        ends.append([one.clone() for module in (model, *step.players.values()) for one in module.state_dict().values()])
+    assert len(tapes) == 4
+    assert sum(tape.replays for tape in tapes) == 14 - 4
+    assert all(map(torch.equal, *ends))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from afd.attacks import PGDSettings, UnionSettings
 from afd.checkpoint import CheckpointError
 from afd.errors import InputError
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, LLR, MART, TRADES, Natural, NormPenalty, NuAT
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, JARN, LLR, MART, TRADES, Natural, NormPenalty, NuAT
 from afd.training import EpochReport, Trainer
 
 X = torch.rand(40, 1, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -34,6 +34,7 @@ METHODS = {
     "nuat": NuAT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.1, steps=1, init="coin-flip")),
     "at, union": AT(lr=0.05, attack=UnionSettings(eps=0.1, eps_l2=0.4, steps=2, choice="random")),
     "afd, union": AFD(lr=0.05, hidden=4, attack=UnionSettings(eps=0.1, eps_l1=1.5, steps=2, choice="average")),
+    "jarn": JARN(lr=0.05, eps=0.1, start_step=4, update_interval=3, discriminator_width=4, discriminator_layers=2),
     "at+awp": AWP(AT(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)), gamma=0.05, start_epoch=2),
 }
 
