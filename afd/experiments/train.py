@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from afd.config import TrainConfig
 from afd.data import Batches, Images, MixedBatches, Splits, read_extra
 from afd.data.images import CropAndFlip
 from afd.errors import AfdError, InputError, ModelError, in_a_line
-from afd.experiments.display import Terminal, plot_curves
+from afd.experiments.display import Terminal, alarm_lines, plot_curves
 from afd.experiments.folder import discard_records, is_discarded, run_folder
 from afd.extras import needed_by
 from afd.files import check_source, write_whole
@@ -29,6 +29,7 @@ from afd.methods.ramps import ramps_of
 from afd.methods.registry import spelled
 from afd.nn import FeatureClassifier, build_model
 from afd.runtime import Group, commit, device_named, join
+from afd.training.alarms import Alarm
 from afd.training.callbacks import Callback, Report, TrainingError, json_lines, tensorboard
 from afd.training.mixing import Mixing
 from afd.training.schedules import SCHEDULES, Schedule, step
@@ -65,7 +66,7 @@ class Measured:
 class Result:
     """Where a run's best checkpoint lies and what test accuracies (in [0, 1]) the model reaches.
 
-    `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA".
+    `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA"; `alarms` what went off.
     """
 
     config: TrainConfig
@@ -75,6 +76,7 @@ class Result:
     natural: float
     robust: float
     measured: dict[str, Measured] = field(default_factory=dict)
+    alarms: tuple[Alarm, ...] = ()
 
 
 def train(
@@ -106,6 +108,7 @@ def train(
         CheckpointError: a checkpoint cannot be written, read or gone on from.
         TrainingError: a loss stopped being finite.
         StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
+        AlarmError: an alarm has stopped it, once what it came to is measured and written.
     """
     config = config.settled()
     device = device_named(config.device)
@@ -147,14 +150,25 @@ def _train_in(
         measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
         if group.leads:
             save_weights(folder / "model.pt", model)
-        result = Result(config, model, best, **vars(measured["best"]), measured=measured)
+        alarms = tuple(trainer.alarms)
+        result = Result(config, model, best, **vars(measured["best"]), measured=measured, alarms=alarms)
         if group.leads:
-            write_whole(folder / "result.json", _as_json(result, len(splits.test)))
+            write_whole(folder / "result.json", _as_json(result, len(splits.test), trainer.rollbacks))
     console.print(_summary(result, len(splits.test)))
     console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
+    for line in alarm_lines(alarms, trainer.rollbacks):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if group.leads:
         draw(folder / "curves.png", name)
+    if trainer.stopped_by is not None:
+        raise AlarmError(f"stopped by an alarm, {trainer.stopped_by}")
     return result
+
+
+class AlarmError(AfdError):
+    """An alarm has stopped training; what it came to until then is kept and measured."""
+
+    status = 3
 
 
 def _measured(
@@ -185,7 +199,7 @@ def _measured(
     return found
 
 
-def _as_json(result: Result, images: int) -> str:
+def _as_json(result: Result, images: int, rollbacks: Sequence[Mapping[str, Any]]) -> str:
     """What ``result.json`` says."""
     config = result.config
     assert config.method is not None
@@ -199,6 +213,8 @@ def _as_json(result: Result, images: int) -> str:
         "eps": config.test.eps,
         "commit": commit(),
         "measured": {name: dataclasses.asdict(one) for name, one in result.measured.items()},
+        "alarms": [dataclasses.asdict(alarm) for alarm in result.alarms],
+        "rollbacks": [{name: back[name] for name in ("epoch", "remedy", "told")} for back in rollbacks],
     }
     return json.dumps(plain, indent=1) + "\n"
 
@@ -310,6 +326,7 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
         save_every=config.save_every,
         resume=config.resume,
         config=config.as_json(),
+        on_alarm=config.on_alarm,
     )
 
 

@@ -12,23 +12,21 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from afd.attacks import AttackSettings, FGSMSettings, PGDSettings, Square, SquareSettings
 from afd.methods import Method
+from afd.methods.optimizers import GradientNorms
 from afd.metrics import predict
 from afd.runtime import Group
 
-COLLAPSE, MASKED, CHANCE, GRADIENTS = (
-    "catastrophic overfitting", "masked gradients", "at chance", "exploding gradients",
-)  # fmt: skip
+COLLAPSE, MASKED = "catastrophic overfitting", "masked gradients"
+CHANCE, GRADIENTS = "at chance", "exploding gradients"
 ON_ALARM = ("warn", "stop", "rollback", "off")
 HELPS = {
     COLLAPSE: "an attack of more steps, or of smaller ones, helps",
@@ -45,7 +43,7 @@ RESTARTS: tuple[Literal["ce", "margin"], ...] = (
 )  # of PGD, each from its own start and with its own loss
 STEPS, QUERIES = 10, 100
 LATELY = 8  # probes that a verdict rests on, at most
-FALL, GAP = 0.2, 0.3  # of many-step accuracy below its best, and below one-step accuracy
+FALL, GAP, NEVER = 0.2, 0.3, 0.05  # many-step accuracy below its best, below one-step accuracy, and as good as none
 BROKEN = 0.05  # of the images that PGD leaves, that an honest model would lose to Square at most
 BELOW = 0.1  # of PGD with restarts below validation's
 PATIENCE = 5  # epochs at chance
@@ -113,42 +111,6 @@ class RollbackReport:
 
 
 # --- What is looked at ----------------------------------------------------------------------------------------------
-
-
-class GradientNorms:
-    """The largest norm of an optimizer's gradients, kept on the device: nobody waits for it in a step.
-
-    NaN stays. It is an optimizer's hook, and so sees what a recorded step does, too.
-
-    Args:
-        device: of the parameters.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.largest = torch.zeros((), dtype=torch.float32, device=device)
-
-    @contextmanager
-    def of(self, optimizer: Optimizer) -> Iterator[None]:
-        """Inside, it looks at each step of the optimizer."""
-        handle = optimizer.register_step_pre_hook(self._look)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    @torch.no_grad()
-    def _look(self, optimizer: Optimizer, _args: Any, _settings: Any) -> None:
-        held = (one.grad for group in optimizer.param_groups for one in group["params"])
-        grads = [one for one in held if one is not None and one.layout is torch.strided]
-        if grads:
-            norms = torch.stack([norm.to(self.largest) for norm in torch._foreach_norm(grads)])
-            self.largest.copy_(torch.maximum(self.largest, torch.linalg.vector_norm(norms)))
-
-    def read(self) -> float:
-        """The largest since the last reading; waits for the device."""
-        found = float(self.largest)
-        self.largest.zero_()
-        return found
 
 
 class Sample:
@@ -233,12 +195,15 @@ class Watch:
         method: that it is trained by; one without a ball is attacked by nobody.
         group: of the processes, which look together and find the same.
         seed: of the run.
+
+    Attributes:
+        learning: whether clean accuracy was above chance when it last looked.
     """
 
     def __init__(self, method: Method, group: Group, seed: int) -> None:
         self.group, self.seed = group, SEED + seed
         self.one_step = one_step(method)
-        self.gradients, self.state = GradientNorms(group.device), Probes()
+        self.gradients, self.state, self.learning = GradientNorms(group.device), Probes(), False
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; waits for the device."""
@@ -306,6 +271,7 @@ class Watch:
             exploded(self.state.norms, largest, epoch),
         )
         self.state.norms.append(largest)
+        self.learning = now.natural > best_at_chance(sample.largest_class, sample.seen)
         return tuple(alarm for alarm in found if alarm is not None)
 
 
@@ -360,35 +326,35 @@ def collapsed(
     best = max((seen.robust for seen in history if seen.robust is not None), default=0.0)
     surely = bounds(one * of_one, of_one)[0] - bounds(many * of_many, of_many)[1]
     fell = many <= best / 2 and best - many >= FALL
-    before = history[-1] if history else None
-    never = many < 0.05 and one >= 0.5 and before is not None and _apart(before)
+    last = (history[-1].robust, history[-1].one_step) if history else (None, None)
+    never = many < NEVER and one >= 0.5 and last[0] is not None and last[0] < NEVER and (last[1] or 0.0) >= 0.5
     if not (fell or never) or one - many < GAP or surely < GAP / 2:
         return None
     told = f"accuracy under one step is {one:.1%}, under many {many:.1%}" + (f" (once {best:.1%})" if fell else "")
     return Alarm.of(COLLAPSE, epoch, told, one_step=one, many_steps=many, best=best)
 
 
-def _apart(seen: Measured) -> bool:
-    return seen.robust is not None and seen.one_step is not None and seen.robust < 0.05 and seen.one_step >= 0.5
-
-
 def masked(probes: Probes, epoch: int) -> Alarm | None:
     """Square breaks what PGD could not, or PGD from several starts much of what validation's could not."""
     tested, left, broken, robust = probes.lately()
     figures = {"images": tested, "left_by_pgd": left, "broken_by_square": broken}
-    if left and bounds(broken, left, 2.5)[0] > BROKEN:
+    if left >= LEAST and bounds(broken, left, 3.0)[0] > BROKEN:
         told = f"Square of {QUERIES} queries breaks {broken:g} of {left:g} validation images that PGD has left"
         return Alarm.of(MASKED, epoch, told, **figures)
-    if robust >= 0 and bounds(left, tested, 2.5)[1] < robust - BELOW:
+    if robust >= 0 and bounds(left, tested, 3.0)[1] < robust - BELOW:
         told = f"PGD from several starts leaves {left:g} of {tested:g} validation images, validation's {robust:.1%}"
         return Alarm.of(MASKED, epoch, told, **figures, validation=robust)
     return None
 
 
+def best_at_chance(share: float, images: int) -> float:
+    """Clean accuracy that one answer for all images may have by luck, where a class has that share of all."""
+    return share + 2 * math.sqrt(share * (1 - share) / images)
+
+
 def at_chance(history: Sequence[Measured], now: Measured, epoch: int, images: int, share: float) -> Alarm | None:
     """Clean accuracy is what one answer for all images would have, for several epochs."""
-    limit = share + 2 * math.sqrt(share * (1 - share) / images)
-    latest = [*history, now][-PATIENCE:]
+    latest, limit = [*history, now][-PATIENCE:], best_at_chance(share, images)
     if len(latest) < PATIENCE or share > 0.9 or any(seen.natural > limit for seen in latest):
         return None
     told = f"clean accuracy is {now.natural:.1%} after {PATIENCE} epochs like it, that of one class for all {share:.1%}"

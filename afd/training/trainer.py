@@ -371,7 +371,7 @@ class Trainer(Validated):
             self._tell(found)  # first: what is in the checkpoint is in the log
         finally:
             self.save(best=best)
-        if not found.alarms:
+        if not found.alarms and self.watch is not None and self.watch.learning:
             self._keep()
         return True
 

@@ -366,6 +366,7 @@ class Validated(Resumable):
         self._set_out()
         after, rates = self._now()
         told, at = told_of(before, after, rates), self.position
+        entry["told"] = told
         for alarm in alarms:
             self.warn(str(alarm))
         self.note(f"gone back to step {at.global_step}, before epoch {at.epoch}, and on with {told}")
