@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from afd.errors import InputError
 from afd.extras import check_format, needed_by, save_picture
 from afd.files import check_path
-from afd.training.alarms import Alarm, RollbackReport
+from afd.training.alarms import RollbackReport
 from afd.training.callbacks import EpochReport, Losses, Report, logged
 
 with needed_by("the picture of learning curves"):
@@ -212,19 +212,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
-
-
-def alarm_lines(alarms: Iterable[Alarm], rollbacks: Iterable[Mapping[str, Any]] = ()) -> list[str]:
-    """What a run's alarms and rollbacks come to, a line for each kind and each rollback."""
-    by_kind: dict[str, list[Alarm]] = {}
-    for alarm in alarms:
-        by_kind.setdefault(alarm.kind, []).append(alarm)
-    lines = []
-    for kind, found in by_kind.items():
-        first, last = found[0], found[-1].epoch
-        when = f"epoch {first.epoch}" if len(found) == 1 else f"{len(found)} epochs, {first.epoch} to {last}"
-        lines.append(f"alarm: {kind} in {when}: {first.told}; {first.helps}")
-    return lines + [f"rolled back after epoch {back['epoch']}, and on with {back['told']}" for back in rollbacks]
 
 
 def _losses(losses: dict[str, float], form: str) -> str:

@@ -21,7 +21,7 @@ from afd.config import TrainConfig
 from afd.data import Batches, Images, MixedBatches, Splits, read_extra
 from afd.data.images import CropAndFlip
 from afd.errors import AfdError, InputError, ModelError, in_a_line
-from afd.experiments.display import Terminal, alarm_lines, plot_curves
+from afd.experiments.display import Terminal, plot_curves
 from afd.experiments.folder import discard_records, is_discarded, run_folder
 from afd.extras import needed_by
 from afd.files import check_source, write_whole
@@ -29,7 +29,7 @@ from afd.methods.ramps import ramps_of
 from afd.methods.registry import spelled
 from afd.nn import FeatureClassifier, build_model
 from afd.runtime import Group, commit, device_named, join
-from afd.training.alarms import Alarm
+from afd.training.alarms import Alarm, alarm_lines
 from afd.training.callbacks import Callback, Report, TrainingError, json_lines, tensorboard
 from afd.training.mixing import Mixing
 from afd.training.schedules import SCHEDULES, Schedule, step

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -108,6 +108,19 @@ class RollbackReport:
     natural: float | None = None
     robust: float | None = None
     one_step: float | None = None
+
+
+def alarm_lines(alarms: Iterable[Alarm], rollbacks: Iterable[Mapping[str, Any]] = ()) -> list[str]:
+    """What a run's alarms and rollbacks come to, a line for each kind and each rollback."""
+    by_kind: dict[str, list[Alarm]] = {}
+    for alarm in alarms:
+        by_kind.setdefault(alarm.kind, []).append(alarm)
+    lines = []
+    for kind, found in by_kind.items():
+        first, last = found[0], found[-1].epoch
+        when = f"epoch {first.epoch}" if len(found) == 1 else f"{len(found)} epochs, {first.epoch} to {last}"
+        lines.append(f"alarm: {kind} in {when}: {first.told}; {first.helps}")
+    return lines + [f"rolled back after epoch {back['epoch']}, and on with {back['told']}" for back in rollbacks]
 
 
 # --- What is looked at ----------------------------------------------------------------------------------------------

@@ -199,10 +199,10 @@ def told_of(before: Method, after: Method, rates: float) -> str:
 def _attacking(method: Any) -> tuple[str, str]:
     """Steps of a method's attack, and their length."""
     by_itself = method.attack is None
-    held = getattr(method, "core", method) if by_itself else method.attack
-    alpha = getattr(held, "alpha", None)
-    default = held.eps if isinstance(held, FGSMSettings) or by_itself else "of its steps"
-    return str(getattr(held, "steps", 1)), str(default if alpha is None else alpha)
+    held: Any = getattr(method, "core", method) if by_itself else method.attack
+    alpha, of_one = getattr(held, "alpha", None), by_itself or isinstance(held, FGSMSettings)
+    told = getattr(held, "eps", None) if alpha is None and of_one else alpha
+    return str(getattr(held, "steps", 1)), str(told)
 
 
 def with_stronger_attack(method: Any) -> Any:
