@@ -354,7 +354,7 @@ class Validated(Resumable):
             raise error
         undone = error.report if isinstance(error, UndoneError) else None
         epoch = self.position.epoch if undone is None else undone.epoch
-        alarms = (Alarm.of(GRADIENTS, epoch, str(error)),) if undone is None else undone.alarms
+        alarms = (Alarm.of(GRADIENTS, epoch, str(error).split("; ")[0]),) if undone is None else undone.alarms
         losses = self.losses.means() if undone is None else undone.losses
         before, _ = self._now()
         remedy = remedy_for(alarms, before)

@@ -323,7 +323,8 @@ def test_another_word_is_no_setting():
 class Bursting(Natural):
     """Its loss is no number in step 6 as long as the learning rate is above a limit."""
 
-    limit: float = 0.06
+    lr: float = 0.5
+    limit: float = 0.3
 
     def descend(self, step, batch):
         losses = super().descend(step, batch)
@@ -339,7 +340,7 @@ def test_a_loss_that_is_no_number_is_undone_with_half_the_rate(tmp_path, capsys)
     )  # fmt: skip
     history = trainer.fit(TRAIN, HELD_OUT)
     assert [one.epoch for one in history] == [1, 2, 3, 4, 5]
-    assert [one.learning_rates["task"] for one in history] == [0.1, 0.1, 0.05, 0.05, 0.05]
+    assert [one.learning_rates["task"] for one in history] == [0.5, 0.5, 0.25, 0.25, 0.25]
     (undone,) = [one for one in reports if isinstance(one, RollbackReport)]
     assert (undone.epoch, undone.global_step, undone.remedy) == (3, 4, "learning rates times 0.5")
     assert undone.alarms[0].kind == "exploding gradients"
