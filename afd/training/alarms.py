@@ -46,7 +46,7 @@ LATELY = 8  # probes that a verdict rests on, at most
 FALL, GAP, NEVER = 0.2, 0.3, 0.05  # many-step accuracy below its best, below one-step accuracy, and as good as none
 BROKEN = 0.05  # of the images that PGD leaves, that an honest model would lose to Square at most
 BELOW = 0.1  # of PGD with restarts below validation's
-PATIENCE = 5  # epochs at chance
+PATIENCE, PATIENT_STEPS = 3, 100  # epochs and steps at chance; epochs whose gradients are what is usual
 EXPLODED = 100.0  # times the usual gradient
 SEED = 1 << 40  # beside those of training and validation
 
@@ -366,11 +366,18 @@ def best_at_chance(share: float, images: int) -> float:
 
 
 def at_chance(history: Sequence[Measured], now: Measured, epoch: int, images: int, share: float) -> Alarm | None:
-    """Clean accuracy is what one answer for all images would have, for several epochs."""
-    latest, limit = [*history, now][-PATIENCE:], best_at_chance(share, images)
-    if len(latest) < PATIENCE or share > 0.9 or any(seen.natural > limit for seen in latest):
+    """Clean accuracy is what one answer for all images would have, for several epochs that are not mere moments."""
+    stuck, begin = 0, 0
+    for one in reversed([*history, now]):
+        begin = one.global_step
+        if one.natural > best_at_chance(share, images):
+            break
+        stuck, begin = stuck + 1, 0
+    if stuck < PATIENCE or now.global_step - begin < PATIENT_STEPS or share > 0.9:
         return None
-    told = f"clean accuracy is {now.natural:.1%} after {PATIENCE} epochs like it, that of one class for all {share:.1%}"
+    told = (
+        f"clean accuracy is {now.natural:.1%}, the {stuck}th epoch in a row like it; one class for all has {share:.1%}"
+    )
     return Alarm.of(CHANCE, epoch, told, natural=now.natural, chance=share)
 
 

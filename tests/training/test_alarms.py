@@ -9,11 +9,15 @@ import pytest
 import torch
 from torch import nn
 
+from afd import data
 from afd.attacks import PGDSettings
 from afd.checkpoint import load_checkpoint
+from afd.data import Batches
 from afd.errors import InputError
-from afd.methods import AFD, AT, AWP, FGSMRS, Execution, Free, Natural
+from afd.methods import AFD, AT, AWP, FGSMRS, MART, TRADES, Execution, Free, Natural
 from afd.methods.optimizers import GradientNorms
+from afd.nn import build_model
+from afd.presets import method_for
 from afd.runtime import Group
 from afd.training import EpochReport, Trainer, TrainingError, alarms, json_lines
 from afd.training.alarms import MOST, Alarm, Probes, RollbackReport, Sample, Watch
@@ -38,7 +42,7 @@ def one_step_method(**settings):
 
 
 def seen(natural=0.9, robust=0.5, one_step=0.6):
-    return SimpleNamespace(natural=natural, robust=robust, one_step=one_step)
+    return SimpleNamespace(natural=natural, robust=robust, one_step=one_step, global_step=1)
 
 
 def weights(trainer):
@@ -102,13 +106,22 @@ def test_gradients_are_masked_where_square_or_restarts_break_what_pgd_could_not(
     assert alarm is None or alarm.kind == "masked gradients"
 
 
-def test_chance_is_told_after_five_epochs_of_it():
-    stuck = seen(natural=0.11)
-    assert alarms.at_chance([stuck] * 4, stuck, 5, 1000, 0.1) is not None
-    assert alarms.at_chance([stuck] * 3, stuck, 4, 1000, 0.1) is None
-    assert alarms.at_chance([stuck] * 4, seen(natural=0.14), 5, 1000, 0.1) is None
-    assert alarms.at_chance([*[stuck] * 3, seen(natural=0.2)], stuck, 5, 1000, 0.1) is None
-    told = str(alarms.at_chance([stuck] * 4, stuck, 5, 1000, 0.1))
+def chance(*natural, steps=100):
+    """The alarm of a run whose epochs, of so many steps each, have these clean accuracies."""
+    epochs = [SimpleNamespace(natural=one, global_step=steps * number) for number, one in enumerate(natural, 1)]
+    return alarms.at_chance(epochs[:-1], epochs[-1], len(epochs), 1000, 0.1)
+
+
+def test_chance_is_told_after_three_epochs_and_a_hundred_steps_of_it():
+    assert chance(0.11, 0.1, 0.11) is not None
+    assert chance(0.5, 0.11, 0.1, 0.11) is not None  # it has forgotten all
+    assert chance(0.11, 0.1) is None
+    assert chance(0.11, 0.1, 0.14) is None
+    assert chance(0.11, 0.2, 0.1, 0.1) is None
+    assert chance(0.11, 0.1, 0.11, steps=33) is None
+    assert chance(*[0.1] * 9, steps=11) is None
+    assert chance(*[0.1] * 10, steps=11) is not None
+    told = str(chance(0.11, 0.1, 0.11))
     assert "eps_warmup" in told
     assert "smaller learning rate" in told
 
@@ -287,6 +300,11 @@ def test_a_checkpoint_of_a_time_without_alarms_is_gone_on_with(tmp_path):
 STUCK = Natural(lr=1e-9)
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(alarms, "PATIENT_STEPS", 1)
+
+
 def blank():
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
     nn.init.zeros_(model[1].weight)
@@ -294,22 +312,22 @@ def blank():
     return model
 
 
-def test_a_warning_is_said_once_and_stands_in_each_report(capsys):
+def test_a_warning_is_said_once_and_stands_in_each_report(impatient, capsys):
     trainer = Trainer(blank(), STUCK, epochs=7)
     history = trainer.fit(TRAIN, HELD_OUT)
-    assert [len(report.alarms) for report in history] == [0, 0, 0, 0, 1, 1, 1]
-    assert [alarm.epoch for alarm in trainer.alarms] == [5, 6, 7]
+    assert [len(report.alarms) for report in history] == [0, 0, 1, 1, 1, 1, 1]
+    assert [alarm.epoch for alarm in trainer.alarms] == [3, 4, 5, 6, 7]
     assert capsys.readouterr().err.count("at chance") == 1
 
 
-def test_a_run_stops_at_its_first_alarm_with_a_checkpoint(tmp_path):
+def test_a_run_stops_at_its_first_alarm_with_a_checkpoint(impatient, tmp_path):
     trainer = Trainer(blank(), STUCK, epochs=9, on_alarm="stop", folder=tmp_path)
-    assert len(trainer.fit(TRAIN, HELD_OUT)) == 5
+    assert len(trainer.fit(TRAIN, HELD_OUT)) == 3
     assert trainer.stopped_by.kind == "at chance"
-    assert load_checkpoint(tmp_path / "last.pt")[1]["position"]["epoch"] == 6
+    assert load_checkpoint(tmp_path / "last.pt")[1]["position"]["epoch"] == 4
 
 
-def test_nobody_looks_where_alarms_are_off():
+def test_nobody_looks_where_alarms_are_off(impatient):
     trainer = Trainer(blank(), STUCK, epochs=7, on_alarm="off")
     assert all(one.alarms == () and one.one_step is None for one in trainer.fit(TRAIN, HELD_OUT))
 
@@ -451,3 +469,54 @@ def test_what_attacks_by_itself_takes_half_the_step():
     natural = Natural()
     assert with_stronger_attack(natural) is natural
     assert remedied(AT(), ["attack", "rates", "rates"])[1] == 0.25
+
+
+# --- Digits ---------------------------------------------------------------------------------------------------------
+
+
+def digits(method, epochs, seed=0, batch=128, **settings):
+    """A run on digits with a small convolutional network, or `model`."""
+    splits = data.load("digits", None)
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()
+    model = settings.pop("model", None) or nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+    trainer = Trainer(model, method, epochs=epochs, seed=seed, **settings)
+    trainer.fit(Batches(splits.train, batch, shuffle=True, seed=seed), Batches(splits.validation, 500))
+    return trainer
+
+
+@pytest.mark.slow
+def test_fgsm_rs_that_collapses_is_caught_and_rolled_back():
+    attack = PGDSettings(eps=0.25, alpha=0.25, steps=1, random_start=False)
+    trainer = digits(FGSMRS(lr=0.05, attack=attack), 32, batch=32, on_alarm="rollback", schedule=lambda _: 1.0)
+    first = trainer.rollbacks[0]
+    assert [alarm["kind"] for alarm in first["alarms"]] == ["catastrophic overfitting"]
+    figures = first["alarms"][0]["figures"]
+    assert figures["many_steps"] < figures["best"] / 2
+    assert figures["one_step"] > figures["many_steps"] + 0.3
+    assert first["told"] == "attack.steps 1 → 2, attack.alpha 0.25 → 0.125"
+    assert [report.epoch for report in trainer.history] == list(range(1, 33))
+    assert not any(report.alarms for report in trainer.history)
+    assert trainer.history[-1].robust > 1.5 * figures["many_steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "method",
+    [
+        AT(attack=PGDSettings(eps=0.2)),
+        TRADES(attack=PGDSettings(eps=0.2, loss="kl", init="gaussian")),
+        MART(lr=0.1, weight_decay=7e-4, attack=PGDSettings(eps=0.2, init="gaussian")),
+        method_for("digits"),
+    ],
+    ids=["at", "trades", "mart", "afd"],
+)
+def test_no_alarm_goes_off_in_honest_training(method, seed):
+    torch.manual_seed(seed)
+    model = build_model("convnet", (1, 8, 8), 10, 32)
+    batch = 64 if isinstance(method, AFD) else 128
+    trainer = digits(method, 30, seed, batch, model=model)
+    assert trainer.alarms == []
+    assert trainer.watch.state.found  # it has looked
+    assert trainer.history[-1].natural > 0.5
