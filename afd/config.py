@@ -34,7 +34,7 @@ PATHS = ("out", "weights", "root", "extra_data")
 PARTS = ("data", "model", "method", "test")
 OUTCOME = ("out", "overwrite", "resume")
 # settings that checkpoints of the time when there were none lack, and what that means: left out where they say no more
-LATER = {"seeds": (), "ramps": (), "mixup": 0.0, "cutmix": 0.0}
+LATER = {"seeds": (), "ramps": (), "mixup": 0.0, "cutmix": 0.0, "on_alarm": "warn"}
 LATER_OF_MODEL = {"activation": "relu"}
 LATER_OF_TEST = {"union": None}
 LATER_OF_DATA = {"limit": None, "extra_data": None, "extra_share": None, "epoch_images": None}
@@ -158,6 +158,10 @@ class RunConfig:
     """Steps between checkpoints within an epoch; there is always one at its end."""
     log_every: int = 50
     """Steps between lines of the log."""
+    on_alarm: Literal["warn", "stop", "rollback", "off"] = "warn"
+    """What is done where training goes wrong: collapses, hides its gradients, stays at chance, or has gradients that
+    explode. stop: after that epoch, with exit status 3; rollback: to the last good epoch, and on with a stronger attack
+    or a smaller rate; off: nobody looks."""
 
 
 @dataclass(frozen=True)

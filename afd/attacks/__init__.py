@@ -8,6 +8,7 @@ from afd.attacks.base import GradientAttack
 from afd.attacks.diagnostics import Report
 from afd.attacks.pgd import FGSM, MIM, PGD, FGSMSettings, MIMSettings, PGDSettings
 from afd.attacks.settings import ATTACKS, Attack, AttackFactory, AttackSettings, KeepsAttacks, attack_named
+from afd.attacks.square import Square, SquareSettings
 from afd.attacks.union import Union, UnionSettings
 from afd.deprecated import ATTACK_SETTINGS, understand
 from afd.errors import ModelWarning
@@ -15,8 +16,17 @@ from afd.graphs import CaptureWarning
 
 __all__ = ["APGD", "FGSM", "MIM", "PGD", "Attack", "AttackFactory", "CaptureWarning", "ModelWarning", "Report"]
 __all__ += ["ATTACKS", "APGDSettings", "AttackSettings", "FGSMSettings", "MIMSettings", "PGDSettings"]
-__all__ += ["Union", "UnionSettings"]
-__all__ += ["NORMS", "Ball", "KeepsAttacks", "Norm", "attack_named"]
+__all__ += [
+    "NORMS",
+    "Ball",
+    "KeepsAttacks",
+    "Norm",
+    "Square",
+    "SquareSettings",
+    "Union",
+    "UnionSettings",
+    "attack_named",
+]
 
 ATTACKS |= {"pgd": PGDSettings, "apgd": APGDSettings, "fgsm": FGSMSettings, "mim": MIMSettings, "union": UnionSettings}
 

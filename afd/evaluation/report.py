@@ -10,6 +10,7 @@ from typing import Any
 
 from afd.attacks.ball import NORMS
 from afd.extras import needed_by
+from afd.training.alarms import Alarm, alarm_lines
 
 TABLE_1_COLUMNS = ("clean", "PGD WB", "C&W WB", "PGD BB", "C&W BB")
 TABLE_1: dict[str, dict[str, tuple[float | None, ...]]] = {
@@ -319,6 +320,15 @@ def _facts(results: Results) -> dict[str, Any]:
     return {name: fact for name, fact in facts.items() if fact is not None}
 
 
+def alarms_of(metadata: Mapping[str, Any]) -> list[str] | None:
+    """What went wrong while a checkpoint was trained, a line each; None where nobody looked."""
+    if metadata.get("watch") is None:
+        return None
+    rollbacks = metadata.get("rollbacks", [])
+    found = [alarm for entry in (*rollbacks, *metadata["history"]) for alarm in entry["alarms"]]
+    return alarm_lines(sorted(map(Alarm.read, found), key=lambda alarm: alarm.epoch), rollbacks)
+
+
 def setting(value: Any) -> str:
     """A setting of an attack as text."""
     return f"{value:.6g}" if isinstance(value, int | float) else str(value)
@@ -334,4 +344,4 @@ TEMPLATES = Environment(
     lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 TEMPLATES.filters |= {"ball": ball_name, "percent": percent, "setting": setting, "wordy": wordy}
-TEMPLATES.globals |= {"NORMS": NORMS, "VERDICTS": VERDICTS, "advised": advised}
+TEMPLATES.globals |= {"NORMS": NORMS, "VERDICTS": VERDICTS, "advised": advised, "alarms_of": alarms_of}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from afd.errors import InputError
 from afd.extras import check_format, needed_by, save_picture
 from afd.files import check_path
+from afd.training.alarms import RollbackReport
 from afd.training.callbacks import EpochReport, Losses, Report, logged
 
 with needed_by("the picture of learning curves"):
@@ -121,13 +122,17 @@ class Terminal:
     def __call__(self, report: Report) -> None:
         """Keeps an interval's losses, or prints an epoch's line."""
         self.losses = report.losses
+        kinds = "".join(f"  ALARM: {alarm.kind}" for alarm in getattr(report, "alarms", ()))
+        if isinstance(report, RollbackReport):
+            undone = f"{self.label} {report.epoch:>3}/{self.epochs}"
+            self._print(f"{undone}  undone{kinds}; on from step {report.global_step} with {report.remedy}")
         if not isinstance(report, EpochReport):
             return
         self.measured = True
         robust = "" if report.robust is None else f"  robust {report.robust:6.2%}"
         self._print(
             f"{self.label} {report.epoch:>3}/{self.epochs}  {_losses(report.losses, ' 7.4f')}"
-            f"  natural {report.natural:6.2%}{robust}  {report.images_per_second:,.0f} images/s"
+            f"  natural {report.natural:6.2%}{robust}  {report.images_per_second:,.0f} images/s{kinds}"
         )
 
     def began(self, work: str, epoch: int | None, done: int, total: int | None, losses: Losses | None = None) -> None:
@@ -225,6 +230,8 @@ Entries = list[dict[str, Any]]
 def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
     """Writes a PNG of validation accuracies, losses and learning rate over the epochs, one colour a run.
 
+    Crosses mark epochs with alarms, dotted lines those that were undone.
+
     Accuracies are those after each epoch; losses are means of the intervals between two lines of the log.
 
     Args:
@@ -236,7 +243,8 @@ def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
         FileError, FolderError: the picture cannot be written.
     """
     check_format(path, FigureCanvasBase.filetypes)
-    logs = {name: read_log(folder) for name, folder in runs.items()}
+    whole = {name: read_log(folder) for name, folder in runs.items()}
+    logs = {name: [entry for entry in entries if entry["kind"] != "rollback"] for name, entries in whole.items()}
     if not logs:
         raise InputError("runs is empty; there must be at least one run to draw")
     found = {name for entries in logs.values() for name in entries[0]["losses"]}
@@ -246,6 +254,7 @@ def plot_curves(path: Path | str, runs: Mapping[str, Path | str]) -> None:
     wide, small = figure.add_subplot(grid[0, :]), [figure.add_subplot(grid[1, i]) for i in range(len(losses) + 1)]
     for number, (name, entries) in enumerate(logs.items()):
         _draw_accuracies(wide, _of_kind(entries, "epoch"), f"C{number}", name)
+        _draw_alarms(wide, whole[name], f"C{number}")
         intervals = _of_kind(entries, "interval") or _of_kind(entries, "epoch")
         for axes, loss in zip(small, losses, strict=False):
             if loss in entries[0]["losses"]:
@@ -285,8 +294,10 @@ def read_log(folder: Path | str) -> Entries:
 
 def _drawable(entry: Any) -> bool:
     """Whether a line has what is drawn of it."""
-    if not (isinstance(entry, dict) and entry.get("kind") in ("interval", "epoch")):
+    if not (isinstance(entry, dict) and entry.get("kind") in ("interval", "epoch", "rollback")):
         return False
+    if entry["kind"] == "rollback":
+        return entry.keys() >= {"epoch", "alarms"}
     wanted = {"epoch", "losses", "learning_rates"} | ({"natural", "robust"} if entry["kind"] == "epoch" else set())
     figures = [entry.get(name) for name in ("losses", "learning_rates")]
     return (
@@ -303,6 +314,20 @@ def _draw_accuracies(axes: Any, epochs: Entries, colour: str, name: str) -> None
         if points:
             label = f"{name}, {words}: {points[-1][1]:.1f}% at the end"
             _draw(axes, points, colour, 1.5, linestyle=style, marker="o", markersize=3.5, label=label)
+
+
+def _draw_alarms(axes: Any, entries: Entries, colour: str) -> None:
+    """Crosses where alarms went off, by their first kind; dotted lines where an epoch was undone."""
+    named: set[str] = set()
+    for entry in (entry for entry in entries if entry.get("alarms")):
+        kind = entry["alarms"][0]["kind"]
+        label, height = None if kind in named else kind, entry.get("robust")
+        if entry["kind"] == "rollback":
+            axes.axvline(entry["epoch"], color=colour, linewidth=1.0, linestyle=":", label=label and f"undone: {kind}")
+        else:
+            at = 100 * (entry["natural"] if height is None else height)
+            axes.plot([entry["epoch"]], [at], color=colour, linestyle="", marker="X", markersize=8, label=label)
+        named.add(kind)
 
 
 def _draw(axes: Any, points: Sequence[tuple[float, float]], colour: str, width: float, **settings: Any) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ from afd.methods.ramps import ramps_of
 from afd.methods.registry import spelled
 from afd.nn import FeatureClassifier, build_model
 from afd.runtime import Group, commit, device_named, join
+from afd.training.alarms import Alarm, alarm_lines
 from afd.training.callbacks import Callback, Report, TrainingError, json_lines, tensorboard
 from afd.training.mixing import Mixing
 from afd.training.schedules import SCHEDULES, Schedule, step
@@ -66,7 +67,7 @@ class Measured:
 class Result:
     """Where a run's best checkpoint lies and what test accuracies (in [0, 1]) the model reaches.
 
-    `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA".
+    `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA"; `alarms` what went off.
     """
 
     config: TrainConfig
@@ -76,6 +77,7 @@ class Result:
     natural: float
     robust: float
     measured: dict[str, Measured] = field(default_factory=dict)
+    alarms: tuple[Alarm, ...] = ()
 
 
 def train(
@@ -107,6 +109,7 @@ def train(
         CheckpointError: a checkpoint cannot be written, read or gone on from.
         TrainingError: a loss stopped being finite.
         StoppedError: SIGTERM or SIGINT came; a checkpoint was saved.
+        AlarmError: an alarm has stopped it, once what it came to is measured and written.
     """
     config = config.settled()
     device = device_named(config.device)
@@ -148,14 +151,25 @@ def _train_in(
         measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
         if group.leads:
             save_weights(folder / "model.pt", model)
-        result = Result(config, model, best, **vars(measured["best"]), measured=measured)
+        alarms = tuple(trainer.alarms)
+        result = Result(config, model, best, **vars(measured["best"]), measured=measured, alarms=alarms)
         if group.leads:
-            write_whole(folder / "result.json", _as_json(result, len(splits.test)))
+            write_whole(folder / "result.json", _as_json(result, len(splits.test), trainer.rollbacks))
     console.print(_summary(result, len(splits.test)))
     console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
+    for line in alarm_lines(alarms, trainer.rollbacks):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     if group.leads:
         draw(folder / "curves.png", name)
+    if trainer.stopped_by is not None:
+        raise AlarmError(f"stopped by an alarm, {trainer.stopped_by}")
     return result
+
+
+class AlarmError(AfdError):
+    """An alarm has stopped training; what it came to until then is kept and measured."""
+
+    status = 3
 
 
 def _measured(
@@ -186,7 +200,7 @@ def _measured(
     return found
 
 
-def _as_json(result: Result, images: int) -> str:
+def _as_json(result: Result, images: int, rollbacks: Sequence[Mapping[str, Any]]) -> str:
     """What ``result.json`` says."""
     config = result.config
     assert config.method is not None
@@ -199,6 +213,8 @@ def _as_json(result: Result, images: int) -> str:
         **ball_as_json(config),
         "commit": commit(),
         "measured": {name: dataclasses.asdict(one) for name, one in result.measured.items()},
+        "alarms": [dataclasses.asdict(alarm) for alarm in result.alarms],
+        "rollbacks": [{name: back[name] for name in ("epoch", "remedy", "told")} for back in rollbacks],
     }
     return json.dumps(plain, indent=1) + "\n"
 
@@ -316,6 +332,7 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
         save_every=config.save_every,
         resume=config.resume,
         config=config.as_json(),
+        on_alarm=config.on_alarm,
     )
 
 

@@ -152,3 +152,39 @@ def being_recorded(optimizers: Iterable[Optimizer]) -> Iterator[None]:
     finally:
         for group, capturable in zip(groups, before, strict=True):
             group["capturable"] = capturable
+
+
+class GradientNorms:
+    """The largest norm of an optimizer's gradients, kept on the device: nobody waits for it in a step.
+
+    NaN stays. It is an optimizer's hook, and so sees what a recorded step does, too.
+
+    Args:
+        device: of the parameters.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.largest = torch.zeros((), dtype=torch.float32, device=device)
+
+    @contextmanager
+    def of(self, optimizer: Optimizer) -> Iterator[None]:
+        """Inside, it looks at each step of the optimizer."""
+        handle = optimizer.register_step_pre_hook(self._look)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _look(self, optimizer: Optimizer, _args: Any, _settings: Any) -> None:
+        held = (one.grad for group in optimizer.param_groups for one in group["params"])
+        grads = [one for one in held if one is not None and one.layout is torch.strided]
+        if grads:
+            norms = torch.stack([norm.to(self.largest) for norm in torch._foreach_norm(grads)])
+            self.largest.copy_(torch.maximum(self.largest, torch.linalg.vector_norm(norms)))
+
+    def read(self) -> float:
+        """The largest since the last reading; waits for the device."""
+        found = float(self.largest)
+        self.largest.zero_()
+        return found

@@ -26,10 +26,15 @@ from afd.errors import AfdError
 from afd.extras import needed_by
 from afd.files import FileError, append_whole, write_whole
 from afd.runtime import Group
+from afd.training.alarms import Alarm, RollbackReport
 
 
 class TrainingError(AfdError):
     """Training cannot go on."""
+
+
+class DivergedError(TrainingError):
+    """A loss, or a weight, stopped being finite."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class EpochReport(OldAttributes):
         images_per_second: training images over training time (attack included, validation not), of all processes. An
             image counts once for each step that is taken on it: divided by the batch size, these are steps a second.
         learning_rates: of each optimizer, in the epoch's last step.
+        one_step: accuracy under an attack of one step on some of the validation images; None where it is not looked at.
+        alarms: what went wrong by then (`afd.training.alarms`).
     """
 
     epoch: int
@@ -75,6 +82,8 @@ class EpochReport(OldAttributes):
     robust: float | None
     images_per_second: float
     learning_rates: dict[str, float]
+    one_step: float | None = None
+    alarms: tuple[Alarm, ...] = ()
 
     @property
     def score(self) -> float:
@@ -84,7 +93,8 @@ class EpochReport(OldAttributes):
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> EpochReport:
         """The report that a checkpoint holds as a dict."""
-        return cls(**with_new_keys(entry))
+        alarms = tuple(map(Alarm.read, entry.get("alarms", ())))
+        return cls(**{**with_new_keys(entry), "alarms": alarms})
 
     @property
     def rank(self) -> tuple[float, int]:
@@ -92,10 +102,12 @@ class EpochReport(OldAttributes):
         return self.score, self.epoch
 
 
-Report = IntervalReport | EpochReport
+Report = IntervalReport | EpochReport | RollbackReport
+KINDS = {IntervalReport: "interval", EpochReport: "epoch", RollbackReport: "rollback"}
 
 Callback = Callable[[Report], None]
-"""Called with every report, in one process. May call `Trainer.stop`."""
+"""Called with every report, in one process; with one of a rollback only where those were asked for. May call
+`Trainer.stop`."""
 
 Losses = Callable[[], dict[str, float]]
 """What the losses are just now, by name; waits for the device."""
@@ -251,11 +263,19 @@ def tensorboard(folder: Path | str) -> Callback:
         FileError, FolderError: raised by the callback, which cannot write (a full disk, say).
     """
     file = _EventFile(Path(folder))
-    return lambda report: file.write(_scalars_of(report), report.global_step)
+
+    def write(report: Report) -> None:
+        if isinstance(report, RollbackReport):
+            file.hide(report.global_step + 1)
+        file.write(_scalars_of(report), report.global_step)
+
+    return write
 
 
 def json_lines(path: Path | str) -> Callback:
-    """One JSON object a report: its fields, and "kind" ("interval" or "epoch").
+    """One JSON object a report: its fields, and "kind" ("interval", "epoch" or "rollback").
+
+    A rollback takes the lines of the epochs that it undoes away, and says itself what they came to.
 
     Raises (the callback):
         FileError, FolderError: the file cannot be written (a full disk, say), and is as it was; or it is no log.
@@ -264,11 +284,11 @@ def json_lines(path: Path | str) -> Callback:
 
     def write(report: Report) -> None:
         nonlocal begun
-        if not begun:
-            _forget(file, report.global_step)
+        undone = isinstance(report, RollbackReport)
+        if not begun or undone:
+            _forget(file, report.global_step + undone)
             begun = True
-        kind = "epoch" if isinstance(report, EpochReport) else "interval"
-        append_whole(file, _line({"kind": kind, **dataclasses.asdict(report)}))
+        append_whole(file, _line({"kind": KINDS[type(report)], **dataclasses.asdict(report)}))
 
     return write
 
@@ -301,13 +321,15 @@ def logged(path: Path) -> list[dict[str, Any]]:
 def _scalars_of(report: Report) -> dict[str, float]:
     scalars = {f"loss/{name}": value for name, value in report.losses.items()}
     scalars |= {f"lr/{name}": value for name, value in report.learning_rates.items()}
-    if not isinstance(report, EpochReport):
+    if isinstance(report, IntervalReport):
         return scalars
+    alarms = {f"alarm/{alarm.kind.replace(' ', '_')}": 1.0 for alarm in report.alarms}
+    if isinstance(report, RollbackReport):
+        return alarms | {"alarm/rollback_from_epoch": float(report.epoch)}
     scalars = {f"epoch/{name}": value for name, value in scalars.items()}
     scalars |= {"validation/natural": report.natural, "speed/images_per_second": report.images_per_second}
-    if report.robust is not None:
-        scalars["validation/robust"] = report.robust
-    return scalars
+    measured = {"validation/robust": report.robust, "validation/one_step": report.one_step}
+    return scalars | alarms | {name: value for name, value in measured.items() if value is not None}
 
 
 def _forget(path: Path, since: int) -> None:
@@ -344,12 +366,20 @@ class _EventFile:
         append_whole(self.folder / name, self._opening(step) + content)
         self.path = self.folder / name
 
+    def hide(self, since: int) -> None:
+        """Has TensorBoard show nothing of what was written of that step and later ones."""
+        if self.path != Path():
+            append_whole(self.path, self._records(self._start(since)))
+
+    def _start(self, step: int) -> Any:
+        return self._event(step=step, session_log=self._session(status=self._session.START))
+
     def _opening(self, first: int) -> bytes:
         """What a file begins with; it hides what an interrupted run wrote of step `first` and later ones."""
         return self._records(
             self._event(file_version="brain.Event:2"),
             self._event(step=first, file_version="brain.Event:2"),
-            self._event(step=first, session_log=self._session(status=self._session.START)),
+            self._start(first),
         )
 
     def _records(self, *events: Any) -> bytes:

@@ -82,10 +82,14 @@ class Rates:
         schedule: of progress.
         steps: in the whole run.
         warmup: steps in which the factor grows linearly to the schedule's (Goyal et al. 2017).
+
+    Attributes:
+        scale: of all factors.
     """
 
     def __init__(self, optimizers: Mapping[str, Optimizer], schedule: Schedule, steps: int, warmup: int = 0) -> None:
         self.optimizers, self.schedule, self.steps, self.warmup = optimizers, schedule, steps, warmup
+        self.scale = 1.0
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
                 group.setdefault("initial_lr", float(group["lr"]))
@@ -102,7 +106,7 @@ class Rates:
             raise InputTypeError(f"schedule({progress:g}) is {factor!r}; it must be a number, a factor of the rates")
         if not math.isfinite(factor):
             raise InputError(f"schedule({progress:g}) is {float(factor)}; it must be a finite factor of the rates")
-        return float(factor) * (min(1.0, (done + 1) / self.warmup) if self.warmup else 1.0)
+        return self.scale * float(factor) * (min(1.0, (done + 1) / self.warmup) if self.warmup else 1.0)
 
     def set(self, done: int) -> None:
         """Sets all rates for the step after `done` ones."""

@@ -24,13 +24,14 @@ from afd.methods import Execution, Method, Wrapper
 from afd.methods.attacking import GivenAttack
 from afd.nn import FeatureSplit
 from afd.nn.classifier import MARKER
+from afd.training.alarms import ON_ALARM
 from afd.training.mixing import Mixing
 from afd.training.schedules import BUFFERS
 from afd.training.weights import SCALED, SCALED_FOR
 
 BUILT = (
     "method", "schedule", "ema", "ema_warmup", "ema_buffers", "execution",
-    "feature_layer", "normalize", "attack", "validation_attack", "folder",
+    "feature_layer", "normalize", "attack", "validation_attack", "folder", "on_alarm",
 )  # fmt: skip
 """Settings that a trainer has built on when it was made: a change of one would be followed by nobody."""
 
@@ -47,7 +48,7 @@ OF_AVERAGES = ("ema_warmup", "ema_buffers")
 # of a config: may change when resumed
 FREE = {
     "out", "overwrite", "device", "resume", "weights", "save_every", "log_every", "data.root",
-    "data.extra_data", "graph", "execution.graph",
+    "data.extra_data", "graph", "execution.graph", "on_alarm",
 }  # fmt: skip
 
 
@@ -68,6 +69,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
     errors.whole("log_every", given["log_every"], 1)
     errors.whole("save_every", given["save_every"], 0)
     errors.whole("seed", given["seed"], 0)
+    errors.one_of("on_alarm", given["on_alarm"], ON_ALARM)
     _check_method(given["method"])
     _expect("execution", given["execution"], Execution, "an afd.methods.Execution")
     _expect("mixing", given["mixing"], Mixing, "an afd.training.Mixing")

@@ -28,7 +28,8 @@ from afd.nn import FeatureSplit
 from afd.nn.classifier import unwrapped
 from afd.nn.modes import held
 from afd.runtime import Group, commit
-from afd.training.callbacks import EpochReport, LossTracker, TrainingError
+from afd.training.alarms import Alarm, Watch
+from afd.training.callbacks import DivergedError, EpochReport, LossTracker
 from afd.training.data import Loader, ResumableLoader
 from afd.training.schedules import Average, Rates
 from afd.training.settings import check_same_run, describe, facts
@@ -158,6 +159,7 @@ class Resumable(ABC):
     average: Average | None
     step: Step
     rates: Rates
+    watch: Watch | None
     checkpoints: CheckpointManager | None
     loader: ResumableLoader  # since `fit` has begun
 
@@ -167,6 +169,9 @@ class Resumable(ABC):
         self.best: EpochReport | None = None
         self.steps_per_epoch = 0  # of the epoch in progress
         self.generators: dict[str, Any] | None = None  # where they stood when `fit` ended
+        self.rollbacks: list[dict[str, Any]] = []  # the epoch, alarms and remedy of each
+        self.stopped_by: Alarm | None = None
+        self._good: dict[str, Any] | None = None  # what `state_dict` said where all was well
         self.owed: bool | None = None  # a checkpoint that could not be written, and whether it is the best
         self.begun = self.fitting = False
 
@@ -303,6 +308,8 @@ class Resumable(ABC):
             "losses": self.losses.state_dict(),
             "batches": self.steps_per_epoch,
             "history": [dataclasses.asdict(report) for report in self.history],
+            "watch": self.watch and self.watch.state_dict(),
+            "rollbacks": self.rollbacks,
         }
         # of each process, by rank
         own = self.group.gather((generators, memory_of(self.step, apart=self.group.size > 1)))
@@ -348,6 +355,9 @@ class Resumable(ABC):
         self.position.load_state_dict(metadata["position"])
         self.losses.load_state_dict(metadata["losses"])
         self.history[:] = map(EpochReport.read, metadata["history"])
+        self.rollbacks = list(metadata.get("rollbacks", ()))  # not in earlier ones
+        if self.watch is not None:
+            self.watch.load_state_dict(metadata.get("watch") or {})
         self.step.steps, self.step.epoch = self.position.global_step, self.position.epoch
         self.steps_per_epoch = batches if steps is None else steps
         self.generators = saved["generators"][self.group.rank]
@@ -368,7 +378,7 @@ class Resumable(ABC):
         self.owed = best
         if not finite(self.network, self.step.players):
             step = self.position.global_step
-            raise TrainingError(f"a weight stopped being finite by step {step}; {self._where_it_stood(step)}")
+            raise DivergedError(f"a weight stopped being finite by step {step}; {self._where_it_stood(step)}")
         content = self._content()
         with self.group.together():
             if self.group.leads:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from afd.attacks import Attack, AttackFactory
+from afd.attacks import AttackFactory
 from afd.checkpoint import CheckpointManager
 from afd.errors import InputError
 from afd.execution import isolated, lay_out_plainly
@@ -20,21 +20,22 @@ from afd.graphs import guard
 from afd.methods import AFD, Execution, Method
 from afd.methods.base import Run
 from afd.methods.inputs import device_of, settle, taken_in
-from afd.methods.ramps import Ramp, Ramps, check_ramps
+from afd.methods.ramps import STEPS, Ramp, Ramps, check_ramps
 from afd.nn import FeatureSplit, split
 from afd.nn.modes import held
 from afd.processes import all_or_none
 from afd.runtime import join
+from afd.training.alarms import Watch
 from afd.training.callbacks import (
     UNSEEN,
     Callback,
+    DivergedError,
     EpochReport,
     IntervalReport,
     LossTracker,
     NotFiniteError,
     Progress,
     Report,
-    TrainingError,
 )
 from afd.training.data import Loader, check_loaders
 from afd.training.mixing import Mixing
@@ -42,12 +43,12 @@ from afd.training.recording import recorded
 from afd.training.schedules import EpsWarmup, Rates, Schedule, averaged, schedule_named
 from afd.training.settings import built, check_settings, differences, overridden
 from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
-from afd.training.state import Position, Resumable
-from afd.training.validation import recompute_statistics, shared_accuracy
+from afd.training.state import Position
+from afd.training.validation import UndoneError, Validated
 
 
 @dataclass
-class Trainer(Resumable):
+class Trainer(Validated):
     """Trains any image classifier with a method against an attack.
 
     Under torchrun, every process builds a trainer and they train one model together.
@@ -88,6 +89,9 @@ class Trainer(Resumable):
         config: kept in the checkpoints; a resumed run must have the same, but for `epochs`, which may grow. Default:
             what the settings above say.
         progress: told of every batch in one process, to show it; None to show nothing.
+        on_alarm: what is done where a model collapses, hides its gradients, stays at chance or has gradients that
+            explode (`afd.training.alarms`): "warn"; "stop" after that validation; "rollback", at most three times, to
+            the last good epoch, and on with a stronger attack or a smaller learning rate; or "off": nobody looks.
         best: the report of the epoch whose weights are in ``best.pt``: that of the highest score, of equals the last.
         history: the reports of all epochs.
         begun: whether `fit` has come as far as training.
@@ -118,6 +122,7 @@ class Trainer(Resumable):
     ema_warmup: bool = True
     ema_buffers: str = "averaged"
     ramps: Mapping[str, Ramp] = field(default_factory=dict)
+    on_alarm: str = "warn"
 
     def __post_init__(self) -> None:
         check_settings(self.settings())
@@ -141,6 +146,7 @@ class Trainer(Resumable):
         # one for all epochs: what it has recorded stays
         self.judge = None if self.judging is None else self.judging.build(self.evaluated)
         self.checkpoints = None if self.folder is None else CheckpointManager(Path(self.folder), self.warn)
+        self.watch = None if self.on_alarm == "off" else Watch(self.method, self.group, self.seed)
         self.stopping, self._built = Stop(self.group), built(self.settings())
         self._reset()
 
@@ -216,17 +222,20 @@ class Trainer(Resumable):
             self.step.optimizers, self.factor, max(1, self.epochs * steps), round(self.lr_warmup * steps)
         )
         generators = self._begin(train, validation, steps)
-        self.warmup = EpsWarmup(self.method, self.step, round(self.eps_warmup * steps))
-        self.growing = Ramps(self.method, self.step, self.ramps, steps)
-        self.run_step = recorded(self.network, self.step, self.device, self.group.size, self.execution)
+        self._set_out()
+        self._keep(self.generators)
         self.stopping.begin()
+        self.stopped_by = None
         try:
-            with on_signals(self.stopping.by_signal):
+            with on_signals(self.stopping.by_signal), self._watched():
                 while self.position.epoch <= self.epochs and not self.stopping.asked():
-                    self._train_epoch(generators)
-                    generators = None
-                    if self.stopping.asked() or not self._close_epoch(validation):
-                        break
+                    try:
+                        self._train_epoch(generators)
+                        generators = None
+                        if self.stopping.asked() or not self._close_epoch(validation):
+                            break
+                    except (DivergedError, UndoneError) as error:
+                        generators = self._go_back(error)
             self.stopping.settle()
             if self.stopping.asked():
                 self._end_early()
@@ -238,6 +247,16 @@ class Trainer(Resumable):
                 "asked; its weights load with afd.training.load_weights"
             )
         return self.history
+
+    def _set_out(self) -> None:
+        """Makes ready for steps, with the numbers that grow and what rollbacks have changed."""
+        method, self.rates.scale = self._now()
+        steps, ramps = self.steps_per_epoch, self.ramps
+        if method is not self.method:  # a ramp that leads nowhere any more
+            ramps = {name: one for name, one in ramps.items() if name != STEPS}
+        self.warmup = EpsWarmup(method, self.step, round(self.eps_warmup * steps))
+        self.growing = Ramps(method, self.step, ramps, steps)
+        self.run_step = recorded(self.network, self.step, self.device, self.group.size, self.execution)
 
     def _check_batch(self, x: Tensor, y: Tensor | None) -> None:
         """Raises InputError unless method and mixing take batches like this one; reads no value."""
@@ -316,7 +335,7 @@ class Trainer(Resumable):
             losses = self.losses.read()
         except NotFiniteError as error:
             number = at.global_step - waiting + error.steps_before + 1
-            raise TrainingError(
+            raise DivergedError(
                 f"{error} in step {number} (epoch {at.epoch}); {self._where_it_stood(number)}"
             ) from None
         if losses:
@@ -327,61 +346,34 @@ class Trainer(Resumable):
         """Validation, report and checkpoint after a whole epoch; False if it was stopped in validation."""
         generators = self.loader.capture()
         self.group.share_buffers(self.evaluated)
+        report = partial(
+            EpochReport,
+            self.position.epoch,
+            self.position.global_step,
+            self.losses.means(),
+            images_per_second=self.group.size * self.losses.speed,
+            learning_rates=self.rates.of_step(self._done),
+        )
         try:
-            self._recompute()
-            natural = self._measure(validation, None)
-            robust = None if self.judge is None else self._measure(validation, self.judge)
+            found = self._validate(validation, report)
         except BaseException as error:
             self.loader.restore(generators)  # validation begins anew when training goes on
             if isinstance(error, LeftError):
                 return False
             raise
-        report = EpochReport(
-            self.position.epoch,
-            self.position.global_step,
-            self.losses.means(),
-            natural=natural,
-            robust=robust,
-            images_per_second=self.group.size * self.losses.speed,
-            learning_rates=self.rates.of_step(self._done),
-        )
-        best = self.best is None or report.rank >= self.best.rank
-        self.history.append(report)
-        self.best = report if best else self.best
-        self.position = Position(report.epoch + 1, 0, report.global_step)
+        self._heed(found)
+        best = self.best is None or found.rank >= self.best.rank
+        self.history.append(found)
+        self.best = found if best else self.best
+        self.position = Position(found.epoch + 1, 0, found.global_step)
         self.losses = LossTracker(self.group)
         try:
-            self._tell(report)  # first: what is in the checkpoint is in the log
+            self._tell(found)  # first: what is in the checkpoint is in the log
         finally:
             self.save(best=best)
+        if not found.alarms and self.watch is not None and self.watch.learning:
+            self._keep()
         return True
-
-    def _recompute(self) -> None:
-        """BatchNorm's statistics of the average, where they are to be; LeftError where somebody asks to stop."""
-        if self.average is None or self.ema_buffers != "recomputed":
-            return
-        self.shown.began("statistics", self.position.epoch, 0, self.steps_per_epoch // self.method.repeats)
-
-        def each(images: int) -> None:
-            self.shown.moved(self.group.size * images)
-            self.stopping.leave()
-
-        with held(self.modules()):
-            recompute_statistics(self.average.module, self.loader, self.group, each, self.network)
-        self.average.take_buffers()
-
-    def _measure(self, validation: Loader, attack: Attack | None) -> float:
-        """Accuracy on the validation images; LeftError where somebody asks to stop meanwhile."""
-        work = "validation" if attack is None else "validation under attack"
-        total = len(validation) if isinstance(validation, Sized) else None
-        self.shown.began(work, self.position.epoch, 0, total)
-
-        def each(images: int) -> None:
-            self.shown.moved(images)
-            self.stopping.leave()
-
-        classes = self.network.num_classes
-        return shared_accuracy(self.evaluated, validation, attack, self.group, classes, each)
 
     def _end_early(self) -> None:
         if self.position.batch:

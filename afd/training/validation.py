@@ -1,4 +1,4 @@
-"""After an epoch: validation images classified, and BatchNorm statistics of averaged weights computed anew.
+"""After an epoch: validation images classified, BatchNorm statistics of averaged weights computed anew, ways back.
 
 An average of running statistics lags behind the averaged weights, and the live model's are of other weights; what the
 averaged model itself meets is known by a pass of it (Izmailov et al. 2018, `torch.optim.swa_utils.update_bn`).
@@ -6,25 +6,38 @@ averaged model itself meets is known by a pass of it (Izmailov et al. 2018, `tor
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import time
 import warnings
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Sequence, Sized
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from afd.attacks import Attack
+from afd.attacks import Attack, AttackSettings, FGSMSettings, PGDSettings
 from afd.attacks.diagnostics import COULD_NOT_AIM
 from afd.attacks.inputs import outside_inference
 from afd.data.images import images_and_labels
 from afd.errors import InputError, ModelWarning, warn_caller
+from afd.methods import Method, Wrapper
 from afd.metrics import accuracy
-from afd.nn.modes import evaluating
+from afd.nn.modes import evaluating, held
 from afd.runtime import Group
 from afd.training import loader_state
+from afd.training.alarms import COLLAPSE, GRADIENTS, MASKED, Alarm, RollbackReport, Sample
+from afd.training.callbacks import DivergedError, EpochReport, Progress, Report
 from afd.training.data import Loader, ResumableLoader, checked
+from afd.training.signals import Stop
+from afd.training.state import Resumable
+
+ROLLBACKS = 3  # of a run, at most
 
 
 def shared_accuracy(
@@ -34,6 +47,7 @@ def shared_accuracy(
     group: Group,
     num_classes: int | None = None,
     each: Callable[[int], None] | None = None,
+    look: Callable[[Tensor, Tensor], None] | None = None,
 ) -> float:
     """Share of images classified correctly, batches dealt out to the processes one by one.
 
@@ -46,6 +60,7 @@ def shared_accuracy(
         group: of the processes; its device is the model's.
         num_classes: labels are below it; None if nobody knows.
         each: called after each batch, in every process, with the number of its images.
+        look: called with each batch, in every process.
 
     Raises:
         InputError, InputTypeError: there are no images, or a batch is not as described in `Loader`.
@@ -57,6 +72,8 @@ def shared_accuracy(
     correct, seen, blind = 0.0, 0, 0
     for number, item in enumerate(batches):
         x, y = checked("validation", item, num_classes, batches)
+        if look is not None:
+            look(x, y)
         if number % group.size == group.rank:
             started = None if attack is None else partial(_shifted, attack, seen)
             with warnings.catch_warnings():  # said once for all batches, below
@@ -153,3 +170,227 @@ def recompute_statistics(
         for kept in (layer.running_mean, layer.running_var):
             assert isinstance(kept, Tensor)
             kept.copy_(group.mean(kept))
+
+
+# --- What is done about it ------------------------------------------------------------------------------------------
+
+
+def remedied(method: Method, remedies: Sequence[str]) -> tuple[Method, float]:
+    """A method with a stronger attack for each "attack" among the remedies, and a factor of its rates for "rates"."""
+    for remedy in remedies:
+        method = with_stronger_attack(method) if remedy == "attack" else method
+    return method, 0.5 ** sum(remedy == "rates" for remedy in remedies)
+
+
+def remedy_for(alarms: Sequence[Alarm], method: Method) -> str:
+    """What is to be changed: "attack" where that helps and can be made stronger, else "rates"."""
+    aimed = any(alarm.kind in (COLLAPSE, MASKED) for alarm in alarms)
+    return "attack" if aimed and with_stronger_attack(method) is not method else "rates"
+
+
+def told_of(before: Method, after: Method, rates: float) -> str:
+    """What a remedy has changed, in words."""
+    steps, lengths = zip(*map(_attacking, (before, after)), strict=True)
+    changes = (("steps", *steps), ("alpha", *lengths))
+    changed = [f"attack.{name} {one} → {other}" for name, one, other in changes if one != other]
+    return ", ".join(changed) or f"learning rates times {rates:g}"
+
+
+def _attacking(method: Any) -> tuple[str, str]:
+    """Steps of a method's attack, and their length."""
+    by_itself = method.attack is None
+    held: Any = getattr(method, "core", method) if by_itself else method.attack
+    alpha, of_one = getattr(held, "alpha", None), by_itself or isinstance(held, FGSMSettings)
+    told = getattr(held, "eps", None) if alpha is None and of_one else alpha
+    return str(getattr(held, "steps", 1)), str(told)
+
+
+def with_stronger_attack(method: Any) -> Any:
+    """A method whose attack takes twice the steps, of half the length; one that attacks by itself, half the step.
+
+    The same object where there is nothing to be changed.
+    """
+    if isinstance(method, Wrapper):
+        inside = with_stronger_attack(method.method)
+        return method if inside is method.method else dataclasses.replace(method, method=inside)
+    attack: Any = method.attack
+    if attack is None and hasattr(method, "eps") and hasattr(method, "alpha"):
+        return dataclasses.replace(method, alpha=(method.eps if method.alpha is None else method.alpha) / 2)
+    if isinstance(attack, FGSMSettings):
+        attack = PGDSettings(**dict(attack), steps=1, alpha=attack.eps, random_start=False)
+    if not isinstance(attack, AttackSettings) or not hasattr(attack, "steps"):
+        return method
+    changes: dict[str, Any] = {"steps": max(1, 2 * attack.steps)}
+    alpha = getattr(attack, "alpha", None)
+    if alpha is not None:
+        changes["alpha"] = alpha / 2
+    return dataclasses.replace(method, attack=dataclasses.replace(attack, **changes))
+
+
+class UndoneError(Exception):
+    """An epoch after which something is so wrong that it is to be undone."""
+
+    def __init__(self, report: EpochReport) -> None:
+        super().__init__(", ".join(map(str, report.alarms)))
+        self.report = report
+
+
+class Validated(Resumable):
+    """A trainer as far as it looks at what an epoch has come to: accuracies, alarms, and what is done about these."""
+
+    on_alarm: str
+    ema_buffers: str
+    judge: Attack | None
+    stopping: Stop
+
+    @property
+    @abstractmethod
+    def shown(self) -> Progress:
+        """Where progress is shown, if anywhere."""
+
+    @abstractmethod
+    def _tell(self, report: Report) -> None:
+        """Hands a report to the callbacks."""
+
+    @abstractmethod
+    def _set_out(self) -> None:
+        """Makes ready for steps, as the method is by now."""
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """All that have gone off, those of epochs that were undone included."""
+        found = [Alarm.read(one) for back in self.rollbacks for one in back["alarms"]]
+        found += [alarm for report in self.history for alarm in report.alarms]
+        return sorted(found, key=lambda alarm: alarm.epoch)
+
+    def _recompute(self) -> None:
+        """BatchNorm's statistics of the average, where they are to be; LeftError where somebody asks to stop."""
+        if self.average is None or self.ema_buffers != "recomputed":
+            return
+        self.shown.began("statistics", self.position.epoch, 0, self.steps_per_epoch // self.method.repeats)
+
+        def each(images: int) -> None:
+            self.shown.moved(self.group.size * images)
+            self.stopping.leave()
+
+        with held(self.modules()):
+            recompute_statistics(self.average.module, self.loader, self.group, each, self.network)
+        self.average.take_buffers()
+
+    def _measure(self, validation: Loader, attack: Attack | None, sample: Sample | None = None) -> float:
+        """Accuracy on the validation images; LeftError where somebody asks to stop meanwhile."""
+        work = "validation" if attack is None else "validation under attack"
+        total = len(validation) if isinstance(validation, Sized) else None
+        self.shown.began(work, self.position.epoch, 0, total)
+
+        def each(images: int) -> None:
+            self.shown.moved(images)
+            self.stopping.leave()
+
+        classes, look = self.network.num_classes, None if sample is None else sample.look
+        return shared_accuracy(self.evaluated, validation, attack, self.group, classes, each, look)
+
+    def _validate(self, validation: Loader, report: Callable[..., EpochReport]) -> EpochReport:
+        """What an epoch came to, alarms included; LeftError where somebody asks to stop meanwhile."""
+        began, sample = time.perf_counter(), Sample(self.position.epoch)
+        self._recompute()
+        natural = self._measure(validation, None, None if self.watch is None else sample)
+        robust = None if self.judge is None else self._measure(validation, self.judge)
+        if self.watch is None:
+            return report(natural=natural, robust=robust)
+        self.watch.state.seconds += self.losses.seconds + time.perf_counter() - began
+        generators = loader_state.global_generators()
+        try:  # a model of somebody's own may draw in evaluation mode, too
+            found = report(natural=natural, robust=robust, one_step=self.watch.under_one_step(self.evaluated, sample))
+            self.watch.probe(self.evaluated, sample, found.epoch, robust)
+        finally:
+            loader_state.set_global_generators(generators)
+        return dataclasses.replace(found, alarms=self.watch.alarms(self.history, found, found.epoch, sample))
+
+    def _heed(self, report: EpochReport) -> None:
+        """Does about alarms what is to be done about them.
+
+        Raises:
+            UndoneError: the epoch is to be undone.
+        """
+        if not report.alarms:
+            return
+        if self.on_alarm == "rollback" and len(self.rollbacks) < ROLLBACKS:
+            raise UndoneError(report)
+        known = {alarm.kind for alarm in self.history[-1].alarms} if self.history else set()
+        for alarm in report.alarms:
+            if alarm.kind not in known or self.on_alarm != "warn":
+                self.warn(str(alarm))
+        if self.on_alarm != "warn":
+            self.stopped_by = report.alarms[0]
+            self.stopping.ask()
+
+    # --- The way back -------------------------------------------------------------------------------------------------
+
+    def _keep(self, generators: dict[str, Any] | None = None) -> None:
+        """Remembers this moment as one to go back to, on the CPU, if that may be asked for.
+
+        Args:
+            generators: that it goes on from, where they are not as they are now.
+        """
+        if self.on_alarm == "rollback":
+            state = self.state_dict()
+            if generators is not None:
+                state["generators"] = self.group.gather(generators)
+            self._good = _copied(state)
+
+    def _watched(self) -> AbstractContextManager[None]:
+        """Inside, gradients are looked at."""
+        return nullcontext() if self.watch is None else self.watch.gradients.of(self.step.optimizers["task"])
+
+    def _go_back(self, error: DivergedError | UndoneError) -> dict[str, Any] | None:
+        """Undoes what came since the last good epoch, and goes on otherwise; returns the generators' state there.
+
+        Raises:
+            DivergedError: it has done so often enough, or is not to.
+        """
+        if self._good is None or len(self.rollbacks) >= ROLLBACKS:
+            assert isinstance(error, DivergedError)
+            raise error
+        undone = error.report if isinstance(error, UndoneError) else None
+        epoch = self.position.epoch if undone is None else undone.epoch
+        alarms = (Alarm.of(GRADIENTS, epoch, str(error).split("; ")[0]),) if undone is None else undone.alarms
+        losses = self.losses.means() if undone is None else undone.losses
+        before, _ = self._now()
+        remedy = remedy_for(alarms, before)
+        entry = {"epoch": epoch, "remedy": remedy, "alarms": [dataclasses.asdict(alarm) for alarm in alarms]}
+        rollbacks = [*self.rollbacks, entry]
+        self._load(self._good, "the last good epoch", self.steps_per_epoch)
+        self.rollbacks = rollbacks
+        self.best = max(self.history, key=lambda report: report.rank, default=None)
+        self._set_out()
+        after, rates = self._now()
+        told, at = told_of(before, after, rates), self.position
+        entry["told"] = told
+        for alarm in alarms:
+            self.warn(str(alarm))
+        self.note(f"gone back to step {at.global_step}, before epoch {at.epoch}, and on with {told}")
+        accuracies = {} if undone is None else {n: getattr(undone, n) for n in ("natural", "robust", "one_step")}
+        done = (at.epoch - 1) * self.steps_per_epoch + at.batch
+        rates_next = self.rates.of_step(done + 1)
+        self._tell(RollbackReport(epoch, at.global_step, losses, rates_next, alarms, told, **accuracies))
+        self.save(best=False)
+        assert self.generators is not None
+        self.loader.at_start, self.loader.serving = self.generators["at_start"], self.generators.get("serving")
+        now: dict[str, Any] | None = self.generators["now"]
+        return now
+
+    def _now(self) -> tuple[Method, float]:
+        """The method as it is after all rollbacks, and a factor of its rates."""
+        return remedied(self.method, [back["remedy"] for back in self.rollbacks])
+
+
+def _copied(value: Any) -> Any:
+    """A state that nobody writes to, its tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copied(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copied, value))
+    return copy.deepcopy(value)

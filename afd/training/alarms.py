@@ -1,0 +1,393 @@
+"""Alarms of a training run: what goes wrong while losses fall, told by numbers that few images and little time give.
+
+After each validation the attack of one step is compared with that of many steps (catastrophic overfitting, Wong et al.
+2020), and a few validation images are attacked by PGD from several starts and, where that fails, by Square, which knows
+no gradients (masked gradients, Athalye et al. 2018). The latter only once it has been paid for: all of this takes at
+most `SHARE` of the time of training and validation until then. Neither training images nor generators are touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from afd.attacks import AttackSettings, FGSMSettings, PGDSettings, Square, SquareSettings
+from afd.methods import Method
+from afd.methods.optimizers import GradientNorms
+from afd.metrics import predict
+from afd.runtime import Group
+
+COLLAPSE, MASKED = "catastrophic overfitting", "masked gradients"
+CHANCE, GRADIENTS = "at chance", "exploding gradients"
+ON_ALARM = ("warn", "stop", "rollback", "off")
+HELPS = {
+    COLLAPSE: "an attack of more steps, or of smaller ones, helps",
+    MASKED: "its robust accuracy is none; measure it with afd evaluate --protocol autoattack, and train another way",
+    CHANCE: "a radius that grows (eps_warmup), or a smaller learning rate, helps",
+    GRADIENTS: "a smaller learning rate, or a bound on the gradient (clip), helps",
+}
+SHARE = 0.05  # of the time of training and validation
+MOST = 256  # validation images that are looked at after an epoch, at most
+LEAST = 16  # that are worth a probe
+RESTARTS: tuple[Literal["ce", "margin"], ...] = (
+    "ce",
+    "margin",
+)  # of PGD, each from its own start and with its own loss
+STEPS, QUERIES = 10, 100
+LATELY = 8  # probes that a verdict rests on, at most
+FALL, GAP, NEVER = 0.2, 0.3, 0.05  # many-step accuracy below its best, below one-step accuracy, and as good as none
+BROKEN = 0.05  # of the images that PGD leaves, that an honest model would lose to Square at most
+BELOW = 0.1  # of PGD with restarts below validation's
+PATIENCE, PATIENT_STEPS = 3, 100  # epochs and steps at chance; epochs whose gradients are what is usual
+EXPLODED = 100.0  # times the usual gradient
+SEED = 1 << 40  # beside those of training and validation
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that goes wrong in a training run.
+
+    Attributes:
+        kind: "catastrophic overfitting", "masked gradients", "at chance" or "exploding gradients".
+        epoch: after which it was noticed.
+        told: what was seen, in words.
+        helps: what helps against it.
+        figures: what was seen, by name.
+    """
+
+    kind: str
+    epoch: int
+    told: str
+    helps: str
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.kind} in epoch {self.epoch}: {self.told}; {self.helps}"
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any]) -> Alarm:
+        """The alarm that a log or checkpoint holds as a dict."""
+        return cls(**entry)
+
+    @classmethod
+    def of(cls, kind: str, epoch: int, told: str, **figures: float) -> Alarm:
+        """One of a kind, with what helps."""
+        return cls(kind, epoch, told, HELPS[kind], figures)
+
+
+@dataclass(frozen=True)
+class RollbackReport:
+    """A training run has gone back to where all was well, and goes on otherwise.
+
+    Attributes:
+        epoch: in which something went wrong.
+        global_step: where training goes on from.
+        losses: of the epoch that is undone, as far as they were finite.
+        learning_rates: of each optimizer in the next step.
+        alarms: what went wrong.
+        remedy: what is otherwise from here on, in words.
+        natural: clean accuracy after the epoch that is undone; None if it came to no validation.
+        robust: accuracy there under the validation attack.
+        one_step: accuracy there under an attack of one step.
+    """
+
+    epoch: int
+    global_step: int
+    losses: dict[str, float]
+    learning_rates: dict[str, float]
+    alarms: tuple[Alarm, ...]
+    remedy: str
+    natural: float | None = None
+    robust: float | None = None
+    one_step: float | None = None
+
+
+def alarm_lines(alarms: Iterable[Alarm], rollbacks: Iterable[Mapping[str, Any]] = ()) -> list[str]:
+    """What a run's alarms and rollbacks come to, a line for each kind and each rollback."""
+    by_kind: dict[str, list[Alarm]] = {}
+    for alarm in alarms:
+        by_kind.setdefault(alarm.kind, []).append(alarm)
+    lines = []
+    for kind, found in by_kind.items():
+        first, last = found[0], found[-1].epoch
+        when = f"epoch {first.epoch}" if len(found) == 1 else f"{len(found)} epochs, {first.epoch} to {last}"
+        lines.append(f"alarm: {kind} in {when}: {first.told}; {first.helps}")
+    return lines + [f"rolled back after epoch {back['epoch']}, and on with {back['told']}" for back in rollbacks]
+
+
+# --- What is looked at ----------------------------------------------------------------------------------------------
+
+
+class Sample:
+    """Every n-th validation image, `MOST` at most, others from epoch to epoch; and how many there are of each class.
+
+    Args:
+        offset: which of n neighbours.
+    """
+
+    def __init__(self, offset: int) -> None:
+        self.offset, self.stride, self.seen = offset, 2, 0
+        self._kept: list[tuple[int, Tensor, Tensor]] = []  # by the index of each, images and labels of one
+        self._classes = torch.zeros(0, dtype=torch.int64)
+
+    def look(self, x: Tensor, y: Tensor) -> None:
+        """Takes what it wants of a batch, in their order."""
+        if not self._kept or x.shape[1:] == self._kept[0][1].shape:
+            for row in range((self.offset - self.seen) % self.stride, len(x), self.stride):
+                self._kept.append((self.seen + row, x[row].clone(), y[row].clone()))
+        while len(self._kept) > MOST:
+            self.stride *= 2
+            self._kept = [one for one in self._kept if one[0] % self.stride == self.offset % self.stride]
+        counts = torch.bincount(y.cpu(), minlength=len(self._classes))
+        counts[: len(self._classes)] += self._classes
+        self._classes, self.seen = counts, self.seen + len(x)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def images(self, device: torch.device, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Some of the images and their labels."""
+        images, labels = zip(*(self._kept[row][1:] for row in rows), strict=True)
+        return torch.stack(images).to(device), torch.stack(labels).to(device)
+
+    @property
+    def largest_class(self) -> float:
+        """Its share of all images."""
+        return int(self._classes.max()) / self.seen
+
+
+Measured = Any  # what is known of an epoch: its natural, robust and one_step, as of EpochReport
+
+
+@dataclass
+class Probes:
+    """What is kept from epoch to epoch: plain numbers, for checkpoints.
+
+    Attributes:
+        norms: the largest norm of the gradient in each epoch.
+        found: of each probe: images tested, left by PGD, of these broken by Square, and validation's robust accuracy
+            then (-1: none).
+        seconds: of training and validation, probes included.
+        spent: of these, on probes.
+        per_image: seconds that an image of a probe is expected to take.
+    """
+
+    norms: list[float] = field(default_factory=list)
+    found: list[list[float]] = field(default_factory=list)
+    seconds: float = 0.0
+    spent: float = 0.0
+    per_image: float | None = None
+
+    def affordable(self) -> int:
+        """Images of the next probe."""
+        if self.per_image is None:
+            return 0
+        return int(max(0.0, SHARE * self.seconds - self.spent) / max(self.per_image, 1e-9))
+
+    def lately(self) -> tuple[float, float, float, float]:
+        """Sums over the latest probes of the images tested, left and broken; and validation's robust accuracy."""
+        latest = self.found[-LATELY:]
+        tested, left, broken = (sum(one[part] for one in latest) for part in range(3))
+        judged = [one for one in latest if one[3] >= 0]
+        shares = sum(one[0] * one[3] for one in judged)
+        return tested, left, broken, shares / max(1.0, sum(one[0] for one in judged)) if judged else -1.0
+
+
+class Watch:
+    """Looks at a model after each epoch, and says what goes wrong.
+
+    Args:
+        method: that it is trained by; one without a ball is attacked by nobody.
+        group: of the processes, which look together and find the same.
+        seed: of the run.
+
+    Attributes:
+        learning: whether clean accuracy was above chance when it last looked.
+    """
+
+    def __init__(self, method: Method, group: Group, seed: int) -> None:
+        self.group, self.seed = group, SEED + seed
+        self.one_step = one_step(method)
+        self.gradients, self.state, self.learning = GradientNorms(group.device), Probes(), False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers; waits for the device."""
+        return {**dataclasses.asdict(self.state), "largest": float(self.gradients.largest)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state_dict` said, or, of checkpoints without, from the beginning."""
+        known = {**state}
+        self.gradients.largest.fill_(known.pop("largest", 0.0))
+        self.state = Probes(**known)
+        self.state.norms, self.state.found = list(self.state.norms), list(self.state.found)
+
+    def under_one_step(self, model: nn.Module, sample: Sample) -> float | None:
+        """Accuracy under an attack of one step; None without a ball."""
+        if self.one_step is None or not len(sample):
+            return None
+        began, mine = time.perf_counter(), self._share(len(sample))
+        x, y = (one[mine.start : mine.stop] for one in sample.images(self.group.device, range(len(sample))))
+        right = int(_withstand(model, self.one_step, x, y, self.seed, mine.start).sum()) if len(mine) else 0
+        found: float = sum(self.group.gather(right)) / len(sample)
+        took = time.perf_counter() - began
+        self.state.spent += took
+        if self.state.per_image is None:  # three passes of an image; a probe has these, where half withstand PGD
+            self.state.per_image = took / len(sample) / 3 * (2 * STEPS * len(RESTARTS) + QUERIES / 2)
+        return found
+
+    def _share(self, images: int) -> range:
+        """This process's rows."""
+        size, rank = self.group.size, self.group.rank
+        return range(images * rank // size, images * (rank + 1) // size)
+
+    def probe(self, model: nn.Module, sample: Sample, epoch: int, robust: float | None) -> None:
+        """PGD from several starts, then Square, if that has been paid for."""
+        images = min(self.state.affordable(), len(sample))
+        images = self.group.gather(images)[0]
+        if self.one_step is None or images < min(LEAST, max(len(sample), 1)):
+            return
+        began, mine = time.perf_counter(), self._share(images)
+        rows = [row * len(sample) // images for row in range(images)]
+        x, y = (one[mine.start : mine.stop] for one in sample.images(self.group.device, rows))
+        ball: dict[str, Any] = {name: self.one_step[name] for name in ("norm", "eps", "bounds")}
+        attacks: list[AttackSettings] = [PGDSettings(**ball, steps=STEPS, loss=loss) for loss in RESTARTS]
+        if ball["norm"] in Square.known:
+            attacks.append(SquareSettings(**ball, queries=QUERIES))
+        counts = [len(x)]
+        for number, attack in enumerate(attacks):
+            if len(x):
+                stands = _withstand(model, attack, x, y, self.seed + len(attacks) * epoch + number, mine.start)
+                x, y = x[stands], y[stands]
+            counts.append(len(x))
+        of_all = self.group.gather((counts[0], counts[len(RESTARTS)], counts[-1]))
+        tested, left, end = map(sum, zip(*of_all, strict=True))
+        self.state.found.append([tested, left, left - end, -1.0 if robust is None else robust])
+        del self.state.found[:-LATELY]
+        took = time.perf_counter() - began
+        self.state.spent, self.state.per_image = self.state.spent + took, took / images
+
+    def alarms(self, history: Sequence[Measured], now: Measured, epoch: int, sample: Sample) -> tuple[Alarm, ...]:
+        """What goes wrong, of an epoch that others came before."""
+        largest = self.group.gather(self.gradients.read())[0]
+        found = (
+            collapsed(history, now, epoch, (sample.seen, len(sample)), self.state),
+            masked(self.state, epoch),
+            at_chance(history, now, epoch, sample.seen, sample.largest_class),
+            exploded(self.state.norms, largest, epoch),
+        )
+        self.state.norms.append(largest)
+        self.learning = now.natural > best_at_chance(sample.largest_class, sample.seen)
+        return tuple(alarm for alarm in found if alarm is not None)
+
+
+def one_step(method: Method) -> AttackSettings | None:
+    """An attack of one step to look at a model with: the training attack if it is one, else FGSM in its ball."""
+    own: Any = method.attack
+    ball: Any = method.ball
+    if not isinstance(ball, AttackSettings) or (isinstance(ball.eps, Tensor) and ball.eps.dim()):
+        return None
+    if isinstance(own, PGDSettings) and own.steps == 1 and not own.targeted and own.loss == "ce":
+        return dataclasses.replace(own, batchnorm="eval", precision="fp32")
+    return FGSMSettings(norm=ball.norm, eps=ball.eps, bounds=ball.bounds)
+
+
+def _withstand(model: nn.Module, attack: AttackSettings, x: Tensor, y: Tensor, seed: int, first: int) -> Tensor:
+    """Which images a model classifies correctly under an attack, bool [N]; it records no graph for so few."""
+    built: Any = attack.build(model, validate=False)
+    built.own_graphs = False
+    return predict(model, built(x, y, seed=seed, first_sample=first)).classes == y
+
+
+# --- Verdicts -------------------------------------------------------------------------------------------------------
+
+
+def bounds(hits: float, of: float, deviations: float = 2.0) -> tuple[float, float]:
+    """Between what a share lies of which a sample has so many hits (Wilson 1927)."""
+    if not of:
+        return 0.0, 1.0
+    share, z = hits / of, deviations * deviations / of
+    middle, width = share + z / 2, math.sqrt(z * (share * (1 - share) + z / 4))
+    return (middle - width) / (1 + z), (middle + width) / (1 + z)
+
+
+def collapsed(
+    history: Sequence[Measured], now: Measured, epoch: int, images: tuple[int, int], probes: Probes
+) -> Alarm | None:
+    """Many-step accuracy has fallen far below its best, or never rose, while that of one step is far above it.
+
+    Args:
+        history: of the epochs before.
+        now: of this one.
+        epoch: its number.
+        images: that many-step and one-step accuracy are of.
+        probes: for a run without a validation attack.
+    """
+    many, one, (of_many, of_one) = now.robust, now.one_step, images
+    if many is None:
+        tested, left, *_ = probes.lately()
+        many, of_many = (left / tested, int(tested)) if tested else (None, 0)
+    if many is None or one is None:
+        return None
+    best = max((seen.robust for seen in history if seen.robust is not None), default=0.0)
+    surely = bounds(one * of_one, of_one)[0] - bounds(many * of_many, of_many)[1]
+    fell = many <= best / 2 and best - many >= FALL
+    last = (history[-1].robust, history[-1].one_step) if history else (None, None)
+    never = many < NEVER and one >= 0.5 and last[0] is not None and last[0] < NEVER and (last[1] or 0.0) >= 0.5
+    if not (fell or never) or one - many < GAP or surely < GAP / 2:
+        return None
+    told = f"accuracy under one step is {one:.1%}, under many {many:.1%}" + (f" (once {best:.1%})" if fell else "")
+    return Alarm.of(COLLAPSE, epoch, told, one_step=one, many_steps=many, best=best)
+
+
+def masked(probes: Probes, epoch: int) -> Alarm | None:
+    """Square breaks what PGD could not, or PGD from several starts much of what validation's could not."""
+    tested, left, broken, robust = probes.lately()
+    figures = {"images": tested, "left_by_pgd": left, "broken_by_square": broken}
+    if left >= LEAST and bounds(broken, left, 3.0)[0] > BROKEN:
+        told = f"Square of {QUERIES} queries breaks {broken:g} of {left:g} validation images that PGD has left"
+        return Alarm.of(MASKED, epoch, told, **figures)
+    if robust >= 0 and bounds(left, tested, 3.0)[1] < robust - BELOW:
+        told = f"PGD from several starts leaves {left:g} of {tested:g} validation images, validation's {robust:.1%}"
+        return Alarm.of(MASKED, epoch, told, **figures, validation=robust)
+    return None
+
+
+def best_at_chance(share: float, images: int) -> float:
+    """Clean accuracy that one answer for all images may have by luck, where a class has that share of all."""
+    return share + 2 * math.sqrt(share * (1 - share) / images)
+
+
+def at_chance(history: Sequence[Measured], now: Measured, epoch: int, images: int, share: float) -> Alarm | None:
+    """Clean accuracy is what one answer for all images would have, for several epochs that are not mere moments."""
+    stuck, begin = 0, 0
+    for one in reversed([*history, now]):
+        begin = one.global_step
+        if one.natural > best_at_chance(share, images):
+            break
+        stuck, begin = stuck + 1, 0
+    if stuck < PATIENCE or now.global_step - begin < PATIENT_STEPS or share > 0.9:
+        return None
+    told = (
+        f"clean accuracy is {now.natural:.1%}, the {stuck}th epoch in a row like it; one class for all has {share:.1%}"
+    )
+    return Alarm.of(CHANCE, epoch, told, natural=now.natural, chance=share)
+
+
+def exploded(before: Sequence[float], largest: float, epoch: int) -> Alarm | None:
+    """The largest gradient of an epoch is not finite, or far beyond that of the epochs before."""
+    if not math.isfinite(largest):
+        return Alarm.of(GRADIENTS, epoch, "the gradient of a step was not finite")
+    known = [one for one in before if math.isfinite(one)]
+    usual = statistics.median(known) if len(known) >= PATIENCE else math.inf
+    if largest <= EXPLODED * usual or not usual:
+        return None
+    told = f"the largest gradient has norm {largest:.3g}, in the epochs before {usual:.3g}"
+    return Alarm.of(GRADIENTS, epoch, told, largest=largest, usual=usual)

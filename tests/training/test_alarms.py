@@ -1,0 +1,522 @@
+"""Alarms: what sets them off and what does not, what is done about them, and that looking changes nothing."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from afd import data
+from afd.attacks import PGDSettings
+from afd.checkpoint import load_checkpoint
+from afd.data import Batches
+from afd.errors import InputError
+from afd.methods import AFD, AT, AWP, FGSMRS, MART, TRADES, Execution, Free, Natural
+from afd.methods.optimizers import GradientNorms
+from afd.nn import build_model
+from afd.presets import method_for
+from afd.runtime import Group
+from afd.training import EpochReport, Trainer, TrainingError, alarms, json_lines
+from afd.training.alarms import MOST, Alarm, Probes, RollbackReport, Sample, Watch
+from afd.training.validation import remedied, with_stronger_attack
+
+X = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(60) % 2
+X[:, :, :2] = 0.3 * X[:, :, :2] + 0.7 * Y[:, None, None, None]  # the upper half tells
+TRAIN = [(X[:20], Y[:20]), (X[20:40], Y[20:40])]
+HELD_OUT = [(X[40:], Y[40:])]
+ONE_STEP = PGDSettings(eps=0.05, alpha=0.06, steps=1)
+JUDGE = PGDSettings(eps=0.05, steps=2)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def one_step_method(**settings):
+    return FGSMRS(lr=0.5, attack=ONE_STEP, validation_attack=JUDGE, **settings)
+
+
+def seen(natural=0.9, robust=0.5, one_step=0.6):
+    return SimpleNamespace(natural=natural, robust=robust, one_step=one_step, global_step=1)
+
+
+def weights(trainer):
+    return [one.detach().clone() for one in trainer.network.parameters()]
+
+
+def same(one, other):
+    return all(map(torch.equal, one, other))
+
+
+# --- Verdicts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("history", "now", "rings"),
+    [
+        ([seen(robust=0.5)], seen(robust=0.02, one_step=0.9), True),  # as FGSM-RS collapses
+        ([seen(robust=0.5)], seen(robust=0.24, one_step=0.6), True),
+        ([seen(robust=0.5)], seen(robust=0.3, one_step=0.9), False),  # not down to half
+        ([seen(robust=0.5)], seen(robust=0.05, one_step=0.1), False),  # it fell, but under one step, too
+        ([seen(robust=0.2)], seen(robust=0.05, one_step=0.5), False),  # a gap, before it is robust at all
+        ([seen(robust=0.01, one_step=0.9)], seen(robust=0.0, one_step=0.95), True),  # never robust
+        ([seen(robust=0.3, one_step=0.9)], seen(robust=0.2, one_step=0.9), False),
+        ([], seen(robust=0.0, one_step=0.9), False),  # the first epoch
+        ([seen(robust=None)], seen(robust=None, one_step=0.9), False),  # nobody knows
+    ],
+)
+def test_collapse_is_a_fall_of_many_step_accuracy_that_one_step_does_not_follow(history, now, rings):
+    found = alarms.collapsed(history, now, 7, (1000, 250), Probes())
+    assert (found is not None) == rings
+    if rings:
+        assert (found.kind, found.epoch) == ("catastrophic overfitting", 7)
+        assert found.figures["one_step"] == now.one_step
+
+
+def test_few_images_are_no_evidence_of_a_collapse():
+    assert alarms.collapsed([seen(robust=0.5)], seen(robust=0.2, one_step=0.6), 2, (10, 5), Probes()) is None
+
+
+def test_without_a_validation_attack_probes_say_what_many_steps_leave():
+    now, probes = seen(robust=None, one_step=0.9), Probes(found=[[60, 1, 0, -1.0]])
+    assert alarms.collapsed([seen(robust=0.5)], now, 3, (1000, 250), probes) is not None
+
+
+@pytest.mark.parametrize(
+    ("found", "rings"),
+    [
+        ([[100, 50, 20, 0.5]], True),  # Square beats PGD
+        ([[30, 16, 1, 0.5], [30, 16, 1, 0.5]], False),  # a lucky image or two
+        ([[20, 7, 2, 0.4]], False),  # too few to tell
+        ([[30, 16, 4, 0.5]] * 3, True),
+        ([[100, 50, 0, 0.5]], False),
+        ([[200, 40, 0, 0.8]], True),  # restarts break what validation's attack could not
+        ([[200, 100, 0, 0.55]], False),
+        ([], False),
+    ],
+)
+def test_gradients_are_masked_where_square_or_restarts_break_what_pgd_could_not(found, rings):
+    alarm = alarms.masked(Probes(found=[list(map(float, one)) for one in found]), 3)
+    assert (alarm is not None) == rings
+    assert alarm is None or alarm.kind == "masked gradients"
+
+
+def chance(*natural, steps=100):
+    """The alarm of a run whose epochs, of so many steps each, have these clean accuracies."""
+    epochs = [SimpleNamespace(natural=one, global_step=steps * number) for number, one in enumerate(natural, 1)]
+    return alarms.at_chance(epochs[:-1], epochs[-1], len(epochs), 1000, 0.1)
+
+
+def test_chance_is_told_after_three_epochs_and_a_hundred_steps_of_it():
+    assert chance(0.11, 0.1, 0.11) is not None
+    assert chance(0.5, 0.11, 0.1, 0.11) is not None  # it has forgotten all
+    assert chance(0.11, 0.1) is None
+    assert chance(0.11, 0.1, 0.14) is None
+    assert chance(0.11, 0.2, 0.1, 0.1) is None
+    assert chance(0.11, 0.1, 0.11, steps=33) is None
+    assert chance(*[0.1] * 9, steps=11) is None
+    assert chance(*[0.1] * 10, steps=11) is not None
+    told = str(chance(0.11, 0.1, 0.11))
+    assert "eps_warmup" in told
+    assert "smaller learning rate" in told
+
+
+def test_gradients_explode_where_they_are_not_finite_or_far_beyond_the_usual():
+    assert alarms.exploded([1.0, 2.0, 3.0, 2.0, 2.0], 1000.0, 6) is not None
+    assert alarms.exploded([1.0, 2.0, 3.0, 2.0, 2.0], 100.0, 6) is None
+    assert alarms.exploded([1.0], 1000.0, 2) is None
+    assert alarms.exploded([], float("nan"), 1) is not None
+    assert alarms.exploded([], float("inf"), 1) is not None
+
+
+def test_an_alarm_survives_json():
+    alarm = Alarm.of("at chance", 3, "so it is", natural=0.1)
+    assert Alarm.read(json.loads(json.dumps(dataclasses.asdict(alarm)))) == alarm
+    report = EpochReport(1, 2, {}, 0.1, None, 1.0, {}, None, (alarm,))
+    assert EpochReport.read(json.loads(json.dumps(dataclasses.asdict(report)))) == report
+
+
+# --- What is looked at ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 500, 3000])
+def test_a_sample_is_spread_over_all_images_and_the_same_for_any_batches(size):
+    x, y = torch.arange(3000.0)[:, None], torch.arange(3000) % 3
+    sample = Sample(5)
+    for rows, labels in zip(x.split(size), y.split(size), strict=True):
+        sample.look(rows, labels)
+    kept, labels = sample.images(torch.device("cpu"), range(len(sample)))
+    assert kept.flatten().tolist() == list(range(5, 3000, 16))
+    assert MOST / 2 < len(sample) <= MOST
+    assert torch.equal(labels, kept.flatten().long() % 3)
+    assert (sample.seen, sample.largest_class) == (3000, 1 / 3)
+
+
+def test_at_most_half_of_few_images_are_looked_at_and_others_in_the_next_epoch():
+    halves = []
+    for epoch in (1, 2):
+        sample = Sample(epoch)
+        sample.look(*HELD_OUT[0])
+        halves.append(sample.images(torch.device("cpu"), range(len(sample)))[0])
+    assert torch.equal(halves[0], X[41::2])
+    assert torch.equal(halves[1], X[40::2])
+
+
+def test_norms_of_gradients_are_kept_until_they_are_read():
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter, nn.Parameter(torch.zeros(3))], lr=0.1)
+    norms = GradientNorms(torch.device("cpu"))
+    with norms.of(optimizer):
+        for gradient in ([3.0, 4.0], [1.0, 0.0]):
+            parameter.grad = torch.tensor(gradient)
+            optimizer.step()
+    assert norms.read() == 5.0
+    parameter.grad = torch.tensor([7.0, 0.0])
+    optimizer.step()  # nobody looks any more
+    assert norms.read() == 0.0
+    with norms.of(optimizer):
+        for gradient in ([float("nan"), 0.0], [1.0, 0.0]):
+            parameter.grad = torch.tensor(gradient)
+            optimizer.step()
+    assert norms.read() != norms.read()  # NaN, then 0
+
+
+def test_recorded_steps_are_looked_at_too(tapes):
+    plain, recorded = (
+        Trainer(network(), Natural(lr=0.1), epochs=3, execution=Execution(graph=graph)) for graph in (False, True)
+    )
+    for trainer in (plain, recorded):
+        trainer.fit(TRAIN, HELD_OUT)
+    assert recorded.watch.state.norms == pytest.approx(plain.watch.state.norms, rel=1e-5)
+    assert tapes
+
+
+def test_a_probe_waits_until_it_has_been_paid_for():
+    watch, sample = Watch(one_step_method(), Group(), 0), Sample(0)
+    sample.look(X, Y)
+    watch.state.per_image, watch.state.seconds = 1.0, 100.0  # five images
+    watch.probe(network(), sample, 1, 0.5)
+    assert watch.state.found == []
+    watch.state.seconds = 20 * len(sample)
+    watch.probe(network(), sample, 1, 0.5)
+    ((tested, left, broken, robust),) = watch.state.found
+    assert (tested, robust) == (len(sample), 0.5)
+    assert 0 <= broken <= left <= tested
+    assert 0 < watch.state.spent < 60
+
+
+class Shelf(nn.Module):
+    """Brighter upper halves are of one class; gradients are those of something else, as rounding's might be."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        flat = x.flatten(1)
+        step = (flat[:, :8].sum(1) - 4.5).detach() + self.scale * (flat[:, 8:].sum(1) - flat[:, 8:].sum(1).detach())
+        return torch.stack([-step, step], 1)
+
+
+def test_a_model_that_hides_its_gradients_is_flagged():
+    method = FGSMRS(attack=PGDSettings(eps=0.4, alpha=0.4, steps=1))
+    watch, sample = Watch(method, Group(), 0), Sample(0)
+    sample.look(X, Y)
+    watch.state.per_image, watch.state.seconds = 1e-9, 1e9
+    for epoch in range(4):
+        watch.probe(Shelf(), sample, epoch, 1.0)
+        watch.state.per_image = 1e-9
+    found = watch.alarms([], seen(natural=1.0, robust=1.0, one_step=1.0), 4, sample)
+    assert [alarm.kind for alarm in found] == ["masked gradients"]
+    assert "Square" in found[0].told
+
+
+# --- Looking changes nothing ----------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Sequential):
+    """Draws in every pass, in evaluation mode, too."""
+
+    def forward(self, x):
+        return super().forward(x + 0.01 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize(
+    "method", [one_step_method(), AT(attack=JUDGE), Free(eps=0.05, replays=2), Natural(), AFD(hidden=8)]
+)
+@pytest.mark.parametrize("kind", [nn.Sequential, Noisy])
+def test_a_run_is_the_same_whether_anybody_looks_or_not(method, kind):
+    found = []
+    for on_alarm in ("warn", "off"):
+        model = kind(*network())
+        data = torch.utils.data.TensorDataset(X[:40], Y[:40])
+        trainer = Trainer(model, method, epochs=3, on_alarm=on_alarm, ema=0.5)
+        if trainer.watch is not None:
+            trainer.watch.state.per_image, trainer.watch.state.seconds = 1e-9, 1e6  # probes from the first epoch on
+        torch.manual_seed(1)
+        trainer.fit(torch.utils.data.DataLoader(data, 20, shuffle=True), HELD_OUT)
+        reports = [{**vars(one), "images_per_second": 0, "one_step": 0, "alarms": ()} for one in trainer.history]
+        found.append((weights(trainer), reports, torch.get_rng_state()))
+        assert model.training
+    assert same(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert torch.equal(found[0][2], found[1][2])
+
+
+def test_what_was_looked_at_is_gone_on_with_from_a_checkpoint(tmp_path):
+    whole = Trainer(network(), one_step_method(), epochs=4)
+    whole.fit(TRAIN, HELD_OUT)
+    first = Trainer(network(), one_step_method(), epochs=4, folder=tmp_path, log_every=1)
+    first.callbacks = [lambda report: report.global_step == 5 and first.stop()]
+    first.fit(TRAIN, HELD_OUT)
+    again = Trainer(network(), one_step_method(), epochs=4, folder=tmp_path, resume="auto")
+    again.fit(TRAIN, HELD_OUT)
+    assert again.watch.state.norms == whole.watch.state.norms
+    assert [one.one_step for one in again.history] == [one.one_step for one in whole.history]
+
+
+def test_a_checkpoint_of_a_time_without_alarms_is_gone_on_with(tmp_path):
+    trainer = Trainer(network(), one_step_method(), epochs=2)
+    trainer.fit(TRAIN, HELD_OUT)
+    state = trainer.state_dict()
+    for name in ("watch", "rollbacks"):
+        del state["metadata"][name]
+    for entry in state["metadata"]["history"]:
+        del entry["one_step"], entry["alarms"]
+    again = Trainer(network(), one_step_method(), epochs=3)
+    again.load_state_dict(state)
+    assert len(again.fit(TRAIN, HELD_OUT)) == 3
+    assert again.history[0].one_step is None
+
+
+# --- What is done about them ----------------------------------------------------------------------------------------
+
+
+STUCK = Natural(lr=1e-9)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(alarms, "PATIENT_STEPS", 1)
+
+
+def blank():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    nn.init.zeros_(model[1].weight)
+    nn.init.zeros_(model[1].bias)
+    return model
+
+
+def test_a_warning_is_said_once_and_stands_in_each_report(impatient, capsys):
+    trainer = Trainer(blank(), STUCK, epochs=7)
+    history = trainer.fit(TRAIN, HELD_OUT)
+    assert [len(report.alarms) for report in history] == [0, 0, 1, 1, 1, 1, 1]
+    assert [alarm.epoch for alarm in trainer.alarms] == [3, 4, 5, 6, 7]
+    assert capsys.readouterr().err.count("at chance") == 1
+
+
+def test_a_run_stops_at_its_first_alarm_with_a_checkpoint(impatient, tmp_path):
+    trainer = Trainer(blank(), STUCK, epochs=9, on_alarm="stop", folder=tmp_path)
+    assert len(trainer.fit(TRAIN, HELD_OUT)) == 3
+    assert trainer.stopped_by.kind == "at chance"
+    assert load_checkpoint(tmp_path / "last.pt")[1]["position"]["epoch"] == 4
+
+
+def test_nobody_looks_where_alarms_are_off(impatient):
+    trainer = Trainer(blank(), STUCK, epochs=7, on_alarm="off")
+    assert all(one.alarms == () and one.one_step is None for one in trainer.fit(TRAIN, HELD_OUT))
+
+
+def test_another_word_is_no_setting():
+    with pytest.raises(InputError, match="on_alarm is 'shout'; allowed are warn, stop, rollback, off"):
+        Trainer(blank(), STUCK, on_alarm="shout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bursting(Natural):
+    """Its loss is no number in step 6 as long as the learning rate is above a limit."""
+
+    lr: float = 0.5
+    limit: float = 0.3
+
+    def descend(self, step, batch):
+        losses = super().descend(step, batch)
+        bursts = step.steps == 6 and step.optimizers["task"].param_groups[0]["lr"] > self.limit
+        return {name: one * float("nan") if bursts else one for name, one in losses.items()}
+
+
+def test_a_loss_that_is_no_number_is_undone_with_half_the_rate(tmp_path, capsys):
+    reports = []
+    trainer = Trainer(
+        network(), Bursting(), epochs=5, on_alarm="rollback", folder=tmp_path, log_every=1, schedule=lambda _: 1.0,
+        callbacks=[reports.append, json_lines(tmp_path / "log.jsonl")],
+    )  # fmt: skip
+    history = trainer.fit(TRAIN, HELD_OUT)
+    assert [one.epoch for one in history] == [1, 2, 3, 4, 5]
+    assert [one.learning_rates["task"] for one in history] == [0.5, 0.5, 0.25, 0.25, 0.25]
+    (undone,) = [one for one in reports if isinstance(one, RollbackReport)]
+    assert (undone.epoch, undone.global_step, undone.remedy) == (3, 4, "learning rates times 0.5")
+    assert undone.alarms[0].kind == "exploding gradients"
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    steps = [line["global_step"] for line in lines if line["kind"] == "interval"]
+    assert steps == list(range(1, 11))
+    assert [line["kind"] for line in lines].count("rollback") == 1
+    assert "gone back to step 4, before epoch 3, and on with learning rates times 0.5" in capsys.readouterr().err
+    metadata = load_checkpoint(tmp_path / "last.pt")[1]
+    assert [one["remedy"] for one in metadata["rollbacks"]] == ["rates"]
+
+
+def test_after_a_rollback_it_is_the_run_that_had_the_smaller_rate_from_there_on():
+    trainer = Trainer(network(), Bursting(), epochs=5, on_alarm="rollback", schedule=lambda _: 1.0)
+    trainer.fit(TRAIN, HELD_OUT)
+    plain = Trainer(network(), Bursting(limit=9.0), epochs=5, schedule=lambda done: 1.0 if done < 0.4 else 0.5)
+    plain.fit(TRAIN, HELD_OUT)
+    assert same(weights(trainer), weights(plain))
+
+
+def test_what_was_changed_stays_changed_in_a_run_that_goes_on(tmp_path):
+    settings = {"on_alarm": "rollback", "schedule": lambda _: 1.0}
+    whole = Trainer(network(), Bursting(), epochs=6, **settings)
+    whole.fit(TRAIN, HELD_OUT)
+    first = Trainer(network(), Bursting(), epochs=6, folder=tmp_path, **settings)
+    first.callbacks = [lambda report: report.epoch == 4 and first.stop()]
+    first.fit(TRAIN, HELD_OUT)
+    again = Trainer(network(), Bursting(), epochs=6, folder=tmp_path, resume="auto", **settings)
+    again.fit(TRAIN, HELD_OUT)
+    assert same(weights(whole), weights(again))
+    assert again.rates.scale == 0.5
+    assert again.alarms == whole.alarms != []
+
+
+def test_without_rollback_a_loss_that_is_no_number_is_the_error_that_it_was():
+    with pytest.raises(TrainingError, match="the loss 'task' became nan in step 6"):
+        Trainer(network(), Bursting(), epochs=5, log_every=1, schedule=lambda _: 1.0).fit(TRAIN, HELD_OUT)
+
+
+def test_after_three_rollbacks_it_is_the_error_again():
+    trainer = Trainer(network(), Bursting(limit=0.0), epochs=5, log_every=1, on_alarm="rollback")
+    with pytest.raises(TrainingError, match="the loss 'task' became nan in step 6"):
+        trainer.fit(TRAIN, HELD_OUT)
+    assert len(trainer.rollbacks) == 3
+
+
+def ringing(monkeypatch, while_steps):
+    """Has epoch 3 collapse as long as the attack takes so few steps; returns the trainer's steps of attack by epoch."""
+    taken = {}
+
+    def collapsed(history, now, epoch, images, probes):
+        taken.setdefault(epoch, []).append(held[0].step.method.attack.steps)
+        rings = epoch == 3 and taken[epoch][-1] <= while_steps
+        return Alarm.of("catastrophic overfitting", epoch, "it collapsed") if rings else None
+
+    held = []
+    monkeypatch.setattr(alarms, "collapsed", collapsed)
+    return held, taken
+
+
+@pytest.mark.parametrize("around", [lambda method: method, AWP])
+def test_a_collapse_is_undone_with_twice_the_steps(monkeypatch, around):
+    held, taken = ringing(monkeypatch, 2)
+    trainer = Trainer(network(), around(one_step_method()), epochs=4, on_alarm="rollback")
+    held.append(trainer)
+    history = trainer.fit(TRAIN, HELD_OUT)
+    assert taken == {1: [1], 2: [1], 3: [1, 2, 4], 4: [4]}
+    assert [one.epoch for one in history] == [1, 2, 3, 4]
+    assert [back["told"] for back in trainer.rollbacks] == [
+        "attack.steps 1 → 2, attack.alpha 0.06 → 0.03",
+        "attack.steps 2 → 4, attack.alpha 0.03 → 0.015",
+    ]
+    assert trainer.method.attack.steps == 1  # the run's settings are those of before
+
+
+def test_after_three_rollbacks_a_collapse_stops_the_run(monkeypatch, tmp_path):
+    held, _ = ringing(monkeypatch, 99)
+    trainer = Trainer(network(), one_step_method(), epochs=6, on_alarm="rollback", folder=tmp_path)
+    held.append(trainer)
+    assert len(trainer.fit(TRAIN, HELD_OUT)) == 3
+    assert (len(trainer.rollbacks), trainer.stopped_by.kind) == (3, "catastrophic overfitting")
+
+
+def test_growing_numbers_grow_on_after_a_rollback(monkeypatch):
+    held, _ = ringing(monkeypatch, 1)
+    trainer = Trainer(network(), one_step_method(), epochs=4, on_alarm="rollback", eps_warmup=4.0)
+    held.append(trainer)
+    trainer.fit(TRAIN, HELD_OUT)
+    attack = trainer.step.attacks.of(trainer.step.method.attack)
+    assert (float(attack.eps), float(attack.alpha), attack.steps) == (0.05, 0.03, 2)
+
+
+def test_recorded_steps_follow_a_rollback(tapes, monkeypatch):
+    found = []
+    for graph in (False, True):
+        held, _ = ringing(monkeypatch, 1)
+        trainer = Trainer(network(), one_step_method(), epochs=5, on_alarm="rollback", execution=Execution(graph=graph))
+        held.append(trainer)
+        trainer.fit(TRAIN, HELD_OUT)
+        found.append(weights(trainer))
+    assert len(tapes) > 1
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*found, strict=True))
+
+
+def test_what_attacks_by_itself_takes_half_the_step():
+    assert with_stronger_attack(Free(eps=0.2)).alpha == 0.1
+    assert with_stronger_attack(AWP(Free(eps=0.2, alpha=0.1))).method.alpha == 0.05
+    natural = Natural()
+    assert with_stronger_attack(natural) is natural
+    assert remedied(AT(), ["attack", "rates", "rates"])[1] == 0.25
+
+
+# --- Digits ---------------------------------------------------------------------------------------------------------
+
+
+def digits(method, epochs, seed=0, batch=128, **settings):
+    """A run on digits with a small convolutional network, or `model`."""
+    splits = data.load("digits", None)
+    torch.manual_seed(seed)
+    layers = nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.ReLU()
+    model = settings.pop("model", None) or nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+    trainer = Trainer(model, method, epochs=epochs, seed=seed, **settings)
+    trainer.fit(Batches(splits.train, batch, shuffle=True, seed=seed), Batches(splits.validation, 500))
+    return trainer
+
+
+@pytest.mark.slow
+def test_fgsm_rs_that_collapses_is_caught_and_rolled_back():
+    attack = PGDSettings(eps=0.25, alpha=0.25, steps=1, random_start=False)
+    trainer = digits(FGSMRS(lr=0.05, attack=attack), 32, batch=32, on_alarm="rollback", schedule=lambda _: 1.0)
+    first = trainer.rollbacks[0]
+    assert [alarm["kind"] for alarm in first["alarms"]] == ["catastrophic overfitting"]
+    figures = first["alarms"][0]["figures"]
+    assert figures["many_steps"] < figures["best"] / 2
+    assert figures["one_step"] > figures["many_steps"] + 0.3
+    assert first["told"] == "attack.steps 1 → 2, attack.alpha 0.25 → 0.125"
+    assert [report.epoch for report in trainer.history] == list(range(1, 33))
+    assert not any(report.alarms for report in trainer.history)
+    assert trainer.history[-1].robust > 1.5 * figures["many_steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "method",
+    [
+        AT(attack=PGDSettings(eps=0.2)),
+        TRADES(attack=PGDSettings(eps=0.2, loss="kl", init="gaussian")),
+        MART(lr=0.1, weight_decay=7e-4, attack=PGDSettings(eps=0.2, init="gaussian")),
+        method_for("digits"),
+    ],
+    ids=["at", "trades", "mart", "afd"],
+)
+def test_no_alarm_goes_off_in_honest_training(method, seed):
+    torch.manual_seed(seed)
+    model = build_model("convnet", (1, 8, 8), 10, 32)
+    batch = 64 if isinstance(method, AFD) else 128
+    trainer = digits(method, 30, seed, batch, model=model)
+    assert trainer.alarms == []
+    assert trainer.watch.state.found  # it has looked
+    assert trainer.history[-1].natural > 0.5
