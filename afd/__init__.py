@@ -26,7 +26,7 @@ __all__ = [
 _command = "".join(getattr(sys, "argv", [])[:1])
 if _command != "-m" and not _command.endswith("/afd"):
     from afd import deprecated as deprecated  # so that modules are found by earlier names
-    from afd.info import namesake
+    from afd.installation import namesake
 
     if (_found := namesake()) is not None:
         warnings.warn(_found.told, UserWarning, stacklevel=2)

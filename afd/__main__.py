@@ -17,7 +17,7 @@ def main() -> NoReturn:
 def _asked() -> process.Work:
     import sys
 
-    from afd.info import apart
+    from afd.installation import apart
 
     apart()
     from afd import cli, process

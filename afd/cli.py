@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
-from afd import extras, process
+from afd import installation, process
 from afd._version import __version__
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def train(words: Sequence[str]) -> Work:
     from afd.experiments.train import train as run
     from afd.processes import leave
 
-    extras.require("tensorboard", "afd train")
+    installation.require("tensorboard", "afd train")
     if config.data.name == "digits":
-        extras.require("sklearn", "the data set digits")
+        installation.require("sklearn", "the data set digits")
 
     def work() -> None:
         if config.seeds:
@@ -57,7 +57,7 @@ def evaluate(words: Sequence[str]) -> Work:
 
 def bench(words: Sequence[str]) -> Work:
     """Measure attacks, kernels and training steps beside what else does the same work."""
-    with extras.needed_by("afd bench"):
+    with installation.needed_by("afd bench"):
         from rich.console import Console
 
     from afd.bench.base import run
@@ -95,7 +95,7 @@ def curves(words: Sequence[str]) -> Work:
 
 def info(words: Sequence[str]) -> Work:
     """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
-    from afd import info as information
+    from afd import installation as information
     from afd.options import parsed
 
     def shown() -> Any:

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 from afd.attacks import NORMS, AttackSettings, Norm, PGDSettings, UnionSettings
 from afd.attacks.union import words_of
 from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, in_words, without_fractions
-from afd.extras import needed_by
 from afd.files import check_path, check_target
+from afd.installation import needed_by
 from afd.methods import Method
 from afd.methods.ramps import check_ramps, ramps_of
 from afd.methods.registry import described, made

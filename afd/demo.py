@@ -29,8 +29,8 @@ from afd.data import Batches
 from afd.evaluation import accuracy_curve
 from afd.evaluation.plots import plot_curves
 from afd.experiments.train import TEST_STEPS, test_attack, train
-from afd.extras import needed_by, require
 from afd.files import check_writable
+from afd.installation import needed_by, require
 from afd.methods import AFD, Natural
 from afd.presets import method_for
 from afd.training import StoppedError

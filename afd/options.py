@@ -27,7 +27,7 @@ from afd.attacks.settings import SIZES
 from afd.attacks.union import RADIUS_IN
 from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of
 from afd.errors import InputError, fraction, unboxed, whole_number
-from afd.extras import needed_by
+from afd.installation import needed_by
 from afd.methods import METHODS, WRAPPERS, Method
 from afd.methods.optimizers import OPTIMIZERS
 from afd.methods.registry import attack_of, attributes, classes_of, described, known, made, options, spelled

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from afd import config, info
+from afd import config, installation
 from afd.attacks import ATTACKS, CaptureWarning
 from afd.bench.attacks import AgreementBench, AttackBench
 from afd.bench.base import Benchmark
@@ -28,7 +28,7 @@ def test_a_warning_of_ours_is_a_line_and_others_are_as_ever(capsys, monkeypatch)
         warnings.warn("something else", UserWarning, stacklevel=1)
         return []
 
-    monkeypatch.setattr(info, "lines", warns)
+    monkeypatch.setattr(installation, "lines", warns)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4])))

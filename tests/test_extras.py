@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from afd import extras
+from afd import installation
 
 ROOT = Path(__file__).parents[1]
 BLOCKED = f"""
 import sys
-for name in {[module for modules in extras.EXTRAS.values() for module in modules]!r}:
+for name in {[module for modules in installation.EXTRAS.values() for module in modules]!r}:
     sys.modules[name] = None  # as if it were not installed
 """
 
@@ -28,11 +28,11 @@ def run(code, *words, folder=ROOT):
 
 def test_the_messages_name_the_extras_that_there_are():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["name"] == extras.DISTRIBUTION
+    assert project["name"] == installation.DISTRIBUTION
     assert {line.split(">")[0] for line in project["dependencies"]} == {"torch", "numpy"}
-    for extra, modules in extras.EXTRAS.items():
+    for extra, modules in installation.EXTRAS.items():
         named = {line.split(">")[0] for line in project["optional-dependencies"][extra]}
-        assert named - {"afd-torch[train]"} == {extras.PACKAGES.get(module, module) for module in modules}
+        assert named - {"afd-torch[train]"} == {installation.PACKAGES.get(module, module) for module in modules}
     assert {"bench", "all", "test", "lint"} <= project["optional-dependencies"].keys()
 
 
@@ -106,7 +106,7 @@ NEEDY = {
 def test_what_needs_an_extra_in_python_names_it():
     ran = run(
         """
-        from afd.extras import ExtraMissingError
+        from afd.installation import ExtraMissingError
         for code in eval(sys.argv[1]):
             try:
                 exec(code)
@@ -142,10 +142,14 @@ def test_importing_the_package_imports_no_torch_and_yet_shows_all_names():
 def test_a_package_that_is_there_and_fails_is_told_from_one_that_is_missing(tmp_path, monkeypatch):
     (tmp_path / "brittle.py").write_text("import nothing_of_that_name\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(extras.ExtraMissingError, match=r"x needs brittle, which is installed but fails with Module"):
-        extras.require("brittle", "x")
+    with pytest.raises(
+        installation.ExtraMissingError, match=r"x needs brittle, which is installed but fails with Module"
+    ):
+        installation.require("brittle", "x")
     told = "x needs a package, which is installed but fails with ValueError: MPLBACKEND"
-    with pytest.raises(extras.ExtraMissingError, match=told), extras.needed_by("x"):
+    with pytest.raises(installation.ExtraMissingError, match=told), installation.needed_by("x"):
         raise ValueError("MPLBACKEND")
-    assert extras.how_to_add("art", "adversarial-robustness-toolbox") == "pip install adversarial-robustness-toolbox"
-    assert extras.how_to_add("foolbox") == "pip install 'afd-torch[evaluate]'"
+    assert (
+        installation.how_to_add("art", "adversarial-robustness-toolbox") == "pip install adversarial-robustness-toolbox"
+    )
+    assert installation.how_to_add("foolbox") == "pip install 'afd-torch[evaluate]'"

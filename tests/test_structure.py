@@ -101,7 +101,7 @@ def test_the_library_and_its_benchmarks_need_no_command_line_package():
     code = """
     import sys
     sys.modules["tyro"] = None
-    import afd.info
+    import afd.installation
     from afd.bench import attacks, base, kernels, methods
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -17,7 +17,7 @@ from afd.attacks import Attack
 from afd.attacks.engine import evaluating
 from afd.attacks.inputs import outside_inference
 from afd.errors import InputError, InputTypeError
-from afd.extras import require
+from afd.installation import require
 from afd.nn.modes import local
 from afd.nn.outputs import logits_of
 from afd.ops import checks

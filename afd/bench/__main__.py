@@ -13,14 +13,14 @@ def asked() -> process.Work:
     import sys
     from functools import partial
 
-    from afd import extras
+    from afd import installation
     from afd.bench.attacks import AttackBench
     from afd.bench.base import built, run
     from afd.bench.kernels import DiscriminatorBench, KernelBench
     from afd.bench.methods import MethodsBench
     from afd.deprecated import bench_words
 
-    with extras.needed_by("afd.bench"):
+    with installation.needed_by("afd.bench"):
         from rich.console import Console
 
     kinds = (AttackBench, DiscriminatorBench, KernelBench, MethodsBench)

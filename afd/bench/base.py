@@ -22,9 +22,9 @@ import torch
 from afd.bench import results
 from afd.bench.results import Case, Column, Document, Figure, device_name, earlier, now
 from afd.errors import InputError, count, one_of
-from afd.extras import needed_by
 from afd.files import check_file_target, check_path, check_writable, missing, remove_empty
 from afd.graphs import guard
+from afd.installation import needed_by
 from afd.runtime import device_named
 
 with needed_by("a benchmark"):

@@ -24,7 +24,7 @@ from afd.bench import op_cases
 from afd.bench.metering import tf32
 from afd.errors import AfdError, one_of
 from afd.execution import channels_last
-from afd.extras import how_to_add
+from afd.installation import how_to_add
 
 Run = Callable[[Tensor, Tensor], Tensor]
 ATTACKS = ("pgd", "apgd")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from afd.attacks import APGDSettings, PGDSettings
-from afd.bench import base, released, released_jarn, released_players, released_regularized
+from afd.bench import base, released, released_players, released_regularized
 from afd.bench.base import Benchmark, Say
 from afd.bench.baselines import BASELINES, Request, adapted
 from afd.bench.metering import interleaved, peak_bytes
@@ -164,7 +164,7 @@ METHODS: dict[str, Entry] = {
     ),
     "gat": Entry(lambda setting: GAT(lr=LR, attack=setting.one_step), released_regularized.GAT),
     "nuat": Entry(lambda setting: NuAT(lr=LR, attack=setting.one_step), released_regularized.NuAT),
-    "jarn": Entry(lambda setting: JARN(lr=LR, eps=setting.eps), released_jarn.JARN, "train", attacks=False),
+    "jarn": Entry(lambda setting: JARN(lr=LR, eps=setting.eps), released_players.JARN, "train", attacks=False),
     "afd": Entry(
         lambda setting: AFD(lr=LR, lr_discriminator=LR, lr_features=LR,
                             attack=APGDSettings(eps=setting.eps, steps=setting.steps)),

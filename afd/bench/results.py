@@ -18,8 +18,8 @@ import torch
 
 from afd._version import __version__
 from afd.errors import AfdError
-from afd.extras import needed_by, save_picture
 from afd.files import check_source, write_whole
+from afd.installation import needed_by, save_picture
 from afd.runtime import commit
 
 FORMAT, VERSION = "afd-bench", 2

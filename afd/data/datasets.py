@@ -17,7 +17,7 @@ from afd.data import cifar, fetch
 from afd.data.fetch import Source, locate
 from afd.data.images import Images
 from afd.errors import DataError, InputError, one_of, whole
-from afd.extras import needed_by
+from afd.installation import needed_by
 
 
 def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from afd.data.images import AUGMENTATION, ORDER, Augment, Batches, Endless, Images
 from afd.errors import DataError, InputError, InputTypeError, in_a_line, number, whole
-from afd.extras import needed_by
 from afd.files import check_source
+from afd.installation import needed_by
 
 IMAGES, LABELS = ("image", "images", "x"), ("label", "labels", "y")  # keys, in the order in which they are looked for
 ENDINGS = (".png", ".jpg", ".jpeg")

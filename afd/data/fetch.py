@@ -12,8 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from afd.errors import DataError
-from afd.extras import needed_by
 from afd.files import check_target
+from afd.installation import needed_by
 
 
 @dataclass(frozen=True)

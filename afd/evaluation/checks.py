@@ -17,7 +17,7 @@ from afd.evaluation.model import Model
 from afd.evaluation.outcome import Outcome
 from afd.evaluation.protocol import PROBED, Stage
 from afd.evaluation.runner import Verification
-from afd.extras import how_to_add
+from afd.installation import how_to_add
 from afd.nn.modes import local
 
 Verdict = Literal["pass", "warn", "fail", "skipped"]

@@ -33,8 +33,8 @@ from afd.evaluation.report import (
     union_table,
 )
 from afd.evaluation.store import REPORT, TABLES, Output, check_folder, comparison_folder
-from afd.extras import needed_by
 from afd.files import check_path, check_source, write_whole
+from afd.installation import needed_by
 from afd.presets import PRESETS
 from afd.runtime import Group, joined
 from afd.training.signals import StoppedError, on_signals

@@ -25,8 +25,8 @@ from afd.evaluation.protocol import PROBED, Protocol
 from afd.evaluation.report import report, tables_of
 from afd.evaluation.runner import Runner, other_batch_size, verify
 from afd.evaluation.store import REPORT, Output, agreed
-from afd.extras import needed_by
 from afd.files import FileError, FolderError, write_whole
+from afd.installation import needed_by
 from afd.nn.modes import local
 from afd.runtime import Group
 

@@ -15,7 +15,7 @@ from afd.attacks.ball import NORMS
 from afd.evaluation.outcome import ItemResult
 from afd.evaluation.protocol import WorkItem
 from afd.evaluation.runner import Runner
-from afd.extras import needed_by, save_picture
+from afd.installation import needed_by, save_picture
 
 with needed_by("the pictures of an evaluation"):
     from matplotlib.figure import Figure

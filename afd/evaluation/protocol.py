@@ -12,7 +12,7 @@ from afd.attacks.ball import NORMS
 from afd.attacks.external import AUTOATTACK_NORMS
 from afd.errors import InputError, one_of
 from afd.evaluation.attacks import ATTACKS, Epsilon, ascending, check_radius
-from afd.extras import installed, require
+from afd.installation import installed, require
 
 Scope = Literal["all", "correct", "survivors", "remaining"]
 Role = Literal["score", "transfer", "probe"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from afd.attacks.ball import NORMS
-from afd.extras import needed_by
+from afd.installation import needed_by
 from afd.training.alarms import Alarm, alarm_lines
 
 TABLE_1_COLUMNS = ("clean", "PGD WB", "C&W WB", "PGD BB", "C&W BB")

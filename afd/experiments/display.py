@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from afd.errors import InputError
-from afd.extras import check_format, needed_by, save_picture
 from afd.files import check_path
+from afd.installation import check_format, needed_by, save_picture
 from afd.training.alarms import RollbackReport
 from afd.training.callbacks import EpochReport, Losses, Report, logged
 

@@ -18,8 +18,8 @@ from afd.errors import AfdError
 from afd.experiments import train as experiment
 from afd.experiments.folder import run_folder
 from afd.experiments.train import Measured
-from afd.extras import needed_by
 from afd.files import write_whole
+from afd.installation import needed_by
 from afd.methods.registry import spelled
 from afd.runtime import commit, device_named, join
 

@@ -24,8 +24,8 @@ from afd.data.images import CropAndFlip
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.experiments.display import Terminal, plot_curves
 from afd.experiments.folder import discard_records, is_discarded, run_folder
-from afd.extras import needed_by
 from afd.files import check_source, write_whole
+from afd.installation import needed_by
 from afd.methods.ramps import ramps_of
 from afd.methods.registry import spelled
 from afd.nn import FeatureClassifier, build_model

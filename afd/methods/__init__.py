@@ -6,13 +6,12 @@ from afd.deprecated import METHOD_SETTINGS, understand
 from afd.execution import Execution
 from afd.methods.adversarial import ALP, AT, FGSMRS, MART, TRADES, Natural, NormPenalty
 from afd.methods.afd import AFD
-from afd.methods.awp import AWP
 from afd.methods.base import Batch, Method, Run, Step
-from afd.methods.free import Free
 from afd.methods.jarn import JARN
 from afd.methods.ramps import Ramp
 from afd.methods.registry import METHODS, WRAPPERS
 from afd.methods.regularized import GAT, LLR, NuAT
+from afd.methods.stepping import AWP, Free
 from afd.methods.supervised import Supervised, SupervisedStep, TrainedModel, Wrapper
 
 __all__ = [

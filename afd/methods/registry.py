@@ -20,11 +20,10 @@ from afd.deprecated import METHOD_SETTINGS, today
 from afd.errors import InputError, InputTypeError, fits, in_a_line, in_words
 from afd.methods.adversarial import ALP, AT, FGSMRS, MART, TRADES, Natural, NormPenalty
 from afd.methods.afd import AFD
-from afd.methods.awp import AWP
 from afd.methods.base import Method, check_declared
-from afd.methods.free import Free
 from afd.methods.jarn import JARN
 from afd.methods.regularized import GAT, LLR, NuAT
+from afd.methods.stepping import AWP, Free
 from afd.methods.supervised import Wrapper
 
 METHODS: dict[str, type[Method]] = {

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from afd.deprecated import OldAttributes, with_new_keys
 from afd.errors import AfdError
-from afd.extras import needed_by
 from afd.files import FileError, append_whole, write_whole
+from afd.installation import needed_by
 from afd.runtime import Group
 from afd.training.alarms import Alarm, RollbackReport
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from afd import extras
+from afd import installation
 from afd.attacks import PGD
 from afd.attacks.ball import NORMS
 from afd.bench.baselines import Request, adapted
@@ -14,7 +14,7 @@ from afd.evaluation.attacks import ATTACKS, Epsilon, Target, ascending
 from afd.evaluation.evaluate import evaluate
 from afd.evaluation.model import Model
 from afd.evaluation.protocol import autoattack, autoattack_reference, paper
-from afd.extras import ExtraMissingError
+from afd.installation import ExtraMissingError
 
 EXTERNAL = {
     "ddn": ("L2", {"steps": 100}),
@@ -93,7 +93,7 @@ def test_a_foreign_attack_leaves_random_state_and_model_alone(name, images, natu
 
 @pytest.mark.parametrize("missing", ["foolbox", "pyautoattack"])
 def test_a_missing_extra_is_named_before_anything_runs(missing, images, natural, tmp_path, monkeypatch):
-    monkeypatch.setattr(extras, "installed", lambda library: library != missing)
+    monkeypatch.setattr(installation, "installed", lambda library: library != missing)
     reference = Epsilon.of("0.1")
     protocols = {"foolbox": [paper("mnist", transfer=False)], "pyautoattack": [
         autoattack("Linf", ascending(["0.1"]), reference), autoattack_reference("Linf", ascending(["0.1"]), reference),

@@ -9,7 +9,7 @@ import torch
 from ambient import MODES
 from torch import nn
 
-from afd import extras
+from afd import installation
 from afd.attacks import Report
 from afd.data import Images
 from afd.errors import InputError, InputTypeError, ModelWarning
@@ -20,7 +20,7 @@ from afd.evaluation.model import Model, UnusableModelError, check_fit, feature_s
 from afd.evaluation.protocol import Protocol, Stage, autoattack, autoattack_reference, probes, quick
 from afd.evaluation.runner import Runner
 from afd.evaluation.store import Store
-from afd.extras import ExtraMissingError
+from afd.installation import ExtraMissingError
 from afd.runtime import Group, device_named
 
 COUNT = 230  # more than the checks that look at the first images look at
@@ -308,7 +308,7 @@ def test_a_library_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
     (tmp_path / "brittle.py").write_text("import no_such_module_at_all")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ExtraMissingError, match="needs brittle, which is installed but fails with ModuleNotFoundError"):
-        extras.require("brittle", "the stage x")
+        installation.require("brittle", "the stage x")
 
 
 @pytest.mark.parametrize("name", ["meta", "mps", "tpu9", ""])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from afd.attacks import PGDSettings
-from afd.bench import released_jarn
+from afd.bench import released_players
 from afd.bench.passes import counted
 from afd.errors import InputError, InputTypeError
 from afd.methods import AWP, JARN, Execution
@@ -66,10 +66,10 @@ def played(here=RUN, there=RUN, steps=STEPS, norm=nn.BatchNorm2d, **settings):
     step = JARN(eps=EPS, **SMALL, **here, **settings).build(model)
     players = step.players
     adapter = copy.deepcopy(players["adapter"].convolution)
-    discriminator = released_jarn.Discriminator(2, width=4, layers=3).double()
+    discriminator = released_players.Discriminator(2, width=4, layers=3).double()
     discriminator.load_state_dict(players["discriminator"].state_dict())
     noise = Noise()
-    flow = released_jarn.JARN(
+    flow = released_players.JARN(
         twin, weights_only(list(twin.parameters()), 2e-4), eps=EPS, start=noise,
         adapter=adapter, discriminator=discriminator, **there,
     )  # fmt: skip
@@ -141,7 +141,7 @@ def test_a_constant_that_differs_is_seen(constant, other, monkeypatch):
 
 
 def test_micro_batches_without_batchnorm_are_the_released_flow_too(monkeypatch):
-    for module in (ours, released_jarn):
+    for module in (ours, released_players):
         monkeypatch.setattr(module.nn, "BatchNorm2d", lambda *_, **__: nn.Identity())
     here, there, losses = played(steps=10, norm=lambda _: nn.Identity(), micro_batches=3)
     assert apart(here, there) < 1e-10
@@ -168,7 +168,7 @@ def test_both_take_the_fewest_passes_of_the_model(step, expected):
     """One forward, a gradient of the input, and its derivative: a forward, a backward and twice the weights."""
     settings = {"eps": EPS, "start_step": 1, "update_interval": 5}
     model, twin = (network(channels=1, dtype=torch.float32) for _ in range(2))
-    flow = released_jarn.JARN(twin, weights_only(list(twin.parameters()), 2e-4), **settings)
+    flow = released_players.JARN(twin, weights_only(list(twin.parameters()), 2e-4), **settings)
     for call, one in ((JARN(**SMALL, **settings).build(model), model), (flow, twin)):
         found = spent(call, one, step)
         assert (found.forwards, found.input_backwards, found.weight_backwards) == expected
@@ -179,7 +179,7 @@ def test_the_discriminator_is_passed_backwards_once_where_the_released_flow_does
     counts = []
     for mine in (True, False):
         model = network(channels=1, dtype=torch.float32)
-        flow = partial(released_jarn.JARN, model, weights_only(list(model.parameters()), 2e-4))
+        flow = partial(released_players.JARN, model, weights_only(list(model.parameters()), 2e-4))
         call = JARN(**SMALL, **settings).build(model) if mine else flow(**settings)
         judge = call.discriminator
         backwards = []

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from afd.attacks import PGDSettings, UnionSettings
-from afd.bench import released, released_jarn, released_players, released_regularized
+from afd.bench import released, released_players, released_regularized
 from afd.bench.passes import Passes, UncountableError, counted
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, JARN, LLR, MART, TRADES, Free, NormPenalty, NuAT
 from afd.nn import FeatureClassifier
@@ -76,7 +76,7 @@ RELEASED = {
     "gat": (released_regularized.GAT, 12),
     "nuat": (released_regularized.NuAT, 12),
     "fgsm-rs": (released.FGSMRS, 6),
-    "jarn": (released_jarn.JARN, 6),
+    "jarn": (released_players.JARN, 6),
 }
 
 
