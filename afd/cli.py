@@ -95,12 +95,12 @@ def curves(words: Sequence[str]) -> Work:
 
 def info(words: Sequence[str]) -> Work:
     """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
-    from afd import installation as information
+    from afd.ops import backend
     from afd.options import parsed
 
     def shown() -> Any:
         """Show versions, compiled kernels, and which backend serves CPU and CUDA tensors."""
-        return lambda: print("\n".join(information.lines()))
+        return lambda: print("\n".join(backend.lines()))
 
     made: Work = parsed(shown, "info", words, info.__doc__)
     return made

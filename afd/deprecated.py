@@ -210,7 +210,7 @@ MODULES = {  # that were moved, by their names within afd
     "evaluation.features": "evaluation.model",
     "evaluation.robustness": "metrics",
     "extras": "installation",
-    "info": "installation",
+    "info": "ops.backend",
     "methods.awp": "methods.stepping",
     "methods.execution": "execution",
     "methods.free": "methods.stepping",

@@ -1,11 +1,10 @@
-"""What is installed: this library and its kernels, packages of its extras, and whether a namesake is in the way."""
+"""What is installed beside torch and numpy: packages of the extras, and another package of our name in the way."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import io
-import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from afd._version import __version__
 from afd.errors import AfdError, InputError
 from afd.files import write_whole
 
@@ -121,7 +119,7 @@ def save_picture(figure: Figure, path: Path | str) -> None:
     write_whole(path, drawn.getvalue())
 
 
-# --- This installation ----------------------------------------------------------------------------------------------
+# --- Our name ---------------------------------------------------------------------------------------------------------
 
 
 OURS = "Adversarial Feature Desensitization"  # so the summary of this library begins, which once was called afd itself
@@ -180,32 +178,3 @@ def apart() -> None:
     if found.mixed:
         raise NamesakeError(found.told)
     print(f"afd: warning: {found.told}", file=sys.stderr)
-
-
-def facts() -> dict[str, str]:
-    """The lines of `afd info`, in order."""
-    import torch
-
-    from afd.ops import backend, native
-
-    build = native.build_info()
-    found = {"afd": __version__, "Python": platform.python_version(), "PyTorch": torch.__version__}
-    if "missing" in build:
-        found["compiled module"] = f"none: {build['missing']}"
-    else:
-        found["compiled module"] = f"afd._C, compiled by {build['compiler']}"
-        found["CPU kernels"] = f"{', '.join(build['cpu_isas'])}; this CPU runs {build['cpu_isa']}"
-        found["CPU threads"] = f"{build['cpu_threads']} ({build['cpu_threads_from']})"
-        cuda = build["cuda_runtime"]
-        found["CUDA kernels"] = f"CUDA {cuda}: sm_{build['cuda_architectures']}" if cuda else "not compiled in"
-    if (other := namesake()) is not None:
-        found["name taken"] = other.told
-    found["AFD_BACKEND"] = backend.choice()
-    found["CPU tensors"] = backend.explain(torch.device("cpu"))
-    found["CUDA tensors"] = backend.explain(torch.device("cuda", 0))
-    return found
-
-
-def lines() -> list[str]:
-    """`facts`, one aligned line each."""
-    return [f"{name:<16} {value}" for name, value in facts().items()]

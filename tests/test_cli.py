@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from afd import config, installation
+from afd import config
 from afd.attacks import ATTACKS, CaptureWarning
 from afd.bench.attacks import AgreementBench, AttackBench
 from afd.bench.base import Benchmark
@@ -18,6 +18,7 @@ from afd.bench.kernels import DiscriminatorBench, KernelBench
 from afd.bench.methods import MethodsBench
 from afd.cli import main
 from afd.methods import METHODS
+from afd.ops import backend
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +29,7 @@ def test_a_warning_of_ours_is_a_line_and_others_are_as_ever(capsys, monkeypatch)
         warnings.warn("something else", UserWarning, stacklevel=1)
         return []
 
-    monkeypatch.setattr(installation, "lines", warns)
+    monkeypatch.setattr(backend, "lines", warns)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         monkeypatch.setattr(warnings, "showwarning", lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4])))
@@ -75,8 +76,9 @@ def test_every_option_of_a_method_and_of_its_attack_has_a_help_line(words, capsy
     for one in told:
         option, text = re.match(rf"--(?:no-)?([a-z-]+){VALUE}(.*)", one).groups()
         said[option] = max(said.get(option, ""), text, key=len)
-    assert {"lr", "momentum", "weight-decay", "optimizer", "norm", "eps", "data", "out", "config"} <= said.keys()
-    assert ("attack" in said) == (words not in (["natural"], ["free"]))  # Free attacks by itself
+    assert {"lr", "momentum", "weight-decay", "optimizer", "eps", "data", "out", "config"} <= said.keys()
+    assert ("norm" in said) == (words not in (["jarn"], ["at", "--attack", "union"]))  # of one norm, and of several
+    assert ("attack" in said) == (words not in (["natural"], ["free"], ["llr"], ["jarn"]))  # they attack by themselves
     assert ("eval-steps" in said) == (words != ["natural"])
     assert ("lr-discriminator" in said) == (words == ["afd"])
     for option, text in said.items():

@@ -27,7 +27,7 @@ MOST_FILES, MOST_LINES = 125, 400  # of the library in Python: what one can find
 FLOORS = (
     {"_version", "errors"},
     {"deprecated", "files", "process", "processes"},
-    {"extras", "graphs", "python_state", "runtime"},
+    {"graphs", "installation", "python_state", "runtime"},
     {"_C"},
     {"ops"},
     {"data", "nn"},
@@ -40,7 +40,7 @@ FLOORS = (
     {"training"},
     {"evaluation"},
     {"experiments"},
-    {"bench", "demo", "info"},
+    {"bench", "demo"},
     {""},  # afd/__init__.py
     {"options"},
     {"cli"},

@@ -8,6 +8,7 @@ what serves which device and why; `afd info` prints it.
 from __future__ import annotations
 
 import os
+import platform
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from afd._version import __version__
 from afd.errors import one_of
+from afd.installation import namesake
 from afd.ops import native
 
 CHOICES = ("auto", "native", "reference")
@@ -76,3 +79,31 @@ def fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and native.cpu_multiplies_bf16()
+
+
+# --- This installation ------------------------------------------------------------------------------------------------
+
+
+def facts() -> dict[str, str]:
+    """The lines of `afd info`, in order."""
+    build = native.build_info()
+    found = {"afd": __version__, "Python": platform.python_version(), "PyTorch": torch.__version__}
+    if "missing" in build:
+        found["compiled module"] = f"none: {build['missing']}"
+    else:
+        found["compiled module"] = f"afd._C, compiled by {build['compiler']}"
+        found["CPU kernels"] = f"{', '.join(build['cpu_isas'])}; this CPU runs {build['cpu_isa']}"
+        found["CPU threads"] = f"{build['cpu_threads']} ({build['cpu_threads_from']})"
+        cuda = build["cuda_runtime"]
+        found["CUDA kernels"] = f"CUDA {cuda}: sm_{build['cuda_architectures']}" if cuda else "not compiled in"
+    if (other := namesake()) is not None:
+        found["name taken"] = other.told
+    found["AFD_BACKEND"] = choice()
+    found["CPU tensors"] = explain(torch.device("cpu"))
+    found["CUDA tensors"] = explain(torch.device("cuda", 0))
+    return found
+
+
+def lines() -> list[str]:
+    """`facts`, one aligned line each."""
+    return [f"{name:<16} {value}" for name, value in facts().items()]

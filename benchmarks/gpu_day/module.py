@@ -67,7 +67,7 @@ def install(work: str, pack: str, architecture: str, out: str) -> None:
         compiled(folder, sys.executable, architecture, os.environ)
     beside = shutil.copy(folder / "afd" / MODULE, ROOT / "afd" / f".{MODULE}")  # some process may have the old one open
     Path(beside).replace(ROOT / "afd" / MODULE)
-    from afd.installation import facts
+    from afd.ops.backend import facts
 
     served = {f"{kind} tensors": facts()[f"{kind} tensors"] for kind in (["CPU", "CUDA"] if architecture else ["CPU"])}
     write(Path(out), {"figures": {"module": folder, **served}})

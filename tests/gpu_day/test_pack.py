@@ -53,7 +53,7 @@ def test_the_module_of_the_pack_is_installed_or_one_that_is_compiled(compiled, t
     compiled(tmp_path / "pack" / "module")
     (tmp_path / "afd").mkdir()
     served, places = {"CPU tensors": "native", "CUDA tensors": "native"}, [f"{tmp_path}/work", f"{tmp_path}/pack"]
-    monkeypatch.setattr("afd.installation.facts", lambda: served)
+    monkeypatch.setattr("afd.ops.backend.facts", lambda: served)
     for architecture, taken in (("90", "pack"), ("100", "work")):
         module.install(*places, architecture, f"{tmp_path}/it.json")
         assert (tmp_path / "afd" / module.MODULE).read_text() == taken
