@@ -408,6 +408,17 @@ def test_the_step_size_of_a_method_s_own_attack_follows_the_radius():
     assert method_for("mnist", "at").attack.alpha is None
 
 
+def test_so_does_the_scale_of_its_start():
+    for name in ("gat", "nuat"):
+        own, mnist = method_for("cifar10", name).attack, method_for("mnist", name).attack
+        assert (own.alpha, own.start_scale) == (8 / 255, 4 / 255)
+        assert (mnist.alpha, mnist.start_scale) == (pytest.approx(0.3), pytest.approx(0.15))
+        assert method_for("cifar10", name, norm="L2").attack.start_scale is None
+    assert method_for("mnist", "trades").attack.start_scale is None
+    assert method_for("mnist", "llr").eps == 0.3
+    assert asked("llr --data mnist --norm L2 --eps 1").method.ball.eps == 1
+
+
 def test_epochs_are_divided_by_the_repeats_of_a_batch():
     assert asked("toy_methods:Remembers --data mnist").settled().epochs == 4  # of 10, by 3
     assert asked("toy_methods:Remembers --data mnist --epochs 7").settled().epochs == 7

@@ -49,7 +49,8 @@ class LLR(Supervised):
     steps, the rate falling tenfold after 80, 88 and 96 thousand; eps grows over 500 steps, which is `--eps-warmup`). In
     the words of the paper (Eq. 8), with ``task_weight=1``, λ is `linearity` and μ is `slope`.
 
-    It differentiates twice, which `Execution(compile=True)` cannot. The second derivative of a ReLU is zero almost
+    δ is sought in the precision of the run, and the passes of the loss are in float32 in any. It differentiates twice,
+    which `Execution(compile=True)` cannot. The second derivative of a ReLU is zero almost
     everywhere, so that the regulariser does not see what bends the loss: it is for softplus or silu (`--activation`).
 
     Attributes:
@@ -92,7 +93,10 @@ class LLR(Supervised):
         one_of("ascent", self.ascent, ASCENTS)
 
     def running(self, network: Any, execution: Execution) -> Execution:
-        """See `Method`.
+        """See `Method`: in float32, whatever is chosen for the search.
+
+        What departs from a linear function is a difference of numbers that are nearly equal, of which bfloat16 has no
+        digits left: gradients of the weights are then others.
 
         Raises:
             InputError: the passes are compiled, or statistics of the clean batch cannot be given to BatchNorm layers.
@@ -102,7 +106,7 @@ class LLR(Supervised):
         """
         check_twice_differentiable("LLR", network, execution)
         check_clean(network, taking_part(network), "LLR passes images with the clean batch's statistics")
-        return execution
+        return replace(execution, precision="fp32")
 
     def losses(self, model: TrainedModel, batch: Batch) -> dict[str, Tensor]:
         """The cross-entropy of clean images as "task", the departure as "linearity", the slope as "slope"; weighted."""
