@@ -74,11 +74,12 @@ def test_every_option_of_a_method_and_of_its_attack_has_a_help_line(words, capsy
     _, *told = re.split(r" (?=--[a-z])", helped_by(capsys, "train", *words).partition("show this help message")[2])
     said = {}  # of each option, which other texts may name as well
     for one in told:
-        option, text = re.match(rf"--(?:no-)?([a-z-]+){VALUE}(.*)", one).groups()
+        option, text = re.match(rf"--(?:no-)?([a-z0-9-]+){VALUE}(.*)", one).groups()
         said[option] = max(said.get(option, ""), text, key=len)
     assert {"lr", "momentum", "weight-decay", "optimizer", "eps", "data", "out", "config"} <= said.keys()
     assert ("norm" in said) == (words not in (["jarn"], ["at", "--attack", "union"]))  # of one norm, and of several
     assert ("attack" in said) == (words not in (["natural"], ["free"], ["llr"], ["jarn"]))  # they attack by themselves
+    assert ({"eps-l2", "eps-l1", "attack-choice"} <= said.keys()) == (words[-1] == "union")
     assert ("eval-steps" in said) == (words != ["natural"])
     assert ("lr-discriminator" in said) == (words == ["afd"])
     for option, text in said.items():

@@ -136,7 +136,7 @@ class GradientAttack(ABC):
         if capturable(call.x) and self._graphs.outdated(wait=False):
             warn_caller(OUTDATED, CaptureWarning)
         self._graphs.paused = not self.own_graphs or self.batchnorm != "eval"
-        x_adv = torch.empty_like(call.x if self.copies == 1 else inputs.copied(call.x, self.copies))
+        x_adv = _room_for(call.x, self.copies)
         with self._batchnorms.running(self.model, self.batchnorm), saying_once():
             counters = self._fill(x_adv, call)
             if counters is not None and self._graphs.outdated(wait=True):
@@ -314,6 +314,16 @@ class GradientAttack(ABC):
     def memory(self) -> tuple[object, ...]:
         """What a captured graph writes to that is neither the model's nor its own."""
         return tuple(self._joining.pairs.values())
+
+
+def _room_for(x: Tensor, copies: int) -> Tensor:
+    """Memory for so many images of each, laid out as images x [N, ...] are: [N * copies, ...]."""
+    if copies == 1:
+        return torch.empty_like(x)
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = len(x) * copies, *x.shape[1:]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _draws(device: torch.device) -> Callable[[], None]:

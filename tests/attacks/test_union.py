@@ -249,6 +249,18 @@ def test_batchnorm_does_what_it_does_in_each_ball_alone(mode, choice):
     assert model[1].training
 
 
+@each_choice
+def test_images_come_back_in_the_layout_that_they_are_given_in(choice):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 4)).double()
+    x, y = torch.rand(5, 3, 6, 6, dtype=torch.float64), torch.arange(5) % 4
+    attack = Union(model, **BALLS, steps=2, choice=choice)
+    plain, last = attack(x, y), attack(x.to(memory_format=torch.channels_last), y)
+    assert plain.is_contiguous()
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last, plain, rtol=0, atol=1e-12)
+
+
 def test_what_an_attack_saw_is_counted_over_all_balls():
     model, (x, y) = network(), images()
     attack = Union(model, **BALLS, steps=STEPS)
