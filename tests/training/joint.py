@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from toy_methods import Perturbed, Remembers, Replays
+from toy_methods import Bursting, Perturbed, Remembers, Replays
 
 from afd.attacks import PGDSettings
 from afd.data import Batches, Images, MixedBatches
@@ -46,6 +46,7 @@ METHODS = {
     "adversarial-alternating": AFD(schedule="alternating", adversarial_weight=0.5, micro_batches=2, **GAME),
     "replays": Replays(lr=0.05),
     "mixed": AT(lr=0.05, **AGAINST),
+    "undone": Bursting(lr=0.05, limit=0.03, at=2, **JUDGE),
     "wrapped": Perturbed(AT(lr=0.05, **AGAINST), gamma=0.05),
     "frozen-joint": AFD(**GAME),
     "frozen-separate": AFD.adam(loss="dcgan", lr=1e-2, **GAME),
@@ -84,6 +85,7 @@ def run(
         folder=out,
         resume=resume,
         mixing=Mixing(mixup=1.0, cutmix=1.0) if method == "mixed" else Mixing(),
+        on_alarm="rollback" if method == "undone" else "warn",
     )
     if kill_at and group.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         update = trainer.step.update

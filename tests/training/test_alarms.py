@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from toy_methods import Bursting
 
 from afd import data
 from afd.attacks import PGDSettings
@@ -335,19 +335,6 @@ def test_nobody_looks_where_alarms_are_off(impatient):
 def test_another_word_is_no_setting():
     with pytest.raises(InputError, match="on_alarm is 'shout'; allowed are warn, stop, rollback, off"):
         Trainer(blank(), STUCK, on_alarm="shout")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bursting(Natural):
-    """Its loss is no number in step 6 as long as the learning rate is above a limit."""
-
-    lr: float = 0.5
-    limit: float = 0.3
-
-    def descend(self, step, batch):
-        losses = super().descend(step, batch)
-        bursts = step.steps == 6 and step.optimizers["task"].param_groups[0]["lr"] > self.limit
-        return {name: one * float("nan") if bursts else one for name, one in losses.items()}
 
 
 def test_a_loss_that_is_no_number_is_undone_with_half_the_rate(tmp_path, capsys):
