@@ -135,3 +135,17 @@ class Steady(Supervised):
         z = model.features(batch.x)
         z_adv = model.features(self.attack(model, batch, target=z.detach()))
         return {"near": (z - z_adv).square().mean(), "apart": -0.1 * (z - z.mean(0)).square().mean().clamp(max=1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bursting(Natural):
+    """Its loss is no number in one step as long as the learning rate is above a limit."""
+
+    lr: float = 0.5
+    limit: float = 0.3
+    at: int = 6
+
+    def descend(self, step, batch):
+        losses = super().descend(step, batch)
+        bursts = step.steps == self.at and step.optimizers["task"].param_groups[0]["lr"] > self.limit
+        return {name: one * float("nan") if bursts else one for name, one in losses.items()}

@@ -6,6 +6,7 @@ from typing import Any
 
 from afd.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from afd.deprecated import moved
+from afd.training.alarms import Alarm, RollbackReport
 from afd.training.callbacks import Callback, EpochReport, IntervalReport, TrainingError, json_lines, tensorboard
 from afd.training.mixing import Mixing
 from afd.training.signals import StoppedError
@@ -13,11 +14,13 @@ from afd.training.trainer import Trainer
 from afd.training.weights import load_weights, save_weights
 
 __all__ = [
+    "Alarm",
     "Callback",
     "CheckpointError",
     "EpochReport",
     "IntervalReport",
     "Mixing",
+    "RollbackReport",
     "StoppedError",
     "Trainer",
     "TrainingError",

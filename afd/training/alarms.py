@@ -272,7 +272,8 @@ class Watch:
         self.state.found.append([tested, left, left - end, -1.0 if robust is None else robust])
         del self.state.found[:-LATELY]
         took = time.perf_counter() - began
-        self.state.spent, self.state.per_image = self.state.spent + took, took / images
+        self.state.spent += took  # of a machine that others use, too, its slower moments count
+        self.state.per_image = max(took / images, 0.7 * (self.state.per_image or 0.0))
 
     def alarms(self, history: Sequence[Measured], now: Measured, epoch: int, sample: Sample) -> tuple[Alarm, ...]:
         """What goes wrong, of an epoch that others came before."""
@@ -376,7 +377,7 @@ def at_chance(history: Sequence[Measured], now: Measured, epoch: int, images: in
     if stuck < PATIENCE or now.global_step - begin < PATIENT_STEPS or share > 0.9:
         return None
     told = (
-        f"clean accuracy is {now.natural:.1%}, the {stuck}th epoch in a row like it; one class for all has {share:.1%}"
+        f"clean accuracy is {now.natural:.1%}, in {stuck} epochs in a row; one class for all has {share:.1%}"
     )
     return Alarm.of(CHANCE, epoch, told, natural=now.natural, chance=share)
 

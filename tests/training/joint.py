@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 from torch import nn
-from toy_methods import Perturbed, Remembers, Replays
+from toy_methods import Bursting, Perturbed, Remembers, Replays
 
 from afd.attacks import PGDSettings, UnionSettings
 from afd.data import Batches, Images, MixedBatches
@@ -73,6 +73,7 @@ METHODS = {
     "union-afd": AFD(hidden=8, micro_batches=2, attack=UnionSettings(**BALLS, choice="average"), **JUDGE),
     "replays": Replays(lr=0.05),
     "mixed": AT(lr=0.05, **AGAINST),
+    "undone": Bursting(lr=0.05, limit=0.03, at=2, **JUDGE),
     "wrapped": Perturbed(AT(lr=0.05, **AGAINST), gamma=0.05),
     "frozen-joint": AFD(**GAME),
     "frozen-separate": AFD.adam(loss="dcgan", lr=1e-2, **GAME),
@@ -127,6 +128,7 @@ def run(
         folder=out,
         resume=resume,
         mixing=Mixing(mixup=1.0, cutmix=1.0) if method == "mixed" else Mixing(),
+        on_alarm="rollback" if method == "undone" else "warn",
     )
     if kill_at and group.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         update = trainer.step.update

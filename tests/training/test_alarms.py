@@ -2,24 +2,27 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from toy_methods import Bursting
 
 from afd import data
 from afd.attacks import PGDSettings
 from afd.checkpoint import load_checkpoint
+from afd.cli import main
 from afd.data import Batches
 from afd.errors import InputError
-from afd.methods import AFD, AT, AWP, FGSMRS, MART, TRADES, Execution, Free, Natural
+from afd.evaluation.report import alarms_of
+from afd.experiments.display import plot_curves
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Execution, Free, Natural
 from afd.methods.optimizers import GradientNorms
 from afd.nn import build_model
 from afd.presets import method_for
 from afd.runtime import Group
-from afd.training import EpochReport, Trainer, TrainingError, alarms, json_lines
+from afd.training import EpochReport, Trainer, TrainingError, alarms, json_lines, tensorboard
 from afd.training.alarms import MOST, Alarm, Probes, RollbackReport, Sample, Watch
 from afd.training.validation import remedied, with_stronger_attack
 
@@ -327,6 +330,36 @@ def test_a_run_stops_at_its_first_alarm_with_a_checkpoint(impatient, tmp_path):
     assert load_checkpoint(tmp_path / "last.pt")[1]["position"]["epoch"] == 4
 
 
+def test_the_command_measures_what_it_has_stopped_and_ends_with_status_3(impatient, tmp_path, capsys):
+    few = ["--data", "digits", "--limit", "120", "--width", "2", "--epochs", "8", "--out", str(tmp_path)]
+    assert main(["train", "natural", "--lr", "1e-9", "--on-alarm", "stop", *few]) == 3
+    out, err = capsys.readouterr()
+    assert "ALARM: at chance" in out
+    assert "alarm: at chance in epoch 3: clean accuracy is" in out
+    assert "afd: stopped by an alarm, at chance in epoch 3" in err
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert [alarm["kind"] for alarm in found["alarms"]] == ["at chance"]
+    assert found["rollbacks"] == []
+    assert (tmp_path / "curves.png").exists()
+    metadata = load_checkpoint(tmp_path / "last.pt")[1]
+    assert alarms_of(metadata)[0].startswith("alarm: at chance in epoch 3")
+    assert alarms_of({}) is None
+
+
+def test_tensorboard_and_curves_show_alarms_and_hide_what_was_undone(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer = Trainer(
+        network(), Bursting(), epochs=5, on_alarm="rollback", log_every=1, schedule=lambda _: 1.0,
+        callbacks=[tensorboard(tmp_path), json_lines(tmp_path / "log.jsonl")],
+    )  # fmt: skip
+    trainer.fit(TRAIN, HELD_OUT)
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [one.step for one in events.Scalars("lr/task")] == list(range(1, 11))
+    assert [one.value for one in events.Scalars("alarm/rollback_from_epoch")] == [3.0]
+    assert [one.step for one in events.Scalars("alarm/exploding_gradients")] == [4]
+    plot_curves(tmp_path / "curves.png", {"run": tmp_path})
+
+
 def test_nobody_looks_where_alarms_are_off(impatient):
     trainer = Trainer(blank(), STUCK, epochs=7, on_alarm="off")
     assert all(one.alarms == () and one.one_step is None for one in trainer.fit(TRAIN, HELD_OUT))
@@ -335,19 +368,6 @@ def test_nobody_looks_where_alarms_are_off(impatient):
 def test_another_word_is_no_setting():
     with pytest.raises(InputError, match="on_alarm is 'shout'; allowed are warn, stop, rollback, off"):
         Trainer(blank(), STUCK, on_alarm="shout")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bursting(Natural):
-    """Its loss is no number in step 6 as long as the learning rate is above a limit."""
-
-    lr: float = 0.5
-    limit: float = 0.3
-
-    def descend(self, step, batch):
-        losses = super().descend(step, batch)
-        bursts = step.steps == 6 and step.optimizers["task"].param_groups[0]["lr"] > self.limit
-        return {name: one * float("nan") if bursts else one for name, one in losses.items()}
 
 
 def test_a_loss_that_is_no_number_is_undone_with_half_the_rate(tmp_path, capsys):
@@ -498,6 +518,17 @@ def test_fgsm_rs_that_collapses_is_caught_and_rolled_back():
     assert [report.epoch for report in trainer.history] == list(range(1, 33))
     assert not any(report.alarms for report in trainer.history)
     assert trainer.history[-1].robust > 1.5 * figures["many_steps"]
+
+
+@pytest.mark.slow
+def test_alp_that_hides_its_gradients_is_flagged(monkeypatch):
+    """Validation's PGD says 45%, its margin from another start a quarter; so few images pay for few probes: for more."""
+    monkeypatch.setattr(alarms, "SHARE", 1.0)
+    attack = PGDSettings(eps=0.2, alpha=0.2, steps=1, random_start=False)
+    trainer = digits(
+        ALP(weight=50.0, attack=attack, lr=0.02, label_smoothing=0.0), 16, batch=64, schedule=lambda _: 1.0
+    )
+    assert "masked gradients" in {alarm.kind for alarm in trainer.alarms}
 
 
 @pytest.mark.slow
