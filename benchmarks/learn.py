@@ -32,6 +32,7 @@ RUNS = {
     "mart": f"mart {EPOCHS} --lr 0.1 --weight-decay 7e-4",
     "alp": f"alp {EPOCHS}",
     "norm-penalty": f"norm-penalty {EPOCHS}",
+    "jarn": f"jarn {EPOCHS} --start-step 165 --update-interval 5",
     "at+awp": f"at+awp {EPOCHS} --eps-warmup 10",
     "trades+awp": f"trades+awp {EPOCHS}",
     "afd": f"afd {EPOCHS} --batch-size 64",
