@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from afd.checkpoint import CheckpointManager
-from afd.files import FolderError, FolderLock, missing, new_folder, point_to, remove_empty
+from afd.checkpoint import CheckpointError, CheckpointManager
+from afd.config import TrainConfig
+from afd.errors import InputError
+from afd.files import FolderError, FolderLock, check_source, missing, new_folder, point_to, remove_empty
 from afd.runtime import Group
 
 ROOT = Path("runs")
@@ -58,6 +60,21 @@ def discard_records(folder: Path) -> None:
     for pattern in RECORDS:
         for path in folder.glob(pattern):
             path.unlink()
+
+
+def check_files(config: TrainConfig) -> None:
+    """Raises CheckpointError or InputError if a file to begin with is not there, or would be discarded."""
+    resumed = Path(config.resume) if config.resume and config.resume != "auto" else None
+    for argument, file in (("weights", config.weights), ("resume", resumed)):
+        if file is None:
+            continue
+        if not file.exists():
+            raise CheckpointError(f"there is no checkpoint {file}")
+        check_source(argument, file)
+        if file.is_dir():
+            raise InputError(f"{argument} is {file}, which is a folder; name a checkpoint in it")
+        if config.overwrite and config.out is not None and is_discarded(file, config.out):
+            raise InputError(f"{argument} is {file}, which overwrite would discard; name another folder")
 
 
 def is_discarded(file: Path, folder: Path) -> bool:

@@ -17,14 +17,14 @@ import torch
 from afd import data, methods
 from afd.attacks import Attack, PGDSettings
 from afd.attacks.union import told
-from afd.checkpoint import CheckpointError, load_checkpoint
+from afd.checkpoint import load_checkpoint
 from afd.config import TrainConfig
 from afd.data import Batches, Images, MixedBatches, Splits, read_extra
 from afd.data.images import CropAndFlip
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.experiments.display import Terminal, plot_curves
-from afd.experiments.folder import discard_records, is_discarded, run_folder
-from afd.files import check_source, write_whole
+from afd.experiments.folder import check_files, discard_records, run_folder
+from afd.files import write_whole
 from afd.installation import needed_by
 from afd.methods.ramps import ramps_of
 from afd.methods.registry import spelled
@@ -115,7 +115,7 @@ def train(
     device = device_named(config.device)
     if config.sync_batchnorm and device.type != "cuda":
         raise InputError(f"sync_batchnorm is True, but the device is {device}; torch offers it on CUDA only")
-    _check_files(config)
+    check_files(config)
     group = join(device)
     console = (console or Console(emoji=False)) if group.leads else Console(quiet=True)
     with run_folder(config.out, config.resume, group, overwrite=config.overwrite) as folder:
@@ -244,21 +244,6 @@ def at_first(act: Callable[[], object]) -> Callback:
         begun = True
 
     return callback
-
-
-def _check_files(config: TrainConfig) -> None:
-    """Raises CheckpointError or InputError if a file to begin with is not there, or would be discarded."""
-    resumed = Path(config.resume) if config.resume and config.resume != "auto" else None
-    for argument, file in (("weights", config.weights), ("resume", resumed)):
-        if file is None:
-            continue
-        if not file.exists():
-            raise CheckpointError(f"there is no checkpoint {file}")
-        check_source(argument, file)
-        if file.is_dir():
-            raise InputError(f"{argument} is {file}, which is a folder; name a checkpoint in it")
-        if config.overwrite and config.out is not None and is_discarded(file, config.out):
-            raise InputError(f"{argument} is {file}, which overwrite would discard; name another folder")
 
 
 @contextmanager
