@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import AttackSettings, FGSMSettings, PGDSettings, Square, SquareSettings
+from afd.attacks import AttackSettings, FGSMSettings, PGDSettings, Square, SquareSettings, UnionSettings
 from afd.methods import Method
 from afd.methods.optimizers import GradientNorms
 from afd.metrics import predict
@@ -257,17 +257,21 @@ class Watch:
         began, mine = time.perf_counter(), self._share(images)
         rows = [row * len(sample) // images for row in range(images)]
         x, y = (one[mine.start : mine.stop] for one in sample.images(self.group.device, rows))
-        ball: dict[str, Any] = {name: self.one_step[name] for name in ("norm", "eps", "bounds")}
-        attacks: list[AttackSettings] = [PGDSettings(**ball, steps=STEPS, loss=loss) for loss in RESTARTS]
-        if ball["norm"] in Square.known:
-            attacks.append(SquareSettings(**ball, queries=QUERIES))
+        balls: list[dict[str, Any]] = [
+            {"norm": norm, "eps": eps, "bounds": self.one_step.bounds} for norm, eps in self.one_step.balls.items()
+        ]
+        attacks: list[AttackSettings] = [
+            PGDSettings(**ball, steps=STEPS, loss=loss) for loss in RESTARTS for ball in balls
+        ]
+        gradients = len(attacks)
+        attacks += [SquareSettings(**ball, queries=QUERIES) for ball in balls if ball["norm"] in Square.known]
         counts = [len(x)]
         for number, attack in enumerate(attacks):
             if len(x):
                 stands = _withstand(model, attack, x, y, self.seed + len(attacks) * epoch + number, mine.start)
                 x, y = x[stands], y[stands]
             counts.append(len(x))
-        of_all = self.group.gather((counts[0], counts[len(RESTARTS)], counts[-1]))
+        of_all = self.group.gather((counts[0], counts[gradients], counts[-1]))
         tested, left, end = map(sum, zip(*of_all, strict=True))
         self.state.found.append([tested, left, left - end, -1.0 if robust is None else robust])
         del self.state.found[:-LATELY]
@@ -291,10 +295,13 @@ class Watch:
 
 def one_step(method: Method) -> AttackSettings | None:
     """An attack of one step to look at a model with: the training attack if it is one, else FGSM in its ball."""
-    own: Any = method.attack
-    ball: Any = method.ball
-    if not isinstance(ball, AttackSettings) or (isinstance(ball.eps, Tensor) and ball.eps.dim()):
+    own, ball = method.attack, method.ball
+    if not isinstance(ball, AttackSettings):
         return None
+    if any(isinstance(eps, Tensor) and eps.dim() for eps in ball.balls.values()):
+        return None
+    if isinstance(ball, UnionSettings):
+        return dataclasses.replace(ball.pgd(1), random_start=False)
     if isinstance(own, PGDSettings) and own.steps == 1 and not own.targeted and own.loss == "ce":
         return dataclasses.replace(own, batchnorm="eval", precision="fp32")
     return FGSMSettings(norm=ball.norm, eps=ball.eps, bounds=ball.bounds)
