@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from afd.attacks import APGD, MIM, PGD
+from afd.attacks import APGD, MIM, PGD, Union
 
 
 def net(device="cpu"):
@@ -45,6 +45,12 @@ ATTACKS = {
     "apgd": lambda model: APGD(model, eps=0.1, steps=8, n_restarts=2),
     "apgd l1": lambda model: APGD(model, norm="L1", eps=5.0, steps=10),
     "kl": lambda model: PGD(model, loss="kl", eps=0.1, steps=3),
+    **{
+        f"union {choice}": lambda model, choice=choice: Union(
+            model, eps=0.1, eps_l2=0.8, eps_l1=5.0, steps=3, choice=choice
+        )
+        for choice in ("worst", "average", "random", "fooling")
+    },
 }
 
 
