@@ -376,9 +376,7 @@ def at_chance(history: Sequence[Measured], now: Measured, epoch: int, images: in
         stuck, begin = stuck + 1, 0
     if stuck < PATIENCE or now.global_step - begin < PATIENT_STEPS or share > 0.9:
         return None
-    told = (
-        f"clean accuracy is {now.natural:.1%}, in {stuck} epochs in a row; one class for all has {share:.1%}"
-    )
+    told = f"clean accuracy is {now.natural:.1%}, in {stuck} epochs in a row; one class for all has {share:.1%}"
     return Alarm.of(CHANCE, epoch, told, natural=now.natural, chance=share)
 
 

@@ -522,7 +522,7 @@ def test_fgsm_rs_that_collapses_is_caught_and_rolled_back():
 
 @pytest.mark.slow
 def test_alp_that_hides_its_gradients_is_flagged(monkeypatch):
-    """Validation's PGD says 45%, its margin from another start a quarter; so few images pay for few probes: for more."""
+    """Validation's PGD leaves 45%, two starts with two losses a quarter. Digits pay for few probes; this has more."""
     monkeypatch.setattr(alarms, "SHARE", 1.0)
     attack = PGDSettings(eps=0.2, alpha=0.2, steps=1, random_start=False)
     trainer = digits(
