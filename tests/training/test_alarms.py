@@ -512,7 +512,7 @@ def test_fgsm_rs_that_collapses_is_caught_and_rolled_back():
     first = trainer.rollbacks[0]
     assert [alarm["kind"] for alarm in first["alarms"]] == ["catastrophic overfitting"]
     figures = first["alarms"][0]["figures"]
-    assert figures["many_steps"] < figures["best"] / 2
+    assert figures["many_steps"] <= figures["best"] / 2
     assert figures["one_step"] > figures["many_steps"] + 0.3
     assert first["told"] == "attack.steps 1 → 2, attack.alpha 0.25 → 0.125"
     assert [report.epoch for report in trainer.history] == list(range(1, 33))
