@@ -180,8 +180,11 @@ class GradientNorms:
         held = (one.grad for group in optimizer.param_groups for one in group["params"])
         grads = [one for one in held if one is not None and one.layout is torch.strided]
         if grads:
-            norms = torch.stack([norm.to(self.largest) for norm in torch._foreach_norm(grads)])
-            self.largest.copy_(torch.maximum(self.largest, torch.linalg.vector_norm(norms)))
+            norms: list[Tensor] = list(torch._foreach_norm(grads))
+            if len({(one.device, one.dtype) for one in norms}) > 1:
+                norms = [one.to(self.largest) for one in norms]
+            norm = torch.linalg.vector_norm(torch.stack(norms)).to(self.largest)
+            torch.maximum(self.largest, norm, out=self.largest)
 
     def read(self) -> float:
         """The largest since the last reading; waits for the device."""

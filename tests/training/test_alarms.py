@@ -512,17 +512,18 @@ def test_fgsm_rs_that_collapses_is_caught_and_rolled_back():
     first = trainer.rollbacks[0]
     assert [alarm["kind"] for alarm in first["alarms"]] == ["catastrophic overfitting"]
     figures = first["alarms"][0]["figures"]
-    assert figures["many_steps"] < figures["best"] / 2
+    assert figures["many_steps"] <= figures["best"] / 2
     assert figures["one_step"] > figures["many_steps"] + 0.3
     assert first["told"] == "attack.steps 1 → 2, attack.alpha 0.25 → 0.125"
     assert [report.epoch for report in trainer.history] == list(range(1, 33))
     assert not any(report.alarms for report in trainer.history)
-    assert trainer.history[-1].robust > 1.5 * figures["many_steps"]
+    since = [report.robust for report in trainer.history[first["epoch"] - 1 :]]
+    assert max(since) > figures["best"]
 
 
 @pytest.mark.slow
 def test_alp_that_hides_its_gradients_is_flagged(monkeypatch):
-    """Validation's PGD says 45%, its margin from another start a quarter; few images pay for few probes: here, for more."""
+    """Validation's PGD leaves 45%, two starts with two losses a quarter. Digits pay for few probes; this has more."""
     monkeypatch.setattr(alarms, "SHARE", 1.0)
     attack = PGDSettings(eps=0.2, alpha=0.2, steps=1, random_start=False)
     trainer = digits(
