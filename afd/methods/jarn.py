@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from afd.attacks.ball import Ball
+from afd.attacks.ball import Ball, Norm, ball_of_norm
 from afd.attacks.settings import AttackSettings
 from afd.errors import InputError, number, whole
-from afd.execution import Execution, Wrap, alone, as_torch_starts, feature_dtype, unsynchronised
+from afd.execution import Execution, Wrap, alone, as_torch_starts, feature_dtype, lay_out_plainly, unsynchronised
 from afd.methods.base import Batch, Part, Step, parts, unwrapped
-from afd.methods.inputs import as_split
+from afd.methods.inputs import as_split, device_of
 from afd.methods.optimizers import take_step, trainable
 from afd.methods.supervised import Optimized
 from afd.nn import Split
@@ -153,7 +153,8 @@ class JARN(Optimized):
         decay_norms: weight decay also on the parameters of fewer than two dimensions; the authors' are left alone.
         optimizers: as in `Optimized`; the players are "task", "adapter" and "discriminator".
         label_smoothing: of CE.
-        eps: largest noise of a pixel, and the radius in which robust accuracy is measured.
+        norm: of the ball that the noise is drawn in: "Linf" (the authors'), "L2" or "L1".
+        eps: radius of that ball, in which robust accuracy is measured, too.
         beta: weight β of the discriminator's loss in the model's.
         gamma: weight γ of the discriminator's loss in the adapter's.
         start_step: steps before the model is regularised; until then, CE of noisy images alone is descended.
@@ -169,6 +170,7 @@ class JARN(Optimized):
 
     weight_decay: float = 2e-4
     decay_norms: bool = False
+    norm: Norm = "Linf"
     eps: float = 8 / 255
     beta: float = 1.0
     gamma: float = 1.0
@@ -184,6 +186,7 @@ class JARN(Optimized):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        ball_of_norm(self.norm)
         for name in ("eps", "beta", "gamma"):
             number(name, getattr(self, name), 0.0)
         whole("start_step", self.start_step, 0)
@@ -201,6 +204,10 @@ class JARN(Optimized):
         if execution.compile:
             raise InputError("compile is True, but torch.compile allows no backward through a gradient, which JARN has")
         network: Any = as_split(model)
+        if device_of(network).type == "cpu":
+            lay_out_plainly(
+                network
+            )  # a tenth faster there: what oneDNN makes of such derivatives channels-last is slow
         passes = execution.passes(network)
         channels = channels_of(network) if self.channels is None else self.channels
         layers = layers_for(network) if self.discriminator_layers is None else self.discriminator_layers
@@ -261,7 +268,7 @@ class JARNStep(Step):
         eps = self.method.eps
         if isinstance(eps, Tensor):
             eps = eps.to(batch.x.dtype).repeat(len(batch))
-        noisy = Ball("Linf", eps).start(batch.x, seed=batch.seed, first_sample=batch.first_sample)
+        noisy = Ball(self.method.norm, eps).start(batch.x, seed=batch.seed, first_sample=batch.first_sample)
         batch = replace(batch, x=noisy)
         regularised, turn = self._goes(self.steps - 1)
         for own in self.parameters.values():  # also of weights that somebody's own optimizer leaves alone

@@ -63,6 +63,7 @@ from afd.nn import FeatureClassifier
         (JARN, {"beta": -1.0}, "beta is -1.0"),
         (JARN, {"gamma": float("nan")}, "gamma is nan"),
         (JARN, {"eps": -0.1}, "eps is -0.1"),
+        (JARN, {"norm": "L7"}, "norm is 'L7'; allowed are"),
         (JARN, {"start_step": -1}, "start_step is -1; it must be a finite number >= 0"),
         (JARN, {"update_interval": 0}, "update_interval is 0; it must be a finite number >= 1"),
         (JARN, {"discriminator_width": 0}, "discriminator_width is 0"),

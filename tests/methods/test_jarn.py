@@ -296,8 +296,9 @@ def test_passes_are_in_float32_once_the_model_is_regularised():
 
 
 def test_it_is_validated_in_the_ball_of_its_noise_and_takes_ramps():
-    judge = JARN(eps=0.3).judge(3)
-    assert (judge.norm, judge.eps, judge.steps, judge.seed) == ("Linf", 0.3, 20, 3)
+    for norm in ("Linf", "L2"):
+        judge = JARN(norm=norm, eps=0.3).judge(3)
+        assert (judge.norm, judge.eps, judge.steps, judge.seed) == (norm, 0.3, 20, 3)
     check_ramps(JARN(), {"beta": Ramp(0.0, 1), "gamma": Ramp(0.0, 1), "eps": Ramp(0.0, 1)})
     with pytest.raises(InputError, match="start_step"):
         check_ramps(JARN(), {"start_step": Ramp(1, 1)})
