@@ -164,7 +164,8 @@ class GradientNorms:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.largest = torch.zeros((), dtype=torch.float32, device=device)
+        with torch.inference_mode(False):  # whoever builds it may be in it
+            self.largest = torch.zeros((), dtype=torch.float32, device=device)
 
     @contextmanager
     def of(self, optimizer: Optimizer) -> Iterator[None]:
