@@ -221,9 +221,8 @@ def with_stronger_attack(method: Any) -> Any:
     if not isinstance(attack, AttackSettings) or not hasattr(attack, "steps"):
         return method
     changes: dict[str, Any] = {"steps": max(1, 2 * attack.steps)}
-    alpha = getattr(attack, "alpha", None)
-    if alpha is not None:
-        changes["alpha"] = alpha / 2
+    lengths = {name: value for name, value in dict(attack).items() if name.startswith("alpha")}  # in each ball
+    changes |= {name: value / 2 for name, value in lengths.items() if value is not None}
     return dataclasses.replace(method, attack=dataclasses.replace(attack, **changes))
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from toy_methods import Bursting
 
 from afd import data
-from afd.attacks import PGDSettings
+from afd.attacks import PGDSettings, UnionSettings
 from afd.checkpoint import load_checkpoint
 from afd.cli import main
 from afd.data import Batches
@@ -489,6 +490,34 @@ def test_what_attacks_by_itself_takes_half_the_step():
     natural = Natural()
     assert with_stronger_attack(natural) is natural
     assert remedied(AT(), ["attack", "rates", "rates"])[1] == 0.25
+    union = UnionSettings(eps=0.2, eps_l2=0.8, eps_l1=2.0, alpha_l2=0.4, steps=3)
+    assert with_stronger_attack(AT(attack=union)).attack == dataclasses.replace(union, steps=6, alpha_l2=0.2)
+
+
+def test_every_ball_of_a_union_is_looked_into():
+    """One step in each ball, and a probe's PGD and Square in each: the radii of the two balls tell them apart."""
+    union = UnionSettings(eps=0.1, eps_l2=0.5, steps=4, choice="average")
+    found = alarms.one_step(AT(attack=union))
+    assert (found.balls, found.steps, found.choice, found.random_start) == (
+        {"Linf": 0.1, "L2": 0.5},
+        1,
+        "fooling",
+        False,
+    )
+    watch, asked = Watch(AT(attack=union), Group(), 0), []
+
+    def noted(model, attack, x, y, seed, first):
+        asked.append((type(attack).__name__, attack.norm, attack.eps))
+        return torch.ones(len(x), dtype=torch.bool)
+
+    watch.state.seconds, watch.state.per_image = 1e6, 1e-6
+    sample = Sample(0)
+    sample.look(torch.rand(64, 1, 4, 4), torch.arange(64) % 3)
+    with mock.patch.object(alarms, "_withstand", noted):
+        watch.probe(torch.nn.Identity(), sample, 1, 0.5)
+    balls = [("Linf", 0.1), ("L2", 0.5)]
+    assert asked == [(kind, *ball) for kind in ("PGDSettings", "PGDSettings", "SquareSettings") for ball in balls]
+    assert watch.state.found == [[32, 32, 0, 0.5]]
 
 
 # --- Digits ---------------------------------------------------------------------------------------------------------
