@@ -326,7 +326,7 @@ def alarms_of(metadata: Mapping[str, Any]) -> list[str] | None:
         return None
     rollbacks = metadata.get("rollbacks", [])
     found = [alarm for entry in (*rollbacks, *metadata["history"]) for alarm in entry["alarms"]]
-    return alarm_lines(sorted(map(Alarm.read, found), key=lambda alarm: alarm.epoch), rollbacks)
+    return alarm_lines(sorted((Alarm(**one) for one in found), key=lambda alarm: alarm.epoch), rollbacks)
 
 
 def setting(value: Any) -> str:

@@ -36,14 +36,13 @@ HELPS = {
 }
 SHARE = 0.05  # of the time of training and validation
 MOST = 256  # validation images that are looked at after an epoch, at most
-LEAST = 16  # that are worth a probe
-RESTARTS: tuple[Literal["ce", "margin"], ...] = (
-    "ce",
-    "margin",
-)  # of PGD, each from its own start and with its own loss
+LEAST = 64  # that are worth a probe: on small networks, fewer take as long
+RESTARTS: tuple[Literal["ce", "margin"], ...] = ("ce", "margin")  # losses of PGD, each from a start of its own
 STEPS, QUERIES = 10, 100
+CAUTION = 1.5  # with which time is foreseen
 LATELY = 8  # probes that a verdict rests on, at most
 FALL, GAP, NEVER = 0.2, 0.3, 0.05  # many-step accuracy below its best, below one-step accuracy, and as good as none
+FEW = 16  # images that Square is shown, for a verdict
 BROKEN = 0.05  # of the images that PGD leaves, that an honest model would lose to Square at most
 BELOW = 0.1  # of PGD with restarts below validation's
 PATIENCE, PATIENT_STEPS = 3, 100  # epochs and steps at chance; epochs whose gradients are what is usual
@@ -71,11 +70,6 @@ class Alarm:
 
     def __str__(self) -> str:
         return f"{self.kind} in epoch {self.epoch}: {self.told}; {self.helps}"
-
-    @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> Alarm:
-        """The alarm that a log or checkpoint holds as a dict."""
-        return cls(**entry)
 
     @classmethod
     def of(cls, kind: str, epoch: int, told: str, **figures: float) -> Alarm:
@@ -173,32 +167,43 @@ class Probes:
 
     Attributes:
         norms: the largest norm of the gradient in each epoch.
-        found: of each probe: images tested, left by PGD, of these broken by Square, and validation's robust accuracy
-            then (-1: none).
+        found: of each probe: images tested, left by PGD, of these shown to Square, broken by it, and validation's
+            robust accuracy then (-1: none).
         seconds: of training and validation, probes included.
         spent: of these, on probes.
-        per_image: seconds that an image of a probe is expected to take.
+        per_image: seconds that PGD, and that Square, is expected to take for an image of a probe; 0 until known.
     """
 
     norms: list[float] = field(default_factory=list)
     found: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     spent: float = 0.0
-    per_image: float | None = None
+    per_image: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+    @property
+    def with_square(self) -> bool:
+        """Whether the next probe asks Square, too, which takes longer than PGD on small networks: every second."""
+        return bool(self.found) and not self.found[-1][2]
 
     def affordable(self) -> int:
         """Images of the next probe."""
-        if self.per_image is None:
-            return 0
-        return int(max(0.0, SHARE * self.seconds - self.spent) / max(self.per_image, 1e-9))
+        each = self.per_image[0] + self.per_image[1] * self.with_square
+        return int(max(0.0, SHARE * self.seconds - self.spent) / each) if each else 0
 
-    def lately(self) -> tuple[float, float, float, float]:
-        """Sums over the latest probes of the images tested, left and broken; and validation's robust accuracy."""
+    def expect(self, seconds: float) -> None:
+        """Takes what an attack of one step took for an image: so much for each of its three passes, and some more."""
+        if not self.found:
+            known = self.per_image if self.per_image[0] else [math.inf] * 2  # the first call takes longest
+            passes = 2 * STEPS * len(RESTARTS), QUERIES
+            self.per_image = [min(one, CAUTION * seconds / 3 * of) for one, of in zip(known, passes, strict=True)]
+
+    def lately(self) -> tuple[float, float, float, float, float]:
+        """Sums over the latest probes of the images tested, left, shown to Square, broken; validation's accuracy."""
         latest = self.found[-LATELY:]
-        tested, left, broken = (sum(one[part] for one in latest) for part in range(3))
-        judged = [one for one in latest if one[3] >= 0]
-        shares = sum(one[0] * one[3] for one in judged)
-        return tested, left, broken, shares / max(1.0, sum(one[0] for one in judged)) if judged else -1.0
+        tested, left, asked, broken = (sum(one[part] for one in latest) for part in range(4))
+        judged = [one for one in latest if one[4] >= 0]
+        shares = sum(one[0] * one[4] for one in judged)
+        return tested, left, asked, broken, shares / max(1.0, sum(one[0] for one in judged)) if judged else -1.0
 
 
 class Watch:
@@ -227,7 +232,8 @@ class Watch:
         known = {**state}
         self.gradients.largest.fill_(known.pop("largest", 0.0))
         self.state = Probes(**known)
-        self.state.norms, self.state.found = list(self.state.norms), list(self.state.found)
+        for name in ("norms", "found", "per_image"):  # its own
+            setattr(self.state, name, list(getattr(self.state, name)))
 
     def under_one_step(self, model: nn.Module, sample: Sample) -> float | None:
         """Accuracy under an attack of one step; None without a ball."""
@@ -239,8 +245,7 @@ class Watch:
         found: float = sum(self.group.gather(right)) / len(sample)
         took = time.perf_counter() - began
         self.state.spent += took
-        if self.state.per_image is None:  # three passes of an image; a probe has these, where half withstand PGD
-            self.state.per_image = took / len(sample) / 3 * (2 * STEPS * len(RESTARTS) + QUERIES / 2)
+        self.state.expect(took / len(sample))
         return found
 
     def _share(self, images: int) -> range:
@@ -254,30 +259,31 @@ class Watch:
         images = self.group.gather(images)[0]
         if self.one_step is None or images < min(LEAST, max(len(sample), 1)):
             return
-        began, mine = time.perf_counter(), self._share(images)
-        rows = [row * len(sample) // images for row in range(images)]
+        mine, rows = self._share(images), [row * len(sample) // images for row in range(images)]
         x, y = (one[mine.start : mine.stop] for one in sample.images(self.group.device, rows))
         balls: list[dict[str, Any]] = [
             {"norm": norm, "eps": eps, "bounds": self.one_step.bounds} for norm, eps in self.one_step.balls.items()
         ]
-        attacks: list[AttackSettings] = [
-            PGDSettings(**ball, steps=STEPS, loss=loss) for loss in RESTARTS for ball in balls
+        rounds: list[list[AttackSettings]] = [
+            [PGDSettings(**ball, steps=STEPS, loss=loss) for loss in RESTARTS for ball in balls],
+            [SquareSettings(**ball, queries=QUERIES) for ball in balls if ball["norm"] in Square.known],
         ]
-        gradients = len(attacks)
-        attacks += [SquareSettings(**ball, queries=QUERIES) for ball in balls if ball["norm"] in Square.known]
-        counts = [len(x)]
-        for number, attack in enumerate(attacks):
-            if len(x):
-                stands = _withstand(model, attack, x, y, self.seed + len(attacks) * epoch + number, mine.start)
-                x, y = x[stands], y[stands]
+        counts, seed, asked = [len(x)], self.seed + sum(map(len, rounds)) * epoch, 1 + self.state.with_square
+        for number, attacks in enumerate(rounds[:asked]):
+            began = time.perf_counter()
+            for attack in attacks:
+                if len(x):
+                    stands = _withstand(model, attack, x, y, seed, mine.start)
+                    x, y = x[stands], y[stands]
+                seed += 1
             counts.append(len(x))
-        of_all = self.group.gather((counts[0], counts[gradients], counts[-1]))
-        tested, left, end = map(sum, zip(*of_all, strict=True))
-        self.state.found.append([tested, left, left - end, -1.0 if robust is None else robust])
+            took = time.perf_counter() - began
+            self.state.spent += took  # of a machine that others use, too, its slower moments count
+            self.state.per_image[number] = max(took / images, 0.7 * self.state.per_image[number])
+        tested, left, *end = map(sum, zip(*self.group.gather(counts), strict=True))
+        square = [left, left - end[0]] if end else [0, 0]
+        self.state.found.append([tested, left, *square, -1.0 if robust is None else robust])
         del self.state.found[:-LATELY]
-        took = time.perf_counter() - began
-        self.state.spent += took  # of a machine that others use, too, its slower moments count
-        self.state.per_image = max(took / images, 0.7 * (self.state.per_image or 0.0))
 
     def alarms(self, history: Sequence[Measured], now: Measured, epoch: int, sample: Sample) -> tuple[Alarm, ...]:
         """What goes wrong, of an epoch that others came before."""
@@ -296,9 +302,8 @@ class Watch:
 def one_step(method: Method) -> AttackSettings | None:
     """An attack of one step to look at a model with: the training attack if it is one, else FGSM in its ball."""
     own, ball = method.attack, method.ball
-    if not isinstance(ball, AttackSettings):
-        return None
-    if any(isinstance(eps, Tensor) and eps.dim() for eps in ball.balls.values()):
+    radii = ball.balls.values() if isinstance(ball, AttackSettings) else ()
+    if not radii or any(isinstance(eps, Tensor) and eps.dim() for eps in radii):
         return None
     if isinstance(ball, UnionSettings):
         return dataclasses.replace(ball.pgd(1), random_start=False)
@@ -329,15 +334,7 @@ def bounds(hits: float, of: float, deviations: float = 2.0) -> tuple[float, floa
 def collapsed(
     history: Sequence[Measured], now: Measured, epoch: int, images: tuple[int, int], probes: Probes
 ) -> Alarm | None:
-    """Many-step accuracy has fallen far below its best, or never rose, while that of one step is far above it.
-
-    Args:
-        history: of the epochs before.
-        now: of this one.
-        epoch: its number.
-        images: that many-step and one-step accuracy are of.
-        probes: for a run without a validation attack.
-    """
+    """Many-step accuracy (of so many images) has fallen far below its best, or never rose; one-step's is far above."""
     many, one, (of_many, of_one) = now.robust, now.one_step, images
     if many is None:
         tested, left, *_ = probes.lately()
@@ -357,10 +354,10 @@ def collapsed(
 
 def masked(probes: Probes, epoch: int) -> Alarm | None:
     """Square breaks what PGD could not, or PGD from several starts much of what validation's could not."""
-    tested, left, broken, robust = probes.lately()
-    figures = {"images": tested, "left_by_pgd": left, "broken_by_square": broken}
-    if left >= LEAST and bounds(broken, left, 3.0)[0] > BROKEN:
-        told = f"Square of {QUERIES} queries breaks {broken:g} of {left:g} validation images that PGD has left"
+    tested, left, asked, broken, robust = probes.lately()
+    figures = {"images": tested, "left_by_pgd": left, "shown_to_square": asked, "broken_by_square": broken}
+    if asked >= FEW and bounds(broken, asked, 3.0)[0] > BROKEN:
+        told = f"Square of {QUERIES} queries breaks {broken:g} of {asked:g} validation images that PGD has left"
         return Alarm.of(MASKED, epoch, told, **figures)
     if robust >= 0 and bounds(left, tested, 3.0)[1] < robust - BELOW:
         told = f"PGD from several starts leaves {left:g} of {tested:g} validation images, validation's {robust:.1%}"

@@ -93,7 +93,7 @@ class EpochReport(OldAttributes):
     @classmethod
     def read(cls, entry: Mapping[str, Any]) -> EpochReport:
         """The report that a checkpoint holds as a dict."""
-        alarms = tuple(map(Alarm.read, entry.get("alarms", ())))
+        alarms = tuple(Alarm(**one) for one in entry.get("alarms", ()))
         return cls(**{**with_new_keys(entry), "alarms": alarms})
 
     @property

@@ -258,7 +258,7 @@ class Validated(Resumable):
     @property
     def alarms(self) -> list[Alarm]:
         """All that have gone off, those of epochs that were undone included."""
-        found = [Alarm.read(one) for back in self.rollbacks for one in back["alarms"]]
+        found = [Alarm(**one) for back in self.rollbacks for one in back["alarms"]]
         found += [alarm for report in self.history for alarm in report.alarms]
         return sorted(found, key=lambda alarm: alarm.epoch)
 

@@ -18,7 +18,7 @@ from afd.data import Batches
 from afd.errors import InputError
 from afd.evaluation.report import alarms_of
 from afd.experiments.display import plot_curves
-from afd.methods import AFD, ALP, AT, AWP, FGSMRS, MART, TRADES, Execution, Free, Natural
+from afd.methods import AFD, ALP, AT, AWP, FGSMRS, JARN, MART, TRADES, Execution, Free, Natural
 from afd.methods.optimizers import GradientNorms
 from afd.nn import build_model
 from afd.presets import method_for
@@ -87,20 +87,20 @@ def test_few_images_are_no_evidence_of_a_collapse():
 
 
 def test_without_a_validation_attack_probes_say_what_many_steps_leave():
-    now, probes = seen(robust=None, one_step=0.9), Probes(found=[[60, 1, 0, -1.0]])
+    now, probes = seen(robust=None, one_step=0.9), Probes(found=[[60, 1, 0, 0, -1.0]])
     assert alarms.collapsed([seen(robust=0.5)], now, 3, (1000, 250), probes) is not None
 
 
 @pytest.mark.parametrize(
     ("found", "rings"),
     [
-        ([[100, 50, 20, 0.5]], True),  # Square beats PGD
-        ([[30, 16, 1, 0.5], [30, 16, 1, 0.5]], False),  # a lucky image or two
-        ([[20, 7, 2, 0.4]], False),  # too few to tell
-        ([[30, 16, 4, 0.5]] * 3, True),
-        ([[100, 50, 0, 0.5]], False),
-        ([[200, 40, 0, 0.8]], True),  # restarts break what validation's attack could not
-        ([[200, 100, 0, 0.55]], False),
+        ([[100, 50, 50, 20, 0.5]], True),  # Square beats PGD
+        ([[30, 16, 16, 1, 0.5], [30, 16, 16, 1, 0.5]], False),  # a lucky image or two
+        ([[20, 7, 7, 2, 0.4]], False),  # too few to tell
+        ([[30, 16, 0, 0, 0.5], [30, 16, 16, 4, 0.5]] * 3, True),
+        ([[100, 50, 50, 0, 0.5]], False),
+        ([[200, 40, 0, 0, 0.8]], True),  # restarts break what validation's attack could not
+        ([[200, 100, 0, 0, 0.55]], False),
         ([], False),
     ],
 )
@@ -140,7 +140,7 @@ def test_gradients_explode_where_they_are_not_finite_or_far_beyond_the_usual():
 
 def test_an_alarm_survives_json():
     alarm = Alarm.of("at chance", 3, "so it is", natural=0.1)
-    assert Alarm.read(json.loads(json.dumps(dataclasses.asdict(alarm)))) == alarm
+    assert Alarm(**json.loads(json.dumps(dataclasses.asdict(alarm)))) == alarm
     report = EpochReport(1, 2, {}, 0.1, None, 1.0, {}, None, (alarm,))
     assert EpochReport.read(json.loads(json.dumps(dataclasses.asdict(report)))) == report
 
@@ -203,15 +203,29 @@ def test_recorded_steps_are_looked_at_too(tapes):
 def test_a_probe_waits_until_it_has_been_paid_for():
     watch, sample = Watch(one_step_method(), Group(), 0), Sample(0)
     sample.look(X, Y)
-    watch.state.per_image, watch.state.seconds = 1.0, 100.0  # five images
+    watch.state.per_image, watch.state.seconds = [1.0, 1.0], 100.0  # five images
     watch.probe(network(), sample, 1, 0.5)
     assert watch.state.found == []
     watch.state.seconds = 20 * len(sample)
     watch.probe(network(), sample, 1, 0.5)
-    ((tested, left, broken, robust),) = watch.state.found
-    assert (tested, robust) == (len(sample), 0.5)
-    assert 0 <= broken <= left <= tested
+    ((tested, left, asked, broken, robust),) = watch.state.found
+    assert (tested, asked, broken, robust) == (len(sample), 0, 0, 0.5)  # the first asks PGD alone
+    assert 0 <= left <= tested
     assert 0 < watch.state.spent < 60
+    watch.state.seconds = 60 * len(sample)
+    watch.probe(network(), sample, 2, 0.5)
+    tested, left, asked, broken, _ = watch.state.found[-1]
+    assert 0 <= broken <= asked == left <= tested
+
+
+def test_time_is_foreseen_by_the_quickest_look():
+    state = Probes()
+    for seconds in (3.0, 1.0, 2.0):
+        state.expect(seconds)
+    assert state.per_image == [alarms.CAUTION * 2 * alarms.STEPS * 2 / 3, alarms.CAUTION * alarms.QUERIES / 3]
+    state.found.append([10, 5, 0, 0, 0.5])
+    state.expect(0.1)
+    assert state.per_image[1] == alarms.CAUTION * alarms.QUERIES / 3  # from then on by what probes have taken
 
 
 class Shelf(nn.Module):
@@ -231,10 +245,10 @@ def test_a_model_that_hides_its_gradients_is_flagged():
     method = FGSMRS(attack=PGDSettings(eps=0.4, alpha=0.4, steps=1))
     watch, sample = Watch(method, Group(), 0), Sample(0)
     sample.look(X, Y)
-    watch.state.per_image, watch.state.seconds = 1e-9, 1e9
+    watch.state.per_image, watch.state.seconds = [1e-9, 1e-9], 1e9
     for epoch in range(4):
         watch.probe(Shelf(), sample, epoch, 1.0)
-        watch.state.per_image = 1e-9
+        watch.state.per_image = [1e-9, 1e-9]
     found = watch.alarms([], seen(natural=1.0, robust=1.0, one_step=1.0), 4, sample)
     assert [alarm.kind for alarm in found] == ["masked gradients"]
     assert "Square" in found[0].told
@@ -261,7 +275,10 @@ def test_a_run_is_the_same_whether_anybody_looks_or_not(method, kind):
         data = torch.utils.data.TensorDataset(X[:40], Y[:40])
         trainer = Trainer(model, method, epochs=3, on_alarm=on_alarm, ema=0.5)
         if trainer.watch is not None:
-            trainer.watch.state.per_image, trainer.watch.state.seconds = 1e-9, 1e6  # probes from the first epoch on
+            trainer.watch.state.per_image, trainer.watch.state.seconds = (
+                [1e-9, 1e-9],
+                1e6,
+            )  # probes from the first epoch on
         torch.manual_seed(1)
         trainer.fit(torch.utils.data.DataLoader(data, 20, shuffle=True), HELD_OUT)
         reports = [{**vars(one), "images_per_second": 0, "one_step": 0, "alarms": ()} for one in trainer.history]
@@ -510,14 +527,17 @@ def test_every_ball_of_a_union_is_looked_into():
         asked.append((type(attack).__name__, attack.norm, attack.eps))
         return torch.ones(len(x), dtype=torch.bool)
 
-    watch.state.seconds, watch.state.per_image = 1e6, 1e-6
+    watch.state.seconds, watch.state.per_image = 1e6, [1e-6, 1e-6]
     sample = Sample(0)
     sample.look(torch.rand(64, 1, 4, 4), torch.arange(64) % 3)
     with mock.patch.object(alarms, "_withstand", noted):
-        watch.probe(torch.nn.Identity(), sample, 1, 0.5)
+        for epoch in (1, 2):
+            watch.state.per_image = [1e-6, 1e-6]
+            watch.probe(torch.nn.Identity(), sample, epoch, 0.5)
     balls = [("Linf", 0.1), ("L2", 0.5)]
-    assert asked == [(kind, *ball) for kind in ("PGDSettings", "PGDSettings", "SquareSettings") for ball in balls]
-    assert watch.state.found == [[32, 32, 0, 0.5]]
+    first = [(kind, *ball) for kind in ("PGDSettings", "PGDSettings") for ball in balls]
+    assert asked == [*first, *first, *(("SquareSettings", *ball) for ball in balls)]
+    assert watch.state.found == [[32, 32, 0, 0, 0.5], [32, 32, 32, 0, 0.5]]
 
 
 # --- Digits ---------------------------------------------------------------------------------------------------------
@@ -559,6 +579,20 @@ def test_alp_that_hides_its_gradients_is_flagged(monkeypatch):
         ALP(weight=50.0, attack=attack, lr=0.02, label_smoothing=0.0), 16, batch=64, schedule=lambda _: 1.0
     )
     assert "masked gradients" in {alarm.kind for alarm in trainer.alarms}
+
+
+def test_jarn_that_hides_its_gradients_is_flagged(monkeypatch):
+    """Logits so large that the cross-entropy has no gradient in float32: PGD on it fails, on the margin it does not."""
+    monkeypatch.setattr(alarms, "SHARE", 1.0)
+    model = build_model("convnet", (1, 8, 8), 10, 16)
+    digits(Natural(), 6, model=model)
+    with torch.no_grad():
+        for weight in model.classifier.parameters():
+            weight.mul_(1000)
+    trainer = digits(JARN(eps=0.2, lr=1e-7, start_step=24, update_interval=2), 4, model=model)
+    assert {alarm.kind for alarm in trainer.alarms} == {"masked gradients"}
+    found = trainer.alarms[-1].figures
+    assert found["left_by_pgd"] / found["images"] < found["validation"] / 2
 
 
 @pytest.mark.slow
