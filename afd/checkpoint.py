@@ -231,20 +231,22 @@ class CheckpointManager:
     run that is killed between the two makes that up when it is resumed (`settle_best`).
 
     Args:
-        folder: holds ``last.pt``, ``previous.pt`` (what ``last.pt`` was before) and ``best.pt``.
+        folder: holds ``last.pt``, ``previous.pt`` (what ``last.pt`` was before), ``best.pt`` and, of runs that may go
+            back, ``good.pt``.
         warn: told of a checkpoint that is passed over because it is damaged.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
         self.folder, self.warn, self.lock = folder, warn, FolderLock(folder)
-        self.last, self.previous, self.best = (folder / f"{name}.pt" for name in ("last", "previous", "best"))
+        self.last, self.previous = folder / "last.pt", folder / "previous.pt"
+        self.best, self.good = folder / "best.pt", folder / "good.pt"
         self.newest: Path | None = None  # of this process: what was written or read last
         self._written: tuple[int, int] | None = None  # which file ``last.pt`` was then
 
     @property
     def present(self) -> list[Path]:
         """The checkpoints that there are."""
-        return [path for path in (self.last, self.previous, self.best) if path.exists()]
+        return [path for path in (self.last, self.previous, self.best, self.good) if path.exists()]
 
     def check_free(self, resume: Path | str | None, overwrite: bool) -> None:
         """Finds the folder free for a run that begins.
@@ -286,6 +288,20 @@ class CheckpointManager:
         self.newest, self._written = self.last, _identity(self.last)
         if best:
             save_checkpoint(self.best, state, metadata)
+
+    def keep_good(self) -> None:
+        """Keeps ``last.pt`` as ``good.pt``, for a run to go back to; raises CheckpointError if it cannot be written."""
+        save_checkpoint(self.good, *load_checkpoint(self.last))
+
+    def load_good(self) -> Content | None:
+        """What ``good.pt`` holds, if it is there and whole."""
+        if not self.good.exists():
+            return None
+        try:
+            return load_checkpoint(self.good)
+        except CheckpointError as error:
+            self.warn(f"{error}; it is passed over")
+            return None
 
     def load_named(self, resume: Path | str, device: torch.device) -> Content | None:
         """What a run goes on from: the checkpoint at a path or, with "auto", `load_newest`."""

@@ -267,6 +267,11 @@ MEANINGS = {  # of parts of torch's errors
     ),
     "use_reentrant=True": "the model calls torch.utils.checkpoint with use_reentrant=True, which allows no gradients "
     "of chosen parameters; use_reentrant=False does",
+    **dict.fromkeys(
+        ("derivative for ", "does not currently support double backward", "once_differentiable"),
+        "the method differentiates gradients, and the model has a layer whose gradient torch cannot differentiate "
+        "({reason}); attention can be, inside of torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
+    ),
     "nference tensors cannot be saved": "the model holds a tensor that was made in torch.inference_mode, which no "
     "gradient goes through; make it outside of that mode",
 }
@@ -325,7 +330,7 @@ def explained(micro_batches: int) -> Iterator[None]:
         meaning = next((told for part, told in MEANINGS.items() if part in str(error)), None)
         if meaning is None:
             raise
-        raise InputError(meaning) from error
+        raise InputError(meaning.replace("{reason}", str(error).splitlines()[0])) from error
     except ValueError as error:
         if "Expected more than 1 value per channel" not in str(error):
             raise

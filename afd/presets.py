@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afd.attacks import AttackSettings, PGDSettings, UnionSettings, attack_named
+from afd.attacks.settings import STEP_OF
 from afd.attacks.union import RADIUS_IN
 from afd.errors import InputError
 from afd.methods import Method
@@ -137,9 +138,10 @@ def _attack_in(kind: type[AttackSettings], own: AttackSettings, norm: str, eps: 
 
 
 def _in_proportion(name: str, own: AttackSettings, norm: str, eps: float) -> float | None:
-    """A length of an attack with another radius: in proportion; None, for its rule of thumb, in another norm."""
+    """A length of an attack with another radius, in proportion; None, for a rule, of many steps in another norm."""
     length: Any = getattr(own, name, None)
-    return None if length is None or norm != own.norm or not own.eps else float(length * eps / own.eps)
+    many = norm != own.norm and getattr(own, "steps", 0) != 1
+    return None if length is None or many or not own.eps else float(length * eps / own.eps)
 
 
 def another(own: AttackSettings, attack: str, data: str, radii: Mapping[str, float | None]) -> AttackSettings:
@@ -164,4 +166,6 @@ def _union_of(own: AttackSettings, data: str, radii: Mapping[str, float | None])
         taken |= {name: own[name] for name in shared}
         if own.norm == "Linf" and taken["eps"] is not None:
             taken |= {name: _in_proportion(name, own, "Linf", taken["eps"]) for name in LENGTHS}
+        steps = {norm: name for norm, name in RADIUS_IN.items() if norm != "Linf" and taken[name] is not None}
+        taken |= {STEP_OF[name]: _in_proportion("alpha", own, norm, taken[name]) for norm, name in steps.items()}
     return UnionSettings(**taken)

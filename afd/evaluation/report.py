@@ -321,12 +321,24 @@ def _facts(results: Results) -> dict[str, Any]:
 
 
 def alarms_of(metadata: Mapping[str, Any]) -> list[str] | None:
-    """What went wrong while a checkpoint was trained, a line each; None where nobody looked."""
-    if metadata.get("watch") is None:
-        return None
+    """What went wrong while a checkpoint was trained, a line each; None where nobody looked, and nothing is known."""
     rollbacks = metadata.get("rollbacks", [])
-    found = [alarm for entry in (*rollbacks, *metadata["history"]) for alarm in entry["alarms"]]
+    found = [alarm for entry in (*rollbacks, *metadata.get("history", [])) for alarm in entry.get("alarms", ())]
+    if metadata.get("watch") is None and not found:
+        return None
     return alarm_lines(sorted((Alarm(**one) for one in found), key=lambda alarm: alarm.epoch), rollbacks)
+
+
+def looked_for(metadata: Mapping[str, Any]) -> str:
+    """What was looked for while a checkpoint was trained, and not found."""
+    watch = metadata.get("watch") or {}
+    found = ["accuracy at chance", "exploding gradients"]
+    if any(entry.get("one_step") is not None for entry in metadata.get("history", [])):
+        found.append("catastrophic overfitting")
+    tested = sum(int(probe[0]) for probe in watch.get("found", []))
+    found.append(f"masked gradients (the latest probes, of {tested} images)" if tested else "")
+    told = ", ".join(filter(None, found))
+    return told if tested else f"{told}; not for masked gradients, for want of time or of a ball"
 
 
 def setting(value: Any) -> str:
@@ -344,4 +356,5 @@ TEMPLATES = Environment(
     lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
 TEMPLATES.filters |= {"ball": ball_name, "percent": percent, "setting": setting, "wordy": wordy}
-TEMPLATES.globals |= {"NORMS": NORMS, "VERDICTS": VERDICTS, "advised": advised, "alarms_of": alarms_of}
+TEMPLATES.globals |= {"NORMS": NORMS, "VERDICTS": VERDICTS}
+TEMPLATES.globals |= {"advised": advised, "alarms_of": alarms_of, "looked_for": looked_for}

@@ -57,11 +57,13 @@ def train_seeds(config: TrainConfig, console: Console | None = None, splits: Spl
             file.unlink(missing_ok=True)
         if splits is None:
             splits = data.load(config.data.name, config.data.root, validation=config.data.validation)
-        found: BySeed = {}
+        found, stopped = BySeed(), list[str]()
         for seed in config.seeds:
             one = dataclasses.replace(config, seed=seed, seeds=(), out=folder / f"seed-{seed}")
             try:
                 found[seed] = experiment.train(one, console, splits, advised=folder).measured
+            except experiment.AlarmError as alarm:  # the others may do better
+                found[seed], stopped = alarm.measured, [*stopped, f"seed {seed}: {alarm}"]
             except (AfdError, KeyboardInterrupt) as error:
                 error.args = (f"seed {seed}: {error}",)
                 raise
@@ -69,6 +71,8 @@ def train_seeds(config: TrainConfig, console: Console | None = None, splits: Spl
             write_whole(file, _as_json(config, found, len(splits.limited(config.data.limit).test)))
     console.print(_table(config, found))
     console.print(f"figures: {file}", soft_wrap=True, markup=False, highlight=False)
+    if stopped:
+        raise experiment.AlarmError("; ".join(stopped))
     return found
 
 

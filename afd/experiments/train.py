@@ -161,15 +161,20 @@ def _train_in(
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if group.leads:
         draw(folder / "curves.png", name)
+    group.wait()  # where one process ends with an error, the others are ended
     if trainer.stopped_by is not None:
-        raise AlarmError(f"stopped by an alarm, {trainer.stopped_by}")
+        raise AlarmError(f"stopped by an alarm, {trainer.stopped_by}", measured)
     return result
 
 
 class AlarmError(AfdError):
-    """An alarm has stopped training; what it came to until then is kept and measured."""
+    """An alarm has stopped training; what it came to until then is kept and `measured`."""
 
     status = 3
+
+    def __init__(self, message: str, measured: Mapping[str, Measured] | None = None) -> None:
+        super().__init__(message)
+        self.measured = {**(measured or {})}
 
 
 def _measured(

@@ -239,7 +239,7 @@ def check_features(network: Any, x: Tensor) -> None:
     if isinstance(network, FeatureSplit):
         classes = network.num_classes
         with isolated(x.device), explained(1), evaluating(network):
-            network.settle(outside_inference(x[:TRIED]))
+            network.settle(outside_inference(x[:TRIED]).clone())  # which it may normalise in place
         network.num_classes = classes  # where there are others, the passes say so
 
 

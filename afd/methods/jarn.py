@@ -34,7 +34,6 @@ from afd.nn import Split
 LAYERS = 5  # of the authors' discriminator, which leave a pixel of 32x32 images
 SLOPE, VARIANCE = 0.1, 1e-3  # of its leaky ReLUs below 0, and what its BatchNorm adds to variances
 GRADIENT, IMAGE = 0, 1  # its classes
-NOT_TWICE = ("derivative for ", "does not currently support double backward", "once_differentiable")
 
 
 # --- The networks beside the model ----------------------------------------------------------------------------------
@@ -319,7 +318,7 @@ class JARNStep(Step):
         The model is passed once: J is a gradient of the pass that CE is of, and one backward takes both.
         """
         x = part.x.detach().requires_grad_()
-        with self._gathering(part, self.passes, self.adapter), self._in_float32(), _differentiable_twice():
+        with self._gathering(part, self.passes, self.adapter), self._in_float32():
             logits = self.passes(x)[1]
             task = self.method.cross_entropy(logits, part.y)
             (jacobian,) = torch.autograd.grad(_of_own_class(logits, part.classes), x, create_graph=True)
@@ -381,17 +380,3 @@ class JARNStep(Step):
 def _of_own_class(logits: Tensor, classes: Tensor) -> Tensor:
     """The probabilities p_y of a batch, summed: the gradient of an image is that of its own."""
     return logits.softmax(1).gather(1, classes[:, None]).sum()
-
-
-@contextmanager
-def _differentiable_twice() -> Iterator[None]:
-    """Says what it means where torch has no derivative of a layer's gradient."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(told in str(error) for told in NOT_TWICE):
-            raise
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"the model has a layer whose gradient torch cannot differentiate, as JARN does: {reason}"
-        ) from error

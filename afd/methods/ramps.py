@@ -1,4 +1,4 @@
-"""Ramps: numbers of a method, or of its attack, that go linearly to their own value in the first epochs of a run.
+"""Numbers of a method, or of its attack, that change in a run: ramps to their own value, and remedies of a rollback.
 
 As do the radius in DAJAT and XCiT's adversarial training, the steps of the attack in DAJAT, and weights such as β.
 Numbers lie on the device, so that a recorded step follows them without another recording; each number of attack steps
@@ -10,16 +10,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from torch import Tensor
 
+from afd.attacks import FGSMSettings, PGDSettings
 from afd.attacks import settings as of_attacks
 from afd.attacks.settings import STEP_OF, AttackSettings, step_size
 from afd.errors import InputError, InputTypeError, fits, fraction, number
 from afd.methods.base import Method, Step, may_change
+from afd.methods.supervised import Wrapper
 
 STEPS = "attack.steps"
 SIZES = tuple(f"attack.{name}" for name in of_attacks.SIZES)  # that grow in an ε warm-up
@@ -251,3 +253,53 @@ class Ramps:
 
 def _put(held: Tensor, value: float | Tensor) -> None:
     held.copy_(value) if isinstance(value, Tensor) else held.fill_(value)
+
+
+# --- What a run that has gone back goes on with ---------------------------------------------------------------------
+
+
+def remedied(method: Method, remedies: Sequence[str]) -> tuple[Method, float]:
+    """A method with a stronger attack for each "attack" among the remedies, and a factor of its rates for "rates"."""
+    for remedy in remedies:
+        method = with_stronger_attack(method) if remedy == "attack" else method
+    return method, 0.5 ** sum(remedy == "rates" for remedy in remedies)
+
+
+def told_of(before: Method, after: Method, rates: float) -> str:
+    """What a remedy has changed, in words."""
+    steps, lengths = zip(*map(_attacking, (before, after)), strict=True)
+    changes = (("steps", *steps), ("alpha", *lengths))
+    changed = [f"attack.{name} {one} → {other}" for name, one, other in changes if one != other]
+    return ", ".join(changed) or f"learning rates times {rates:g}"
+
+
+def _attacking(method: Any) -> tuple[str, str]:
+    """Steps of a method's attack, and their length."""
+    by_itself = method.attack is None
+    held: Any = getattr(method, "core", method) if by_itself else method.attack
+    alpha, of_one = getattr(held, "alpha", None), by_itself or isinstance(held, FGSMSettings)
+    told = getattr(held, "eps", None) if alpha is None and of_one else alpha
+    return str(getattr(held, "steps", 1)), str(told)
+
+
+def with_stronger_attack(method: Any) -> Any:
+    """A method whose attack takes twice the steps, of half the length; one that attacks by itself, half the step.
+
+    The same object where there is nothing to be changed.
+    """
+    if isinstance(method, Wrapper):
+        inside = with_stronger_attack(method.method)
+        return method if inside is method.method else dataclasses.replace(method, method=inside)
+    if not hasattr(method, "__dataclass_fields__"):  # a class of somebody's own
+        return method
+    attack: Any = method.attack
+    if attack is None and hasattr(method, "eps") and hasattr(method, "alpha"):
+        return dataclasses.replace(method, alpha=(method.eps if method.alpha is None else method.alpha) / 2)
+    if isinstance(attack, FGSMSettings):
+        attack = PGDSettings(**dict(attack), steps=1, alpha=attack.eps, random_start=False)
+    if not isinstance(attack, AttackSettings) or not hasattr(attack, "steps"):
+        return method
+    changes: dict[str, Any] = {"steps": max(1, 2 * attack.steps)}
+    lengths = {name: value for name, value in dict(attack).items() if name.startswith("alpha")}  # in each ball
+    changes |= {name: value / 2 for name, value in lengths.items() if value is not None}
+    return dataclasses.replace(method, attack=dataclasses.replace(attack, **changes))

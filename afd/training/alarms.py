@@ -16,7 +16,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from afd.attacks import AttackSettings, FGSMSettings, PGDSettings, Square, SquareSettings, UnionSettings
@@ -24,6 +23,7 @@ from afd.methods import Method
 from afd.methods.optimizers import GradientNorms
 from afd.metrics import predict
 from afd.runtime import Group
+from afd.training.data import Sample
 
 COLLAPSE, MASKED = "catastrophic overfitting", "masked gradients"
 CHANCE, GRADIENTS = "at chance", "exploding gradients"
@@ -35,7 +35,6 @@ HELPS = {
     GRADIENTS: "a smaller learning rate, or a bound on the gradient (clip), helps",
 }
 SHARE = 0.05  # of the time of training and validation
-MOST = 256  # validation images that are looked at after an epoch, at most
 LEAST = 64  # that are worth a probe: on small networks, fewer take as long
 RESTARTS: tuple[Literal["ce", "margin"], ...] = ("ce", "margin")  # losses of PGD, each from a start of its own
 STEPS, QUERIES = 10, 100
@@ -112,50 +111,14 @@ def alarm_lines(alarms: Iterable[Alarm], rollbacks: Iterable[Mapping[str, Any]] 
     lines = []
     for kind, found in by_kind.items():
         first, last = found[0], found[-1].epoch
-        when = f"epoch {first.epoch}" if len(found) == 1 else f"{len(found)} epochs, {first.epoch} to {last}"
+        count = len({alarm.epoch for alarm in found})
+        when = f"epoch {last}" if count == 1 else f"{count} epochs, {first.epoch} to {last}"
+        when += f", {len(found)} times" if len(found) > count else ""
         lines.append(f"alarm: {kind} in {when}: {first.told}; {first.helps}")
     return lines + [f"rolled back after epoch {back['epoch']}, and on with {back['told']}" for back in rollbacks]
 
 
 # --- What is looked at ----------------------------------------------------------------------------------------------
-
-
-class Sample:
-    """Every n-th validation image, `MOST` at most, others from epoch to epoch; and how many there are of each class.
-
-    Args:
-        offset: which of n neighbours.
-    """
-
-    def __init__(self, offset: int) -> None:
-        self.offset, self.stride, self.seen = offset, 2, 0
-        self._kept: list[tuple[int, Tensor, Tensor]] = []  # by the index of each, images and labels of one
-        self._classes = torch.zeros(0, dtype=torch.int64)
-
-    def look(self, x: Tensor, y: Tensor) -> None:
-        """Takes what it wants of a batch, in their order."""
-        if not self._kept or x.shape[1:] == self._kept[0][1].shape:
-            for row in range((self.offset - self.seen) % self.stride, len(x), self.stride):
-                self._kept.append((self.seen + row, x[row].clone(), y[row].clone()))
-        while len(self._kept) > MOST:
-            self.stride *= 2
-            self._kept = [one for one in self._kept if one[0] % self.stride == self.offset % self.stride]
-        counts = torch.bincount(y.cpu(), minlength=len(self._classes))
-        counts[: len(self._classes)] += self._classes
-        self._classes, self.seen = counts, self.seen + len(x)
-
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def images(self, device: torch.device, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Some of the images and their labels."""
-        images, labels = zip(*(self._kept[row][1:] for row in rows), strict=True)
-        return torch.stack(images).to(device), torch.stack(labels).to(device)
-
-    @property
-    def largest_class(self) -> float:
-        """Its share of all images."""
-        return int(self._classes.max()) / self.seen
 
 
 Measured = Any  # what is known of an epoch: its natural, robust and one_step, as of EpochReport
@@ -169,7 +132,7 @@ class Probes:
         norms: the largest norm of the gradient in each epoch.
         found: of each probe: images tested, left by PGD, of these shown to Square, broken by it, and validation's
             robust accuracy then (-1: none).
-        seconds: of training and validation, probes included.
+        seconds: of training and validation, without probes.
         spent: of these, on probes.
         per_image: seconds that PGD, and that Square, is expected to take for an image of a probe; 0 until known.
     """
@@ -188,7 +151,12 @@ class Probes:
     def affordable(self) -> int:
         """Images of the next probe."""
         each = self.per_image[0] + self.per_image[1] * self.with_square
-        return int(max(0.0, SHARE * self.seconds - self.spent) / each) if each else 0
+        return int(self.credit / each) if each else 0
+
+    @property
+    def credit(self) -> float:
+        """Seconds that may be spent."""
+        return max(0.0, SHARE * self.seconds - self.spent)
 
     def expect(self, seconds: float) -> None:
         """Takes what an attack of one step took for an image: so much for each of its three passes, and some more."""
@@ -213,15 +181,18 @@ class Watch:
         method: that it is trained by; one without a ball is attacked by nobody.
         group: of the processes, which look together and find the same.
         seed: of the run.
+        judge: settings of the attack that it is validated by: accuracies in other balls are not compared.
 
     Attributes:
         learning: whether clean accuracy was above chance when it last looked.
     """
 
-    def __init__(self, method: Method, group: Group, seed: int) -> None:
+    def __init__(self, method: Method, group: Group, seed: int, judge: Any = None) -> None:
         self.group, self.seed = group, SEED + seed
         self.one_step = one_step(method)
+        self.comparable = self.one_step is not None and within(judge) == within(self.one_step)
         self.gradients, self.state, self.learning = GradientNorms(group.device), Probes(), False
+        self.looked = 0  # images that one-step accuracy is of
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; waits for the device."""
@@ -235,18 +206,33 @@ class Watch:
         for name in ("norms", "found", "per_image"):  # its own
             setattr(self.state, name, list(getattr(self.state, name)))
 
-    def under_one_step(self, model: nn.Module, sample: Sample) -> float | None:
-        """Accuracy under an attack of one step; None without a ball."""
-        if self.one_step is None or not len(sample):
+    def under_one_step(self, model: nn.Module, sample: Sample, seconds: float = 0.0) -> float | None:
+        """Accuracy under an attack of one step; None without a ball, and where a look at few images is not paid for.
+
+        Args:
+            model: that is looked at.
+            sample: images to be looked at.
+            seconds: that a clean pass of an image takes; four of them, and some more, are foreseen.
+        """
+        each = CAUTION * 4 * seconds * len(self.one_step.balls if self.one_step is not None else ())
+        images = min(len(sample), int(self.state.credit / each) if each else len(sample))
+        self.looked = images = self.group.gather(images)[0]
+        if self.one_step is None or images < min(FEW, max(len(sample), 1)):
+            self.looked = 0
             return None
-        began, mine = time.perf_counter(), self._share(len(sample))
-        x, y = (one[mine.start : mine.stop] for one in sample.images(self.group.device, range(len(sample))))
+        began, mine = time.perf_counter(), self._share(images)
+        x, y = self._rows(sample, images, mine)
         right = int(_withstand(model, self.one_step, x, y, self.seed, mine.start).sum()) if len(mine) else 0
-        found: float = sum(self.group.gather(right)) / len(sample)
+        found: float = sum(self.group.gather(right)) / images
         took = time.perf_counter() - began
         self.state.spent += took
-        self.state.expect(took / len(sample))
+        self.state.expect(took / images)
         return found
+
+    def _rows(self, sample: Sample, images: int, mine: range) -> tuple[Tensor, Tensor]:
+        """This process's part of so many of the images, from all over the sample."""
+        chosen = [row * len(sample) // images for row in range(images)][mine.start : mine.stop]
+        return sample.images(self.group.device, chosen)
 
     def _share(self, images: int) -> range:
         """This process's rows."""
@@ -259,8 +245,8 @@ class Watch:
         images = self.group.gather(images)[0]
         if self.one_step is None or images < min(LEAST, max(len(sample), 1)):
             return
-        mine, rows = self._share(images), [row * len(sample) // images for row in range(images)]
-        x, y = (one[mine.start : mine.stop] for one in sample.images(self.group.device, rows))
+        mine = self._share(images)
+        x, y = self._rows(sample, images, mine)
         balls: list[dict[str, Any]] = [
             {"norm": norm, "eps": eps, "bounds": self.one_step.bounds} for norm, eps in self.one_step.balls.items()
         ]
@@ -282,20 +268,22 @@ class Watch:
             self.state.per_image[number] = max(took / images, 0.7 * self.state.per_image[number])
         tested, left, *end = map(sum, zip(*self.group.gather(counts), strict=True))
         square = [left, left - end[0]] if end else [0, 0]
-        self.state.found.append([tested, left, *square, -1.0 if robust is None else robust])
+        self.state.found.append([tested, left, *square, robust if robust is not None and self.comparable else -1.0])
         del self.state.found[:-LATELY]
 
     def alarms(self, history: Sequence[Measured], now: Measured, epoch: int, sample: Sample) -> tuple[Alarm, ...]:
         """What goes wrong, of an epoch that others came before."""
-        largest = self.group.gather(self.gradients.read())[0]
+        largest, rows = self.group.gather(self.gradients.read())[0], [*history, now]
+        if not self.comparable:
+            rows = [dataclasses.replace(one, robust=None) for one in rows]
         found = (
-            collapsed(history, now, epoch, (sample.seen, len(sample)), self.state),
+            collapsed(rows[:-1], rows[-1], epoch, (sample.seen, self.looked), self.state),
             masked(self.state, epoch),
             at_chance(history, now, epoch, sample.seen, sample.largest_class),
             exploded(self.state.norms, largest, epoch),
         )
         self.state.norms.append(largest)
-        self.learning = now.natural > best_at_chance(sample.largest_class, sample.seen)
+        self.learning = now.natural > min(best_at_chance(sample.largest_class, sample.seen), 0.999)
         return tuple(alarm for alarm in found if alarm is not None)
 
 
@@ -310,6 +298,11 @@ def one_step(method: Method) -> AttackSettings | None:
     if isinstance(own, PGDSettings) and own.steps == 1 and not own.targeted and own.loss == "ce":
         return dataclasses.replace(own, batchnorm="eval", precision="fp32")
     return FGSMSettings(norm=ball.norm, eps=ball.eps, bounds=ball.bounds)
+
+
+def within(attack: Any) -> tuple[Any, Any] | None:
+    """The balls and bounds of an attack's settings, if it has any."""
+    return (attack.balls, attack.bounds) if isinstance(attack, AttackSettings) else None
 
 
 def _withstand(model: nn.Module, attack: AttackSettings, x: Tensor, y: Tensor, seed: int, first: int) -> Tensor:
@@ -378,7 +371,8 @@ def at_chance(history: Sequence[Measured], now: Measured, epoch: int, images: in
         if one.natural > best_at_chance(share, images):
             break
         stuck, begin = stuck + 1, 0
-    if stuck < PATIENCE or now.global_step - begin < PATIENT_STEPS or share > 0.9:
+    few = best_at_chance(share, images) >= 1  # of which even all may be right by chance
+    if few or stuck < PATIENCE or now.global_step - begin < PATIENT_STEPS or share > 0.9:
         return None
     told = f"clean accuracy is {now.natural:.1%}, in {stuck} epochs in a row; one class for all has {share:.1%}"
     return Alarm.of(CHANCE, epoch, told, natural=now.natural, chance=share)

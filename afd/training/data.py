@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -329,3 +329,44 @@ def _from_batch(loader: Loader, done: int) -> Iterator[Any]:
     for _ in islice(batches, done):
         pass
     return batches
+
+
+MOST = 256  # images of a sample
+
+
+class Sample:
+    """Every n-th validation image, `MOST` at most, others from epoch to epoch; and how many there are of each class.
+
+    Args:
+        offset: which of n neighbours.
+    """
+
+    def __init__(self, offset: int) -> None:
+        self.offset, self.stride, self.seen = offset, 2, 0
+        self._kept: list[tuple[int, Tensor, Tensor]] = []  # by the index of each, images and labels of one
+        self._classes = torch.zeros(0, dtype=torch.int64)
+
+    def look(self, x: Tensor, y: Tensor) -> None:
+        """Takes what it wants of a batch, in their order."""
+        if not self._kept or x.shape[1:] == self._kept[0][1].shape:
+            for row in range((self.offset - self.seen) % self.stride, len(x), self.stride):
+                self._kept.append((self.seen + row, x[row].clone(), y[row].clone()))
+        while len(self._kept) > MOST:
+            self.stride *= 2
+            self._kept = [one for one in self._kept if one[0] % self.stride == self.offset % self.stride]
+        counts = torch.bincount(y.cpu(), minlength=len(self._classes))
+        counts[: len(self._classes)] += self._classes
+        self._classes, self.seen = counts, self.seen + len(x)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def images(self, device: torch.device, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Some of the images and their labels."""
+        images, labels = zip(*(self._kept[row][1:] for row in rows), strict=True)
+        return torch.stack(images).to(device), torch.stack(labels).to(device)
+
+    @property
+    def largest_class(self) -> float:
+        """Its share of all images."""
+        return int(self._classes.max()) / self.seen

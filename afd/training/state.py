@@ -164,7 +164,7 @@ class Resumable(ABC):
     loader: ResumableLoader  # since `fit` has begun
 
     def _reset(self) -> None:
-        """The state of a run that has not begun."""
+        """As before a run."""
         self.position, self.losses, self.history = Position(), LossTracker(self.group), list[EpochReport]()
         self.best: EpochReport | None = None
         self.steps_per_epoch = 0  # of the epoch in progress
@@ -197,7 +197,7 @@ class Resumable(ABC):
 
     @abstractmethod
     def _follow_what_was_found(self) -> None:
-        """Step and average as the model has turned out to be."""
+        """Step and average as the model is."""
 
     def note(self, message: str) -> None:
         """Says what the user may want to know."""
@@ -289,9 +289,8 @@ class Resumable(ABC):
             trainer.fit(train, validation)
 
         It holds the model, the average of its weights, the method's players, the optimizers, what each process's step
-        remembers from batch to batch, the random generators (those of the loaders, too), the position within the epoch,
-        losses and reports; "metadata" is plain JSON.
-        Tensors are the trainer's own, as in any state_dict, not copies. All processes must ask.
+        remembers, the random generators (those of the loaders, too), the position within the epoch, losses and reports;
+        "metadata" is plain JSON. Tensors are the trainer's own, as in any state_dict. All processes must ask.
         """
         generators = self._capture_generators() if self.fitting else self.generators
         self.group.share_buffers(self.network)
@@ -376,14 +375,18 @@ class Resumable(ABC):
         if self.checkpoints is None:
             return
         self.owed = best
-        if not finite(self.network, self.step.players):
-            step = self.position.global_step
-            raise DivergedError(f"a weight stopped being finite by step {step}; {self._where_it_stood(step)}")
+        self.check_finite()
         content = self._content()
         with self.group.together():
             if self.group.leads:
                 self.checkpoints.save(*content, best=best)
         self.owed = None
+
+    def check_finite(self) -> None:
+        """Raises DivergedError unless all weights are; waits for the device."""
+        step = self.position.global_step
+        if not finite(self.network, self.step.players):
+            raise DivergedError(f"a weight stopped being finite by step {step}; {self._where_it_stood(step)}")
 
     def _content(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """State and metadata of a checkpoint."""
@@ -391,7 +394,7 @@ class Resumable(ABC):
         return content, content.pop("metadata")
 
     def _where_it_stood(self, number: int) -> str:
-        """What helps after a step in which something stopped being finite."""
+        """What helps after a step in which something was not finite."""
         shown = ", ".join(f"{name} {rate:g}" for name, rate in self.rates.of_step(number).items())
         good = self.checkpoints and self.checkpoints.newest
         return f"learning rates were {shown}; last good checkpoint: {good or 'none'}"

@@ -146,7 +146,7 @@ class Trainer(Validated):
         # one for all epochs: what it has recorded stays
         self.judge = None if self.judging is None else self.judging.build(self.evaluated)
         self.checkpoints = None if self.folder is None else CheckpointManager(Path(self.folder), self.warn)
-        self.watch = None if self.on_alarm == "off" else Watch(self.method, self.group, self.seed)
+        self.watch = None if self.on_alarm == "off" else Watch(self.method, self.group, self.seed, self.judging)
         self.stopping, self._built = Stop(self.group), built(self.settings())
         self._reset()
 
@@ -221,11 +221,11 @@ class Trainer(Validated):
         self.rates = Rates(
             self.step.optimizers, self.factor, max(1, self.epochs * steps), round(self.lr_warmup * steps)
         )
-        generators = self._begin(train, validation, steps)
+        first, generators = not self.begun, self._begin(train, validation, steps)
         self._set_out()
-        self._keep(self.generators)
+        self._keep_at_first()
         self.stopping.begin()
-        self.stopped_by = None
+        self._stay_stopped(first)
         try:
             with on_signals(self.stopping.by_signal), self._watched():
                 while self.position.epoch <= self.epochs and not self.stopping.asked():
@@ -345,6 +345,7 @@ class Trainer(Validated):
     def _close_epoch(self, validation: Loader) -> bool:
         """Validation, report and checkpoint after a whole epoch; False if it was stopped in validation."""
         generators = self.loader.capture()
+        self.check_finite()
         self.group.share_buffers(self.evaluated)
         report = partial(
             EpochReport,
@@ -362,7 +363,9 @@ class Trainer(Validated):
                 return False
             raise
         self._heed(found)
-        best = self.best is None or found.rank >= self.best.rank
+        good = not found.alarms and (self.watch is None or self.watch.learning)
+        # what a rollback may undo is not the best
+        best = self.best is None or (found.rank >= self.best.rank and (good or self.on_alarm != "rollback"))
         self.history.append(found)
         self.best = found if best else self.best
         self.position = Position(found.epoch + 1, 0, found.global_step)
@@ -371,7 +374,7 @@ class Trainer(Validated):
             self._tell(found)  # first: what is in the checkpoint is in the log
         finally:
             self.save(best=best)
-        if not found.alarms and self.watch is not None and self.watch.learning:
+        if good:
             self._keep()
         return True
 

@@ -21,19 +21,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from afd.attacks import Attack, AttackSettings, FGSMSettings, PGDSettings
+from afd.attacks import Attack
 from afd.attacks.diagnostics import COULD_NOT_AIM
 from afd.attacks.inputs import outside_inference
 from afd.data.images import images_and_labels
 from afd.errors import InputError, ModelWarning, warn_caller
-from afd.methods import Method, Wrapper
+from afd.methods import Method
+from afd.methods.ramps import remedied, told_of, with_stronger_attack
 from afd.metrics import accuracy
 from afd.nn.modes import evaluating, held
 from afd.runtime import Group
 from afd.training import loader_state
-from afd.training.alarms import COLLAPSE, GRADIENTS, MASKED, Alarm, RollbackReport, Sample
+from afd.training.alarms import COLLAPSE, GRADIENTS, MASKED, Alarm, RollbackReport
 from afd.training.callbacks import DivergedError, EpochReport, Progress, Report
-from afd.training.data import Loader, ResumableLoader, checked
+from afd.training.data import Loader, ResumableLoader, Sample, checked
 from afd.training.signals import Stop
 from afd.training.state import Resumable
 
@@ -175,55 +176,10 @@ def recompute_statistics(
 # --- What is done about it ------------------------------------------------------------------------------------------
 
 
-def remedied(method: Method, remedies: Sequence[str]) -> tuple[Method, float]:
-    """A method with a stronger attack for each "attack" among the remedies, and a factor of its rates for "rates"."""
-    for remedy in remedies:
-        method = with_stronger_attack(method) if remedy == "attack" else method
-    return method, 0.5 ** sum(remedy == "rates" for remedy in remedies)
-
-
 def remedy_for(alarms: Sequence[Alarm], method: Method) -> str:
     """What is to be changed: "attack" where that helps and can be made stronger, else "rates"."""
     aimed = any(alarm.kind in (COLLAPSE, MASKED) for alarm in alarms)
     return "attack" if aimed and with_stronger_attack(method) is not method else "rates"
-
-
-def told_of(before: Method, after: Method, rates: float) -> str:
-    """What a remedy has changed, in words."""
-    steps, lengths = zip(*map(_attacking, (before, after)), strict=True)
-    changes = (("steps", *steps), ("alpha", *lengths))
-    changed = [f"attack.{name} {one} → {other}" for name, one, other in changes if one != other]
-    return ", ".join(changed) or f"learning rates times {rates:g}"
-
-
-def _attacking(method: Any) -> tuple[str, str]:
-    """Steps of a method's attack, and their length."""
-    by_itself = method.attack is None
-    held: Any = getattr(method, "core", method) if by_itself else method.attack
-    alpha, of_one = getattr(held, "alpha", None), by_itself or isinstance(held, FGSMSettings)
-    told = getattr(held, "eps", None) if alpha is None and of_one else alpha
-    return str(getattr(held, "steps", 1)), str(told)
-
-
-def with_stronger_attack(method: Any) -> Any:
-    """A method whose attack takes twice the steps, of half the length; one that attacks by itself, half the step.
-
-    The same object where there is nothing to be changed.
-    """
-    if isinstance(method, Wrapper):
-        inside = with_stronger_attack(method.method)
-        return method if inside is method.method else dataclasses.replace(method, method=inside)
-    attack: Any = method.attack
-    if attack is None and hasattr(method, "eps") and hasattr(method, "alpha"):
-        return dataclasses.replace(method, alpha=(method.eps if method.alpha is None else method.alpha) / 2)
-    if isinstance(attack, FGSMSettings):
-        attack = PGDSettings(**dict(attack), steps=1, alpha=attack.eps, random_start=False)
-    if not isinstance(attack, AttackSettings) or not hasattr(attack, "steps"):
-        return method
-    changes: dict[str, Any] = {"steps": max(1, 2 * attack.steps)}
-    lengths = {name: value for name, value in dict(attack).items() if name.startswith("alpha")}  # in each ball
-    changes |= {name: value / 2 for name, value in lengths.items() if value is not None}
-    return dataclasses.replace(method, attack=dataclasses.replace(attack, **changes))
 
 
 class UndoneError(Exception):
@@ -293,14 +249,17 @@ class Validated(Resumable):
         """What an epoch came to, alarms included; LeftError where somebody asks to stop meanwhile."""
         began, sample = time.perf_counter(), Sample(self.position.epoch)
         self._recompute()
+        passing = time.perf_counter()
         natural = self._measure(validation, None, None if self.watch is None else sample)
+        passing = (time.perf_counter() - passing) / max(sample.seen, 1)
         robust = None if self.judge is None else self._measure(validation, self.judge)
         if self.watch is None:
             return report(natural=natural, robust=robust)
         self.watch.state.seconds += self.losses.seconds + time.perf_counter() - began
         generators = loader_state.global_generators()
         try:  # a model of somebody's own may draw in evaluation mode, too
-            found = report(natural=natural, robust=robust, one_step=self.watch.under_one_step(self.evaluated, sample))
+            looked = self.watch.under_one_step(self.evaluated, sample, passing)
+            found = report(natural=natural, robust=robust, one_step=looked)
             self.watch.probe(self.evaluated, sample, found.epoch, robust)
         finally:
             loader_state.set_global_generators(generators)
@@ -324,25 +283,47 @@ class Validated(Resumable):
             self.stopped_by = report.alarms[0]
             self.stopping.ask()
 
+    def _stay_stopped(self, first: bool) -> None:
+        """A run that an alarm has stopped, and that is gone on with, stays so until it is asked for something else."""
+        self.stopped_by, stops = None, self.on_alarm == "stop"
+        stops |= self.on_alarm == "rollback" and len(self.rollbacks) >= ROLLBACKS
+        if first and stops and self.history and self.history[-1].alarms:
+            self.stopped_by = self.history[-1].alarms[0]
+            self.stopping.ask()
+
     # --- The way back -------------------------------------------------------------------------------------------------
 
-    def _keep(self, generators: dict[str, Any] | None = None) -> None:
-        """Remembers this moment as one to go back to, on the CPU, if that may be asked for.
-
-        Args:
-            generators: that it goes on from, where they are not as they are now.
-        """
+    def _keep(self) -> None:
+        """Remembers this moment as one to go back to, if that may be asked for: on the CPU, and beside checkpoints."""
         if self.on_alarm == "rollback":
-            state = self.state_dict()
-            if generators is not None:
-                state["generators"] = self.group.gather(generators)
-            self._good = _copied(state)
+            self._good = _copied(self.state_dict())
+            with self.group.together():
+                if self.checkpoints is not None and self.group.leads:
+                    self.checkpoints.keep_good()
+
+    def _keep_at_first(self) -> None:
+        """Has a moment to go back to where a run begins or goes on: the last good one that is known, else this one."""
+        if self.on_alarm != "rollback" or self._good is not None:
+            return
+        state = self.state_dict()
+        if self.generators is not None:
+            state["generators"] = self.group.gather(self.generators)
+        self._good = _copied(state)
+        with self.group.together():
+            kept = None if self.checkpoints is None or not self.history else self.checkpoints.load_good()
+        if kept is not None and kept[1]["position"]["global_step"] <= self.position.global_step:
+            self._good = _copied({**kept[0], "metadata": kept[1]})
+        elif self.history and self.history[-1].alarms:
+            self.note("no good epoch of this run is kept: a rollback goes to where it goes on now")
 
     def _watched(self) -> AbstractContextManager[None]:
-        """Inside, gradients are looked at."""
-        return nullcontext() if self.watch is None else self.watch.gradients.of(self.step.optimizers["task"])
+        """Inside, gradients are looked at, as far as the optimizer is one of torch's in full."""
+        optimizer: Any = self.step.optimizers.get("task")
+        if self.watch is None or not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            return nullcontext()
+        return self.watch.gradients.of(optimizer)
 
-    def _go_back(self, error: DivergedError | UndoneError) -> dict[str, Any] | None:
+    def _go_back(self, error: DivergedError | UndoneError) -> dict[str, Any]:
         """Undoes what came since the last good epoch, and goes on otherwise; returns the generators' state there.
 
         Raises:
@@ -371,12 +352,13 @@ class Validated(Resumable):
         self.note(f"gone back to step {at.global_step}, before epoch {at.epoch}, and on with {told}")
         accuracies = {} if undone is None else {n: getattr(undone, n) for n in ("natural", "robust", "one_step")}
         done = (at.epoch - 1) * self.steps_per_epoch + at.batch
+        assert self.generators is not None
+        now: dict[str, Any] = self.generators["now"]
+        self.loader.at_start, self.loader.serving = self.generators["at_start"], self.generators.get("serving")
+        self.loader.restore(now)  # first: whoever stops here, and the checkpoint, goes on from there
         rates_next = self.rates.of_step(done + 1)
         self._tell(RollbackReport(epoch, at.global_step, losses, rates_next, alarms, told, **accuracies))
         self.save(best=False)
-        assert self.generators is not None
-        self.loader.at_start, self.loader.serving = self.generators["at_start"], self.generators.get("serving")
-        now: dict[str, Any] | None = self.generators["now"]
         return now
 
     def _now(self) -> tuple[Method, float]:

@@ -10,7 +10,7 @@ from torch import nn
 from afd.attacks import PGDSettings
 from afd.errors import InputError
 from afd.execution import isolated
-from afd.methods import AFD, Execution, Natural
+from afd.methods import AFD, AT, Execution, Natural, NormPenalty
 from afd.nn import FeatureClassifier, split
 from afd.training import Trainer
 
@@ -231,3 +231,24 @@ def test_a_discriminator_is_drawn_alike_under_any_default():
         torch.manual_seed(4)
         got = AFD().build(model).discriminator.state_dict()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+class InPlace(nn.Module):
+    """A model that normalises the images that it is shown where they lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.last = nn.Linear(8, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.last(self.body(x.sub_(0.5).div_(0.25).flatten(1)).relu())
+
+
+@pytest.mark.parametrize("method", [AFD(), NormPenalty(), AT()], ids=["afd", "norm-penalty", "at"])
+def test_the_callers_images_stay_theirs_where_a_model_writes_to_its_own(method):
+    x, y, _ = batch()
+    before = x.clone()
+    step = replace(method, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)).build(InPlace())
+    for _ in range(4):
+        assert all(loss.isfinite() for loss in step(x, y).values())
+    assert torch.equal(x, before)

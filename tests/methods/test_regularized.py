@@ -11,10 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd.attacks import PGDSettings
 from afd.data.datasets import read_digits
-from afd.methods import AWP, GAT, LLR, Batch, Execution, NuAT
+from afd.errors import InputError
+from afd.methods import AWP, GAT, JARN, LLR, Batch, Execution, NuAT
 from afd.methods.ramps import Ramp, Ramps
 from afd.methods.regularized import nuclear_norm
 from afd.nn import FeatureClassifier
+from afd.presets import method_for
 
 ONE = PGDSettings(eps=0.1, alpha=0.1, steps=1, init="coin-flip", start_scale=0.05, fold_batchnorm=False)
 
@@ -352,3 +354,39 @@ def test_nothing_waits_in_a_nuclear_norm():
         torch.autograd.grad(nuclear_norm(m), m)
     assert {"mm", "addmm"} <= names
     assert not {name for name in names if "svd" in name or "eig" in name or name in ("item", "_local_scalar_dense")}
+
+
+# --- Found by trying --------------------------------------------------------------------------------------------------
+
+
+class Attentive(nn.Module):
+    """A model with torch's attention, whose fused kernel has a gradient that cannot be differentiated."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 8, 3, stride=3)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True, activation="gelu")
+        self.linear = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.linear(self.layer(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("method", [LLR(eps=0.1), JARN(eps=0.1)], ids=["llr", "jarn"])
+def test_a_layer_that_cannot_be_differentiated_twice_is_told(method):
+    x, y = batch()
+    told = r"a layer whose gradient torch cannot differentiate \(derivative for .*attention.*SDPBackend.MATH"
+    with pytest.raises(InputError, match=told):
+        method.build(Attentive())(x.float(), y)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        losses = method.build(Attentive())(x.float(), y)
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_one_step_keeps_its_proportions_in_other_norms():
+    """The step is as long as the radius, and the start half as far; 2.5 times the radius is for several steps."""
+    attack = method_for("digits", "gat", norm="L2", eps=1.5).attack
+    assert (attack.norm, attack.alpha, attack.start_scale) == ("L2", 1.5, 0.75)
+    union = method_for("digits", "gat", attack="union").attack
+    assert (union.alpha, union.alpha_l2, union.alpha_l1) == (union.eps, union.eps_l2, union.eps_l1)
+    assert method_for("digits", "trades", norm="L2", eps=1.5).attack.alpha is None

@@ -20,12 +20,13 @@ from afd.evaluation.report import alarms_of
 from afd.experiments.display import plot_curves
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, JARN, MART, TRADES, Execution, Free, Natural
 from afd.methods.optimizers import GradientNorms
+from afd.methods.ramps import remedied, with_stronger_attack
 from afd.nn import build_model
 from afd.presets import method_for
 from afd.runtime import Group
 from afd.training import EpochReport, Trainer, TrainingError, alarms, json_lines, tensorboard
-from afd.training.alarms import MOST, Alarm, Probes, RollbackReport, Sample, Watch
-from afd.training.validation import remedied, with_stronger_attack
+from afd.training.alarms import Alarm, Probes, RollbackReport, Watch
+from afd.training.data import MOST, Sample
 
 X = torch.rand(60, 1, 4, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(60) % 2
@@ -201,7 +202,7 @@ def test_recorded_steps_are_looked_at_too(tapes):
 
 
 def test_a_probe_waits_until_it_has_been_paid_for():
-    watch, sample = Watch(one_step_method(), Group(), 0), Sample(0)
+    watch, sample = Watch(one_step_method(), Group(), 0, JUDGE), Sample(0)
     sample.look(X, Y)
     watch.state.per_image, watch.state.seconds = [1.0, 1.0], 100.0  # five images
     watch.probe(network(), sample, 1, 0.5)
@@ -243,7 +244,7 @@ class Shelf(nn.Module):
 
 def test_a_model_that_hides_its_gradients_is_flagged():
     method = FGSMRS(attack=PGDSettings(eps=0.4, alpha=0.4, steps=1))
-    watch, sample = Watch(method, Group(), 0), Sample(0)
+    watch, sample = Watch(method, Group(), 0, method.judge()), Sample(0)
     sample.look(X, Y)
     watch.state.per_image, watch.state.seconds = [1e-9, 1e-9], 1e9
     for epoch in range(4):
@@ -289,7 +290,8 @@ def test_a_run_is_the_same_whether_anybody_looks_or_not(method, kind):
     assert torch.equal(found[0][2], found[1][2])
 
 
-def test_what_was_looked_at_is_gone_on_with_from_a_checkpoint(tmp_path):
+def test_what_was_looked_at_is_gone_on_with_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(alarms, "SHARE", 1e6)  # how long a look takes has no say
     whole = Trainer(network(), one_step_method(), epochs=4)
     whole.fit(TRAIN, HELD_OUT)
     first = Trainer(network(), one_step_method(), epochs=4, folder=tmp_path, log_every=1)
@@ -521,7 +523,7 @@ def test_every_ball_of_a_union_is_looked_into():
         "fooling",
         False,
     )
-    watch, asked = Watch(AT(attack=union), Group(), 0), []
+    watch, asked = Watch(AT(attack=union), Group(), 0, union.pgd(20)), []
 
     def noted(model, attack, x, y, seed, first):
         asked.append((type(attack).__name__, attack.norm, attack.eps))
@@ -538,6 +540,172 @@ def test_every_ball_of_a_union_is_looked_into():
     first = [(kind, *ball) for kind in ("PGDSettings", "PGDSettings") for ball in balls]
     assert asked == [*first, *first, *(("SquareSettings", *ball) for ball in balls)]
     assert watch.state.found == [[32, 32, 0, 0, 0.5], [32, 32, 32, 0, 0.5]]
+
+
+# --- Found by trying ----------------------------------------------------------------------------------------------
+
+
+def rings_in(monkeypatch, epoch, once=True):
+    """Has an alarm go off after one epoch, for as long as the trainer has not gone back."""
+    held, orig = [], Watch.alarms
+
+    def faked(self, history, now, number, sample):
+        orig(self, history, now, number, sample)
+        self.learning = True
+        rings = number == epoch and not (once and held[0].rollbacks)
+        return (Alarm.of(alarms.GRADIENTS, number, "faked"),) if rings else ()
+
+    monkeypatch.setattr(Watch, "alarms", faked)
+    return held
+
+
+def drawing(folder=None, **settings):
+    """A trainer whose model and loader draw at random."""
+    torch.manual_seed(0)
+    layers = nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 2)
+    trainer = Trainer(nn.Sequential(*layers), Natural(lr=0.1), epochs=5, folder=folder, on_alarm="rollback", **settings)
+    torch.manual_seed(5)
+    rows = torch.utils.data.TensorDataset(X[:40], Y[:40])
+    return trainer, torch.utils.data.DataLoader(rows, 10, shuffle=True)
+
+
+@pytest.mark.parametrize("moment", ["after the rollback", "in the bad epoch", "in the next epoch"])
+def test_a_run_that_went_back_and_was_killed_ends_as_one_that_was_not(moment, tmp_path, monkeypatch):
+    held = rings_in(monkeypatch, 3)
+    whole, loader = drawing(tmp_path / "whole")
+    held[:] = [whole]
+    whole.fit(loader, HELD_OUT)
+    assert len(whole.rollbacks) == 1
+    killed, loader = drawing(tmp_path / "killed", log_every=1, save_every=1)
+    held[:] = [killed]
+
+    def kill(report):
+        kind, back = type(report).__name__, bool(killed.rollbacks)
+        at = {"after the rollback": kind == "RollbackReport", "in the bad epoch": report.global_step == 10 and not back,
+              "in the next epoch": report.global_step == 10 and back}[moment]  # fmt: skip
+        if at:
+            raise KeyboardInterrupt
+
+    killed.callbacks = [kill]
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit(loader, HELD_OUT)
+    again, loader = drawing(tmp_path / "killed", log_every=1, save_every=1, resume="auto")
+    held[:] = [again]
+    again.fit(loader, HELD_OUT)
+    assert len(again.rollbacks) == 1
+    assert same(weights(again), weights(whole))
+
+
+def test_a_run_that_an_alarm_has_stopped_stays_so_until_it_is_asked_for_something_else(tmp_path, monkeypatch):
+    held = rings_in(monkeypatch, 2)
+    made = [{"on_alarm": "stop"}, {"on_alarm": "stop", "resume": "auto"}, {"on_alarm": "warn", "resume": "auto"}]
+    ends = []
+    for settings in made:
+        trainer = Trainer(network(), Natural(lr=0.1), epochs=4, folder=tmp_path, **settings)
+        held[:] = [trainer]
+        trainer.fit(TRAIN, HELD_OUT)
+        ends.append((len(trainer.history), trainer.stopped_by is not None))
+    assert ends == [(2, True), (2, True), (4, False)]
+
+
+def test_what_is_undone_is_not_the_best(tmp_path, monkeypatch):
+    """Epochs at chance, not known to be so yet, are robust; after the way back, best.pt is of an epoch that is left."""
+    held = rings_in(monkeypatch, 4)
+    faked = Watch.alarms
+
+    def at_chance(self, history, now, number, sample):
+        found = faked(self, history, now, number, sample)
+        self.learning = number == 1 or bool(held[0].rollbacks)
+        return found
+
+    monkeypatch.setattr(Watch, "alarms", at_chance)
+    trainer = Trainer(network(), one_step_method(), epochs=5, folder=tmp_path, on_alarm="rollback")
+    held[:] = [trainer]
+    robust = iter([0.1, 0.5, 0.5, 0.5, 0.05, 0.05, 0.05, 0.05])
+    measure = Trainer._measure
+
+    def fixed(self, loader, attack, *more):
+        return next(robust) if attack is not None else measure(self, loader, attack, *more)
+
+    monkeypatch.setattr(Trainer, "_measure", fixed)
+    trainer.fit(TRAIN, HELD_OUT)
+    assert [one.robust for one in trainer.history] == [0.1, 0.05, 0.05, 0.05, 0.05]
+    assert load_checkpoint(tmp_path / "best.pt")[1]["report"]["epoch"] == trainer.best.epoch == 1
+
+
+def test_weights_that_the_last_step_of_an_epoch_spoils_are_undone(monkeypatch):
+    trainer = Trainer(network(), Natural(lr=0.1), epochs=3, on_alarm="rollback")
+    held = rings_in(monkeypatch, 99)
+    held[:] = [trainer]
+    step, calls = trainer._train_step, []
+
+    def spoilt(x, y, index):
+        step(x, y, index)
+        calls.append(1)
+        if len(calls) == 4:  # the second step of the second epoch, its last
+            with torch.no_grad():
+                next(trainer.model.parameters()).fill_(float("nan"))
+
+    trainer._train_step = spoilt
+    trainer.fit(TRAIN, HELD_OUT)
+    assert [back["epoch"] for back in trainer.rollbacks] == [2]
+    assert [report.epoch for report in trainer.history] == [1, 2, 3]
+
+
+def test_few_images_tell_nothing_of_chance():
+    epochs = [SimpleNamespace(natural=1.0, global_step=100 * number) for number in range(1, 6)]
+    assert alarms.at_chance(epochs[:-1], epochs[-1], 5, 4, 0.5) is None
+
+
+def test_accuracies_in_two_balls_are_not_compared():
+    """Validation in a larger ball than training's is no collapse, and in a smaller one no masking."""
+    for train, judge in ((0.02, 0.6), (0.45, 0.02)):
+        attack, other = PGDSettings(eps=train, steps=2), PGDSettings(eps=judge, steps=5)
+        watch, sample = Watch(AT(attack=attack), Group(), 0, other), Sample(0)
+        sample.look(X, Y)
+        watch.state.seconds, watch.state.per_image = 1e6, [1e-6, 1e-6]
+        watch.probe(network(), sample, 1, 0.9)
+        assert watch.state.found[0][4] == -1.0
+        before, now = EpochReport(1, 9, {}, 0.9, 0.9, 1.0, {}, 0.9), EpochReport(2, 18, {}, 0.9, 0.0, 1.0, {}, 1.0)
+        assert not watch.alarms([before], now, 2, sample)
+
+
+class Plain:
+    """An optimizer that only looks like one of torch's, as some wrappers of others do."""
+
+    def __init__(self, parameters):
+        self.inner = torch.optim.SGD(parameters, 0.1)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def step(self):
+        self.inner.step()
+
+    def zero_grad(self):
+        self.inner.zero_grad()
+
+    def state_dict(self):
+        return self.inner.state_dict()
+
+
+def test_an_optimizer_without_hooks_trains_unwatched():
+    trainer = Trainer(network(), Natural(optimizers={"task": Plain}), epochs=1)
+    trainer.fit(TRAIN, HELD_OUT)
+    assert trainer.watch.state.norms == [0.0]
+
+
+def test_a_look_takes_no_more_images_than_are_paid_for():
+    watch, sample = Watch(one_step_method(), Group(), 0, JUDGE), Sample(0)
+    sample.look(X, Y)
+    watch.state.seconds = 100.0  # five of which may be spent, on images of six seconds each, and half as many again
+    assert watch.under_one_step(network(), sample, 1.0) is None
+    watch.state.seconds = 20 * 6 * 20.0
+    assert watch.under_one_step(network(), sample, 1.0) is not None
+    assert watch.looked == 20
+
+
+def test_several_alarms_of_one_epoch_are_told_as_such():
+    found = [Alarm.of(alarms.CHANCE, 3, "at chance")] * 4
+    assert alarms.alarm_lines(found)[0].startswith("alarm: at chance in epoch 3, 4 times: ")
 
 
 # --- Digits ---------------------------------------------------------------------------------------------------------
