@@ -130,7 +130,8 @@ def learning(documents: list[Document]) -> Rows:
                 for name in ("best", "last")
                 for key in ("natural", "robust")
             )
-            told, taken = case.settings["alarms"] or "none", shown(case.measured["seconds"], "{:.0f} s")
+            told = case.settings.get("alarms", "–") or "none"  # which older runs did not look for
+            taken = shown(case.measured["seconds"], "{:.0f} s")
             yield f"`{case.settings['command']}`", *accuracies, taken, str(told)
 
 
