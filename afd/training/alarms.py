@@ -30,7 +30,7 @@ CHANCE, GRADIENTS = "at chance", "exploding gradients"
 ON_ALARM = ("warn", "stop", "rollback", "off")
 HELPS = {
     COLLAPSE: "an attack of more steps, or of smaller ones, helps",
-    MASKED: "its robust accuracy is none; measure it with afd evaluate --protocol autoattack, and train another way",
+    MASKED: "its robust accuracy is not to be believed; measure it with afd evaluate --protocol autoattack",
     CHANCE: "a radius that grows (eps_warmup), or a smaller learning rate, helps",
     GRADIENTS: "a smaller learning rate, or a bound on the gradient (clip), helps",
 }
