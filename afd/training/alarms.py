@@ -188,7 +188,7 @@ class Watch:
     """
 
     def __init__(self, method: Method, group: Group, seed: int, judge: Any = None) -> None:
-        self.group, self.seed = group, SEED + seed
+        self.group, self.seed = group, SEED + int(seed)
         self.one_step = one_step(method)
         self.comparable = self.one_step is not None and within(judge) == within(self.one_step)
         self.gradients, self.state, self.learning = GradientNorms(group.device), Probes(), False
@@ -206,17 +206,18 @@ class Watch:
         for name in ("norms", "found", "per_image"):  # its own
             setattr(self.state, name, list(getattr(self.state, name)))
 
-    def under_one_step(self, model: nn.Module, sample: Sample, seconds: float = 0.0) -> float | None:
+    def under_one_step(self, model: nn.Module, sample: Sample, passes: float) -> float | None:
         """Accuracy under an attack of one step; None without a ball, and where a look at few images is not paid for.
+
+        That is counted, and not measured: reports are the same however fast a machine is.
 
         Args:
             model: that is looked at.
             sample: images to be looked at.
-            seconds: that a clean pass of an image takes; four of them, and some more, are foreseen.
+            passes: of an image, that the epoch and its validation have taken.
         """
-        each = CAUTION * 4 * seconds * len(self.one_step.balls if self.one_step is not None else ())
-        images = min(len(sample), int(self.state.credit / each) if each else len(sample))
-        self.looked = images = self.group.gather(images)[0]
+        balls = 0 if self.one_step is None else len(self.one_step.balls)
+        self.looked = images = min(len(sample), int(SHARE * passes / (4 * balls))) if balls else 0
         if self.one_step is None or images < min(FEW, max(len(sample), 1)):
             self.looked = 0
             return None
@@ -360,7 +361,7 @@ def masked(probes: Probes, epoch: int) -> Alarm | None:
 
 def best_at_chance(share: float, images: int) -> float:
     """Clean accuracy that one answer for all images may have by luck, where a class has that share of all."""
-    return share + 2 * math.sqrt(share * (1 - share) / images)
+    return share + 2 * math.sqrt(share * (1 - share) / max(images, 1))
 
 
 def at_chance(history: Sequence[Measured], now: Measured, epoch: int, images: int, share: float) -> Alarm | None:

@@ -368,5 +368,5 @@ class Sample:
 
     @property
     def largest_class(self) -> float:
-        """Its share of all images."""
-        return int(self._classes.max()) / self.seen
+        """Its share of all images; 1 of none."""
+        return int(self._classes.max()) / self.seen if self.seen else 1.0

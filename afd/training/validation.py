@@ -249,16 +249,16 @@ class Validated(Resumable):
         """What an epoch came to, alarms included; LeftError where somebody asks to stop meanwhile."""
         began, sample = time.perf_counter(), Sample(self.position.epoch)
         self._recompute()
-        passing = time.perf_counter()
         natural = self._measure(validation, None, None if self.watch is None else sample)
-        passing = (time.perf_counter() - passing) / max(sample.seen, 1)
         robust = None if self.judge is None else self._measure(validation, self.judge)
         if self.watch is None:
             return report(natural=natural, robust=robust)
         self.watch.state.seconds += self.losses.seconds + time.perf_counter() - began
         generators = loader_state.global_generators()
         try:  # a model of somebody's own may draw in evaluation mode, too
-            looked = self.watch.under_one_step(self.evaluated, sample, passing)
+            judged = 0 if self.judge is None else 1 + 2 * getattr(self.judge, "steps", 1)
+            passes = sample.seen * (1 + judged) + 3 * self.group.size * self.losses.images
+            looked = self.watch.under_one_step(self.evaluated, sample, passes)
             found = report(natural=natural, robust=robust, one_step=looked)
             self.watch.probe(self.evaluated, sample, found.epoch, robust)
         finally:

@@ -290,8 +290,7 @@ def test_a_run_is_the_same_whether_anybody_looks_or_not(method, kind):
     assert torch.equal(found[0][2], found[1][2])
 
 
-def test_what_was_looked_at_is_gone_on_with_from_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(alarms, "SHARE", 1e6)  # how long a look takes has no say
+def test_what_was_looked_at_is_gone_on_with_from_a_checkpoint(tmp_path):
     whole = Trainer(network(), one_step_method(), epochs=4)
     whole.fit(TRAIN, HELD_OUT)
     first = Trainer(network(), one_step_method(), epochs=4, folder=tmp_path, log_every=1)
@@ -696,10 +695,8 @@ def test_an_optimizer_without_hooks_trains_unwatched():
 def test_a_look_takes_no_more_images_than_are_paid_for():
     watch, sample = Watch(one_step_method(), Group(), 0, JUDGE), Sample(0)
     sample.look(X, Y)
-    watch.state.seconds = 100.0  # five of which may be spent, on images of six seconds each, and half as many again
-    assert watch.under_one_step(network(), sample, 1.0) is None
-    watch.state.seconds = 20 * 6 * 20.0
-    assert watch.under_one_step(network(), sample, 1.0) is not None
+    assert watch.under_one_step(network(), sample, 20 * 4 * 15.0) is None  # of fifteen images
+    assert watch.under_one_step(network(), sample, 20 * 4 * 20.0) is not None
     assert watch.looked == 20
 
 

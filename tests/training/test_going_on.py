@@ -451,7 +451,7 @@ def test_another_rate_of_ones_own_optimizer_is_another_run(tmp_path):
 def scores(monkeypatch, *of):
     """Validation is a list of scores."""
     left = list(of)
-    monkeypatch.setattr("afd.training.trainer.shared_accuracy", lambda *_, **__: left.pop(0))
+    monkeypatch.setattr("afd.training.validation.shared_accuracy", lambda *_, **__: left.pop(0))
 
 
 SCORES = [0.5, 0.7, 0.6, 0.8]
