@@ -65,7 +65,9 @@ def asked(text):
         ),
         (
             "fgsm-rs --attack union",
-            FGSMRS(attack=UnionSettings(**BALLS, alpha=0.25, steps=1, batchnorm="train")),
+            FGSMRS(
+                attack=UnionSettings(**BALLS, alpha=0.25, alpha_l2=0.9375, alpha_l1=2.5, steps=1, batchnorm="train")
+            ),
             "digits",
         ),
         ("at --attack-batchnorm train", AT(attack=PGDSettings(eps=0.2, batchnorm="train")), "digits"),
@@ -413,7 +415,7 @@ def test_so_does_the_scale_of_its_start():
         own, mnist = method_for("cifar10", name).attack, method_for("mnist", name).attack
         assert (own.alpha, own.start_scale) == (8 / 255, 4 / 255)
         assert (mnist.alpha, mnist.start_scale) == (pytest.approx(0.3), pytest.approx(0.15))
-        assert method_for("cifar10", name, norm="L2").attack.start_scale is None
+        assert method_for("cifar10", name, norm="L2").attack.start_scale == pytest.approx(0.25)
     assert method_for("mnist", "trades").attack.start_scale is None
     assert method_for("mnist", "llr").eps == 0.3
     assert asked("llr --data mnist --norm L2 --eps 1").method.ball.eps == 1

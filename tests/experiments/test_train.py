@@ -52,7 +52,7 @@ def test_tensorboard_has_every_scalar(trained):
     assert set(events.Tags()["scalars"]) == {
         "loss/task", "loss/discriminator", "loss/features", "lr/task", "lr/discriminator",
         "epoch/loss/task", "epoch/loss/discriminator", "epoch/loss/features", "epoch/lr/task", "epoch/lr/discriminator",
-        "validation/natural", "validation/robust", "speed/images_per_second",
+        "validation/natural", "validation/robust", "validation/one_step", "speed/images_per_second",
     }  # fmt: skip
     assert [event.step for event in events.Scalars("validation/robust")] == [11, 22]
 

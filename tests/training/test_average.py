@@ -230,7 +230,7 @@ def test_batchnorm_statistics_are_recomputed_as_torch_does_it_before_each_valida
     made, loader, seen = recomputing(), noisy(), []
     real = made._measure
 
-    def measure(validation, attack):
+    def measure(validation, attack, *more):
         model = copy.deepcopy(made.evaluated)
         before = torch.get_rng_state(), loader.generator.get_state()
         for layer in model.modules():
@@ -243,7 +243,7 @@ def test_batchnorm_statistics_are_recomputed_as_torch_does_it_before_each_valida
         for name in torchs:
             torch.testing.assert_close(ours[name], torchs[name], rtol=0, atol=1e-6)
         seen.append(ours["model.1.running_mean"].clone())
-        return real(validation, attack)
+        return real(validation, attack, *more)
 
     made._measure = measure
     made.fit(loader, [(X, Y)])
