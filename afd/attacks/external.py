@@ -6,7 +6,7 @@ The packages are imported where an attack is made.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -168,13 +168,17 @@ def square(model: nn.Module, *, norm: str, eps: float, queries: int, seed: int) 
     return _pyautoattack("Square", model, seed, build)
 
 
-def autoattack(model: nn.Module, *, norm: str, eps: float, seed: int) -> Attack:
-    """AutoAttack's standard version, all of it pyautoattack's; it needs ten classes."""
+def autoattack(
+    model: nn.Module, *, norm: str, eps: float, seed: int, parts: Sequence[str] | None = None
+) -> Attack:
+    """AutoAttack's standard version, or some of its parts, all of it pyautoattack's; it needs ten classes."""
 
     def build(plain: PlainLogits, seed: int, device: torch.device) -> Any:
         from pyautoattack import AutoAttack
 
-        return _AutoAttack(AutoAttack(plain, norm=norm, eps=eps, seed=seed, device=device))
+        auto = AutoAttack(plain, norm=norm, eps=eps, seed=seed, device=device)
+        auto.attacks_to_run = auto.attacks_to_run if parts is None else list(parts)
+        return _AutoAttack(auto)
 
     return _pyautoattack("AutoAttack's reference", model, seed, build)
 
