@@ -113,11 +113,14 @@ COMMANDS = {"train": train, "evaluate": evaluate, "bench": bench, "curves": curv
 def benchmarks() -> Any:
     """All benchmarks as one type for the parser."""
     from afd.bench.attacks import AgreementBench, AttackBench
+    from afd.bench.autoattack import AutoAttackBench
     from afd.bench.kernels import DiscriminatorBench, KernelBench
     from afd.bench.methods import MethodsBench
     from afd.options import tyro
 
-    kinds: tuple[type[Benchmark], ...] = (AttackBench, KernelBench, MethodsBench, DiscriminatorBench, AgreementBench)
+    kinds: tuple[type[Benchmark], ...] = (
+        AttackBench, KernelBench, MethodsBench, DiscriminatorBench, AgreementBench, AutoAttackBench,
+    )
     return Union[tuple(Annotated[kind, tyro.conf.subcommand(kind.name)] for kind in kinds)]  # noqa: UP007
 
 

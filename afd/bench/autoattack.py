@@ -219,7 +219,7 @@ def ours(
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Our engine."""
     return AutoAttack(
-        model, norm=attacked.norm, eps=attacked.eps, seed=seed, precision=precision, parts=tuple(parts)
+        model, norm=attacked.norm, eps=attacked.eps, seed=seed, precision=precision, attacks=tuple(parts)
     )  # fmt: skip
 
 
