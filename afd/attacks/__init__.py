@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from afd.attacks.apgd import APGD, APGDSettings
+from afd.attacks.autoattack import AutoAttack, AutoAttackReport, PartReport
 from afd.attacks.ball import NORMS, Ball, Norm
 from afd.attacks.base import GradientAttack
 from afd.attacks.diagnostics import Report
@@ -18,9 +19,12 @@ __all__ = ["APGD", "FGSM", "MIM", "PGD", "Attack", "AttackFactory", "CaptureWarn
 __all__ += ["ATTACKS", "APGDSettings", "AttackSettings", "FGSMSettings", "MIMSettings", "PGDSettings"]
 __all__ += [
     "NORMS",
+    "AutoAttack",
+    "AutoAttackReport",
     "Ball",
     "KeepsAttacks",
     "Norm",
+    "PartReport",
     "Square",
     "SquareSettings",
     "Union",

@@ -21,7 +21,7 @@ from afd.attacks.joining import Joining
 from afd.attacks.losses import loss_of
 from afd.attacks.replay import AttackGraphs, StepsFn
 from afd.attacks.settings import SIZES, AttackSettings
-from afd.errors import InputTypeError, warn_caller
+from afd.errors import InputError, InputTypeError, warn_caller
 from afd.execution import needs_plain_layout
 from afd.graphs import CaptureWarning, capturable, guard
 from afd.nn.modes import local
@@ -86,7 +86,7 @@ class GradientAttack(ABC):
         y: Tensor | None = None,
         *,
         seed: int | Tensor | None = None,
-        first_sample: int = 0,
+        first_sample: int | Tensor = 0,
         target: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
@@ -99,7 +99,8 @@ class GradientAttack(ABC):
                 "kl", or where it is given a target.
             seed: overrides the attack's own for this call; as an int64 tensor [] it is read on the device (by a graph
                 that captures this call, at each replay).
-            first_sample: index of x's first row in the whole data set, so that batches of any size start alike.
+            first_sample: index of x's first row in the whole data set, so that batches of any size start alike; or that
+                of each row, [N] int64, ascending, which the host reads.
             target: [N, ...], what a loss of your own is called with, y if there is none; with "kl" the clean logits
                 [N, K], which spares their forward.
             start: images [N, ...] like x to begin from, as they are, instead of x or a random point (APGD projects
@@ -126,6 +127,7 @@ class GradientAttack(ABC):
             seed = inputs.counter("seed", seed)
         call = Call(x, y, target, start, seed, first_sample)
         call.check(self.loss, starts=self.random_start)
+        _check_places(first_sample, x)
         for name in SIZES:
             inputs.check_length(name, getattr(self, name, None), x)
         with guard(x.device), torch.inference_mode(False), torch.no_grad():
@@ -224,7 +226,7 @@ class GradientAttack(ABC):
         y: Tensor | None = None,
         *,
         seed: int | Tensor | None = None,
-        first_sample: int = 0,
+        first_sample: int | Tensor = 0,
         target: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
@@ -314,6 +316,17 @@ class GradientAttack(ABC):
     def memory(self) -> tuple[object, ...]:
         """What a captured graph writes to that is neither the model's nor its own."""
         return tuple(self._joining.pairs.values())
+
+
+def _check_places(first_sample: Any, x: Tensor) -> None:
+    """Raises InputError or InputTypeError unless this is the index of the first of images x, or that of each."""
+    if not isinstance(first_sample, Tensor):
+        inputs.counter("first_sample", first_sample)
+    elif first_sample.dtype != torch.int64 or first_sample.shape != x.shape[:1]:
+        raise InputError(
+            f"first_sample is {first_sample.dtype} of shape {list(first_sample.shape)}; it must be an integer, or one "
+            f"for each image, torch.int64 of shape [{len(x)}]"
+        )
 
 
 def _room_for(x: Tensor, copies: int) -> Tensor:

@@ -242,8 +242,10 @@ class Union(PGD):
         one = torch.zeros(1, 1, device=chunk.x.device)
         drawn = Ball("Linf", 1.0, (-1.0, 1.0)).start(one, seed=chunk.seed, first_sample=FAR)
         first = ((drawn[0, 0] + 1) * (balls / 2)).long().clamp(0, balls - 1)
-        places = torch.arange(len(chunk.x), device=chunk.x.device) + chunk.first_sample % balls
-        return (places + first) % balls
+        places = chunk.first_sample
+        if not isinstance(places, Tensor):
+            places = torch.arange(len(chunk.x), device=chunk.x.device) + places % balls
+        return (places.to(first) + first) % balls
 
     # --- What belongs to a norm ---------------------------------------------------------------------------------------
 
