@@ -21,7 +21,6 @@ from afd.attacks.apgd import APGD, APGDSettings
 from afd.attacks.ball import Ball, Norm
 from afd.attacks.base import GradientAttack
 from afd.attacks.engine import evaluating, judged
-from afd.attacks.inputs import rows_of
 from afd.attacks.square import Square
 from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, one_of, warn_caller
 from afd.execution import AttackExecution
@@ -56,19 +55,17 @@ def parts_of(version: str, norm: str) -> dict[str, dict[str, Any]]:
     one_of("norm", norm, NORMS)
     if version == "rand":
         return {name: {"steps": 100, "eot_iter": 20} for name in ("apgd-ce", "apgd-dlr")}
-    sparse, often = norm == "L1" and version == "standard", {"steps": 100, "n_restarts": 5, "early_stop": True}
-    apgd_t = {"steps": 100, "n_target_classes": 5 if sparse else 9, "early_stop": True}
-    fab_t, square = {"steps": 100, "n_target_classes": 9}, {"queries": 5000}
-    if version == "plus":
-        fab = {"steps": 100, "n_restarts": 5, "n_target_classes": None}
-        first = {"apgd-ce": often, "apgd-dlr": dict(often), "fab": fab, "square": square}
-        return {**first, "apgd-t": apgd_t, "fab-t": fab_t}
-    return {
-        "apgd-ce": often if sparse else {**often, "n_restarts": 1},
-        "apgd-t": apgd_t,
-        "fab-t": fab_t,
-        "square": square,
+    plus, sparse = version == "plus", norm == "L1"
+    apgd: dict[str, Any] = {"steps": 100, "n_restarts": 5 if plus or sparse else 1, "early_stop": True}
+    parts: dict[str, dict[str, Any]] = {
+        "apgd-ce": apgd,
+        "apgd-dlr": apgd,
+        "fab": {"steps": 100, "n_restarts": 5, "n_target_classes": None},
+        "square": {"queries": 5000},
+        "apgd-t": {"steps": 100, "n_target_classes": 5 if sparse and not plus else 9, "early_stop": True},
+        "fab-t": {"steps": 100, "n_target_classes": 9},
     }
+    return parts if plus else {name: parts[name] for name in ("apgd-ce", "apgd-t", "fab-t", "square")}
 
 
 def fitted(name: str, settings: Mapping[str, Any], classes: int) -> tuple[dict[str, Any], str]:
@@ -171,7 +168,7 @@ def _chosen(parts: Told, version: str, attacks: Sequence[str] | Told | None, n_t
         parts = {name: {**told, **(count if told.get("n_target_classes") else {})} for name, told in parts.items()}
     if attacks is None:
         return parts
-    own = attacks if isinstance(attacks, Mapping) else dict.fromkeys(attacks, dict[str, Any]())
+    own = attacks if isinstance(attacks, Mapping) else {name: dict[str, Any]() for name in attacks}
     for name in own:
         one_of(f"a part of version={version!r}", name, parts)
     return {name: {**parts[name], **told} for name, told in own.items()}
@@ -291,7 +288,8 @@ class AutoAttack:
         first_sample = inputs.counter("first_sample", first_sample)
         models = nn.ModuleList([self.model, *self.surrogates]) if self.surrogates else self.model
         with guard(x.device), torch.inference_mode(False), torch.no_grad(), saying_once(), evaluating(models):
-            return self._attacked(*map(inputs.outside_inference, (x.detach(), y)), seed, first_sample)
+            x, y = inputs.outside_inference(x.detach()), inputs.outside_inference(y)
+            return self._attacked(x, y, seed, first_sample)
 
     def perturb(self, x: Tensor, y: Tensor, *, seed: int | None = None, first_sample: int = 0) -> Tensor:
         """The same as calling the attack."""
@@ -306,7 +304,7 @@ class AutoAttack:
         classes, correct = self._clean(x, y)
         if largest_label >= classes:
             raise InputError(f"y holds the label {largest_label}; the model has classes 0 ... {classes - 1}")
-        left = correct.clone()
+        left = correct
         for name, note, build in self._parts(classes):
             started, rows = time.perf_counter(), left.nonzero().squeeze(1)
             broken, blind = torch.zeros_like(left), torch.zeros_like(left)
@@ -319,9 +317,9 @@ class AutoAttack:
                 broken[rows] = fooled
                 if attack.report is not None:
                     blind[rows] = attack.report.blind.to(blind.device)
-            masks = (mask.cpu() for mask in (left.clone(), broken, blind))
-            found.append(PartReport(name, *masks, time.perf_counter() - started, note))
-            left &= ~broken
+            seconds = time.perf_counter() - started
+            found.append(PartReport(name, left.cpu(), broken.cpu(), blind.cpu(), seconds, note))
+            left = left & ~broken
         self.report = AutoAttackReport(correct.cpu(), tuple(found))
         return x_adv
 
