@@ -135,7 +135,7 @@ afd::SquareStep square_step_args(Address x_tried, Address x_best, Address x, Add
                                  int64_t samples, int64_t elements, int64_t classes, int64_t channels, int64_t height,
                                  int64_t width, bool channels_last, bool cross_entropy, int64_t query, int64_t side,
                                  int64_t last_side, float eps, Address epsilons, float low, float high, int norm,
-                                 uint64_t seed, Address seeds, uint64_t first_sample) {
+                                 uint64_t seed, Address seeds, uint64_t first_sample, Address places) {
   return {pointer<float>(x_tried),
           pointer<float>(x_best),
           pointer<const float>(x),
@@ -162,7 +162,8 @@ afd::SquareStep square_step_args(Address x_tried, Address x_best, Address x, Add
           high,
           static_cast<afd::Norm>(norm),
           {pointer<const int64_t>(seeds), seed},
-          first_sample};
+          first_sample,
+          pointer<const int64_t>(places)};
 }
 
 afd::LoadBatch load_batch_args(Address pixels, Address index, Address draws, Address out, int64_t images,

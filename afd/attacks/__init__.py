@@ -7,6 +7,7 @@ from afd.attacks.autoattack import AutoAttack, AutoAttackReport, PartReport
 from afd.attacks.ball import NORMS, Ball, Norm
 from afd.attacks.base import GradientAttack
 from afd.attacks.diagnostics import Report
+from afd.attacks.losses import Trajectory
 from afd.attacks.pgd import FGSM, MIM, PGD, FGSMSettings, MIMSettings, PGDSettings
 from afd.attacks.settings import ATTACKS, Attack, AttackFactory, AttackSettings, KeepsAttacks, attack_named
 from afd.attacks.square import Square, SquareSettings
@@ -27,6 +28,7 @@ __all__ += [
     "PartReport",
     "Square",
     "SquareSettings",
+    "Trajectory",
     "Union",
     "UnionSettings",
     "attack_named",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -196,8 +196,9 @@ class _Proposals:
         self.x, self.y, self.norm = chunk.x, y, attack.norm
         self.height, self.width = tuple(chunk.x.shape[2:]) if chunk.x.dim() == 4 else (1, chunk.x[0].numel())
         self.p_init, self.queries = attack.p_init, attack.steps
-        self.settings = {
-            "eps": chunk.of(attack.eps), "seed": seed, "first_sample": chunk.first_sample, "bounds": attack.bounds,
+        first = chunk.first_sample.to(self.x.device) if isinstance(chunk.first_sample, Tensor) else chunk.first_sample
+        self.settings: dict[str, Any] = {
+            "eps": chunk.of(attack.eps), "seed": seed, "first_sample": first, "bounds": attack.bounds,
             "norm": attack.norm, "loss": attack.loss_name,
         }  # fmt: skip
         self._patterns: dict[int, Tensor] = {}

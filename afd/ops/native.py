@@ -327,10 +327,11 @@ def square_step(
     loss: str,
     pattern: Tensor | None,
     key: Tensor | None,
+    places: Tensor | None,
 ) -> None:
     """`afd.ops.square_step_`."""
     y, rows = y.contiguous(), rows.contiguous()
-    logits, pattern = (None if one is None else one.contiguous() for one in (logits, pattern))
+    logits, pattern, places = (None if one is None else one.contiguous() for one in (logits, pattern, places))
     channels, height, width = x.shape[1:] if x.dim() == 4 else (1, 1, x.shape[1:].numel())
     launch(
         "square_step", x_tried,
@@ -338,7 +339,7 @@ def square_step(
         state.data_ptr(), rows.data_ptr(), _address(pattern), len(x_tried), *_extent(x),
         0 if logits is None else logits.shape[1], channels, height, width, not x.is_contiguous(), loss == "ce",
         query, side, last_side, eps, _address(epsilons), low, high, _NORM_CODES[norm],
-        seed, _address(key), first_sample,
+        seed, _address(key), first_sample, _address(places),
     )  # fmt: skip
     for written in (x_best, loss_best, state):
         torch.autograd.graph.increment_version(written)

@@ -209,7 +209,7 @@ void square_step(const SquareStep& a, int threads) {
     const int64_t first = sample * a.elements;
     step(a,
          {a.x_tried + row * a.elements, a.x_best + first, a.x + first, seed,
-          a.first_sample + static_cast<uint64_t>(sample), at(a.eps, sample)},
+          place_of(a, sample), at(a.eps, sample)},
          verdict);
   });
 }

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kMostThreads) square_kernel(const SquareStep a
     const int64_t first = sample * a.elements;
     Step::run(a,
               {a.x_tried + row * a.elements, a.x_best + first, a.x + first, seed,
-               a.first_sample + static_cast<uint64_t>(sample), at(a.eps, sample)},
+               place_of(a, sample), at(a.eps, sample)},
               verdict);
   }
 }

@@ -33,7 +33,7 @@ def square_step_(
     pattern: Tensor | None = None,
     eps: Setting,
     seed: int | Tensor,
-    first_sample: int = 0,
+    first_sample: int | Tensor = 0,
     bounds: Bounds = (0.0, 1.0),
     norm: str = "Linf",
     loss: str = "margin",
@@ -51,7 +51,7 @@ def square_step_(
       scaled to length eps and x + d clamped; in L1 x + d is projected on ball and box.
 
     Without logits, the search begins: vertical stripes of ``x -+ eps``, or tiles with a pattern each, are written.
-    Draws depend on nothing but (seed, first_sample + sample, query), and images that are no [N, C, H, W] are one row of
+    Draws depend on nothing but (seed, index of the sample, query), and images that are no [N, C, H, W] are one row of
     one channel.
 
     Args:
@@ -71,7 +71,7 @@ def square_step_(
         pattern: [side, side], `square_pattern`, in x's dtype; not needed in Linf.
         eps: radius of the ball, a float >= 0 or one per sample [N].
         seed: key of the generator, 0 <= seed < 2**63, or an int64 tensor [] on x's device.
-        first_sample: index of x's first row in the whole data set.
+        first_sample: index of x's first row in the whole data set, or that of each row, int64 [N] on x's device.
         bounds: lowest and highest value of an image.
         norm: "Linf", "L2" or "L1".
         loss: "margin", the largest logit of another class minus that of y, or "ce".
@@ -81,16 +81,18 @@ def square_step_(
         ValueError: shapes, devices or layouts that are not as described; shared memory; a number out of its range.
     """
     number, key = (0, detached(seed)) if isinstance(seed, Tensor) else (integer("seed", seed), None)
-    first_sample = integer("first_sample", first_sample)
+    first, places = (
+        (0, first_sample) if isinstance(first_sample, Tensor) else (integer("first_sample", first_sample), None)
+    )
     checks.counter("seed", number)
-    checks.counter("first_sample", first_sample)
+    checks.counter("first_sample", first)
     radius, radii = split_setting("eps", eps)
     with torch.no_grad():
         call(
             torch.ops.afd.square_step_.default,
-            x_tried, x_best, x, logits, y, loss_best, state, rows, radius, *split_bounds(bounds), number, first_sample,
+            x_tried, x_best, x, logits, y, loss_best, state, rows, radius, *split_bounds(bounds), number, first,
             integer("query", query), integer("side", side), integer("last_side", last_side), radii, norm, loss,
-            pattern, key,
+            pattern, key, places,
         )  # fmt: skip
 
 
@@ -116,6 +118,7 @@ def _square_step_(
     loss: str = "margin",
     pattern: Tensor | None = None,
     key: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
     checks.norm(norm)
     one_of("loss", loss, SQUARE_LOSSES)
@@ -129,12 +132,15 @@ def _square_step_(
     if len(classes) != 1 and logits is not None:
         raise InputError(f"logits have shape {list(logits.shape)}; they must be [R, K]")
     read = {"x": x, "y": y, "rows": rows, "logits": logits, "eps": epsilons, "pattern": pattern}
+    read["first_sample"] = places
     written = {"x_tried": x_tried, "x_best": x_best, "loss_best": loss_best, "state": state}
     _check_like("x_tried", x_tried, (*count, *x.shape[1:]), x.dtype, x)
     _check_like("rows", rows, count, torch.int64, x)
     _check_like("y", y, samples, torch.int64, x)
     _check_like("loss_best", loss_best, samples, x.dtype, x)
     _check_like("state", state, samples, torch.uint8, x)
+    if places is not None:
+        _check_like("first_sample", places, samples, torch.int64, x)
     if logits is not None:
         _check_like("logits", logits, (*count, *classes), x.dtype, x)
         if classes[0] < 2:
@@ -147,7 +153,7 @@ def _square_step_(
     _check_memory(written, read)
     (native if backend.serves_natively(x) else reference).square_step(
         x_tried, x_best, x, logits, y, loss_best, state, rows, eps, low, high, seed, first_sample, query, side,
-        last_side, epsilons, norm, loss, pattern, key,
+        last_side, epsilons, norm, loss, pattern, key, places,
     )  # fmt: skip
 
 

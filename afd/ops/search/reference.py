@@ -36,13 +36,15 @@ def square_step(
     loss: str = "margin",
     pattern: Tensor | None = None,
     key: Tensor | None = None,
+    places: Tensor | None = None,
 ) -> None:
     """Judges x_tried[i], a proposal for the sample rows[i], and writes the next one: `afd.ops.square_step_`."""
     named = ((rows >= 0) & (rows < len(x))).nonzero().squeeze(1)
     rows = rows[named]
     shape = (len(rows), *channels_and_size(x))
     clean, tried, best = (of.reshape(shape) for of in (x[rows], x_tried[named], x_best[rows]))
-    draws = _Draws(seed if key is None else key, rows + first_sample, shape)
+    index = rows + first_sample if places is None else places[rows]
+    draws = _Draws(seed if key is None else key, index, shape)
     judged, accepted, broken = torch.zeros_like(rows).bool(), torch.zeros_like(rows).bool(), state[rows] == BROKEN
     if logits is not None:
         value, fooled = judged_by(logits[named], y[rows], loss)

@@ -54,7 +54,12 @@ struct SquareStep {
   Norm norm;
   Key seed;
   uint64_t first_sample;
+  const int64_t* places;  // [samples]: index of each in the whole data set; null: first_sample and what follows it
 };
+
+AFD_HOST_DEVICE uint64_t place_of(const SquareStep& a, int64_t sample) {
+  return a.places ? static_cast<uint64_t>(a.places[sample]) : a.first_sample + static_cast<uint64_t>(sample);
+}
 
 // --- Judgement -------------------------------------------------------------------------------------------------------
 
