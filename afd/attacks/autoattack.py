@@ -29,6 +29,7 @@ from afd.nn.modes import local
 from afd.nn.outputs import saying_once
 
 Version = Literal["standard", "plus", "rand"]
+VERSIONS: tuple[Version, ...] = get_args(Version)
 NORMS: tuple[Norm, ...] = ("Linf", "L2", "L1")  # that all of its parts know
 Told = Mapping[str, Mapping[str, Any]]  # settings of parts, by their names
 BUILD: dict[str, Callable[..., GradientAttack]] = {
@@ -51,7 +52,7 @@ def parts_of(version: str, norm: str) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: an unknown version, or a norm that a part does not know.
     """
-    one_of("version", version, get_args(Version))
+    one_of("version", version, VERSIONS)
     one_of("norm", norm, NORMS)
     if version == "rand":
         return {name: {"steps": 100, "eot_iter": 20} for name in ("apgd-ce", "apgd-dlr")}
