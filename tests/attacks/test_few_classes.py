@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -132,19 +130,24 @@ def test_dlr_of_three_classes(norm):
 FEW = {"apgd-ce": {"steps": 5}, "apgd-t": {"steps": 5}, "square": {"queries": 20}}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("classes", [2, 3])
+def test_it_is_said_before_anything_is_attacked_that_another_loss_is_ascended(classes):
+    model, x = network(classes), images()
+    attack, gradients = AutoAttack(model, attacks=FEW), []
+    model.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
+    with pytest.raises(ModelWarning, match=f"the model has {classes} classes: apgd-t ascends the margin"):
+        attack(x, torch.zeros(16, dtype=torch.int64))
+    assert gradients == [False]  # the images themselves were looked at
+
+
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("norm", RADII)
-def test_autoattack_ascends_the_margin_and_says_so_before_it_starts(norm, classes):
+def test_autoattack_ascends_the_margin_where_classes_are_few(norm, classes):
     model, x = network(classes), images()
     y = predict(model, x).classes
-    attack, gradients = AutoAttack(model, norm=norm, eps=RADII[norm] / 3, attacks=FEW), []
-    model.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
-    words = f"the model has {classes} classes: apgd-t ascends the margin"
-    with warnings.catch_warnings(), pytest.raises(ModelWarning, match=words):
-        warnings.simplefilter("error", ModelWarning)
-        attack(x, y)
-    assert not any(gradients)  # nothing but the images themselves was looked at
-    with pytest.warns(ModelWarning, match=words):
+    attack = AutoAttack(model, norm=norm, eps=RADII[norm] / 3, attacks=FEW)
+    with pytest.warns(ModelWarning, match=f"the model has {classes} classes: apgd-t ascends the margin"):
         x_adv = attack(x, y)
     notes = [part.note for part in attack.report.parts]
     assert notes == ["", "apgd-t ascends the margin: its loss needs 4 classes", ""]
