@@ -19,6 +19,7 @@
 #include "afd/runtime.h"
 #include "afd/spectral_linear.h"
 #include "afd/spectral_norm.h"
+#include "afd/square_step.h"
 #include "cpu/dispatch.h"
 #include "cpu/team.h"
 
@@ -127,6 +128,42 @@ afd::ApgdUpdate apgd_update_args(Address x_adv, Address grad, Address loss, Addr
           elements,
           checkpoint,
           most_increases};
+}
+
+afd::SquareStep square_step_args(Address x_tried, Address x_best, Address x, Address logits, Address y,
+                                 Address loss_best, Address state, Address rows, Address pattern, int64_t count,
+                                 int64_t samples, int64_t elements, int64_t classes, int64_t channels, int64_t height,
+                                 int64_t width, bool channels_last, bool cross_entropy, int64_t query, int64_t side,
+                                 int64_t last_side, float eps, Address epsilons, float low, float high, int norm,
+                                 uint64_t seed, Address seeds, uint64_t first_sample, Address places) {
+  return {pointer<float>(x_tried),
+          pointer<float>(x_best),
+          pointer<const float>(x),
+          pointer<const float>(logits),
+          pointer<const int64_t>(y),
+          pointer<float>(loss_best),
+          pointer<uint8_t>(state),
+          pointer<const int64_t>(rows),
+          pointer<const float>(pattern),
+          count,
+          samples,
+          elements,
+          classes,
+          channels,
+          height,
+          width,
+          channels_last,
+          cross_entropy,
+          query,
+          side,
+          last_side,
+          setting(eps, epsilons),
+          low,
+          high,
+          static_cast<afd::Norm>(norm),
+          {pointer<const int64_t>(seeds), seed},
+          first_sample,
+          pointer<const int64_t>(places)};
 }
 
 afd::LoadBatch load_batch_args(Address pixels, Address index, Address draws, Address out, int64_t images,
@@ -268,6 +305,7 @@ void bind_cpu(py::module_ cpu) {
   bind(cpu, "random_start", random_start_args, afd::cpu::random_start, place);
   bind(cpu, "apgd_step", apgd_step_args, afd::cpu::apgd_step, place);
   bind(cpu, "apgd_update", apgd_update_args, afd::cpu::apgd_update, place);
+  bind(cpu, "square_step", square_step_args, afd::cpu::square_step, place);
   bind(cpu, "load_batch", load_batch_args, afd::cpu::load_batch, place);
   bind(cpu, "spectral_linear", spectral_linear_args, afd::cpu::spectral_linear, place);
   bind(cpu, "spectral_linear_backward", spectral_linear_backward_args, afd::cpu::spectral_linear_backward, place);
@@ -288,6 +326,7 @@ void bind_cuda(py::module_ cuda) {
   bind(cuda, "random_start", random_start_args, afd::cuda::random_start, place);
   bind(cuda, "apgd_step", apgd_step_args, afd::cuda::apgd_step, place);
   bind(cuda, "apgd_update", apgd_update_args, afd::cuda::apgd_update, place);
+  bind(cuda, "square_step", square_step_args, afd::cuda::square_step, place);
   bind(cuda, "load_batch", load_batch_args, afd::cuda::load_batch, place);
   bind(cuda, "spectral_linear", spectral_linear_args, afd::cuda::spectral_linear, place);
   bind(cuda, "spectral_linear_backward", spectral_linear_backward_args, afd::cuda::spectral_linear_backward, place);

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from afd.attacks.apgd import APGD, APGDSettings
+from afd.attacks.autoattack import AutoAttack, AutoAttackReport, PartReport
 from afd.attacks.ball import NORMS, Ball, Norm
 from afd.attacks.base import GradientAttack
 from afd.attacks.diagnostics import Report
+from afd.attacks.losses import Trajectory
 from afd.attacks.pgd import FGSM, MIM, PGD, FGSMSettings, MIMSettings, PGDSettings
 from afd.attacks.settings import ATTACKS, Attack, AttackFactory, AttackSettings, KeepsAttacks, attack_named
 from afd.attacks.square import Square, SquareSettings
@@ -18,11 +20,15 @@ __all__ = ["APGD", "FGSM", "MIM", "PGD", "Attack", "AttackFactory", "CaptureWarn
 __all__ += ["ATTACKS", "APGDSettings", "AttackSettings", "FGSMSettings", "MIMSettings", "PGDSettings"]
 __all__ += [
     "NORMS",
+    "AutoAttack",
+    "AutoAttackReport",
     "Ball",
     "KeepsAttacks",
     "Norm",
+    "PartReport",
     "Square",
     "SquareSettings",
+    "Trajectory",
     "Union",
     "UnionSettings",
     "attack_named",

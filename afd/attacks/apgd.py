@@ -280,6 +280,8 @@ class APGD(GradientAttack):
         InputError: a setting out of its range.
     """
 
+    records = True
+
     @takes(APGDSettings)
     def __init__(self, model: nn.Module, settings: APGDSettings) -> None:
         super().__init__(model, settings, steps=settings.steps, seed=settings.seed)
@@ -298,7 +300,7 @@ class APGD(GradientAttack):
     def _run(self, chunk: Chunk) -> Tensor:
         x, found = chunk.x, Found.before(chunk.x)
         clean = self._clean(chunk)
-        y = self._class_to_leave(chunk.y, clean)
+        y = self._class_to_leave(chunk, clean)
         wrong = self._fooled(clean, y)
         aimed = [replace(self._with_loss_target(chunk, clean, rank), y=y) for rank in range(self.targets)]
         rows = torch.arange(len(x), device=x.device)
@@ -309,21 +311,13 @@ class APGD(GradientAttack):
                 if not len(rows):
                     break
                 one, start = one.take(rows), take(start, rows)
-            found.note(self._one_run(one, start), rows)
+            found.note(self._one_run(one, start, run), rows)
         return torch.where(rows_of(wrong & ~found.broken, x), x, found.points())
 
     @property
     def _drops(self) -> bool:
         """Whether samples that are broken are left out."""
         return self.early_stop and not self._as_one
-
-    def _class_to_leave(self, y: Tensor | None, clean: Tensor) -> Tensor:
-        """Or to reach, if that is what labels are: [N], of labels, soft labels or none, and the clean logits."""
-        if y is not None:
-            return y.argmax(1) if y.is_floating_point() else y
-        if self.targeted:
-            raise InputError("y is None; with targeted=True, APGD needs the classes to reach, [N]")
-        return clean.argmax(1)
 
     def _start(self, chunk: Chunk, run: int) -> Tensor:
         """Where a run begins, like chunk.x, in the first of the balls."""
@@ -332,13 +326,15 @@ class APGD(GradientAttack):
             return ball.project_(chunk.start.clone(), chunk.x)
         return ball.start(chunk.x, seed=(chunk.seed + run) & (2**63 - 1), first_sample=chunk.first_sample)
 
-    def _one_run(self, chunk: Chunk, x_adv: Tensor) -> Found:
-        """One run: through the stages, of which only the last breaks a sample."""
+    def _one_run(self, chunk: Chunk, x_adv: Tensor, run: int) -> Found:
+        """Run number `run`: through the stages, of which only the last breaks a sample."""
+        self._record_run(run, 0)
         left = self.steps
         for stage, (radius, share) in enumerate(self.stages[:-1]):
             steps = math.ceil(share * self.steps)
             steps_fn = functools.partial(self._steps_fn, radius=radius, steps=steps, resumed=stage > 0)
             x_adv = self._all_steps(steps_fn, chunk, x_adv, radius, steps)[0]
+            self._record_run(run, stage + 1)
             self._ball(chunk, self.stages[stage + 1][0]).project_(x_adv, chunk.x)
             left -= steps
         if self._drops:
@@ -389,6 +385,8 @@ class APGD(GradientAttack):
         for _ in range(1, self.eot_iter):
             drawn = self._ascent(x_adv, chunk, iteration)
             grad, loss, logits = grad + drawn[0], loss + drawn[1], logits + drawn[2]
+        if self._recorder is not None:
+            self._record(iteration, chunk, x_adv, loss / self.eot_iter)
         if self.targeted:
             grad, loss = -grad, -loss
         if grad.stride() != x_adv.stride():  # the update overwrites it, so no element may stand for two

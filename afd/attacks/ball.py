@@ -6,7 +6,9 @@ The kernels of `afd.ops` know three norms by name; another one overrides `start`
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -56,8 +58,17 @@ class Ball:
         """Of the norm's class."""
         return super().__new__(ball_of_norm(norm) if cls is Ball else cls)
 
-    def start(self, x: Tensor, *, seed: int | Tensor, first_sample: int = 0) -> Tensor:
-        """A random point around each image, uniform in the ball and clamped to the bounds: `ops.random_start`."""
+    def start(self, x: Tensor, *, seed: int | Tensor, first_sample: int | Tensor = 0) -> Tensor:
+        """A random point around each image, uniform in the ball and clamped to the bounds: `ops.random_start`.
+
+        first_sample may be the index of each image, [N] int64, which the host reads: images that follow each other in
+        the data are drawn together.
+        """
+        if isinstance(first_sample, Tensor):
+            found = torch.empty_like(x)
+            for rows, first in _in_a_row(first_sample.tolist()):
+                found[rows] = self.take(rows).start(x[rows], seed=seed, first_sample=first)
+            return found
         return ops.random_start(
             x, eps=self.eps, seed=seed, first_sample=first_sample, bounds=self.bounds, norm=self.norm
         )
@@ -93,8 +104,8 @@ class Ball:
         """eps of each image, [N]."""
         return self.eps if isinstance(self.eps, Tensor) else x.new_full(x.shape[:1], self.eps)
 
-    def take(self, kept: Tensor) -> Self:
-        """That of the images which the indices `kept` name."""
+    def take(self, kept: Tensor | slice) -> Self:
+        """That of the images which `kept` names, indices or a slice."""
         return replace(self, eps=self.eps[kept]) if isinstance(self.eps, Tensor) else self
 
     # --- Lengths ----------------------------------------------------------------------------------------------------
@@ -156,6 +167,13 @@ class L1(Ball):
 
     order, sign, sparse = 1, "L1", True
     stages = ((3.0, 0.3), (2.0, 0.3), (1.0, 0.4))
+
+
+def _in_a_row(numbers: list[int]) -> Iterator[tuple[slice, int]]:
+    """The stretches of a list in which each number is one more than that before, with the first number of each."""
+    ends = [end for end in range(1, len(numbers)) if numbers[end] != numbers[end - 1] + 1]
+    for begin, end in pairwise([0, *ends, len(numbers)]):
+        yield slice(begin, end), numbers[begin]
 
 
 def ball_of_norm(norm: str | None) -> type[Ball]:

@@ -8,20 +8,20 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import chain
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from afd.attacks import diagnostics, engine, inputs
-from afd.attacks.ball import Ball
+from afd.attacks.ball import Ball, ball_of_norm
 from afd.attacks.batchnorm import BatchNorms
 from afd.attacks.inputs import Call, Chunk
 from afd.attacks.joining import Joining
-from afd.attacks.losses import loss_of
+from afd.attacks.losses import Recorder, Trajectory, loss_of
 from afd.attacks.replay import AttackGraphs, StepsFn
 from afd.attacks.settings import SIZES, AttackSettings
-from afd.errors import InputTypeError, warn_caller
+from afd.errors import InputError, InputTypeError, warn_caller
 from afd.execution import needs_plain_layout
 from afd.graphs import CaptureWarning, capturable, guard
 from afd.nn.modes import local
@@ -30,6 +30,7 @@ from afd.python_state import key_of
 
 TOLERANCE, TOLERANCE_BF16 = 1e-4, 1e-2  # between the logits of a replay and of the model, as a share of the largest
 NO_SETTINGS = {"model", "report", "which", "execution", "_graphs", "_joining", "_batchnorms", "_scalar"}
+NO_SETTINGS |= {"trajectory", "_recorder"}
 OUTDATED = (
     "an earlier call of this attack replayed a graph in which the model gave other logits than it did by then, though "
     "no weight, hook, mode or attribute of a module had changed: something outside of it had. Its points are those of "
@@ -47,6 +48,8 @@ class GradientAttack(ABC):
     Attributes:
         execution: how it runs (`afd.execution.AttackExecution`).
         report: what the last call saw of the model (`afd.attacks.diagnostics.Report`); None if it did not look.
+        record_trajectory: whether calls keep their `trajectory`; steps are then not replayed from graphs. False.
+        trajectory: loss and radius at each point of the last call (`afd.attacks.Trajectory`), if it was to keep them.
         own_graphs: whether, on CUDA, steps are captured and replayed by the attack itself; False where somebody
             captures whole calls.
 
@@ -56,6 +59,7 @@ class GradientAttack(ABC):
     """
 
     random_start = True
+    records = False  # whether it has a trajectory
     copies = 1  # images that it returns for each image, beside each other
 
     def __init__(self, model: nn.Module, settings: AttackSettings, *, steps: int, seed: int = 0) -> None:
@@ -71,6 +75,8 @@ class GradientAttack(ABC):
         self.batchnorm = settings.batchnorm
         self.report: diagnostics.Report | None = None
         self.own_graphs, self._graphs, self._joining, self._batchnorms = True, AttackGraphs(), Joining(), BatchNorms()
+        self.record_trajectory, self.trajectory = False, cast(Trajectory | None, None)
+        self._recorder: Recorder | None = None
         self._scalar = False  # until the loss has returned one value for all
         if self.outputs == "features":
             engine.check_offers(self._module, "features")
@@ -86,7 +92,7 @@ class GradientAttack(ABC):
         y: Tensor | None = None,
         *,
         seed: int | Tensor | None = None,
-        first_sample: int = 0,
+        first_sample: int | Tensor = 0,
         target: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
@@ -99,7 +105,8 @@ class GradientAttack(ABC):
                 "kl", or where it is given a target.
             seed: overrides the attack's own for this call; as an int64 tensor [] it is read on the device (by a graph
                 that captures this call, at each replay).
-            first_sample: index of x's first row in the whole data set, so that batches of any size start alike.
+            first_sample: index of x's first row in the whole data set, so that batches of any size start alike; or that
+                of each row, [N] int64, ascending, which the host reads.
             target: [N, ...], what a loss of your own is called with, y if there is none; with "kl" the clean logits
                 [N, K], which spares their forward.
             start: images [N, ...] like x to begin from, as they are, instead of x or a random point (APGD projects
@@ -119,13 +126,16 @@ class GradientAttack(ABC):
                 outputs that are probabilities.
             CaptureWarning: on CUDA, where steps cannot be replayed from a graph, or were and should not have been.
         """
-        self.report = None
+        self.report = self.trajectory = None
+        if self.record_trajectory and not self.records:
+            raise InputError(f"record_trajectory is True; {type(self).__name__} keeps none, as PGD, MIM and APGD do")
         if seed is None:
             seed = self.seed
         elif not isinstance(seed, Tensor):
             seed = inputs.counter("seed", seed)
         call = Call(x, y, target, start, seed, first_sample)
         call.check(self.loss, starts=self.random_start)
+        _check_places(first_sample, x)
         for name in SIZES:
             inputs.check_length(name, getattr(self, name, None), x)
         with guard(x.device), torch.inference_mode(False), torch.no_grad():
@@ -135,7 +145,7 @@ class GradientAttack(ABC):
         """`__call__` outside of inference mode, on a batch that is not empty."""
         if capturable(call.x) and self._graphs.outdated(wait=False):
             warn_caller(OUTDATED, CaptureWarning)
-        self._graphs.paused = not self.own_graphs or self.batchnorm != "eval"
+        self._graphs.paused = not self.own_graphs or self.batchnorm != "eval" or self.record_trajectory
         x_adv = _room_for(call.x, self.copies)
         with self._batchnorms.running(self.model, self.batchnorm), saying_once():
             counters = self._fill(x_adv, call)
@@ -144,6 +154,8 @@ class GradientAttack(ABC):
                 counters = self._fill(x_adv, call)
         if counters is not None:
             self.report = diagnostics.summarize(counters)
+        if self._recorder is not None:
+            self.trajectory, self._recorder = self._recorder.trajectory(len(call.x)), None
         return x_adv
 
     def _fill(self, x_adv: Tensor, call: Call) -> Tensor | None:
@@ -173,6 +185,7 @@ class GradientAttack(ABC):
         chunks = [slice(0, len(x))] if self._as_one else list(self.execution.chunks(self._module, x))
         largest_label = inputs.largest_label(x, call.y, self.bounds, call.start) if self.validate else -1
         counters = diagnostics.new_counters(len(x), x.device) if self.validate else None
+        self._recorder = Recorder() if self.record_trajectory else None
         self._graphs.begin()
         self._batchnorms.find(lambda: self._first_outputs(self._laid_out(x)))
         joins = self.fold_batchnorm and self.batchnorm == "eval"
@@ -224,7 +237,7 @@ class GradientAttack(ABC):
         y: Tensor | None = None,
         *,
         seed: int | Tensor | None = None,
-        first_sample: int = 0,
+        first_sample: int | Tensor = 0,
         target: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
@@ -265,6 +278,25 @@ class GradientAttack(ABC):
         diagnostics.note(chunk, step, outputs, losses, grad, are_logits)
         return grad, losses, outputs
 
+    def _record(self, point: int, chunk: Chunk, x_adv: Tensor, losses: Tensor) -> None:
+        """Adds a point of a run to the trajectory, if one is kept."""
+        if self._recorder is not None:
+            self._recorder.add(point, chunk.rows, losses, ball_of_norm(self.norm).distance(x_adv, chunk.x))
+
+    def _record_run(self, *numbers: int) -> None:
+        """Says which of several runs is recorded from now on, in numbers that order them."""
+        if self._recorder is not None:
+            self._recorder.run = numbers
+
+    def _losses(self, x_adv: Tensor, chunk: Chunk) -> Tensor:
+        """The losses [n] at points, without a gradient."""
+        assert chunk.loss_target is not None
+        self._batchnorms.begin_forward()
+        with self._batchnorms.untouched(), self.execution.autocast(x_adv.device):
+            outputs, _ = self._shown(self._module, x_adv)
+            losses = self.loss.value(outputs, chunk.loss_target)
+        return losses if losses.dim() else self._everybodys(losses, chunk)
+
     def _everybodys(self, loss: Tensor, chunk: Chunk) -> Tensor:
         """One loss of the whole batch, as one for each of its samples."""
         if not chunk.whole:
@@ -277,6 +309,14 @@ class GradientAttack(ABC):
         self._batchnorms.begin_forward()
         with self._joining.suspended(), self._batchnorms.untouched():
             return engine.judged(self._module, x)
+
+    def _class_to_leave(self, chunk: Chunk, clean: Tensor | None = None) -> Tensor:
+        """Or to reach, if targeted: [n], of labels, soft labels or, where there are none, the clean logits."""
+        if chunk.y is not None:
+            return chunk.y.argmax(1) if chunk.y.is_floating_point() else chunk.y
+        if self.targeted:
+            raise InputError(f"y is None; with targeted=True, {type(self).__name__} needs the classes to reach, [N]")
+        return (self._clean(chunk) if clean is None else clean).argmax(1)
 
     def _clean(self, chunk: Chunk) -> Tensor:
         """Logits of the images themselves, as written, looked at like those of a step."""
@@ -314,6 +354,17 @@ class GradientAttack(ABC):
     def memory(self) -> tuple[object, ...]:
         """What a captured graph writes to that is neither the model's nor its own."""
         return tuple(self._joining.pairs.values())
+
+
+def _check_places(first_sample: Any, x: Tensor) -> None:
+    """Raises InputError or InputTypeError unless this is the index of the first of images x, or that of each."""
+    if not isinstance(first_sample, Tensor):
+        inputs.counter("first_sample", first_sample)
+    elif first_sample.dtype != torch.int64 or first_sample.shape != x.shape[:1]:
+        raise InputError(
+            f"first_sample is {first_sample.dtype} of shape {list(first_sample.shape)}; it must be an integer, or one "
+            f"for each image, torch.int64 of shape [{len(x)}]"
+        )
 
 
 def _room_for(x: Tensor, copies: int) -> Tensor:

@@ -27,7 +27,7 @@ class Chunk:
         rows: which rows of the batch they are, a slice or indices [n].
         whole: whether these are all rows of the batch.
         seed: of random starts; a tensor [] on the device where a recorded graph is to follow it.
-        first_sample: index of the first row in the whole data set.
+        first_sample: index of the first row in the whole data set, or of each, [n] int64.
         largest_label: max(y) or more, known to the host; -1 if nobody looked.
         counters: what `afd.attacks.diagnostics` counts of the whole batch; None if nobody looks.
         target: what the call was given for the loss, [n, ...], if anything.
@@ -42,7 +42,7 @@ class Chunk:
     rows: slice | Tensor
     whole: bool
     seed: int | Tensor
-    first_sample: int
+    first_sample: int | Tensor
     largest_label: int
     counters: Tensor | None
     target: Tensor | None = None
@@ -327,7 +327,7 @@ class Call:
     target: Tensor | None
     start: Tensor | None
     seed: int | Tensor
-    first_sample: int
+    first_sample: int | Tensor
 
     def check(self, loss: Loss, *, starts: bool) -> None:
         """Checks what can be known without a look at the values.
@@ -342,7 +342,6 @@ class Call:
         x, y, judged_by = self.x, self.y, loss.judged_by
         beside = {"y": y, "target": self.target, "start": self.start}
         check_images(x, **{name: tensor for name, tensor in beside.items() if tensor is not None})
-        counter("first_sample", self.first_sample)
         if y is not None:
             if y.is_floating_point() and y.dim() == 2 and y.shape[1] and judged_by != "classes":
                 check_rows("y", y, x)
@@ -390,8 +389,9 @@ class Call:
         """
         y, target = (None if one is None else one[rows] for one in (self.y, self.target))
         start = None if self.start is None else laid_out(self.start[rows]).clone()
-        whole = rows.start == 0 and rows.stop == len(self.x)
+        whole, first = rows.start == 0 and rows.stop == len(self.x), self.first_sample
+        first = first[rows] if isinstance(first, Tensor) else first + rows.start
         return Chunk(
-            laid_out(self.x[rows]), y, rows, whole, self.seed, self.first_sample + rows.start, largest_label, counters,
-            target=target, start=start,
+            laid_out(self.x[rows]), y, rows, whole, self.seed, first, largest_label, counters, target=target,
+            start=start,
         )  # fmt: skip

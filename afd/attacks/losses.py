@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -172,6 +172,46 @@ def check_outputs(outputs: str, loss: str | Value) -> None:
     one_of("outputs", outputs, OUTPUTS)
     if outputs == "features" and not callable(loss):
         raise InputError(f"outputs is 'features', and loss is {loss!r}, which is one of logits; give a function")
+
+
+# --- Losses on the way ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Where an attack went: a row for each point at which its loss was evaluated, in their order; on the CPU.
+
+    Attributes:
+        loss: that it ascends (or, targeted, descends), [points, N]; NaN once a sample was left out.
+        radius: distance from x in the attack's norm, [points, N], likewise.
+    """
+
+    loss: Tensor
+    radius: Tensor
+
+
+@dataclass
+class Recorder:
+    """What becomes a `Trajectory`.
+
+    Attributes:
+        run: which of several runs is on its way, in numbers that order them.
+    """
+
+    run: tuple[int, ...] = ()
+    _points: dict[tuple[int, ...], list[tuple[slice | Tensor, Tensor]]] = field(default_factory=dict)
+
+    def add(self, point: int, rows: slice | Tensor, losses: Tensor, radii: Tensor) -> None:
+        """A point of the run: losses [n] and radii [n] of these rows of the batch."""
+        self._points.setdefault((*self.run, point), []).append((rows, torch.stack([losses.to(radii), radii])))
+
+    def trajectory(self, samples: int) -> Trajectory:
+        """All of it, of a batch of so many."""
+        found = torch.full((2, len(self._points), samples), torch.nan, device="cpu")
+        for number, point in enumerate(sorted(self._points)):
+            for rows, values in self._points[point]:
+                found[:, number, rows if isinstance(rows, slice) else rows.cpu()] = values.cpu().to(found)
+        return Trajectory(*found)
 
 
 def wide(outputs: Tensor) -> Tensor:

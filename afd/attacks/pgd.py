@@ -78,6 +78,8 @@ class PGD(GradientAttack):
         InputError: a setting out of its range.
     """
 
+    records = True
+
     @takes(PGDSettings, alpha=2 / 255)
     def __init__(self, model: nn.Module, settings: PGDSettings) -> None:
         super().__init__(model, settings, steps=settings.steps, seed=settings.seed)
@@ -114,8 +116,11 @@ class PGD(GradientAttack):
         ball, alpha = self._ball(chunk), chunk.of(self.alpha, -1.0 if self.targeted else 1.0)
         direction = self._directions(x_adv)
         for step in range(self.steps):
-            grad, _, _ = self._ascent(x_adv, chunk, step)
+            grad, losses, _ = self._ascent(x_adv, chunk, step)
+            self._record(step, chunk, x_adv, losses)
             ball.step_(x_adv, chunk.x, direction(grad), alpha)
+        if self.record_trajectory:
+            self._record(self.steps, chunk, x_adv, self._losses(x_adv, chunk))
         return (x_adv,)
 
     def _directions(self, _x_adv: Tensor) -> Callable[[Tensor], Tensor]:

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import inputs, losses
-from afd.attacks.ball import Ball
+from afd import ops
+from afd.attacks import engine, inputs
+from afd.attacks.apgd import WORTH_DROPPING
 from afd.attacks.base import GradientAttack
-from afd.attacks.inputs import Chunk, rows_of
-from afd.attacks.losses import Value
+from afd.attacks.inputs import Chunk, rows_of, take
+from afd.attacks.losses import Value, wide
 from afd.attacks.settings import AttackSettings, LossName, takes
 from afd.errors import InputError, one_of
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which squares have half the area
+BROKEN, STANDING, RESUMED = 0, 1, 2  # what `ops.square_step_` calls the states of a sample
+LOOK_EVERY = 10  # queries; after each of the first ones, too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +33,20 @@ class SquareSettings(AttackSettings):
 
     Attributes:
         loss: what is to grow: "margin" or "ce".
-        queries: of each image, beside that of the image itself and of the first point, >= 0.
+        queries: of each image and run, beside that of the image itself and of the first point, >= 0.
         p_init: share of an image that the first squares cover, in (0, 1].
+        n_restarts: number of runs, >= 1, each with draws of its own (the first from the call's start, if it has one),
+            on what the runs before have not broken.
+        early_stop: stop working on a sample once the model is fooled. The result is the same, in less time; now and
+            then the device is waited for.
         seed: of all draws; the same seed gives the same result.
     """
 
     loss: LossName | Value = "margin"
     queries: int = 5000
     p_init: float = 0.8
+    n_restarts: int = 1
+    early_stop: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -47,27 +56,63 @@ class SquareSettings(AttackSettings):
             raise InputError("targeted is True, and Square aims at no class; it must be False")
         if not 0 < self.p_init <= 1:
             raise InputError(f"p_init is {self.p_init}; it must be in (0, 1]")
-        self._set(queries=inputs.count("queries", self.queries, 0), seed=inputs.counter("seed", self.seed))
+        for name, least in {"queries": 0, "n_restarts": 1}.items():
+            self._set(**{name: inputs.count(name, getattr(self, name), least)})
+        self._set(early_stop=inputs.truth("early_stop", self.early_stop), seed=inputs.counter("seed", self.seed))
 
     def _attack(self) -> Callable[..., Square]:
         return Square
+
+
+@dataclass(eq=False)
+class SquareRun:
+    """One run on the images of a chunk: what `ops.square_step_` reads and writes.
+
+    Attributes:
+        x_tried: what the model is asked about, a row for each sample that is worked on.
+        rows: which sample of the chunk each of them is.
+        x_best: points of the highest loss, or that fooled the model, one for each sample; likewise what follows.
+        loss_best: the losses there.
+        state: BROKEN where the model is fooled there, else STANDING or RESUMED.
+        confirmed: whether it is so as it is written, in float32.
+    """
+
+    x_tried: Tensor
+    rows: Tensor
+    x_best: Tensor
+    loss_best: Tensor
+    state: Tensor
+    confirmed: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.confirmed = self.state == BROKEN  # the image itself is misclassified
+
+    def keep(self, kept: Tensor) -> None:
+        """Goes on with the rows that the indices `kept` name."""
+        self.x_tried, self.rows = take(self.x_tried, kept), self.rows[kept]
 
 
 class Square(GradientAttack):
     """Random search: a point moves along a square of random place and signs wherever that makes the loss grow.
 
     In Linf the first point are vertical stripes, and a square moves to a corner of the ball; in L2 and L1 two squares
-    are drawn, and what the second one has of the ball's radius goes to the first. Squares shrink as the queries go on.
-    Each image has draws of its own, by seed, sample and query, so that the result is the same for any split of the
-    batch; it stays where it is once it is misclassified. Nothing waits for the device. In L1 it is as AutoAttack's
-    (Croce & Hein 2021). Images that are no [C, H, W] count as one row of one channel.
+    are drawn, and what the second one has of the ball's radius goes to the first: `afd.ops.square_step_`. Squares
+    shrink as the queries go on. Each image has draws of its own, by seed, sample and query, so that the result is the
+    same for any split of the batch; it stays where it is once it is misclassified. In L1 it is as AutoAttack's (Croce &
+    Hein 2021). Images that are no [C, H, W] count as one row of one channel.
+
+    Where the model runs in bfloat16 or with folded layers, a success counts only once the model as written confirms it
+    in float32; if it does not, the search goes on from there.
 
     Args:
         model: classifier, images -> logits [N, classes], treated as `afd.attacks.PGD` treats it.
         settings: by keyword; `SquareSettings` says what they are.
 
+    Of soft labels, the likeliest class is the one to leave. The attack returns, for each sample, the point that fooled
+    the model; x if the model is wrong there; else the point of the highest loss.
+
     Raises:
-        InputTypeError, InputError: as of `PGD`; the norm is another than Linf, L2 and L1.
+        InputTypeError, InputError: as of `PGD`; the norm is another than Linf, L2 and L1, or the model has one class.
     """
 
     known: ClassVar[tuple[str, ...]] = ("Linf", "L2", "L1")
@@ -76,153 +121,115 @@ class Square(GradientAttack):
     def __init__(self, model: nn.Module, settings: SquareSettings) -> None:
         super().__init__(model, settings, steps=settings.queries, seed=settings.seed)
         one_of("norm", self.norm, self.known)
-        self.p_init = settings.p_init
+        self.p_init, self.n_restarts, self.early_stop = settings.p_init, settings.n_restarts, settings.early_stop
+        self.loss_name = str(settings.loss)
 
     def _run(self, chunk: Chunk) -> Tensor:
         assert chunk.y is not None  # the loss asks for it
-        x, y, ball = chunk.x, chunk.y, self._ball(chunk)
-        shape = tuple(x.shape[1:]) if x.dim() == 4 else (1, 1, x[0].numel())
-        draws = _Draws(x, shape, self.norm, self.steps, chunk.seed, chunk.first_sample)
-        best = x.clone()
-        standing, value = self._judged(self._clean(chunk), y)
-        for query in range(-1, self.steps):
-            if query < 0:
-                tried = self._first(chunk, shape, draws) if chunk.start is None else chunk.start.clone()
-            else:
-                tried = self._moved(best, chunk, shape, draws, query)
-            ball.project_(tried, x)
-            stands, new = self._judged(self._as_written(tried), y)
-            better = standing & ((new > value) | ~stands) if query >= 0 else standing  # the first one as it is
-            best = torch.where(rows_of(better, x), tried, best)
-            value, standing = torch.where(better, new, value), standing & stands
+        clean = self._clean(chunk)
+        if clean.shape[1] < 2:
+            raise InputError("the model has one class; Square needs another one to go to, so at least 2")
+        y = chunk.y.argmax(1) if chunk.y.is_floating_point() else chunk.y
+        standing, best, loss = clean.argmax(1) == y, chunk.x, chunk.x.new_full(y.shape, -math.inf)
+        for restart in range(self.n_restarts):
+            run = self._one_run(chunk, y, standing, restart)
+            if self.n_restarts == 1:
+                return run.x_best
+            fooled = self._fooled(self._as_written(run.x_best), y)
+            better = standing & (fooled | (run.loss_best > loss))
+            best = torch.where(rows_of(better, best), run.x_best, best)
+            loss, standing = torch.where(better, run.loss_best, loss), standing & ~fooled
         return best
 
-    def _judged(self, logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Which images are classified correctly, bool [n], and the loss of each, [n]."""
-        return losses.margin(logits, y) <= 0, self.loss.value(logits, y)
+    def _one_run(self, chunk: Chunk, y: Tensor, standing: Tensor, restart: int) -> SquareRun:
+        """All queries for the samples that stand, or, where nothing is dropped, for all."""
+        x, looks = chunk.x, self._looks(chunk)
+        rows = standing.nonzero().squeeze(1) if looks and self.early_stop else torch.arange(len(x), device=x.device)
+        start = chunk.start if restart == 0 else None
+        tried = x if start is None else self._ball(chunk).project_(start.clone(), x)
+        run = SquareRun(
+            take(tried, rows), rows, x.clone(), x.new_full(y.shape, -math.inf), standing.to(torch.uint8)
+        )  # fmt: skip
+        propose = _Proposals(self, chunk, y, (chunk.seed + restart) & (2**63 - 1))
+        if start is None:
+            propose.first(run)
+        for query in range(self.steps + 1):
+            if not len(run.rows):
+                break
+            propose(run, self._logits(run.x_tried), query)
+            if looks and (query < LOOK_EVERY or query % LOOK_EVERY == 0):
+                self._look(run, y)
+        return run
 
-    def _side(self, query: int, height: int, width: int) -> int:
-        """Of the square of a query."""
+    def _looks(self, chunk: Chunk) -> bool:
+        """Whether values may be looked at now and then, and samples go their own ways."""
+        return not (self._as_one or (chunk.x.is_cuda and torch.cuda.is_current_stream_capturing()))
+
+    def _look(self, run: SquareRun, y: Tensor) -> None:
+        """Has successes confirmed, and drops the samples that are broken once they are many."""
+        if self.precision != "fp32" or self._joining.pairs:
+            pending = ((run.state == BROKEN) & ~run.confirmed).nonzero().squeeze(1)
+            if len(pending):
+                fooled = self._fooled(self._as_written(take(run.x_best, pending)), y[pending])
+                run.confirmed[pending] = fooled
+                run.state[pending] = torch.where(fooled, BROKEN, RESUMED).to(run.state.dtype)
+        if self.early_stop:
+            stands = run.state[run.rows] != BROKEN
+            if (~stands).sum() >= WORTH_DROPPING * len(stands):
+                run.keep(stands.nonzero().squeeze(1))
+
+    def _logits(self, x_tried: Tensor) -> Tensor:
+        """In the attack's precision."""
+        self._batchnorms.begin_forward()
+        with self.execution.autocast(x_tried.device):
+            return wide(engine.logits(self._module, x_tried)[0]).to(x_tried.dtype)
+
+    @staticmethod
+    def _fooled(logits: Tensor, y: Tensor) -> Tensor:
+        return logits.argmax(1) != y
+
+
+class _Proposals:
+    """Writes what is tried at each query of one run, once what was tried last is judged."""
+
+    def __init__(self, attack: Square, chunk: Chunk, y: Tensor, seed: int | Tensor) -> None:
+        self.x, self.y, self.norm = chunk.x, y, attack.norm
+        self.height, self.width = tuple(chunk.x.shape[2:]) if chunk.x.dim() == 4 else (1, chunk.x[0].numel())
+        self.p_init, self.queries = attack.p_init, attack.steps
+        first = chunk.first_sample.to(self.x.device) if isinstance(chunk.first_sample, Tensor) else chunk.first_sample
+        self.settings: dict[str, Any] = {
+            "eps": chunk.of(attack.eps), "seed": seed, "first_sample": first, "bounds": attack.bounds,
+            "norm": attack.norm, "loss": attack.loss_name,
+        }  # fmt: skip
+        self._patterns: dict[int, Tensor] = {}
+
+    def first(self, run: SquareRun) -> None:
+        """Where the search begins: stripes in Linf, else tiles with a pattern each."""
+        self._step(run, None, 0, max(min(self.height, self.width) // 5, 1))
+
+    def __call__(self, run: SquareRun, logits: Tensor, query: int) -> None:
+        """Those of a query, counted from 0; behind the last one there are none."""
+        self._step(run, logits, query, self.side(query) if query < self.queries else 0)
+
+    def side(self, query: int) -> int:
+        """Of the squares of a query."""
         share = self.p_init / 2 ** sum(query > after for after in HALVINGS)
-        side = max(round(math.sqrt(share * height * width)), 1)
+        side = max(round(math.sqrt(share * self.height * self.width)), 1)
         if self.norm != "Linf":
             side = max(side, 3) // 2 * 2 + 1  # odd, as the paper has it
-        return min(side, height, width)
+        return min(side, self.height, self.width)
 
-    def _first(self, chunk: Chunk, shape: tuple[int, ...], draws: _Draws) -> Tensor:
-        """Where the search begins: stripes in Linf, else tiles with a pyramid each."""
-        x, (channels, height, width) = chunk.x.view(len(chunk.x), *shape), shape
-        eps = _column(chunk.of(self.eps), x)
-        if self.norm == "Linf":
-            return (x + eps * draws.first.view(-1, channels, 1, width).sign()).view_as(chunk.x)
-        side, delta = max(min(height, width) // 5, 1), torch.zeros_like(x)
-        rows, columns = height // side, width // side
-        drawn = draws.first.view(-1, rows * columns, channels + 1)
-        top, left = (height - rows * side) // 2, (width - columns * side) // 2
-        for tile in range(rows * columns):
-            down, right = top + tile // columns * side, left + tile % columns * side
-            eta = _turned(draws.eta(side), drawn[:, tile, -1])
-            delta[:, :, down : down + side, right : right + side] = eta * drawn[:, tile, :-1, None, None].sign()
-        return (x + eps * _unit(delta, self.norm, (1, 2, 3))).view_as(chunk.x)
+    def _step(self, run: SquareRun, logits: Tensor | None, query: int, side: int) -> None:
+        ops.square_step_(
+            run.x_tried, run.x_best, self.x, logits, self.y, loss_best=run.loss_best, state=run.state, rows=run.rows,
+            query=query, side=side, last_side=self.side(query - 1) if query else 0, pattern=self._pattern(side),
+            **self.settings,
+        )  # fmt: skip
 
-    def _moved(self, best: Tensor, chunk: Chunk, shape: tuple[int, ...], draws: _Draws, query: int) -> Tensor:
-        """A point beside the best one, before it is projected."""
-        x, best = chunk.x.view(len(best), *shape), best.view(len(best), *shape)
-        channels, height, width = shape
-        drawn, side = draws.queries[:, query], self._side(query, height, width)
-        eps, signs = _column(chunk.of(self.eps), x), drawn[:, :channels, None, None].sign()
-        inside = _window(drawn[:, channels : channels + 2], side, height, width)
-        if self.norm == "Linf":
-            return (best + 2 * eps * signs * inside[0]).view_as(chunk.x)
-        delta, (mask, rows, columns) = best - x, inside
-        emptied = _window(drawn[:, channels + 2 : channels + 4], side, height, width)[0]
-        size = _size(delta, self.norm, (1, 2, 3))
-        held = _size(delta * (mask | emptied), self.norm, (2, 3))  # [n, channels, 1, 1]
-        at = torch.arange(len(x), device=x.device)[:, None, None], rows[:, :, None], columns[:, None, :]
-        old = delta.permute(0, 2, 3, 1)[at].permute(0, 3, 1, 2)
-        eta = _turned(draws.eta(side), drawn[:, channels + 4])
-        new = _unit(_unit(old, self.norm, (2, 3)) + eta * signs, self.norm, (2, 3))
-        if self.norm == "L2":
-            new = new * ((eps.square() - size.square()).clamp(min=0) / channels + held.square()).sqrt()
-        else:
-            new = new * ((eps - size).clamp(min=0) / channels + held) * channels
-        moved = (delta * ~emptied).permute(0, 2, 3, 1).contiguous()
-        moved[at] = new.permute(0, 2, 3, 1)
-        delta = moved.permute(0, 3, 1, 2)
-        if self.norm == "L2":
-            delta = eps * _unit(delta, self.norm, (1, 2, 3))
-        return (x + delta).reshape(chunk.x.shape)
-
-
-class _Draws:
-    """All that is drawn for the images of a chunk, uniform in (-1, 1): for the first point, and for each query.
-
-    And the paper's pattern of a square, of size 1: a pyramid up and one down, made once for each side.
-    """
-
-    def __init__(
-        self, x: Tensor, shape: tuple[int, ...], norm: str, queries: int, seed: int | Tensor, first_sample: int
-    ) -> None:
-        channels, height, width = shape
-        side = max(min(height, width) // 5, 1)
-        linf = norm == "Linf"
-        begin = channels * width if linf else (height // side) * (width // side) * (channels + 1)
-        each = channels + (2 if linf else 5)  # signs; places of squares, and whether the pattern is turned
-        ball = Ball("Linf", 1.0, (-1.0, 1.0))
-        drawn = ball.start(x.new_zeros(len(x), begin + queries * each), seed=seed, first_sample=first_sample)
-        self.first, self.queries = drawn[:, :begin], drawn[:, begin:].view(len(x), queries, each)
-        self._like, self._norm, self._made = x, norm, dict[int, Tensor]()
-
-    def eta(self, side: int) -> Tensor:
-        """The pattern, [side, side]."""
-        if side not in self._made:
-            self._made[side] = _pattern(side, self._norm).to(self._like)
-        return self._made[side]
-
-
-def _column(eps: float | Tensor, x: Tensor) -> Tensor:
-    """A radius for each image, [n, 1, 1, 1]."""
-    return rows_of(eps if isinstance(eps, Tensor) else x.new_full((len(x),), eps), x)
-
-
-def _window(drawn: Tensor, side: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Squares at places drawn in (-1, 1), [n, 2]: a mask [n, 1, H, W], and their rows and columns, each [n, side]."""
-    places = []
-    for number, length in enumerate((height, width)):
-        room = length - side + 1
-        first = ((drawn[:, number] + 1) / 2 * room).long().clamp(max=room - 1)
-        places.append(first[:, None] + torch.arange(side, device=drawn.device))
-    rows, columns = places
-    down, right = (torch.arange(length, device=drawn.device) for length in (height, width))
-    in_rows = (down >= rows[:, :1]) & (down <= rows[:, -1:])
-    in_columns = (right >= columns[:, :1]) & (right <= columns[:, -1:])
-    return in_rows[:, None, :, None] & in_columns[:, None, None, :], rows, columns
-
-
-def _size(delta: Tensor, norm: str, over: tuple[int, ...]) -> Tensor:
-    """‖delta‖ over some dimensions, which are kept."""
-    found: Tensor = torch.linalg.vector_norm(delta, 2 if norm == "L2" else 1, dim=over, keepdim=True)
-    return found
-
-
-def _unit(delta: Tensor, norm: str, over: tuple[int, ...]) -> Tensor:
-    return delta / _size(delta, norm, over).clamp(min=1e-12)
-
-
-def _turned(eta: Tensor, drawn: Tensor) -> Tensor:
-    """The pattern [side, side] of each image, transposed for half of them: [n, 1, side, side]."""
-    return torch.where((drawn > 0)[:, None, None, None], eta.T, eta)
-
-
-def _pattern(side: int, norm: str) -> Tensor:
-    half = side // 2
-    return _unit(torch.cat([_pyramid(half, side, norm), -_pyramid(side - half, side, norm)]), norm, (0, 1))
-
-
-def _pyramid(height: int, width: int, norm: str) -> Tensor:
-    """At distance d of the middle, in steps of a king, the sum of (k + 1)^-power over all k >= d that there are."""
-    middle, across = height // 2, width // 2
-    down = (torch.arange(height, device="cpu") - middle).abs()
-    distance = torch.maximum(down[:, None], (torch.arange(width, device="cpu") - across).abs())
-    steps = torch.arange(1, max(middle, across) + 2, device="cpu").double() ** (-2 if norm == "L2" else -4)
-    return _unit(steps.flip(0).cumsum(0).flip(0)[distance], norm, (0, 1))
+    def _pattern(self, side: int) -> Tensor | None:
+        """That of squares in L2 and L1, made once for each side."""
+        if self.norm == "Linf" or not side:
+            return None
+        if side not in self._patterns:
+            self._patterns[side] = ops.square_pattern(side, self.norm).to(self.x)
+        return self._patterns[side]

@@ -141,6 +141,7 @@ class Union(PGD):
     """
 
     eps: Any  # or None
+    records = False
     which: Tensor | None = None
 
     @takes(UnionSettings)
@@ -190,15 +191,6 @@ class Union(PGD):
             ball.step_(x_adv, chunk.x, self._ascent(x_adv, chunk, step)[0], alpha)
         return (x_adv,) if self.choice == "average" else (x_adv, self._losses(x_adv, chunk))
 
-    def _losses(self, x_adv: Tensor, chunk: Chunk) -> Tensor:
-        """The losses [n] at points, without a gradient."""
-        assert chunk.loss_target is not None
-        self._batchnorms.begin_forward()
-        with self._batchnorms.untouched(), self.execution.autocast(x_adv.device):
-            outputs, _ = self._shown(self._module, x_adv)
-            losses = self.loss.value(outputs, chunk.loss_target)
-        return losses if losses.dim() else self._everybodys(losses, chunk)
-
     def _worst(self, chunk: Chunk, points: Sequence[Tensor], losses: Sequence[Tensor]) -> Tensor:
         """Of which ball an image's point is to be, [n]: nothing is read by the host."""
         which = torch.zeros(len(chunk.x), dtype=torch.int64, device=chunk.x.device)
@@ -210,11 +202,6 @@ class Union(PGD):
             which, best = torch.where(better, place, which), torch.where(better, loss, best)
             fooled = fooled | fools
         return which
-
-    def _class_to_leave(self, chunk: Chunk) -> Tensor:
-        if chunk.y is None:
-            return self._clean(chunk).argmax(1)
-        return chunk.y.argmax(1) if chunk.y.is_floating_point() else chunk.y
 
     # --- One ball for each image --------------------------------------------------------------------------------------
 
@@ -242,8 +229,10 @@ class Union(PGD):
         one = torch.zeros(1, 1, device=chunk.x.device)
         drawn = Ball("Linf", 1.0, (-1.0, 1.0)).start(one, seed=chunk.seed, first_sample=FAR)
         first = ((drawn[0, 0] + 1) * (balls / 2)).long().clamp(0, balls - 1)
-        places = torch.arange(len(chunk.x), device=chunk.x.device) + chunk.first_sample % balls
-        return (places + first) % balls
+        places = chunk.first_sample
+        if not isinstance(places, Tensor):
+            places = torch.arange(len(chunk.x), device=chunk.x.device) + places % balls
+        return (places.to(first) + first) % balls
 
     # --- What belongs to a norm ---------------------------------------------------------------------------------------
 

@@ -58,13 +58,13 @@ def logits_of(output: Any, samples: int) -> Tensor:
         )
     if not logits.is_floating_point():
         raise InputTypeError(f"the model returned {logits.dtype}; logits are floating-point numbers [N, K]")
-    if logits.dim() != 2 or logits.shape[0] != samples:
-        raise InputError(f"the model returned shape {list(logits.shape)}; it must be logits [{samples}, K]")
-    if logits.shape[1] < 2:
+    if logits.shape in ((samples,), (samples, 1), (samples, 0)):
         raise InputError(
             f"the model returned shape {list(logits.shape)}; a classifier has a logit for each of at least 2 classes "
             "(of one score s, make [-s / 2, s / 2])"
         )
+    if logits.dim() != 2 or logits.shape[0] != samples:
+        raise InputError(f"the model returned shape {list(logits.shape)}; it must be logits [{samples}, K]")
     return logits
 
 

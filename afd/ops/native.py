@@ -304,6 +304,47 @@ def apgd_update(*arguments: Any) -> None:
             torch.autograd.graph.increment_version(tensor)
 
 
+@_else_on_copies(3, updated=2)
+def square_step(
+    x_tried: Tensor,
+    x_best: Tensor,
+    x: Tensor,
+    logits: Tensor | None,
+    y: Tensor,
+    loss_best: Tensor,
+    state: Tensor,
+    rows: Tensor,
+    eps: float,
+    low: float,
+    high: float,
+    seed: int,
+    first_sample: int,
+    query: int,
+    side: int,
+    last_side: int,
+    epsilons: Tensor | None,
+    norm: str,
+    loss: str,
+    pattern: Tensor | None,
+    key: Tensor | None,
+    places: Tensor | None,
+) -> None:
+    """`afd.ops.square_step_`."""
+    y, rows = y.contiguous(), rows.contiguous()
+    logits, pattern, places = (None if one is None else one.contiguous() for one in (logits, pattern, places))
+    channels, height, width = x.shape[1:] if x.dim() == 4 else (1, 1, x.shape[1:].numel())
+    launch(
+        "square_step", x_tried,
+        x_tried.data_ptr(), x_best.data_ptr(), x.data_ptr(), _address(logits), y.data_ptr(), loss_best.data_ptr(),
+        state.data_ptr(), rows.data_ptr(), _address(pattern), len(x_tried), *_extent(x),
+        0 if logits is None else logits.shape[1], channels, height, width, not x.is_contiguous(), loss == "ce",
+        query, side, last_side, eps, _address(epsilons), low, high, _NORM_CODES[norm],
+        seed, _address(key), first_sample, _address(places),
+    )  # fmt: skip
+    for written in (x_best, loss_best, state):
+        torch.autograd.graph.increment_version(written)
+
+
 def load_batch(
     out: Tensor,
     pixels: Tensor,

@@ -46,7 +46,7 @@ def project(
         room = torch.where(u > 0, high - x64, x64 - low)
         threshold = _l1_threshold(u.abs(), room, radius.expand_as(_sum(u)))
         kept, inside = torch.minimum((u.abs() - threshold).clamp_min(0.0), room) * u.sign(), threshold == 0
-    out = torch.where(inside, x_adv, _plus_towards(x, kept)).clamp_(low, high)
+    out = torch.where(inside, x_adv, plus_towards(x, kept)).clamp_(low, high)
     return torch.where(_sum(u).isfinite() & (radius >= 0), out, torch.nan)
 
 
@@ -118,7 +118,7 @@ def _sum(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1).view(-1, *([1] * (x.dim() - 1))) if x.dim() > 1 else x
 
 
-def _plus_towards(x: Tensor, delta: Tensor) -> Tensor:
+def plus_towards(x: Tensor, delta: Tensor) -> Tensor:
     """x + delta in x's dtype, rounded towards x where it would end further from x than delta."""
     moved = (x.double() + delta).to(x.dtype)
     overshot = (moved.double() - x.double()).abs() > delta.abs()
@@ -181,20 +181,20 @@ def _l1_direction(grad: Tensor, sparsity: float, sparsities: Tensor | None) -> T
 # --- Draws ----------------------------------------------------------------------------------------------------------
 
 
-def philox(seed: int | Tensor, sample: Tensor, block: Tensor, stream: int) -> Tensor:
+def philox(seed: int | Tensor, sample: Tensor, block: Tensor, stream: int | Tensor) -> Tensor:
     """Philox4x32-10 (Salmon et al. 2011) in int64 arithmetic.
 
     Args:
         seed: 0 <= seed < 2**63, the 64-bit key; a number or an int64 tensor [].
         sample: int64 sample indices, broadcast against `block`.
         block: int64 block indices below 2**32; block b serves elements 4b ... 4b + 3.
-        stream: separates uses that share a seed.
+        stream: separates uses that share a seed; a number, or int64, broadcast with the others.
 
     Returns:
         int64 [..., 4] of unsigned 32-bit values.
     """
-    sample, block = torch.broadcast_tensors(sample, block)
-    c0, c1, c2, c3 = block & _MASK, torch.full_like(block, stream), sample & _MASK, (sample >> 32) & _MASK
+    sample, block, stream = torch.broadcast_tensors(sample, block, torch.as_tensor(stream, device=block.device))
+    c0, c1, c2, c3 = block & _MASK, stream & _MASK, sample & _MASK, (sample >> 32) & _MASK
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(10):
         p0, p1 = PHILOX_MULTIPLIERS[0] * c0, PHILOX_MULTIPLIERS[1] * c2  # wraps at 2**64: the low 64 bits are right
