@@ -11,84 +11,66 @@
 namespace afd::cuda {
 namespace {
 
-// Writes the moved elements; the distance.
-template <Norm kNorm, class Move>
-__device__ double write_moved(const PlaneRow& r, bool above, const Move& move) {
-  double own = 0.0;
+// Calls body(i, place, fall, room) for each element that this thread owns.
+template <class Body>
+__device__ void for_own_elements(const PlaneRow& r, double sign, const Body& body) {
   for_own(r.elements, [&](int64_t i) {
-    const float x = r.x[i], out = plane_moved(x, r.w[i], above, move(i), r.low, r.high);
-    const double length = plane_length<kNorm>(out, x, r.low, r.high);
-    own = kNorm != Norm::linf ? own + length : own > length ? own : length;
-    r.out[i] = out;
+    const double place = clamped(r.x[i], r.low, r.high), fall = sign * r.w[i];
+    body(i, place, fall, plane_room(place, fall, r.low, r.high));
   });
-  if (kNorm == Norm::linf) return block_max(own);
-  return kNorm == Norm::l2 ? sqrt(block_sum(own)) : block_sum(own);
 }
 
 template <Norm kNorm>
-__device__ double move_evenly(const PlaneRow& r, bool above, double need) {
-  PlaneRoot search(need);
-  while (search.searching()) {
-    const double t = search.t();
-    double sum = 0.0, slope = 0.0;
-    for_own(r.elements, [&](int64_t i) {
-      const PlaneElement e = plane_element(r.x[i], r.w[i], above, r.low, r.high);
-      const double reach = plane_reach<kNorm>(t, e.size);
-      sum += e.size * plane_move(reach, e.room);
-      slope += plane_slope<kNorm>(e, reach);
-    });
-    search.add(block_sum(sum), block_sum(slope));
-  }
+__device__ void add_sums(const PlaneRow& r, double sign, PlaneRoot& search) {
   const double t = search.t();
-  return write_moved<kNorm>(r, above, [&](int64_t i) {
-    const PlaneElement e = plane_element(r.x[i], r.w[i], above, r.low, r.high);
-    return plane_move(plane_reach<kNorm>(t, e.size), e.room);
+  double sum = 0.0, slope = 0.0;
+  for_own_elements(r, sign, [&](int64_t, double, double fall, double room) {
+    const double reach = plane_reach<kNorm>(t, fall);
+    sum += fabs(fall) * lesser_of(reach, room);
+    slope += plane_slope<kNorm>(fall, reach, room);
   });
+  search.add(block_sum(sum), block_sum(slope));
 }
 
-struct CutSums {
-  double sum;
-  int32_t least, below;  // key
-};
-
-__device__ inline CutSums sums_reaching(const PlaneRow& r, bool above, int32_t probe) {
-  double sum = 0.0;
-  int32_t least = 0x7fffffff, below = 0;
-  for_own(r.elements, [&](int64_t i) {
-    const int32_t key = plane_key(r.w[i]);
-    if (key < probe) {
-      below = max(below, key);
-    } else {
-      const PlaneElement e = plane_element(r.x[i], r.w[i], above, r.low, r.high);
-      sum += e.size * e.room;
-      least = min(least, key);
-    }
+__device__ inline PlaneReaching reaching(const PlaneRow& r, double sign, double probe) {
+  double sum = 0.0, least = kInfinity, below = 0.0;
+  for_own_elements(r, sign, [&](int64_t, double, double fall, double room) {
+    const double size = fabs(fall);
+    sum += size >= probe ? size * room : 0.0;
+    least = lesser_of(least, size >= probe ? size : kInfinity);
+    below = larger_of(below, size >= probe ? 0.0 : size);
   });
   return {block_sum(sum), -block_max(-least), block_max(below)};
 }
 
-__device__ inline double move_steepest(const PlaneRow& r, bool above, double need) {
-  const CutSums all = sums_reaching(r, above, 1);
-  int32_t cut = 0;  // below every weight, where even all of them do not reach the plane
-  double together = 0.0, share = 0.0;
-  if (all.sum >= need) {
-    PlaneCut search(need, all.sum, all.least);
-    while (search.searching()) {
-      const CutSums sums = sums_reaching(r, above, search.probe());
-      search.add(sums.sum, sums.least, sums.below);
-    }
-    cut = search.key();
-    together = search.tied_move();
-    const double tied = sum_of(r.elements, [&](int64_t i) {
-      const double room = plane_element(r.x[i], r.w[i], above, r.low, r.high).room;
-      return plane_key(r.w[i]) == cut ? plane_tied(room, together) : 0.0;
-    });
-    share = together < tied ? together / tied : 1.0;
-  }
-  return write_moved<Norm::l1>(r, above, [&](int64_t i) {
-    const double room = plane_element(r.x[i], r.w[i], above, r.low, r.high).room;
-    return plane_l1_move(plane_key(r.w[i]), cut, room, together, share);
+// Without a cut, where even all of them do not reach the plane, each goes as far as its room.
+__device__ inline PlaneSteepest steepest_of(const PlaneRow& r, double sign, double need) {
+  const PlaneReaching all = reaching(r, sign, kLeastFloat);
+  if (!(all.sum >= need)) return {0.0, 0.0, 0.0};
+  PlaneCut search(need, all);
+  while (search.searching()) search.add(reaching(r, sign, search.probe()));
+  PlaneSteepest steepest = {search.cut(), search.tied_move(), 1.0};
+  double tied = 0.0;
+  for_own_elements(r, sign,
+                   [&](int64_t, double, double fall, double room) { tied += plane_tied(steepest, fall, room); });
+  tied = block_sum(tied);
+  if (steepest.together < tied) steepest.share = steepest.together / tied;
+  return steepest;
+}
+
+// Writes the elements as far as move(fall, room) takes them; their distance.
+template <Norm kNorm, class Move>
+__device__ double write_moved(const PlaneRow& r, double sign, const Move& move) {
+  double own = 0.0;
+  for_own_elements(r, sign, [&](int64_t i, double place, double fall, double room) {
+    const auto moved = static_cast<float>(plane_moved(place, fall, move(fall, room)));
+    const float out = clamped(moved, r.low, r.high);
+    const double length = plane_length<kNorm>(place, out);
+    own = kNorm == Norm::linf ? larger_of(own, length) : own + length;
+    r.out[i] = out;
   });
+  if (kNorm == Norm::linf) return block_max(own);
+  return kNorm == Norm::l2 ? sqrt(block_sum(own)) : block_sum(own);
 }
 
 template <Norm kNorm>
@@ -98,8 +80,18 @@ __device__ double project_row(const PlaneRow& r, double value) {
     for_own(r.elements, [&](int64_t i) { r.out[i] = clamped(r.x[i], r.low, r.high) + bad; });
     return bad;
   }
-  if (kNorm == Norm::l1) return move_steepest(r, value > 0.0, fabs(value));
-  return move_evenly<kNorm == Norm::l2 ? Norm::l2 : Norm::linf>(r, value > 0.0, fabs(value));
+  const double sign = value > 0.0 ? 1.0 : -1.0, need = fabs(value);
+  if constexpr (kNorm == Norm::l1) {
+    const PlaneSteepest steepest = steepest_of(r, sign, need);
+    return write_moved<kNorm>(r, sign,
+                              [&](double fall, double room) { return plane_steepest_move(steepest, fall, room); });
+  } else {
+    PlaneRoot search(need);
+    while (search.searching()) add_sums<kNorm>(r, sign, search);
+    const double t = search.t();
+    return write_moved<kNorm>(r, sign,
+                              [&](double fall, double room) { return lesser_of(plane_reach<kNorm>(t, fall), room); });
+  }
 }
 
 template <Norm kNorm>

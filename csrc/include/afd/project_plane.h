@@ -57,47 +57,45 @@ AFD_HOST_DEVICE double plane_value(float x, float w, float at, float low, float 
   return static_cast<double>(w) * (static_cast<double>(clamped(x, low, high)) - at) + (x - x);
 }
 
-// An element on its way to the plane: its weight, and how far it may go.
-struct PlaneElement {
-  double size, room;
-};
+// On its way to the plane an element is its `place` in the box and its `fall`: w where <w, z> must fall, -w where it
+// must rise. Two numbers, not a struct, of which compilers make vectors less readily.
 
-// `above`: whether <w, z> must fall.
-AFD_HOST_DEVICE bool goes_down(float w, bool above) { return (w > 0.0f) == above; }
-
-AFD_HOST_DEVICE PlaneElement plane_element(float x, float w, bool above, float low, float high) {
-  const double place = clamped(x, low, high);
-  return {fabs(static_cast<double>(w)), goes_down(w, above) ? place - low : high - place};
+AFD_HOST_DEVICE double plane_room(double place, double fall, double low, double high) {
+  return fall > 0.0 ? place - low : high - place;
 }
 
-AFD_HOST_DEVICE float plane_moved(float x, float w, bool above, double move, float low, float high) {
-  const float place = clamped(x, low, high);
-  const double moved = goes_down(w, above) ? place - move : place + move;
-  return w == 0.0f ? place : clamped(static_cast<float>(moved), low, high);
+// Where it is after a move, still to be rounded and clamped.
+AFD_HOST_DEVICE double plane_moved(double place, double fall, double move) {
+  const double moved = fall > 0.0 ? place - move : place + move;
+  return fall == 0.0 ? place : moved;
 }
 
-// An element's part of what the point's distance is made of.
+// Its part of what the distance is made of.
 template <Norm kNorm>
-AFD_HOST_DEVICE double plane_length(float out, float x, float low, float high) {
-  const double u = static_cast<double>(out) - clamped(x, low, high);
+AFD_HOST_DEVICE double plane_length(double place, double out) {
+  const double u = out - place;
   return kNorm == Norm::l2 ? u * u : fabs(u);
 }
 
+AFD_HOST_DEVICE double lesser_of(double a, double b) { return a < b ? a : b; }
+AFD_HOST_DEVICE double larger_of(double a, double b) { return a > b ? a : b; }
+
 // --- Linf and L2 -----------------------------------------------------------------------------------------------------
 
+// How far an element would go by itself; it goes so far or as far as its room.
 template <Norm kNorm>
-AFD_HOST_DEVICE double plane_reach(double t, double size) {
-  return kNorm == Norm::l2 ? t * size : t;
+AFD_HOST_DEVICE double plane_reach(double t, double fall) {
+  return kNorm == Norm::l2 ? t * fabs(fall) : t;
 }
 
-AFD_HOST_DEVICE double plane_move(double reach, double room) { return reach < room ? reach : room; }
-
+// Its part of the slope of sum |w| m.
 template <Norm kNorm>
-AFD_HOST_DEVICE double plane_slope(PlaneElement e, double reach) {
-  return reach < e.room ? (kNorm == Norm::l2 ? e.size * e.size : e.size) : 0.0;
+AFD_HOST_DEVICE double plane_slope(double fall, double reach, double room) {
+  const double size = fabs(fall);
+  return reach < room ? (kNorm == Norm::l2 ? size * size : size) : 0.0;
 }
 
-// Finds t, from sums of |w| m and of its slope.
+// Finds t.
 class PlaneRoot {
  public:
   AFD_HOST_DEVICE_MEMBER explicit PlaneRoot(double need) : need_(need) {}
@@ -107,7 +105,7 @@ class PlaneRoot {
   AFD_HOST_DEVICE_MEMBER double t() const { return t_; }
 
   AFD_HOST_DEVICE_MEMBER void add(double sum, double slope) {
-    const double next = t_ + (need_ - sum) / slope;  // not above t without a slope: all have met their rooms
+    const double next = t_ + (need_ - sum) / slope;  // without a slope all have met their rooms
     searching_ = slope != slope_ && next > t_ && slope > 0.0;
     slope_ = slope;
     if (searching_) t_ = next;
@@ -120,34 +118,38 @@ class PlaneRoot {
 
 // --- L1 --------------------------------------------------------------------------------------------------------------
 
-AFD_HOST_DEVICE int32_t plane_key(float w) { return bits_of(w) & 0x7fffffff; }  // ascends with |w|
+// Of all |w| that reach a probe: the sum of |w| room, and the least of them. And the largest of the others.
+struct PlaneReaching {
+  double sum, least, below;
+};
 
-// Finds the cut, from the sum of |w| room over the keys that reach a probe, the least of these keys, and the largest of
-// the others.
+constexpr double kLeastFloat = 1.401298464324817e-45;
+
+// Finds the cut, in a bracket of the bits of |w|, which ascend as it does.
 class PlaneCut {
  public:
-  // From a pass at 1, of which `sum` is at least `need`. The first probe is above all keys, to learn of the largest.
-  AFD_HOST_DEVICE_MEMBER PlaneCut(double need, double sum, int32_t least)
-      : need_(need), reaching_(sum), bottom_(least) {}
+  // From what reaches kLeastFloat, whose sum is at least `need`. The first probe is infinite, to learn of the largest.
+  AFD_HOST_DEVICE_MEMBER PlaneCut(double need, PlaneReaching all)
+      : need_(need), reaching_(all.sum), bottom_(bits_of(static_cast<float>(all.least))) {}
 
-  // True while add() wants the sum at probe().
+  // True while add() wants to know what reaches probe().
   AFD_HOST_DEVICE_MEMBER bool searching() const { return top_ - bottom_ > 1; }
-  AFD_HOST_DEVICE_MEMBER int32_t probe() const { return static_cast<int32_t>(probe_); }
+  AFD_HOST_DEVICE_MEMBER double probe() const { return float_of(static_cast<int32_t>(probe_)); }
 
-  AFD_HOST_DEVICE_MEMBER void add(double sum, int32_t least, int32_t largest_below) {
-    if (sum >= need_) {
-      bottom_ = least;
-      reaching_ = sum;
+  AFD_HOST_DEVICE_MEMBER void add(PlaneReaching found) {
+    if (found.sum >= need_) {
+      bottom_ = bits_of(static_cast<float>(found.least));
+      reaching_ = found.sum;
     } else {
-      top_ = int64_t{largest_below} + 1;
-      beyond_ = sum;
+      top_ = int64_t{bits_of(static_cast<float>(found.below))} + 1;
+      beyond_ = found.sum;
     }
     next();
   }
 
-  // When the search has ended: the key of the cut, and how far those that tie for it must go together.
-  AFD_HOST_DEVICE_MEMBER int32_t key() const { return static_cast<int32_t>(bottom_); }
-  AFD_HOST_DEVICE_MEMBER double tied_move() const { return (need_ - beyond_) / float_of(key()); }
+  // When the search has ended: the cut, and how far those that tie for it must go together.
+  AFD_HOST_DEVICE_MEMBER double cut() const { return float_of(static_cast<int32_t>(bottom_)); }
+  AFD_HOST_DEVICE_MEMBER double tied_move() const { return (need_ - beyond_) / cut(); }
 
  private:
   AFD_HOST_DEVICE_MEMBER void next() {
@@ -163,11 +165,18 @@ class PlaneCut {
   int passes_ = 0;
 };
 
-// What one of those that tie may go, where none needs to go further than all of them together.
-AFD_HOST_DEVICE double plane_tied(double room, double together) { return room < together ? room : together; }
+// How far the elements go: all their room above the cut, and a share of what they may where they tie for it, `together`
+// being what one of them would have to go if it were alone.
+struct PlaneSteepest {
+  double cut, together, share;
+};
 
-AFD_HOST_DEVICE double plane_l1_move(int32_t key, int32_t cut, double room, double together, double share) {
-  return key > cut ? room : key == cut ? share * plane_tied(room, together) : 0.0;
+AFD_HOST_DEVICE double plane_tied(PlaneSteepest steepest, double fall, double room) {
+  return fabs(fall) == steepest.cut ? lesser_of(steepest.together, room) : 0.0;
+}
+
+AFD_HOST_DEVICE double plane_steepest_move(PlaneSteepest steepest, double fall, double room) {
+  return fabs(fall) > steepest.cut ? room : steepest.share * plane_tied(steepest, fall, room);
 }
 
 namespace cpu {
