@@ -1,7 +1,8 @@
 """Steps of attacks: `project`, `pgd_step` and `random_start` in the Linf, L2 and L1 ball; `project_plane` in a box.
 
 Each but the last is an op in two variants: ``torch.ops.afd.NAME`` makes its result, ``torch.ops.afd.NAME_`` writes it
-over its first argument. A setting that may be one number or one per sample travels as a pair: ``float eps`` and ``Tensor? epsilons``.
+over its first argument. A setting that may be one number or one per sample travels as a pair: ``float eps`` and
+``Tensor? epsilons``.
 """
 
 from __future__ import annotations
