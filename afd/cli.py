@@ -119,7 +119,12 @@ def benchmarks() -> Any:
     from afd.options import tyro
 
     kinds: tuple[type[Benchmark], ...] = (
-        AttackBench, KernelBench, MethodsBench, DiscriminatorBench, AgreementBench, AutoAttackBench,
+        AttackBench,
+        KernelBench,
+        MethodsBench,
+        DiscriminatorBench,
+        AgreementBench,
+        AutoAttackBench,
     )
     return Union[tuple(Annotated[kind, tyro.conf.subcommand(kind.name)] for kind in kinds)]  # noqa: UP007
 

@@ -168,9 +168,7 @@ def square(model: nn.Module, *, norm: str, eps: float, queries: int, seed: int) 
     return _pyautoattack("Square", model, seed, build)
 
 
-def autoattack(
-    model: nn.Module, *, norm: str, eps: float, seed: int, parts: Sequence[str] | None = None
-) -> Attack:
+def autoattack(model: nn.Module, *, norm: str, eps: float, seed: int, parts: Sequence[str] | None = None) -> Attack:
     """AutoAttack's standard version, or some of its parts, all of it pyautoattack's; it needs ten classes."""
 
     def build(plain: PlainLogits, seed: int, device: torch.device) -> Any:

@@ -208,7 +208,9 @@ def case(attacked: Attacked, part: str, repeats: int, *, peer: bool, say: Say) -
             rate = matmul_rate("bf16" if name == AUTO else "fp32", device)
             work = (side.passes.get("forwards", 0) / 2 + side.passes.get("gradients", 0)) * flops
             figures["matmul_share"] = work / timings[name].p50 / rate
-            found[FLOOR if name == OURS else AUTO_FLOOR] = Candidate(Timing(seconds, seconds, seconds), costs[name].figures)
+            found[FLOOR if name == OURS else AUTO_FLOOR] = Candidate(
+                Timing(seconds, seconds, seconds), costs[name].figures
+            )
         found[name] = Candidate(timings[name], figures)
     settings = {"images": len(attacked.x), "eps": attacked.eps, "norm": attacked.norm, "part": part}
     return Case(settings, found)
@@ -223,9 +225,7 @@ def ours(
     )  # fmt: skip
 
 
-def theirs(
-    attacked: Attacked, parts: Iterable[str], model: nn.Module, seed: int
-) -> Callable[[Tensor, Tensor], Tensor]:
+def theirs(attacked: Attacked, parts: Iterable[str], model: nn.Module, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
     """pyautoattack."""
     return external.autoattack(model, norm=attacked.norm, eps=attacked.eps, seed=seed, parts=tuple(parts))
 

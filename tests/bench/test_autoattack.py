@@ -58,7 +58,9 @@ def test_images_are_counted_with_and_without_a_gradient():
 
 
 def test_the_best_of_layouts_and_batches_is_the_floor():
-    attacked = Attacked(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(20, 3, 2, 2), torch.zeros(20).long(), "Linf", 0.1)
+    attacked = Attacked(
+        nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.rand(20, 3, 2, 2), torch.zeros(20).long(), "Linf", 0.1
+    )
     cost = PassCost(attacked, "fp32")
     cost.measure()
     assert {way[2] for way in cost.taken} == {16, 20}
