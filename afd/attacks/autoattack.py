@@ -21,6 +21,7 @@ from afd.attacks.apgd import APGD, APGDSettings
 from afd.attacks.ball import Ball, Norm
 from afd.attacks.base import GradientAttack
 from afd.attacks.engine import evaluating, judged
+from afd.attacks.fab import FAB
 from afd.attacks.square import Square
 from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, one_of, warn_caller
 from afd.execution import AttackExecution
@@ -36,6 +37,8 @@ BUILD: dict[str, Callable[..., GradientAttack]] = {
     "apgd-ce": functools.partial(APGD, loss="ce"),
     "apgd-dlr": functools.partial(APGD, loss="dlr"),
     "apgd-t": functools.partial(APGD, loss="dlr-targeted"),
+    "fab": FAB,
+    "fab-t": FAB,
     "square": Square,
 }
 LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # that its loss needs; with fewer, the margin takes its place

@@ -318,6 +318,11 @@ class GradientAttack(ABC):
             raise InputError(f"y is None; with targeted=True, {type(self).__name__} needs the classes to reach, [N]")
         return (self._clean(chunk) if clean is None else clean).argmax(1)
 
+    @property
+    def _approximates(self) -> bool:
+        """Whether the model runs in low precision, or joined: a success counts once `_as_written` confirms it."""
+        return self.precision != "fp32" or bool(self._joining.pairs)
+
     def _clean(self, chunk: Chunk) -> Tensor:
         """Logits of the images themselves, as written, looked at like those of a step."""
         logits = self._as_written(chunk.x)
