@@ -5,6 +5,7 @@ What it finds where gradient attacks find nothing, they were kept from finding: 
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -153,12 +154,13 @@ class Square(GradientAttack):
         propose = _Proposals(self, chunk, y, (chunk.seed + restart) & (2**63 - 1))
         if start is None:
             propose.first(run)
-        for query in range(self.steps + 1):
-            if not len(run.rows):
-                break
-            propose(run, self._logits(run.x_tried), query)
-            if looks and (query < LOOK_EVERY or query % LOOK_EVERY == 0):
-                self._look(run, y)
+        with self.execution.autocast(x.device):  # once for all queries, so that weights are cast once
+            for query in range(self.steps + 1):
+                if not len(run.rows):
+                    break
+                propose(run, self._logits(run.x_tried), query)
+                if looks and (query < LOOK_EVERY or query % LOOK_EVERY == 0):
+                    self._look(run, y)
         return run
 
     def _looks(self, chunk: Chunk) -> bool:
@@ -174,15 +176,14 @@ class Square(GradientAttack):
                 run.confirmed[pending] = fooled
                 run.state[pending] = torch.where(fooled, BROKEN, RESUMED).to(run.state.dtype)
         if self.early_stop:
-            stands = run.state[run.rows] != BROKEN
-            if (~stands).sum() >= WORTH_DROPPING * len(stands):
-                run.keep(stands.nonzero().squeeze(1))
+            left = (run.state[run.rows] != BROKEN).nonzero().squeeze(1)
+            if len(left) <= (1 - WORTH_DROPPING) * len(run.rows):
+                run.keep(left)
 
     def _logits(self, x_tried: Tensor) -> Tensor:
-        """In the attack's precision."""
+        """In images' dtype, whatever precision the model runs in."""
         self._batchnorms.begin_forward()
-        with self.execution.autocast(x_tried.device):
-            return wide(engine.logits(self._module, x_tried)[0]).to(x_tried.dtype)
+        return wide(engine.logits(self._module, x_tried)[0]).to(x_tried.dtype)
 
     @staticmethod
     def _fooled(logits: Tensor, y: Tensor) -> Tensor:
@@ -201,7 +202,7 @@ class _Proposals:
             "eps": chunk.of(attack.eps), "seed": seed, "first_sample": first, "bounds": attack.bounds,
             "norm": attack.norm, "loss": attack.loss_name,
         }  # fmt: skip
-        self._patterns: dict[int, Tensor] = {}
+        self._last_side, self._patterns = 0, dict[int, Tensor]()
 
     def first(self, run: SquareRun) -> None:
         """Where the search begins: stripes in Linf, else tiles with a pattern each."""
@@ -213,7 +214,7 @@ class _Proposals:
 
     def side(self, query: int) -> int:
         """Of the squares of a query."""
-        share = self.p_init / 2 ** sum(query > after for after in HALVINGS)
+        share = self.p_init / 2 ** bisect.bisect_left(HALVINGS, query)
         side = max(round(math.sqrt(share * self.height * self.width)), 1)
         if self.norm != "Linf":
             side = max(side, 3) // 2 * 2 + 1  # odd, as the paper has it
@@ -222,9 +223,9 @@ class _Proposals:
     def _step(self, run: SquareRun, logits: Tensor | None, query: int, side: int) -> None:
         ops.square_step_(
             run.x_tried, run.x_best, self.x, logits, self.y, loss_best=run.loss_best, state=run.state, rows=run.rows,
-            query=query, side=side, last_side=self.side(query - 1) if query else 0, pattern=self._pattern(side),
-            **self.settings,
+            query=query, side=side, last_side=self._last_side, pattern=self._pattern(side), **self.settings,
         )  # fmt: skip
+        self._last_side = side if logits is not None else 0
 
     def _pattern(self, side: int) -> Tensor | None:
         """That of squares in L2 and L1, made once for each side."""
