@@ -95,13 +95,15 @@ def test_any_split_of_the_batch_breaks_the_same_images(model, batch, norm, eps):
 
 def test_a_part_finds_in_the_cascade_what_it_finds_alone(model, batch):
     x, y = batch
-    attack = AutoAttack(model, eps=0.08, attacks=FEW, seed=3)
+    attack = AutoAttack(model, norm="L2", eps=0.6, attacks=FEW, seed=3)
     attack(x, y)
     alone = {
-        "apgd-ce": APGD(model, eps=0.08, steps=1, early_stop=True, seed=3),
-        "apgd-t": APGD(model, eps=0.08, steps=8, loss="dlr-targeted", n_target_classes=3, early_stop=True, seed=3),
-        "square": Square(model, eps=0.08, queries=10, seed=3),
-        "fab-t": FAB(model, eps=0.08, steps=1, n_target_classes=1, seed=3),
+        "apgd-ce": APGD(model, norm="L2", eps=0.6, steps=1, early_stop=True, seed=3),
+        "apgd-t": APGD(
+            model, norm="L2", eps=0.6, steps=8, loss="dlr-targeted", n_target_classes=3, early_stop=True, seed=3
+        ),
+        "square": Square(model, norm="L2", eps=0.6, queries=10, seed=3),
+        "fab-t": FAB(model, norm="L2", eps=0.6, steps=1, n_target_classes=1, seed=3),
     }
     for part in attack.report.parts:
         fooled = predict(model, alone[part.name](x, y)).classes != y
