@@ -64,6 +64,19 @@ def apgd_update_() -> list[Tensor]:
     return [*rows, *values, *flags, *counts]
 
 
+def square_step_() -> list[Tensor]:
+    x_tried, x_best, loss_best = X_ADV.clone(), X_ADV.clone(), torch.full_like(PER_SAMPLE, -1.0)
+    state = torch.ones(3, dtype=torch.uint8, device="cpu")
+    for norm, loss in (("Linf", "margin"), ("L2", "ce"), ("L1", "margin")):
+        pattern = ops.square_pattern(3, norm).float()
+        ops.square_step_(
+            x_tried, x_best, X, _numbers(3, 4, seed=6), _labels(0, 1, 3), loss_best=loss_best, state=state,
+            rows=_labels(2, 0, 1), query=2, side=3, last_side=3, pattern=pattern, eps=PER_SAMPLE, seed=7, norm=norm,
+            loss=loss,
+        )  # fmt: skip
+    return [x_tried, x_best, loss_best, state]
+
+
 def load_batch() -> list[Tensor]:
     draws = _labels(3, 10, 5, 70, 2, 9)
     return [ops.load_batch(PIXELS, _labels(4, 0, 4), draws=draws, padding=1, flip=True)]
@@ -166,6 +179,15 @@ OPS: dict[str, Case] = {
     for op in ("project", "project_", "pgd_step", "pgd_step_", "random_start", "random_start_")
     for norm in ("Linf", "L2", "L1")
 }
-ALONE = (apgd_step, apgd_step_, apgd_update_, load_batch, spectral_norm, spectral_linear, projection_logits)
+ALONE = (
+    apgd_step,
+    apgd_step_,
+    apgd_update_,
+    square_step_,
+    load_batch,
+    spectral_norm,
+    spectral_linear,
+    projection_logits,
+)
 OPS |= {case.__name__: case for case in ALONE}
 CASES = OPS | MODULES

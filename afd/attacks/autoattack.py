@@ -91,7 +91,8 @@ def fitted(name: str, settings: Mapping[str, Any], classes: int) -> tuple[dict[s
     if wanted is None or wanted < classes:
         return told, ""
     told["n_target_classes"] = classes - 1
-    return told, f"{name} aims at {classes - 1} classes instead of {wanted}"
+    fewer = "1 class" if classes == 2 else f"{classes - 1} classes"
+    return told, f"{name} aims at {fewer} instead of {wanted}"
 
 
 # --- What was found -------------------------------------------------------------------------------------------------

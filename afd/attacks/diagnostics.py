@@ -70,12 +70,9 @@ def note(chunk: Chunk, step: int, logits: Tensor, losses: Tensor, grad: Tensor, 
     largest, logit = grad.abs().amax(tuple(range(1, grad.dim()))), logits.abs().amax(1)
     first = torch.where((known[FIRST_NAN] == 0) & logit.isnan(), step + 1, known[FIRST_NAN])
     likely = known[PROBABILITIES] if step or not are_logits else _like_probabilities(logits)
-    happened = torch.stack(
-        [
-            torch.ones_like(largest, dtype=torch.bool), largest == 0, largest.isnan(), ~largest.isfinite(),
-            ~losses.isfinite(), ~logit.isfinite(),
-        ]
-    )  # fmt: skip
+    undefined = largest.isnan()
+    seen = torch.stack([torch.ones_like(undefined), largest == 0, undefined])
+    happened = torch.cat([seen, ~torch.stack([largest, losses, logit]).isfinite()])
     counts = known[SEEN:PROBABILITIES] + happened
     chunk.counters[:, chunk.rows] = torch.cat([first[None], counts, likely[None]])
 

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd import ops
-from afd.ops import reference
+from afd.bench.eager import BOX, eager_pgd_step, eager_project
+from afd.ops import backend, reference
 
 Call = Callable[[], Any]
 EXACT, DRAW, BALL, LAYER = 0.0, 2e-6, 1e-5, 2e-5  # tolerances, as shares of the largest value, or of 1
-BOX = (0.0, 1.0)
 SLOPE = 0.2
 LONG_FOR_EXACT = 1 << 20  # elements for which the references of L2 and L1 take seconds
 
@@ -190,6 +190,34 @@ def apgd_update(b: Batch, share: float | None = None) -> Work:
     )
 
 
+def square_step(b: Batch, norm: str, eps: float, loss: str = "margin", side: int = 5) -> Work:
+    """A query in place, of which no proposal is accepted: restores a window and writes another one, in Linf.
+
+    In L2 and L1 it reads x_best and x and writes x_tried. What it moves is counted without the logits.
+    """
+    x, n, values = b.uniform(1), b.shape[0], b.uniform(1).numel()
+    x_best, pattern = b.uniform(3).mul_(0.01).add_(x).clamp_(*BOX), ops.square_pattern(side, norm).to(x)
+    x_tried = b.uniform(4).copy_(x_best)
+    y, rows, state = b.put(torch.arange(n) % 10), b.put(torch.arange(n)), b.put(torch.ones(n, dtype=torch.uint8))
+    logits, loss_best = b.uniform(2, n, 10).scatter(1, y[:, None], 2.0), b.put(torch.full((n,), 100.0))
+    settings = {"query": 3, "side": side, "last_side": side, "seed": 7, "norm": norm, "loss": loss, "pattern": pattern}
+    settings |= {"loss_best": loss_best, "state": state, "rows": rows, "eps": b.setting(eps)}
+
+    def eager() -> None:
+        with backend.use("reference"):
+            ops.square_step_(x_tried, x_best, x, logits, y, **settings)
+
+    moved = 2 * 2 * 4 * side * side * x.shape[:2].numel() if norm == "Linf" else 3 * 4 * values
+    return Work(
+        lambda: ops.square_step_(x_tried, x_best, x, logits, y, **settings),
+        eager,
+        moved if norm == "Linf" else held(x, x_best, x_tried),
+        moved,
+        compiles=False,
+        written=(x_tried, x_best, loss_best, state),
+    )
+
+
 def load_batch(b: Batch, sets: int = 1, draws: Sequence[int] | None = None, index: Sequence[int] = ()) -> Work:
     """Into a new tensor, cropped and mirrored if there are draws: reads a byte and writes a float an element."""
     pixels = b.put((b.uniform(1, sets * b.shape[0], *b.shape[1:]) * 256).byte())
@@ -278,45 +306,6 @@ def _normalised(weight: Tensor, spectrum: ops.Spectrum) -> Tensor:
     return weight / torch.dot(spectrum.u, torch.mv(weight, spectrum.v))
 
 
-# The ops of attacks as a careful user of PyTorch would write them: float32, in place, no sort where none is needed.
-
-
-def eager_project(x_adv: Tensor, x: Tensor, eps: float, norm: str, low: float = BOX[0], high: float = BOX[1]) -> Tensor:
-    """`afd.ops.project`; in L1 with a fixed number of Newton passes, since asking whether to go on would wait."""
-    if norm == "Linf":
-        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp_(low, high)
-    u = (x_adv - x).flatten(1)
-    if norm == "L2":
-        u *= (eps / torch.linalg.vector_norm(u, dim=1, keepdim=True)).clamp_(max=1.0)
-        return u.view_as(x).add_(x).clamp_(low, high)
-    size, flat = u.abs(), x.flatten(1)
-    room = torch.where(u > 0, high - flat, flat - low)
-    threshold = torch.zeros_like(u[:, :1])
-    for _ in range(8):  # as many as a random CIFAR-sized image needs
-        excess = size - threshold
-        sloping = torch.count_nonzero((excess > 0) & (excess < room), dim=1).unsqueeze_(1)
-        off = torch.minimum(excess.clamp_(min=0.0), room).sum(1, keepdim=True).sub_(eps)
-        threshold = (threshold + off / sloping.clamp_(min=1)).clamp_(min=0.0)
-    kept = torch.minimum((size - threshold).clamp_(min=0.0), room)
-    return kept.copysign_(u).view_as(x).add_(x).clamp_(low, high)
-
-
-def eager_pgd_step(x_adv: Tensor, x: Tensor, grad: Tensor, alpha: float, eps: float, norm: str) -> Tensor:
-    """`afd.ops.pgd_step` for float32 images; the gradient may be shorter."""
-    if norm == "Linf":
-        return eager_project(torch.add(x_adv, grad.sign(), alpha=alpha), x, eps, norm)
-    flat = grad.flatten(1).float()
-    if norm == "L2":
-        length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-        step = flat * (alpha / length.clamp_(min=1e-12))
-    else:
-        size = flat.abs()
-        last = size.topk(max(1, round(0.05 * flat.shape[1])), dim=1, sorted=False).values.amin(1, keepdim=True)
-        step = flat.sign() * (size >= last)
-        step *= alpha / torch.count_nonzero(step, dim=1).unsqueeze_(1)
-    return eager_project(step.view_as(x).add_(x_adv), x, eps, norm)
-
-
 class OpCase(NamedTuple):
     """An op at one size: its name, what else it is called, its work, on which tensors, and how exact it must be."""
 
@@ -342,7 +331,7 @@ GROUP = ((512, 512), (512, 512), (1, 512), (100, 512))  # the discriminator's ma
 ODD_GROUP = ((1, 7), (100, 512), (129, 257), (3, 4096))
 RADII = {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}  # AutoAttack's for CIFAR-10
 STRIDES = {"Linf": 2 / 255, "L2": 0.1, "L1": 1.0}
-OPS = ("pgd_step", "project", "random_start", "apgd_step", "apgd_update", "load_batch",
+OPS = ("pgd_step", "project", "random_start", "apgd_step", "apgd_update", "square_step", "load_batch",
        "spectral_norm", "spectral_linear", "projection_logits")  # fmt: skip
 
 
@@ -360,6 +349,8 @@ def timed(size: str) -> Iterator[OpCase]:
     step = partial(apgd_step, eps=RADII["Linf"], step=STRIDES["Linf"], each=True)
     yield from (OpCase("apgd_step", f"Linf {shape} {word}", step, b) for word, b in typed.items())
     yield OpCase("apgd_update", shape, partial(apgd_update, share=0.5), images)
+    for norm, eps in RADII.items():
+        yield OpCase("square_step", f"{norm} {shape}", partial(square_step, norm=norm, eps=eps), images, BALL)
     yield OpCase("load_batch", shape, partial(load_batch, sets=8), images)
     if size == "cifar":  # the same whatever the images' size
         yield OpCase("spectral_norm", "512, 512, 1, 100 x 512", partial(spectral_norm, shapes=GROUP), features)
@@ -384,6 +375,11 @@ def small() -> Iterator[OpCase]:
     for b in (*typed, Batch((3, 33), grad=torch.float64)):
         yield OpCase("apgd_step", f"{b}", partial(apgd_step, eps=0.3, step=0.1), b)
         yield OpCase("apgd_update", f"{b}", apgd_update, b)
+    for norm, loss in (("Linf", "margin"), ("L2", "ce"), ("L1", "margin")):
+        query = partial(square_step, norm=norm, eps=0.3 if norm == "Linf" else 3.0, loss=loss)
+        for b in (Batch((3, 3, 7, 9), layout) for layout in ("", "per sample", "channels last", "misaligned")):
+            yield OpCase("square_step", f"{norm} {b}", query, b, EXACT if norm == "Linf" else BALL)
+        yield OpCase("square_step", f"{norm} 3x150528", partial(query, side=1), Batch((3, 150_528)), BALL)
     augmented = partial(load_batch, index=(2, 0, 1, 1), draws=(2**40 + 7, -5, 2**61 + 12))
     for shape in ((3, 3, 7, 33), (3, 1, 28, 28), (3, 3, 32, 32)):
         for b in (Batch(shape, layout) for layout in ("", "channels last", "misaligned", "side stream")):

@@ -205,33 +205,34 @@ _SIGNATURE = inspect.signature(reference.apgd_update, eval_str=True).parameters
 _TENSORS = list(_SIGNATURE)[:-2]
 _UPDATED = [name for name in _TENSORS if _SIGNATURE[name].annotation == Written]
 _ROWS = ("x_adv", "grad", "x_best", "grad_best", "x_best_adv")  # [N, ...]
-_KINDS = {"fooled": torch.bool, "reduced": torch.bool, "broken": torch.bool, "increases": torch.int32,
-          "moves": torch.uint8}  # fmt: skip
+_KINDS = {"grad": "grad", "grad_best": "grad", "fooled": torch.bool, "reduced": torch.bool, "broken": torch.bool,
+          "increases": torch.int32, "moves": torch.uint8}  # fmt: skip
+_EXPECTED: list[tuple[str, bool, Any]] = [(name, name in _ROWS, _KINDS.get(name, "x_adv")) for name in _TENSORS]
 
 
 def _check_update(*arguments: Any) -> None:
     *given, interval, rho = arguments
-    tensors: dict[str, Tensor] = dict(zip(_TENSORS, given, strict=True))
-    x_adv, grad = tensors["x_adv"], tensors["grad"]
+    x_adv, grad = given[:2]
     checks.images("x_adv", x_adv)
     if grad.dtype not in checks.GRAD_DTYPES:
         raise InputTypeError(f"grad is {grad.dtype}; allowed are {', '.join(map(str, checks.GRAD_DTYPES))}")
-    for name, tensor in tensors.items():
-        shape = x_adv.shape if name in _ROWS else x_adv.shape[:1]
-        dtype = _KINDS.get(name, grad.dtype if "grad" in name else x_adv.dtype)
+    images, device = x_adv.shape, x_adv.device
+    samples, dtypes = images[:1], {"x_adv": x_adv.dtype, "grad": grad.dtype}
+    for (name, of_image, kind), tensor in zip(_EXPECTED, given, strict=True):
+        shape, dtype = images if of_image else samples, dtypes.get(kind, kind)
         if tensor.shape != shape:
             raise InputError(f"{name} has shape {list(tensor.shape)}; beside x_adv it must be {list(shape)}")
-        if tensor.device != x_adv.device:
-            raise InputError(f"{name} is on {tensor.device}; it must be on x_adv's device, {x_adv.device}")
+        if tensor.device != device:
+            raise InputError(f"{name} is on {tensor.device}; it must be on x_adv's device, {device}")
         if tensor.dtype != dtype:
             raise InputTypeError(f"{name} is {tensor.dtype}; it must be {dtype}")
-        if name not in _ROWS and not tensor.is_contiguous():
+        if not (of_image or tensor.is_contiguous()):
             raise InputError(f"{name} has stride {tensor.stride()}; per-sample values must be contiguous")
-    if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) < len(tensors):
+    shared = len({tensor.untyped_storage().data_ptr() for tensor in given}) < len(given)
+    if shared or not all(map(Tensor.is_contiguous, given)):
+        tensors: dict[str, Tensor] = dict(zip(_TENSORS, given, strict=True))
         for name in _UPDATED:
-            checks.apart(name, tensors[name], **{other: t for other, t in tensors.items() if other != name})
-    for name in _UPDATED:
-        checks.without_overlap(name, tensors[name])
+            checks.written(name, tensors[name], **{other: t for other, t in tensors.items() if other != name})
     if not 0 <= interval < 2**31:
         raise InputError(f"interval is {interval}; it must be 0 (no checkpoint) or the iterations since the last one")
     _share("rho", rho)

@@ -325,15 +325,13 @@ def apgd_step(
 def apgd_update(*arguments: Any) -> None:
     """`afd.ops.apgd_update_`; arguments as `reference.apgd_update` has them."""
     *tensors, interval, rho = arguments
-    x_adv, grad, loss, fooled, *_ = tensors
+    x_adv, grad, _loss, _fooled, *written = tensors
     launch(
         "apgd_update", x_adv,
         *(tensor.data_ptr() for tensor in tensors), grad.element_size(), *_extent(x_adv),
         interval > 0, math.floor(rho * interval),
     )  # fmt: skip
-    for tensor in tensors:
-        if tensor is not x_adv and tensor is not loss and tensor is not fooled:
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version([grad, *written])
 
 
 @_else_on_copies(3, updated=2)

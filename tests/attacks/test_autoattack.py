@@ -10,13 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks import APGD, AutoAttack, Ball, ModelWarning, Square
+from afd.attacks import APGD, FAB, AutoAttack, Ball, ModelWarning, Square
 from afd.attacks.autoattack import NORMS, VERSIONS, fitted, parts_of
 from afd.errors import InputError, InputTypeError, ModelError
 from afd.metrics import accuracy, predict
 
 RADII = {"Linf": 0.08, "L2": 0.6, "L1": 2.5}
-FEW = {"square": {"queries": 10}, "apgd-ce": {"steps": 1}, "apgd-t": {"steps": 8, "n_target_classes": 3}}
+FEW = {
+    "square": {"queries": 10},
+    "fab-t": {"steps": 1, "n_target_classes": 1},
+    "apgd-ce": {"steps": 1},
+    "apgd-t": {"steps": 8, "n_target_classes": 3},
+}
 
 
 class RowByRow(nn.Module):
@@ -90,12 +95,15 @@ def test_any_split_of_the_batch_breaks_the_same_images(model, batch, norm, eps):
 
 def test_a_part_finds_in_the_cascade_what_it_finds_alone(model, batch):
     x, y = batch
-    attack = AutoAttack(model, eps=0.08, attacks=FEW, seed=3)
+    attack = AutoAttack(model, norm="L2", eps=0.6, attacks=FEW, seed=3)
     attack(x, y)
     alone = {
-        "apgd-ce": APGD(model, eps=0.08, steps=1, early_stop=True, seed=3),
-        "apgd-t": APGD(model, eps=0.08, steps=8, loss="dlr-targeted", n_target_classes=3, early_stop=True, seed=3),
-        "square": Square(model, eps=0.08, queries=10, seed=3),
+        "apgd-ce": APGD(model, norm="L2", eps=0.6, steps=1, early_stop=True, seed=3),
+        "apgd-t": APGD(
+            model, norm="L2", eps=0.6, steps=8, loss="dlr-targeted", n_target_classes=3, early_stop=True, seed=3
+        ),
+        "square": Square(model, norm="L2", eps=0.6, queries=10, seed=3),
+        "fab-t": FAB(model, norm="L2", eps=0.6, steps=1, n_target_classes=1, seed=3),
     }
     for part in attack.report.parts:
         fooled = predict(model, alone[part.name](x, y)).classes != y
@@ -166,6 +174,35 @@ def test_it_is_an_attack_like_others(model, batch):
     assert accuracy(model, loader, attack) == pytest.approx((predict(model, want).classes == y).double().mean())
     assert not want.requires_grad
     assert not torch.equal(attack(x, y, seed=1), want)
+
+
+@pytest.mark.parametrize("version", ["standard", "plus"])
+def test_all_parts_of_a_version(model, batch, version):
+    x, y = batch
+    told = {name: {"steps": 2} for name in parts_of(version, "Linf")} | {"square": {"queries": 5}}
+    attack = AutoAttack(model, eps=0.02, version=version, attacks=told, n_target_classes=2)
+    x_adv, report = attack(x, y), attack.report
+    assert [part.name for part in report.parts] == list(told)
+    assert torch.equal(predict(model, x_adv).classes == y, report.robust)
+    assert report.parts[-1].given.any()
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.03), ("L2", 0.3), ("L1", 1.2)])
+def test_it_leaves_as_many_images_as_pyautoattack(model, batch, norm, eps):
+    pyautoattack = pytest.importorskip("pyautoattack")
+    x, y = batch
+    told = {"apgd-ce": {"steps": 20}, "apgd-t": {"steps": 20}, "fab-t": {"steps": 20}, "square": {"queries": 100}}
+    attack = AutoAttack(model, norm=norm, eps=eps, attacks=told, n_target_classes=4)
+    attack(x, y)
+    other = pyautoattack.AutoAttack(model, norm=norm, eps=eps, seed=0)
+    other.apgd.n_iter = other.apgd_targeted.n_iter = other.fab.n_iter = 20
+    other.apgd_targeted.n_target_classes = other.fab.n_target_classes = 4
+    other.square.n_queries = 100
+    with torch.random.fork_rng():
+        x_adv, _ = other.run_standard_evaluation(x, y, batch_size=40)
+    left = int((predict(model, x_adv).classes == y).sum())
+    assert abs(int(attack.report.robust.sum()) - left) <= 1
+    assert 2 <= left <= 34
 
 
 # --- Parts ----------------------------------------------------------------------------------------------------------
@@ -278,10 +315,10 @@ def test_what_a_part_warns_of_is_said_with_its_name(batch):
     attack = AutoAttack(model, eps=0.08, attacks=FEW)
     with pytest.warns(ModelWarning) as said:
         attack(x, y)
-    assert len(said) == 2
-    for one, name in zip(said, ("apgd-ce", "apgd-t"), strict=True):
+    assert len(said) == 3
+    for one, name in zip(said, ("fab-t", "apgd-ce", "apgd-t"), strict=True):
         assert re.match(rf"{name}, of the \d+ images that it was given: .*could not aim", str(one.message))
-    square, gradients = attack.report.parts[0], attack.report.parts[1]
+    square, *_, gradients = attack.report.parts
     assert torch.equal(gradients.blind, gradients.given)
     assert square.given.any()
     assert not square.blind.any()  # it needs no gradient
@@ -352,6 +389,7 @@ def test_images_out_of_the_middle_are_attacked_as_in_the_whole(model, batch, nor
     x, y = batch
     kept = torch.tensor([1, 2, 5, 17, 18, 19, 39])
     for attack in (
+        FAB(model, norm=norm, eps=RADII[norm], steps=3, n_restarts=2, early_stop=False),
         APGD(model, norm=norm, eps=RADII[norm], steps=5),
         Square(model, norm=norm, eps=RADII[norm], queries=9),
     ):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from afd.attacks import APGD, FGSM, MIM, PGD, AutoAttack, Ball, ModelWarning, Square, Union
+from afd.attacks import APGD, FAB, FGSM, MIM, PGD, AutoAttack, Ball, ModelWarning, Square, Union
 from afd.errors import InputError
 from afd.metrics import predict
 
@@ -27,6 +27,8 @@ MADE = {
     "mim": lambda model, norm, eps: MIM(model, norm=norm, eps=eps, alpha=eps / 4, steps=STEPS),
     "apgd": lambda model, norm, eps: APGD(model, norm=norm, eps=eps, steps=STEPS, early_stop=True),
     "apgd-margin": lambda model, norm, eps: APGD(model, norm=norm, eps=eps, steps=STEPS, loss="margin"),
+    "fab": lambda model, norm, eps: FAB(model, norm=norm, eps=eps, steps=STEPS),
+    "fab-t": lambda model, norm, eps: FAB(model, norm=norm, eps=eps, steps=STEPS, n_target_classes=1),
     "square": lambda model, norm, eps: Square(model, norm=norm, eps=eps, queries=60),
     "square-ce": lambda model, norm, eps: Square(model, norm=norm, eps=eps, queries=60, loss="ce"),
     "union": lambda model, norm, eps: union(model, norm=norm, eps=eps),
@@ -127,7 +129,7 @@ def test_dlr_of_three_classes(norm):
 
 # --- AutoAttack -----------------------------------------------------------------------------------------------------
 
-FEW = {"apgd-ce": {"steps": 5}, "apgd-t": {"steps": 5}, "square": {"queries": 20}}
+FEW = {"apgd-ce": {"steps": 5}, "apgd-t": {"steps": 5}, "fab-t": {"steps": 3}, "square": {"queries": 20}}
 
 
 @pytest.mark.filterwarnings("error")
@@ -150,8 +152,9 @@ def test_autoattack_ascends_the_margin_where_classes_are_few(norm, classes):
     with pytest.warns(ModelWarning, match=f"the model has {classes} classes: apgd-t ascends the margin"):
         x_adv = attack(x, y)
     notes = [part.note for part in attack.report.parts]
-    assert notes == ["", "apgd-t ascends the margin: its loss needs 4 classes", ""]
-    assert str(attack.report).endswith(notes[1])
+    margin, fewer = "apgd-t ascends the margin: its loss needs 4 classes", "fab-t aims at {} instead of 9"
+    assert notes == ["", margin, fewer.format("1 class" if classes == 2 else "2 classes"), ""]
+    assert str(attack.report).endswith("\n".join(notes[1:3]))
     assert torch.equal(predict(model, x_adv).classes == y, attack.report.robust)
     assert not attack.report.robust.all()
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afd.attacks import APGD, PGD
+from afd.attacks import APGD, PGD, AutoAttack
+from afd.attacks.autoattack import BUILD
 from afd.bench.metering import peak_bytes
 
 CPU = torch.device("cpu")
@@ -48,6 +49,20 @@ def test_the_peak_is_that_of_the_model_and_a_few_images(setting, kind, norm, ima
     model_alone = peak_bytes(lambda: bare(model, x, y), CPU)
     assert model_alone > 4 * x.nbytes
     assert peak_bytes(lambda: attack(x, y), CPU) <= model_alone + images * x.nbytes + 65536
+
+
+@pytest.mark.parametrize("part", ["apgd-ce", "apgd-t", "fab-t", "square"])
+def test_autoattack_holds_its_own_result_beside_what_a_part_holds(setting, part):
+    """And what the part was given, for it sees what is left."""
+    model, x, y = setting
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    settings = {"queries": 3} if part == "square" else {"steps": 3}
+    attack = AutoAttack(model, eps=1e-4, attacks={part: settings}, chunk_size=32)
+    alone = BUILD[part](model, **attack.told[part], eps=1e-4, chunk_size=32)
+    y[0] = (y[0] + 1) % 10
+    attack(x, y), alone(x, y)  # what is made once
+    assert peak_bytes(lambda: attack(x, y), CPU) <= peak_bytes(lambda: alone(x, y), CPU) + 2 * x.nbytes + 65536
 
 
 def tensors_alive():

@@ -242,6 +242,49 @@ def update_case(case: Case, _: str) -> None:
     case.memory.check(written)
 
 
+def square_case(case: Case, _: str) -> None:
+    """Beside a reference that is given the same strange tensors: a search's own are held to float64 elsewhere."""
+    draw, shape = case.draw, case.shape()
+    dtype = draw.choice([torch.float32] * 10 + [torch.float64, torch.float16])
+    samples, count = shape[0], draw.randrange(shape[0] + 1)
+    height, width = shape[2:] if len(shape) == 4 else (1, math.prod(shape[1:]))
+    most, norm = min(height, width), draw.choice(["Linf", "L2", "L1"] * 8 + ["l2"])
+    sides = [draw.randrange(most + 1) for _ in range(2)] if case.chance(0.95) else [most + 1, -1]
+    plain = case.chance(0.9)
+    x = case.memory.hold(case.numbers(shape, 0, 1, dtype), plain)
+    x_best = case.memory.hold((x + 0.1 * torch.rand(shape, generator=case.generator)).clamp(0, 1).to(dtype), plain)
+    rows = torch.randperm(samples, generator=case.generator)[:count] + (2 if case.chance(0.1) else 0)
+    x_tried = case.memory.hold(case.numbers([count, *shape[1:]], 0, 1, dtype), plain)
+    logits = None if case.chance(0.2) else case.memory.hold(case.numbers([count, 5], -1, 1, dtype).round(decimals=1))
+    y = case.memory.hold(torch.randint(5 + case.chance(0.05), (samples,), generator=case.generator))
+    loss_best = case.memory.hold(case.numbers([samples], -1, 1, dtype), plain)
+    state = case.memory.hold(torch.randint(3, (samples,), generator=case.generator).to(torch.uint8), plain)
+    rows = case.memory.hold(rows, plain=True)  # no two the same
+    pattern = None
+    if norm in ("L2", "L1") and sides[0] > 0:
+        pattern = case.memory.hold(ops.square_pattern(sides[0], norm).to(dtype))
+    settings = {
+        "query": draw.choice([0, 1, 9, 5000] * 5 + [-1]), "side": sides[0], "last_side": sides[1], "norm": norm,
+        "eps": 0.3 if case.chance(0.6) else case.setting(samples, dtype, 0.5), "seed": draw.choice([3, 2**63 - 1]),
+        "first_sample": draw.choice([0, 2**62]), "loss": draw.choice(["margin", "ce"]),
+    }  # fmt: skip
+    given = [x_tried, x_best, case.other(x), logits, y, loss_best, state, rows, pattern]
+    given[2] = case.shared(given[2], x_best) if isinstance(given[2], Tensor) else given[2]
+    copies = [t.clone() if isinstance(t, Tensor) else t for t in given]
+
+    def step(x_tried, x_best, x, logits, y, loss_best, state, rows, pattern):
+        ops.square_step_(
+            x_tried, x_best, x, logits, y, loss_best=loss_best, state=state, rows=rows, pattern=pattern, **settings
+        )
+
+    step(*given)
+    with backend.use("reference"):
+        step(*copies)
+    if not case.strange:
+        agree([given[i] for i in (0, 1, 5, 6)], [copies[i] for i in (0, 1, 5, 6)], 0.0 if norm == "Linf" else 5e-5)
+    case.memory.check([x_tried, x_best, loss_best, state])
+
+
 def load_case(case: Case, _: str) -> None:
     draw = case.draw
     images, channels, height, width = (draw.choice([1, 2, 3, 5, 8, 0 if case.chance(0.1) else 4]) for _ in range(4))
@@ -318,7 +361,7 @@ def spectral_case(case: Case, name: str) -> None:
 
 STEPS = ("project", "project_", "pgd_step", "pgd_step_", "random_start", "random_start_", "apgd_step", "apgd_step_")
 CASES: dict[str, Callable[[Case, str], None]] = dict.fromkeys(STEPS, step_case)
-CASES |= {"apgd_update_": update_case, "load_batch": load_case}
+CASES |= {"apgd_update_": update_case, "square_step_": square_case, "load_batch": load_case}
 CASES |= dict.fromkeys(("spectral_norm", "spectral_linear", "projection_logits"), spectral_case)
 MODES: list[Callable[[], contextlib.AbstractContextManager[object]]] = [
     *[contextlib.nullcontext] * 3, torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16),
