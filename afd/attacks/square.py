@@ -113,7 +113,7 @@ class Square(GradientAttack):
     the model; x if the model is wrong there; else the point of the highest loss.
 
     Raises:
-        InputTypeError, InputError: as of `PGD`; the norm is another than Linf, L2 and L1, or the model has one class.
+        InputTypeError, InputError: as of `PGD`; the norm is another than Linf, L2 and L1.
     """
 
     known: ClassVar[tuple[str, ...]] = ("Linf", "L2", "L1")
@@ -128,8 +128,6 @@ class Square(GradientAttack):
     def _run(self, chunk: Chunk) -> Tensor:
         assert chunk.y is not None  # the loss asks for it
         clean = self._clean(chunk)
-        if clean.shape[1] < 2:
-            raise InputError("the model has one class; Square needs another one to go to, so at least 2")
         y = chunk.y.argmax(1) if chunk.y.is_floating_point() else chunk.y
         standing, best, loss = clean.argmax(1) == y, chunk.x, chunk.x.new_full(y.shape, -math.inf)
         for restart in range(self.n_restarts):

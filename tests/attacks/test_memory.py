@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afd.attacks import APGD, PGD, AutoAttack
+from afd.attacks import APGD, PGD, AutoAttack, Square
 from afd.attacks.autoattack import BUILD
 from afd.bench.metering import peak_bytes
 
@@ -70,10 +70,25 @@ def tensors_alive():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("kind", [PGD, APGD])
+@pytest.mark.parametrize("norm", ["Linf", "L2", "L1"])
+@pytest.mark.parametrize("broken", [0, 16])
+def test_the_peak_of_square_is_that_of_a_forward_and_a_few_images(setting, norm, broken):
+    """The images, the best points, what is tried, what the model is shown, and the result."""
+    model, x, _ = setting
+    y = model(x).argmax(1)
+    y[:broken] = (y[:broken] + 1) % 10
+    x = x.contiguous(memory_format=torch.channels_last)
+    attack = Square(model, norm=norm, eps=1e-3, queries=20, chunk_size=32)
+    attack(x, y)
+    with torch.no_grad():
+        model_alone = peak_bytes(lambda: model(x), CPU)
+    assert peak_bytes(lambda: attack(x, y), CPU) <= model_alone + 5 * x.nbytes + 65536
+
+
+@pytest.mark.parametrize("kind", [PGD, APGD, Square])
 def test_two_hundred_calls_leave_nothing_behind(setting, kind):
     model, x, y = setting
-    attack = kind(model, eps=0.1, steps=1)
+    attack = kind(model, eps=0.1, **({"queries": 1} if kind is Square else {"steps": 1}))
     attack(x[:4], y[:4])
     before = tensors_alive()
     for seed in range(200):
