@@ -27,7 +27,8 @@ from afd.python_state import snapshot
 
 PRECISIONS = ("fp32", "bf16", "auto")
 ACTIVATION_BYTES = 24 << 20  # of one chunk: a few MiB a core stay in its own cache, the rest in the shared one
-LEAST_CHUNK = 64  # rows; with fewer, the cost of calling each layer shows
+LEAST_CHUNK, FULL_CHUNK = 64, 256  # rows; with fewer, the cost of calling each layer shows: much, or still a little
+MOST_BYTES = 128 << 20  # of a chunk of more than LEAST_CHUNK rows: beyond, C's allocator hands memory back at each call
 Wrap = Callable[[nn.Module], nn.Module]  # of trained modules, as DistributedDataParallel wants it
 
 _bytes_per_sample = WeakIdKeyDictionary()  # by model, whatever it equals: by precision and shape of a sample
@@ -138,7 +139,8 @@ class AttackExecution(Passes):
         if most is None and (x.is_cuda or samples <= LEAST_CHUNK or not eager(model) or _listened_to(model)):
             most = samples
         elif most is None:
-            most = max(LEAST_CHUNK, ACTIVATION_BYTES // self._activation_bytes(model, x))
+            each = self._activation_bytes(model, x)
+            most = max(LEAST_CHUNK, min(FULL_CHUNK, MOST_BYTES // each), ACTIVATION_BYTES // each)
         size = math.ceil(samples / math.ceil(samples / most))  # chunks of equal size
         for start in range(0, samples, size):
             yield slice(start, min(start + size, samples))

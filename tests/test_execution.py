@@ -46,6 +46,14 @@ def test_large_activations_make_small_pieces():
     )
 
 
+@pytest.mark.parametrize(("scale", "rows"), [(25, 256), (40, 109), (80, 64)])
+def test_beyond_the_caches_rows_share_the_cost_of_a_call_while_memory_lasts(scale, rows):
+    """An image becomes 0.46, 1.2 and 4.7 MiB: 256 of the first fit MOST_BYTES, 109 of the second."""
+    model = nn.Sequential(nn.Upsample(scale_factor=scale))
+    chunks = list(execution.AttackExecution().chunks(model, torch.rand(1280, 3, 8, 8)))
+    assert len(chunks) == -(-1280 // rows)
+
+
 def test_activations_half_as_large_make_pieces_twice_as_large():
     x, model = torch.rand(50_000, 3, 8, 8), net()
     most = execution.ACTIVATION_BYTES // (8 * 64 + 8 * 64 + 8 * 64 + 512 + 5)

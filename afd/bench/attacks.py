@@ -38,7 +38,8 @@ from afd.bench.baselines import (
     adapted,
     ours,
 )
-from afd.bench.metering import HostReads, interleaved, matmul_rate, pass_flops, peak_bytes, tf32
+from afd.bench.metering import Call, HostReads, interleaved, peak_bytes, products, tf32
+from afd.bench.passes import pass_flops
 from afd.bench.results import Candidate, Case, Column, Figure, mebibytes
 from afd.data import load
 from afd.errors import InputError, at_least, one_of, out_of_memory
@@ -223,13 +224,20 @@ def case(timed: TimedModel, request: Request, against: Sequence[str], repeats: i
             "host_reads": reads.count,
             "peak_bytes": peak_bytes(partial(run, x, y), device),
         }
-    times = interleaved({name: partial(run, x, y) for name, (run, _) in runs.items()}, repeats, 0, device)
-    base.detail("counting its arithmetic, and timing matrix products")
+    base.detail("counting its arithmetic, and trying matrix products")
     flops = pass_flops(timed.model, x, y)
-    rates = {kind: _rate(kind, device) for kind in sorted({kind for _, kind in runs.values()})}
+    by_kind = {kind: _products(kind, device) for kind in sorted({kind for _, kind in runs.values()})}
+    calls: dict[str, Call] = {name: partial(run, x, y) for name, (run, _) in runs.items()}
+    calls |= {name: product.call for forms in by_kind.values() for name, product in forms.items()}
+    times = interleaved(calls, repeats, 0, device)
+    rates = {
+        kind: max(product.flops / times.pop(name).p50 for name, product in forms.items())
+        for kind, forms in by_kind.items()
+    }
     for name, taken in times.items():
         # The share of the matrix products' rate is that of the work everybody needs: what a candidate computes beside
-        # that lowers it, and a convolution that is not computed as a matrix product may raise it.
+        # that lowers it, and on CUDA a convolution that is not computed as a matrix product may raise it. The products
+        # are timed in turn with the candidates, so that what slows the machine down slows both.
         facts[name] = {
             "images_per_second": len(x) / taken.p50,
             "image_steps_per_second": len(x) * request.steps / taken.p50,
@@ -245,7 +253,7 @@ def case(timed: TimedModel, request: Request, against: Sequence[str], repeats: i
     )
 
 
-_rate = cache(matmul_rate)
+_products = cache(products)
 
 
 def candidates(timed: TimedModel, request: Request, against: Sequence[str], say: Say) -> dict[str, tuple[Run, str]]:

@@ -22,11 +22,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from afd.attacks import engine
 from afd.bench import base
 from afd.bench.base import Say
 from afd.bench.results import Candidate, Figure, Timing
@@ -315,9 +313,8 @@ def _reads(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 # --- Arithmetic ------------------------------------------------------------------------------------------------------
 
-SMALLEST, SIZES = 256, {"cpu": 2048, "cuda": 8192}  # of matrices, powers of two
-PRODUCTS, LONGEST = 10, 0.5  # products of a size; and seconds that one may take
-COUNTED_IMAGES = 2  # FLOPs are counted on so many: they grow with the batch
+SMALLEST, SIZES = 256, {"cpu": 2048, "cuda": 8192}  # of products, powers of two
+PRODUCTS, LONGEST = 3, 0.5  # times that one is tried; and seconds that it may take
 
 
 @contextmanager
@@ -333,35 +330,49 @@ def tf32(allowed: bool) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def matmul_rate(kind: str, device: torch.device) -> float:
-    """Floating-point operations a second of the fastest of a few large square matrix products in fp32, tf32 or bf16.
+@dataclass(frozen=True)
+class Product:
+    """A matrix product to time."""
 
-    They are as large as `SIZES` says, or as can be waited for: some builds of torch emulate bfloat16 on a CPU.
+    call: Call
+    flops: int  # a multiplication and an addition each
+
+
+def products(kind: str, device: torch.device) -> dict[str, Product]:
+    """Matrix products in fp32, tf32 or bf16, of which the fastest tells a device's rate.
+
+    Square ones, and on a CPU those that 3x3 convolutions are, since each library has kernels of its own: MKL's products
+    take AVX2 on AMD's CPUs, oneDNN's convolutions the widest registers that there are. Of each form the two largest up
+    to `SIZES`, or as far as can be waited for: some builds of torch emulate bfloat16 on a CPU.
     """
-    size = SMALLEST
-    while 8 * (seconds := _product_seconds(size, kind, device)) <= LONGEST and size < SIZES[device.type]:
-        size *= 2
-    return 2 * size**3 / seconds
+    found: dict[str, Product] = {}
+    for form in (square, convolution) if device.type == "cpu" else (square,):
+        size = SMALLEST
+        made = {size: form(size, kind, device)}
+        while size < SIZES[device.type] and 8 * _seconds(made[size].call, device) <= LONGEST:
+            size *= 2
+            made[size] = form(size, kind, device)
+        found |= {f"{form.__name__} {kind} {size}": made[size] for size in sorted(made)[-2:]}
+    return found
 
 
-def _product_seconds(size: int, kind: str, device: torch.device) -> float:
-    """Of the fastest of a few products of two matrices of that size."""
-    a, b = torch.randn(2, size, size, device=device).to(torch.bfloat16 if kind == "bf16" else torch.float32)
-
-    def product() -> None:
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    with tf32(kind == "tf32"):
-        product()
-        return min(on_cpu(product)() for _ in range(PRODUCTS))
+def _seconds(call: Call, device: torch.device) -> float:
+    return interleaved({"a matrix product": call}, PRODUCTS, 1, device)["a matrix product"].p20
 
 
-def pass_flops(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Operations of one forward and input gradient: those of matrix products and convolutions, as torch counts them."""
-    counted = min(COUNTED_IMAGES, len(x))
-    images = x[:counted].clone().requires_grad_()
-    with engine.evaluating(model), FlopCounterMode(display=False) as counter:
-        torch.autograd.backward(F.cross_entropy(model(images), y[:counted], reduction="sum"))
-    return float(counter.get_total_flops()) * len(x) / counted
+def square(size: int, kind: str, device: torch.device) -> Product:
+    """Of two matrices of that size."""
+    a, b = _random(kind, device, size, size), _random(kind, device, size, size)
+    return Product(tf32(kind == "tf32")(partial(torch.mm, a, b)), 2 * size**3)
+
+
+def convolution(size: int, kind: str, device: torch.device) -> Product:
+    """About half as many operations, by a 3x3 convolution; without padding, so that all of them are done."""
+    images, channels, side = size // 64, size // 8, 16
+    shapes = (images, channels, side + 2, side + 2), (channels, channels, 3, 3)
+    x, weight = (_random(kind, device, *shape).contiguous(memory_format=torch.channels_last) for shape in shapes)
+    return Product(tf32(kind == "tf32")(partial(F.conv2d, x, weight)), 2 * images * side**2 * 9 * channels**2)
+
+
+def _random(kind: str, device: torch.device, *shape: int) -> Tensor:
+    return torch.randn(shape, device=device).to(torch.bfloat16 if kind == "bf16" else torch.float32)

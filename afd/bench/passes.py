@@ -1,20 +1,26 @@
-"""Passes of a model that a piece of work takes, counted: forwards, backwards to the input, backwards to the weights.
+"""Passes of a model, counted: forwards, backwards to the input, backwards to the weights; and a pass's operations.
 
-They are what the cost of a training method consists of, in a unit in which a forward is 1, and so is either part of a
+Passes are what the cost of a training method consists of, in a unit in which a forward is 1, and so is either part of a
 backward. A training pass is 3, a step of an attack 2, or 3 where it computes gradients of weights, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import starmap
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from afd.attacks import engine
 from afd.bench.results import Figure
 from afd.errors import AfdError
 
@@ -122,3 +128,49 @@ class _Convolutions(TorchDispatchMode):
         for kind in kinds:
             self.images[kind] += images
             self.images[kind, shape] += images
+
+
+# --- Their arithmetic ------------------------------------------------------------------------------------------------
+
+COUNTED_IMAGES = 2  # operations are counted on so many: they grow with the batch
+Shape = Sequence[int]  # of a tensor, or one number a side
+
+
+def pass_flops(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Operations of one forward and input gradient: those of matrix products and convolutions.
+
+    As torch counts them, but without the products of a convolution with its padding, which oneDNN leaves out.
+    """
+    counted = min(COUNTED_IMAGES, len(x))
+    images = x[:counted].clone().requires_grad_()
+    aten = torch.ops.aten
+    formulas = {aten.convolution: _conv_flops, aten.convolution_backward: _conv_backward_flops}
+    with engine.evaluating(model), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        torch.autograd.backward(F.cross_entropy(model(images), y[:counted], reduction="sum"))
+    return float(counter.get_total_flops()) * len(x) / counted
+
+
+def _conv_flops(
+    x: Shape, weight: Shape, _bias: Shape | None, stride: Shape, padding: Shape, dilation: Shape, transposed: bool,
+    *_: Any, out_shape: Shape,
+) -> int:  # fmt: skip
+    """Of a convolution of tensors of these shapes; a transposed one has the products of that whose gradient it is."""
+    near, far = (out_shape, x) if transposed else (x, out_shape)
+    sides = zip(near[2:], far[2:], weight[2:], stride, padding, dilation, strict=True)
+    return 2 * x[0] * weight[0] * weight[1] * math.prod(starmap(_products, sides))
+
+
+def _conv_backward_flops(
+    grad: Shape, x: Shape, weight: Shape, bias: Shape | None, *settings: Any, out_shape: object
+) -> int:
+    """As many for each gradient that is asked for, of the input and of the weights."""
+    del out_shape
+    *how, wanted = settings
+    return int(wanted[0] + wanted[1]) * _conv_flops(x, weight, bias, *how, out_shape=grad)
+
+
+@cache
+def _products(side: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Products along one side of the image that are not with padding."""
+    places = (i * stride + k * dilation - padding for i in range(out) for k in range(kernel))
+    return sum(0 <= place < side for place in places)

@@ -1,16 +1,18 @@
 """What a meter says: device time by graph and host time apart, memory, host reads, FLOPs by hand."""
 
 import gc
+import time
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from afd.attacks import PGD
-from afd.bench import kernels, metering
-from afd.bench.metering import Calls, CpuClock, GpuClock, HostReads, in_turn, peak_bytes
+from afd.bench import kernels, metering, passes
+from afd.bench.metering import Calls, CpuClock, GpuClock, HostReads, Product, in_turn, peak_bytes
 from afd.bench.op_cases import OPS, timed
 from afd.errors import out_of_memory
 
@@ -211,29 +213,72 @@ def test_running_out_of_memory_is_recognised():
 
 
 def test_flops_of_a_pass_are_those_of_forward_and_input_gradient():
+    """The convolution has 10 products along a side of 4 pixels, 3 for each but the outermost, which have 2."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 5))
     x, y = torch.rand(7, 3, 4, 4), torch.zeros(7, dtype=torch.long)
-    forward = 2 * (8 * 3 * 9 * 16 + 8 * 16 * 5)  # a multiplication and an addition each
-    assert metering.pass_flops(model, x, y) == 7 * 2 * forward
+    forward = 2 * (8 * 3 * 10**2 + 8 * 16 * 5)  # a multiplication and an addition each
+    assert passes.pass_flops(model, x, y) == 7 * 2 * forward
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
-    assert metering.pass_flops(model, x[:1], y[:1]) == 2 * forward
+    assert passes.pass_flops(model, x[:1], y[:1]) == 2 * forward
 
 
-def test_the_matrix_rate_follows_the_clock(monkeypatch):
-    ticks = iter(range(100))
-    monkeypatch.setattr(metering.time, "perf_counter", lambda: next(ticks) * 0.5)
-    monkeypatch.setattr(metering, "SMALLEST", 8)
-    monkeypatch.setitem(metering.SIZES, "cpu", 8)
-    assert metering.matmul_rate("fp32", CPU) == 2 * 8**3 / 0.5
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3, padding=1, bias=False),
+        nn.Conv2d(4, 6, (5, 3), padding=(3, 0), stride=(2, 1), dilation=(1, 2), bias=False),
+        nn.Conv2d(4, 6, 3, padding="same", dilation=2, groups=2, bias=False),
+        nn.Conv2d(4, 6, 1, stride=2, bias=False),
+        nn.ConvTranspose2d(4, 6, 3, padding=1, stride=2, output_padding=1, groups=2, bias=False),
+    ],
+)
+def test_products_with_padding_are_not_counted(layer):
+    """Of ones, a convolution sums up as many as it has products."""
+    x = torch.ones(2, 4, 7, 9)
+    nn.init.ones_(layer.weight)
+    products = layer(x).sum().item()
+    assert passes.pass_flops(nn.Sequential(layer, nn.Flatten()), x, torch.zeros(2, dtype=torch.long)) == 4 * products
 
 
-@pytest.mark.parametrize(("rate", "largest"), [(1e12, 2048), (1e10, 1024), (1e6, 256)])
-def test_the_products_are_as_large_as_can_be_waited_for(rate, largest, monkeypatch):
+@pytest.mark.parametrize(("rate", "sizes"), [(1e12, (1024, 2048)), (1e10, (512, 1024)), (1e6, (256,))])
+def test_the_products_are_as_large_as_can_be_waited_for(rate, sizes, monkeypatch):
     """A product takes eight times as long as one half as large."""
-    asked = []
-    monkeypatch.setattr(metering, "_product_seconds", lambda size, *_: asked.append(size) or size**3 / rate)
-    assert metering.matmul_rate("bf16", CPU) == pytest.approx(2 * rate)
-    assert asked[-1] == largest
+    for form in ("square", "convolution"):
+        monkeypatch.setattr(metering, form, made := lambda size, *_: Product(size.__int__, 2 * size**3))
+        made.__name__ = form
+    monkeypatch.setattr(metering, "_seconds", lambda call, _device: call() ** 3 / rate)
+    found = metering.products("bf16", CPU)
+    assert list(found) == [f"{form} bf16 {size}" for form in ("square", "convolution") for size in sizes]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("form", [metering.square, metering.convolution])
+def test_a_product_does_as_many_operations_as_it_says(form, kind):
+    product = form(256, kind, CPU)
+    with FlopCounterMode(display=False) as counter:
+        made = product.call()
+    assert counter.get_total_flops() == product.flops
+    assert made.dtype == (torch.bfloat16 if kind == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(64, 32), (512, 4)])
+def test_no_convolution_of_a_network_is_faster_than_the_products(channels, side, monkeypatch):
+    """By the CPU's time, in one thread: 3x3, padded, as ResNet-18 has them, of few padded pixels and of many."""
+    monkeypatch.setattr(metering.time, "perf_counter", time.process_time)
+    monkeypatch.setitem(metering.SIZES, "cpu", 1024)
+    model = nn.Conv2d(channels, channels, 3, padding=1, bias=False).requires_grad_(False)
+    x = torch.rand(32, channels, side, side).contiguous(memory_format=torch.channels_last)
+    forward = passes.pass_flops(nn.Sequential(model, nn.Flatten()), x, torch.zeros(32, dtype=torch.long)) / 2
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        products = metering.products("fp32", CPU)
+        calls = {name: product.call for name, product in products.items()} | {"model": lambda: model(x)}
+        times = metering.interleaved(calls, 9, 1, CPU)
+    finally:
+        torch.set_num_threads(threads)
+    rate = max(product.flops / times[name].p50 for name, product in products.items())
+    assert forward / times["model"].p50 <= 1.15 * rate
 
 
 def test_tf32_is_as_it_was_afterwards():
