@@ -107,7 +107,9 @@ def evaluate(
     sizes = (1, batch_size, len(images) % batch_size or 1, other_batch_size(batch_size), PROBED)
     check_metadata(model)
     classes = check_fit(model, images, sizes)
-    protocol.check_classes(classes)
+    protocol = protocol.for_classes(classes)
+    for note in protocol.notes:
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     if surrogate is not None:
         check_metadata(surrogate)
         check_fit(surrogate, images, sizes)
@@ -129,7 +131,7 @@ def evaluate(
         else:
             with ProgressBar(console) as bar:
                 runner = Runner(
-                    model=local(model.network), surrogate=None if surrogate is None else local(surrogate.network),
+                    model=local(model.network), surrogates=[] if surrogate is None else [local(surrogate.network)],
                     images=images, classes=classes, protocol=protocol, store=store, group=group, seed=seed,
                     batch_size=batch_size, meter=bar, count=domain_counter(model, protocol),
                 )  # fmt: skip
@@ -178,10 +180,10 @@ def _check_stages(protocol: Protocol) -> None:
     """Raises InputError unless there is a stage to report, and the probes that the checks compare."""
     if not any(stage.role == "score" for stage in protocol.stages):
         raise InputError(f"protocol {protocol.name} has no stage that counts; it needs one with the role 'score'")
-    missing = {*NEEDED} - {stage.name for stage in protocol.stages}
+    missing = sorted(name for name in NEEDED if protocol.find(name) is None)
     if missing:
         raise InputError(
-            f"protocol {protocol.name} lacks the stages {', '.join(sorted(missing))}; add those of "
+            f"protocol {protocol.name} lacks the stages {', '.join(missing)}; add those of "
             "afd.evaluation.protocol.probes"
         )
 

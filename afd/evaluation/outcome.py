@@ -16,13 +16,14 @@ from afd._version import __version__
 from afd.attacks.ball import NORMS
 from afd.data import Images
 from afd.errors import AfdError, InputError, look_up
-from afd.evaluation.attacks import Epsilon
+from afd.evaluation.attacks import Epsilon, Stage
 from afd.evaluation.model import Model, divergence
-from afd.evaluation.protocol import Protocol, Stage
+from afd.evaluation.protocol import Protocol
 from afd.files import check_source, write_whole
 from afd.nn.classifier import unwrapped
 from afd.runtime import Group
 
+BLACK_BOX = ("noise", "square", "autoattack")  # attacks that ask for no gradient, or not for gradients alone
 FORMAT, VERSION = "afd-evaluation", 1
 RESULTS = "results.json"
 BLIND_AND_ROBUST = "blind and standing"  # a count's name in the store of earlier versions, too
@@ -122,6 +123,19 @@ class Outcome:
         self.counts = group.merged(self.counts)
         return self
 
+    def reached(self, stage: Stage, radius: Epsilon) -> Tensor:
+        """Where a stage fooled the model at a radius or below it, bool [N]."""
+        positions = [i for i, epsilon in enumerate(stage.epsilons) if epsilon <= radius]
+        return self.found[stage.name][positions].any(0)
+
+    def white_box(self, norm: str, radius: Epsilon) -> Tensor:
+        """Where any attack by gradients in a norm fooled the model it looks at, at a radius or below it, bool [N]."""
+        found = torch.zeros_like(self.correct)
+        for stage in self.protocol.stages:
+            if stage.norm == norm and stage.attack not in BLACK_BOX and stage.role != "transfer":
+                found |= self.reached(stage, radius)
+        return found
+
     def robust(self, stage: Stage) -> Tensor:
         """Whether the model is robust on each image to a stage at each of its radii, bool [radii, N].
 
@@ -166,8 +180,7 @@ class Outcome:
         robust = self.correct.clone()
         for stage in self.protocol.stages:
             if stage.norm == norm and stage.role != "probe":
-                reached = [i for i, epsilon in enumerate(stage.epsilons) if epsilon <= radius]
-                robust &= ~self.found[stage.name][reached].any(0)
+                robust &= ~self.reached(stage, radius)
         return robust
 
     def union(self) -> dict[str, Any] | None:

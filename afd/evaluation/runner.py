@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
@@ -17,9 +17,9 @@ from afd.attacks.external import check_returned, inside
 from afd.attacks.inputs import rows_of
 from afd.data import Images
 from afd.errors import AfdError
-from afd.evaluation.attacks import ATTACKS, Shortened, Target
+from afd.evaluation.attacks import ATTACKS, Shortened, Stage, Target, WorkItem
 from afd.evaluation.outcome import BLIND_AND_ROBUST, ItemResult, Outcome
-from afd.evaluation.protocol import Protocol, Stage, WorkItem
+from afd.evaluation.protocol import Protocol
 from afd.evaluation.store import Store
 from afd.metrics import Predictions, predict
 from afd.runtime import Group
@@ -70,7 +70,7 @@ class Runner:
 
     Attributes:
         model: under evaluation.
-        surrogate: model that transfer stages attack; None if there are none.
+        surrogates: models that transfer stages attack, by their number.
         images: what to attack, on the device of the models.
         classes: of the model.
         protocol: what to do.
@@ -84,7 +84,7 @@ class Runner:
     """
 
     model: nn.Module
-    surrogate: nn.Module | None
+    surrogates: Sequence[nn.Module]
     images: Images
     classes: int
     protocol: Protocol
@@ -113,7 +113,7 @@ class Runner:
             outcome.undefined(batch.first, batch.said.undefined)
             fooled = {stage.name: torch.zeros_like(batch.correct) for stage in self.protocol.stages}
             for item in order:
-                result = self.result(batch, item, fooled[item.stage.name])
+                result = self.result(batch, item, fooled[item.stage.name], outcome)
                 self.note(outcome, batch, item, result, fooled[item.stage.name])
                 self.meter.moved(len(batch.y) * item.passes, f"batch {number + 1}: {item}")
         return outcome.gathered(self.group)
@@ -132,12 +132,19 @@ class Runner:
         taken: dict[str, Tensor] = {stage.norm: torch.zeros_like(correct) for stage in self.protocol.stages}
         return Batch(number, first, x, y, said, correct, taken)
 
-    def result(self, batch: Batch, item: WorkItem, fooled: Tensor) -> ItemResult:
-        """What an item finds, from the store or computed now; `fooled` [N]: where its stage did at smaller radii."""
+    def result(self, batch: Batch, item: WorkItem, fooled: Tensor, outcome: Outcome) -> ItemResult:
+        """What an item finds, from the store or computed now.
+
+        Args:
+            batch: where.
+            item: what is done.
+            fooled: where its stage fooled the model at smaller radii, bool [N].
+            outcome: what was found so far.
+        """
         key = item.key(batch.number)
         if (result := self.store.load_or_forget(key)) is not None:
             return result
-        rows = self.rows(batch, item.stage, fooled).nonzero().squeeze(1)
+        rows = self.rows(batch, item, fooled, outcome).nonzero().squeeze(1)
         started = time.perf_counter()
         try:
             with warnings.catch_warnings():
@@ -154,14 +161,21 @@ class Runner:
             self.store.save(key, result)
         return result
 
-    def rows(self, batch: Batch, stage: Stage, fooled: Tensor) -> Tensor:
-        """Which images of a batch a stage attacks, bool [N]."""
+    def rows(self, batch: Batch, item: WorkItem, fooled: Tensor, outcome: Outcome) -> Tensor:
+        """Which images of a batch an item attacks, bool [N]; see `result`."""
+        stage, radius = item.stage, item.largest
+        own = slice(batch.first, batch.first + len(batch.y))
         wanted = {
-            "all": ~batch.said.undefined,
-            "correct": batch.correct,
-            "survivors": batch.correct & ~fooled,
-            "remaining": batch.correct & ~batch.taken[stage.norm],
-        }[stage.scope]
+            "all": lambda: ~batch.said.undefined,
+            "correct": lambda: batch.correct,
+            "survivors": lambda: batch.correct & ~fooled,
+            "remaining": lambda: batch.correct & ~batch.taken[stage.norm],
+            "withstood": lambda: batch.correct & ~outcome.white_box(stage.norm, radius)[own].to(fooled.device),
+        }[stage.scope]()
+        if stage.after:
+            before = self.protocol.find(stage.after)
+            assert before is not None
+            wanted = wanted & ~outcome.reached(before, radius)[own].to(fooled.device)
         if stage.first is None:
             return wanted
         return wanted & (torch.arange(len(wanted), device=wanted.device) + batch.first < stage.first)
@@ -202,8 +216,7 @@ class Runner:
     def attack(self, stage: Stage, ball: Ball) -> Attack:
         """The attack of a stage in a ball, on the model that it looks at."""
         kind = ATTACKS[stage.attack]
-        seen = self.surrogate if stage.role == "transfer" else self.model
-        assert seen is not None
+        seen = self.surrogates[stage.surrogate] if stage.role == "transfer" else self.model
         attack = kind.build(Target(seen, stage.norm, float(ball.eps), self.seed, self.classes), **stage.settings)
         return Shortened(attack, ball) if kind.minimal and stage.role == "transfer" else attack
 

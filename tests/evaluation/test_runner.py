@@ -77,7 +77,7 @@ class Impatient(Silent):
 
 def runner(data, protocol, folder, *, meter=None, group=None, batch_size=7, count=None):
     return Runner(
-        model=Brightest(), surrogate=None, images=data, classes=3, protocol=protocol,
+        model=Brightest(), surrogates=(), images=data, classes=3, protocol=protocol,
         store=Store(folder, {"protocol": protocol.as_json()}), group=group or Group(), seed=0,
         batch_size=batch_size, meter=meter or Silent(), count=count,
     )  # fmt: skip

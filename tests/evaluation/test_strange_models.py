@@ -179,7 +179,7 @@ def test_nan_on_an_attacked_image_does_not_withstand_and_is_counted(bright, tmp_
 
     stage = Stage("shift", "shift", "Linf", RADII[:1])
     runner = Runner(
-        model=Around(before=undefined), surrogate=None, images=bright, classes=3,
+        model=Around(before=undefined), surrogates=(), images=bright, classes=3,
         protocol=Protocol("quick", "Linf", RADII[0], (stage,)), store=Store(tmp_path, {}),
         group=Group(), seed=0, batch_size=60, meter=Silent(),
     )  # fmt: skip

@@ -24,10 +24,10 @@ WORDS = "Linf=0.12,L2=1/2,L1=1.5"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def without_square():
-    """Square's thousand queries have their tests elsewhere; here they would only take time."""
+def few_queries():
+    """Square's queries have their tests elsewhere; here they would only take time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocols, "installed", lambda _: False)
+        patch.setattr(protocols, "QUICK_QUERIES", 2)
         yield
 
 
@@ -36,7 +36,7 @@ def cascade(norm, epsilons, reference):
         Stage(name, attack, norm, tuple(epsilons), chosen, scope="remaining")
         for name, attack, chosen in (("first", "pgd", {"steps": 1}), ("second", "pgd", {"steps": 10}))
     ]
-    return Protocol("cascade", norm, reference, (*stages, *probes(norm, reference)))
+    return Protocol("cascade", norm, reference, (*stages, *probes(norm, reference, queries=2)))
 
 
 @pytest.fixture(scope="module")
