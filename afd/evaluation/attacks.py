@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from afd.attacks import APGD, FGSM, MIM, PGD, Attack, Norm, Square, external
 from afd.attacks.ball import NORMS, Ball
 from afd.attacks.inputs import rows_of
+from afd.attacks.settings import LossName
 from afd.errors import InputError, in_levels, one_of
 from afd.metrics import predict
 
@@ -194,7 +195,7 @@ def mim(target: Target, *, steps: int, decay: float = 1.0) -> Attack:
     return MIM(target.model, **target.ball, alpha=target.eps / steps, steps=steps, decay=decay)
 
 
-def apgd(loss: str) -> Builder:
+def apgd(loss: LossName) -> Builder:
     """The builder of Auto-PGD on a loss that aims at no class."""
     return lambda target, *, steps, n_restarts=1: APGD(
         target.model, **target.ball, steps=steps, n_restarts=n_restarts, loss=loss, early_stop=True, seed=target.seed

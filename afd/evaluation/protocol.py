@@ -262,7 +262,7 @@ def probes(norm: Norm, reference: Epsilon, beside: Sequence[Stage] = (), queries
         Stage("probe-fgsm", "fgsm", norm, here, {}, "all", "probe", PROBED),
         Stage("probe-pgd-20", "pgd", norm, here, {"steps": 20}, "correct", "probe", PROBED),
         Stage("probe-pgd-40", "pgd", norm, here, {"steps": 40}, "correct", "probe", PROBED, after="probe-pgd-20"),
-        Stage("probe-far", "pgd", "Linf", far, {"steps": 40}, "survivors", "probe", PROBED),
+        Stage("probe-far", "pgd", "Linf", far, {"steps": 20}, "survivors", "probe", PROBED),
         Stage("probe-noise", "noise", norm, here, {"draws": 20}, "withstood", "probe", PROBED),
     ]
     if norm in Square.known:
