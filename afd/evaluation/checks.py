@@ -15,6 +15,7 @@ from afd.attacks.engine import evaluating, judged, loss_gradient
 from afd.attacks.external import inside
 from afd.attacks.losses import cross_entropy
 from afd.evaluation.attacks import Stage
+from afd.evaluation.confirm import Confirmation
 from afd.evaluation.model import Model
 from afd.evaluation.outcome import Outcome
 from afd.evaluation.protocol import PROBED
@@ -82,6 +83,14 @@ def skipped(name: str, reason: str) -> Check:
 def overall(checks: Iterable[Check]) -> Verdict:
     """The worst verdict."""
     return max((check.verdict for check in checks), key=SEVERITY.index, default="skipped")
+
+
+VERDICTS = {
+    "pass": "Every check that could be made passed.",
+    "warn": "Some checks warn: read them before quoting a figure.",
+    "fail": "Checks failed: these figures are not evidence of robustness.",
+    "skipped": "No check was made.",
+}
 
 
 # --- The model and a few clean images: what masks gradients often shows before any attack -----------------------------
@@ -176,8 +185,6 @@ def _bounds(x: Tensor) -> Check:
 
 # --- The outcome: the weaker of two attacks must not find what the stronger cannot ------------------------------------
 
-NEEDED = ("probe-noise", "probe-fgsm", "probe-pgd-20", "probe-pgd-40", "probe-far")  # stages of every protocol
-
 
 def outcome_checks(outcome: Outcome, classes: int) -> list[Check]:
     """All checks that the stages of an outcome allow, in points of accuracy (hundredths of the images)."""
@@ -212,6 +219,17 @@ def verification_check(found: Verification) -> Check:
         "re-verification", share, f"% of {found.images} adversarial images", allowed=0, fails_above=0.5,
         one=100 / max(found.images, 1),
         meaning=f"shown again in batches of {found.batch_size}, in float32, these no longer fool the model",
+    )  # fmt: skip
+
+
+def precision_check(found: Confirmation | None) -> Check:
+    """Whether float32 breaks none of the images, of those drawn, that attacks in bfloat16 left; None where none ran."""
+    name = "float32 beats bfloat16"
+    if found is None:
+        return skipped(name, "attacks ran in float32: this device does not multiply bfloat16 in hardware")
+    return judge(
+        name, found.fell, f"of {found.drawn} robust images", allowed=0, fails_above=0,
+        meaning="in float32 these fell to the same attacks: bfloat16 misled them, or they had not converged",
     )  # fmt: skip
 
 

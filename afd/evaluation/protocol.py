@@ -45,6 +45,11 @@ class Protocol:
         if twice:
             raise InputError(f"stages {sorted(twice)} are named twice; each name must be unique")
 
+    @property
+    def balls(self) -> Mapping[Norm, Epsilon]:
+        """The radius in each norm that the result is judged at."""
+        return self.union or {self.norm: self.reference}
+
     def reference_in(self, norm: Norm) -> Epsilon:
         """The radius in a norm that the result is judged at."""
         return self.union.get(norm, self.reference)
@@ -55,6 +60,17 @@ class Protocol:
             library = ATTACKS[stage.attack].library
             if library != "afd":
                 require(library, f"the stage {stage.name} of the {self.name} protocol")
+
+    def check_stages(self) -> None:
+        """Raises InputError unless there is a stage to report, and the probes that the checks compare."""
+        if not any(stage.role == "score" for stage in self.stages):
+            raise InputError(f"protocol {self.name} has no stage that counts; it needs one with the role 'score'")
+        missing = sorted(name for name in NEEDED if self.find(name) is None)
+        if missing:
+            raise InputError(
+                f"protocol {self.name} lacks the stages {', '.join(missing)}; add those of "
+                "afd.evaluation.protocol.probes"
+            )
 
     def for_classes(self, classes: int) -> Protocol:
         """The same for a model of so many classes: `notes` say which attack it leaves out, and what runs instead.
@@ -124,6 +140,7 @@ class Protocol:
 
 NAMES = ("quick", "autoattack", "paper")
 PROBED = 200  # images that the probes attack
+NEEDED = ("probe-noise", "probe-fgsm", "probe-pgd-20", "probe-pgd-40", "probe-far")  # of every protocol
 # of the probe by random search: in quick so few that all checks together cost at most three times what they check
 QUERIES, QUICK_QUERIES = 1000, 400
 

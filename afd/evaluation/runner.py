@@ -11,17 +11,19 @@ from typing import Protocol as Interface
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import Attack, ModelWarning, Report
+from afd.attacks import Attack, ModelWarning, Report, engine
 from afd.attacks.ball import Ball
 from afd.attacks.external import check_returned, inside
 from afd.attacks.inputs import rows_of
 from afd.data import Images
 from afd.errors import AfdError
 from afd.evaluation.attacks import ATTACKS, Shortened, Stage, Target, WorkItem
-from afd.evaluation.outcome import BLIND_AND_ROBUST, ItemResult, Outcome
+from afd.evaluation.outcome import BLIND_AND_ROBUST, BROKEN_IN_FP32, LEFT_IN_BF16, ItemResult, Outcome
 from afd.evaluation.protocol import Protocol
 from afd.evaluation.store import Store
+from afd.execution import Passes
 from afd.metrics import Predictions, predict
+from afd.ops import backend
 from afd.runtime import Group
 
 Count = Callable[[Tensor, Tensor], dict[str, int]]
@@ -81,6 +83,7 @@ class Runner:
         meter: hears of progress.
         count: counts things about images and their labels: clean ones, and as scoring stages leave them; of those only
             that the model gets right when clean. None counts nothing.
+        precision: that attacks run in: "fp32", "bf16" or "auto". Figures are made in float32 (`predict`).
     """
 
     model: nn.Module
@@ -94,6 +97,12 @@ class Runner:
     batch_size: int
     meter: Meter
     count: Count | None = None
+    precision: str = "fp32"
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether attacks run in bfloat16 here."""
+        return self.precision == "bf16" or (self.precision == "auto" and backend.fast_bf16(self.images.device))
 
     def run(self) -> Outcome:
         """Everything that is not in the store yet; returns what all processes found.
@@ -154,8 +163,7 @@ class Runner:
             last = batch.first + len(batch.y) - 1
             raise AttackFailedError(
                 f"{item} failed on batch {batch.number + 1} (images {batch.first} to {last}) with "
-                f"{type(error).__name__}: {error}; what was computed before is kept in {self.store.folder}, "
-                "and the same command goes on from there"
+                f"{type(error).__name__}: {error}{self.store.kept}"
             ) from error
         if len(rows):
             self.store.save(key, result)
@@ -208,6 +216,9 @@ class Runner:
             counts |= aim(report, item.positions[0], fooled)
             infinite |= report.nonfinite.to(infinite.device)
         counts["not finite"] = int(infinite.sum())
+        if self.low_precision and ATTACKS[stage.attack].library == "afd":
+            left = legal & (self.predict_in_bf16(x_adv) == y)
+            counts |= {LEFT_IN_BF16: int(left.sum()), BROKEN_IN_FP32: int((left & fooled).sum())}
         return ItemResult(
             rows=rows[fooled].cpu(), images=kept[fooled].cpu(), lengths=ball.distance(kept, x)[fooled].cpu(),
             attacked=len(rows), illegal=int((~legal).sum()), counts=counts, seconds=time.perf_counter() - started,
@@ -217,7 +228,8 @@ class Runner:
         """The attack of a stage in a ball, on the model that it looks at."""
         kind = ATTACKS[stage.attack]
         seen = self.surrogates[stage.surrogate] if stage.role == "transfer" else self.model
-        attack = kind.build(Target(seen, stage.norm, float(ball.eps), self.seed, self.classes), **stage.settings)
+        target = Target(seen, stage.norm, float(ball.eps), self.seed, self.classes, self.precision)
+        attack = kind.build(target, **stage.settings)
         return Shortened(attack, ball) if kind.minimal and stage.role == "transfer" else attack
 
     def note(self, outcome: Outcome, batch: Batch, item: WorkItem, result: ItemResult, fooled: Tensor) -> None:
@@ -241,6 +253,13 @@ class Runner:
     def predict(self, x: Tensor) -> Predictions:
         """What the model says of images [N, ...], in evaluation mode and float32."""
         return predict(self.model, x)
+
+    def predict_in_bf16(self, x: Tensor) -> Tensor:
+        """The classes that an attack in bfloat16 sees at images [N, ...], int64 [N]."""
+        if not len(x):
+            return torch.zeros(0, dtype=torch.int64, device=x.device)
+        with engine.evaluating(self.model), torch.no_grad(), Passes("bf16").autocast(x.device):
+            return engine.logits(self.model, x)[0].argmax(1)
 
     def counted(self, x: Tensor, batch: Batch) -> dict[str, int]:
         """Counts on the images that the model gets right when clean."""

@@ -11,7 +11,7 @@ from afd.attacks import PGD
 from afd.attacks.ball import NORMS
 from afd.bench.baselines import Request, adapted
 from afd.evaluation.attacks import ATTACKS, Epsilon, Target, ascending
-from afd.evaluation.evaluate import evaluate
+from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.model import Model
 from afd.evaluation.protocol import autoattack, autoattack_reference, paper
 from afd.installation import ExtraMissingError
@@ -100,7 +100,7 @@ def test_a_missing_extra_is_named_before_anything_runs(missing, images, natural,
     ]}  # fmt: skip
     for protocol in protocols[missing]:
         with pytest.raises(ExtraMissingError, match=rf"needs {missing}, .* pip install 'afd-torch\[evaluate\]'"):
-            evaluate(Model("natural", "test", natural), images, protocol, tmp_path / "out")
+            evaluate_to_folder(Model("natural", "test", natural), images, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -113,7 +113,7 @@ def autoattack_accuracies(model, images, eps, folder):
         stages = tuple(stage for stage in protocol.stages if stage.role == "score")
         protocol = type(protocol)(protocol.name, "Linf", reference, (*stages, *protocol.stages[len(stages) :][:5]))
         out = folder / f"{protocol.name}-{eps}".replace("/", "-")
-        results = evaluate(Model("model", "test", model), images, protocol, out)
+        results = evaluate_to_folder(Model("model", "test", model), images, protocol, out)
         found.append(results["worst_case"]["Linf"][eps])
     return found
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from afd.evaluation import runner
 from afd.evaluation.attacks import Epsilon
-from afd.evaluation.evaluate import evaluate
+from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.model import Model
 from afd.evaluation.protocol import quick
 
@@ -170,7 +170,7 @@ def quickly(images, tmp_path_factory):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(runner.Runner, "compute", noted)
                 protocol, out = quick("Linf", (EPS,), EPS), tmp_path_factory.mktemp("quick") / "out"
-                results = evaluate(Model("model", "test", counted), images, protocol, out, batch_size=60)
+                results = evaluate_to_folder(Model("model", "test", counted), images, protocol, out, batch_size=60)
             checks = {check["name"]: check for check in results["checks"]}
             known[name] = results, checks, counted.passes
             print(results["clean"], {n: (c["verdict"], c["number"]) for n, c in checks.items()})

@@ -15,7 +15,7 @@ from afd.data import Images
 from afd.errors import InputError, InputTypeError, ModelWarning
 from afd.evaluation import attacks
 from afd.evaluation.attacks import ATTACKS, Epsilon, Target, ascending
-from afd.evaluation.evaluate import FolderError, evaluate
+from afd.evaluation.folder import FolderError, evaluate_to_folder
 from afd.evaluation.model import Model, UnusableModelError, check_fit, feature_summary
 from afd.evaluation.protocol import Protocol, Stage, autoattack, autoattack_reference, probes, quick
 from afd.evaluation.runner import Runner
@@ -55,7 +55,7 @@ def evaluated(model, images, out, stages=None, **options):
     """The results of PGD and all probes but Square, and the checks by name."""
     stages = stages or [Stage("pgd", "pgd", "Linf", RADII, {"steps": 10})]
     protocol = Protocol("quick", "Linf", RADII[0], (*stages, *probes("Linf", RADII[0])[:5]))
-    results = evaluate(Model("model", "test", model), images, protocol, out, batch_size=40, **options)
+    results = evaluate_to_folder(Model("model", "test", model), images, protocol, out, batch_size=40, **options)
     for attack in results["attacks"]:
         attack["seconds"] = 0
     return results, {check["name"]: check for check in results["checks"]}
@@ -257,7 +257,7 @@ def test_a_protocol_whose_attacks_need_more_classes_is_refused(make, words, brig
     pytest.importorskip("pyautoattack")
     protocol = make("Linf", RADII, RADII[0])
     with pytest.raises(InputError, match=words):
-        evaluate(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
+        evaluate_to_folder(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -265,7 +265,7 @@ def test_a_protocol_whose_attacks_need_more_classes_is_refused(make, words, brig
 def test_a_radius_that_no_two_images_are_apart_is_refused(norm, eps, widest, bright, tmp_path):
     protocol = quick(norm, ascending([eps]), Epsilon.of(eps))
     with pytest.raises(InputError, match=f"eps is {eps} in {norm}; no two images .* further apart than {widest}"):
-        evaluate(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
+        evaluate_to_folder(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -281,7 +281,9 @@ def test_a_radius_that_no_two_images_are_apart_is_refused(norm, eps, widest, bri
 )
 def test_numbers_out_of_range_are_refused(options, kind, words, bright, tmp_path):
     with pytest.raises(kind, match=words):
-        evaluate(Model("model", "test", Brightest()), bright, quick("Linf", RADII, RADII[0]), tmp_path, **options)
+        evaluate_to_folder(
+            Model("model", "test", Brightest()), bright, quick("Linf", RADII, RADII[0]), tmp_path, **options
+        )
 
 
 @pytest.mark.parametrize("size", [1, 13, 40, 200])
@@ -373,10 +375,10 @@ def test_a_protocol_without_its_probes_is_refused(missing, bright, tmp_path):
     whole = quick("Linf", RADII, RADII[0])
     fewer = Protocol("quick", "Linf", RADII[0], tuple(stage for stage in whole.stages if stage.name != missing))
     with pytest.raises(InputError, match=f"protocol quick lacks the stages {missing}; add those of"):
-        evaluate(Model("model", "test", Brightest()), bright, fewer, tmp_path / "out")
+        evaluate_to_folder(Model("model", "test", Brightest()), bright, fewer, tmp_path / "out")
     only = Protocol("quick", "Linf", RADII[0], probes("Linf", RADII[0]))
     with pytest.raises(InputError, match="protocol quick has no stage that counts"):
-        evaluate(Model("model", "test", Brightest()), bright, only, tmp_path / "out")
+        evaluate_to_folder(Model("model", "test", Brightest()), bright, only, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -403,7 +405,7 @@ def test_a_folder_that_cannot_be_made_is_named(bright, tmp_path):
 def test_metadata_that_no_json_can_hold_is_refused_at_once(bright, tmp_path):
     model = Model("model", "test", Brightest(), metadata={"weights": torch.zeros(2)})
     with pytest.raises(UnusableModelError, match=r"metadata of model test must be plain JSON: .*Tensor"):
-        evaluate(model, bright, quick("Linf", RADII, RADII[0]), tmp_path / "out")
+        evaluate_to_folder(model, bright, quick("Linf", RADII, RADII[0]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
