@@ -308,16 +308,12 @@ def present(results: dict[str, Any], console: Console) -> None:
         within = intervals["worst_case"][norm]
         spans = (f"{eps}: {percent(accuracy)} (95%: {spanned(within[eps])})" for eps, accuracy in worst.items())
         grid.add_row("worst case", NORMS[norm].sign, "   ".join(spans), style="bold")
-    if results.get("union"):
-        balls = ", ".join(map(ball_name, results["union"]["balls"]))
-        grid.add_row(
-            "all balls",
-            "",
-            f"{balls}: {percent(results['union']['accuracy'])} (95%: {spanned(results['union']['interval'])})",
-            style="bold",
-        )
+    if (union := results.get("union")) is not None:
+        balls = ", ".join(map(ball_name, union["balls"]))
+        told = f"{balls}: {percent(union['accuracy'])} (95%: {spanned(union['interval'])})"
+        grid.add_row("all balls", "", told, style="bold")
     console.print(grid)
-    for line in (*results["protocol"].get("notes", ()), *confirmed_in_words(results)):
+    for line in confirmed_in_words(results):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     signs = Grid("check", "verdict", "number", "meaning", title="Self-deception", title_justify="left")
     for check in results["checks"]:
@@ -329,10 +325,10 @@ def present(results: dict[str, Any], console: Console) -> None:
     todo = advised(results["checks"], results["protocol"]["name"])
     if not todo:
         return
-    told = Grid("check", "what to do next", title=VERDICTS[results["verdict"]], title_justify="left")
+    advice = Grid("check", "what to do next", title=VERDICTS[results["verdict"]], title_justify="left")
     for name, verdict, words in todo:
-        told.add_row(f"[{COLOURS[verdict]}]{escape(name)}[/]", escape(words))
-    console.print(told)
+        advice.add_row(f"[{COLOURS[verdict]}]{escape(name)}[/]", escape(words))
+    console.print(advice)
 
 
 def present_table(found: Table, console: Console) -> None:

@@ -157,8 +157,8 @@ def check_fit(model: Model, images: Images, sizes: Iterable[int] = (2,)) -> int:
         sizes: of the batches that it will be shown them in; each is tried.
 
     Raises:
-        UnusableModelError: it cannot take images of that shape, or so many at a time, returns no logits, or only one,
-            or has another number of classes than the data, where that is known.
+        UnusableModelError: it cannot take images of that shape, or so many at a time, returns no logits, or has another
+            number of classes than the data, where that is known.
     """
     shape = "x".join(map(str, images.shape))
     classes = 0
@@ -177,11 +177,6 @@ def check_fit(model: Model, images: Images, sizes: Iterable[int] = (2,)) -> int:
 
 
 def _check_classes(model: Model, images: Images, classes: int) -> None:
-    if classes < 2:
-        raise UnusableModelError(
-            f"model {model.source} returns one logit an image, and an evaluation needs one for each class; of a binary "
-            "classifier's logit z, return torch.cat([-z, z], 1) / 2, which has the same loss, and labels 0 and 1"
-        )
     if classes != (images.num_classes or classes):
         raise UnusableModelError(
             f"model {model.source} has {classes} classes, but data set {images.name} has {images.num_classes}"
