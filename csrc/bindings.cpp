@@ -14,6 +14,7 @@
 #include "afd/load_batch.h"
 #include "afd/pgd_step.h"
 #include "afd/project.h"
+#include "afd/project_plane.h"
 #include "afd/projection_logits.h"
 #include "afd/random_start.h"
 #include "afd/runtime.h"
@@ -67,6 +68,23 @@ afd::Project project_args(Address x_adv, Address x, Address out, int64_t samples
           high,
           static_cast<afd::Norm>(norm),
           pointer<double>(workspace)};
+}
+
+afd::ProjectPlane project_plane_args(Address x, Address w, Address b, Address at, Address out, Address distance,
+                                     int64_t samples, int64_t planes, int64_t elements, float low, float high,
+                                     int norm) {
+  return {pointer<const float>(x),
+          pointer<const float>(w),
+          pointer<const float>(b),
+          pointer<const float>(at),
+          pointer<float>(out),
+          pointer<float>(distance),
+          samples,
+          planes,
+          elements,
+          low,
+          high,
+          static_cast<afd::Norm>(norm)};
 }
 
 afd::RandomStart random_start_args(Address x, Address out, int64_t samples, int64_t elements, float eps,
@@ -265,6 +283,7 @@ void bind_cpu(py::module_ cpu) {
   const auto place = +[](int isa, Address threads) { return on_cpu(isa, static_cast<int>(threads)); };
   bind(cpu, "pgd_step", pgd_step_args, afd::cpu::pgd_step, place);
   bind(cpu, "project", project_args, afd::cpu::project, place);
+  bind(cpu, "project_plane", project_plane_args, afd::cpu::project_plane, place);
   bind(cpu, "random_start", random_start_args, afd::cpu::random_start, place);
   bind(cpu, "apgd_step", apgd_step_args, afd::cpu::apgd_step, place);
   bind(cpu, "apgd_update", apgd_update_args, afd::cpu::apgd_update, place);
@@ -285,6 +304,7 @@ void bind_cuda(py::module_ cuda) {
   const auto place = +[](int device, Address stream) { return afd::cuda::Launch{device, pointer<void>(stream)}; };
   bind(cuda, "pgd_step", pgd_step_args, afd::cuda::pgd_step, place);
   bind(cuda, "project", project_args, afd::cuda::project, place);
+  bind(cuda, "project_plane", project_plane_args, afd::cuda::project_plane, place);
   bind(cuda, "random_start", random_start_args, afd::cuda::random_start, place);
   bind(cuda, "apgd_step", apgd_step_args, afd::cuda::apgd_step, place);
   bind(cuda, "apgd_update", apgd_update_args, afd::cuda::apgd_update, place);

@@ -6,6 +6,7 @@ from afd.attacks.apgd import APGD, APGDSettings
 from afd.attacks.ball import NORMS, Ball, Norm
 from afd.attacks.base import GradientAttack
 from afd.attacks.diagnostics import Report
+from afd.attacks.fab import FAB, FABSettings
 from afd.attacks.pgd import FGSM, MIM, PGD, FGSMSettings, MIMSettings, PGDSettings
 from afd.attacks.settings import ATTACKS, Attack, AttackFactory, AttackSettings, KeepsAttacks, attack_named
 from afd.attacks.square import Square, SquareSettings
@@ -14,8 +15,8 @@ from afd.deprecated import ATTACK_SETTINGS, understand
 from afd.errors import ModelWarning
 from afd.graphs import CaptureWarning
 
-__all__ = ["APGD", "FGSM", "MIM", "PGD", "Attack", "AttackFactory", "CaptureWarning", "ModelWarning", "Report"]
-__all__ += ["ATTACKS", "APGDSettings", "AttackSettings", "FGSMSettings", "MIMSettings", "PGDSettings"]
+__all__ = ["APGD", "FAB", "FGSM", "MIM", "PGD", "Attack", "AttackFactory", "CaptureWarning", "ModelWarning", "Report"]
+__all__ += ["ATTACKS", "APGDSettings", "AttackSettings", "FABSettings", "FGSMSettings", "MIMSettings", "PGDSettings"]
 __all__ += [
     "NORMS",
     "Ball",

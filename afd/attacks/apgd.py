@@ -379,7 +379,7 @@ class APGD(GradientAttack):
 
         The others are struck out in place.
         """
-        if self.precision != "fp32" or self._joining.pairs:
+        if self._approximates:
             found.broken.logical_and_(self._fooled(self._as_written(found.x_best_adv), chunk.y))
         return found
 

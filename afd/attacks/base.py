@@ -278,6 +278,11 @@ class GradientAttack(ABC):
         with self._joining.suspended(), self._batchnorms.untouched():
             return engine.judged(self._module, x)
 
+    @property
+    def _approximates(self) -> bool:
+        """Whether the model runs in low precision, or joined: a success counts once `_as_written` confirms it."""
+        return self.precision != "fp32" or bool(self._joining.pairs)
+
     def _clean(self, chunk: Chunk) -> Tensor:
         """Logits of the images themselves, as written, looked at like those of a step."""
         logits = self._as_written(chunk.x)

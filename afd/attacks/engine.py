@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from afd.attacks.losses import Value
+from afd.attacks.losses import Value, logit_difference
 from afd.errors import InputError, InputTypeError, ModelError
 from afd.nn.modes import evaluating
 from afd.nn.outputs import logits_of
 from afd.ops.checks import described
 
-__all__ = ["Outputs", "check_offers", "evaluating", "features", "features_and_logits", "judged", "logits"]
+__all__ = [
+    "Outputs",
+    "check_offers",
+    "difference_gradients",
+    "evaluating",
+    "features",
+    "features_and_logits",
+    "judged",
+    "logits",
+]
 __all__ += ["logits_alone", "loss_gradient", "shown"]
 
 Outputs = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]  # what a loss is given, and what is looked at
@@ -100,13 +109,42 @@ def loss_gradient(
             check(seen)
         losses = loss(given, loss_target)
         _check_losses(losses, given)
-        try:
-            (grad,) = torch.autograd.grad(losses.sum(), x, allow_unused=True)
-        except NotImplementedError as error:  # by a quantised layer, say
-            raise ModelError(f"the model cannot be differentiated: {' '.join(str(error).split())}") from error
-        if grad is None:
-            raise ModelError(CUT_OFF)
+        grad = _input_gradient(losses, x)
     return grad, losses.detach(), seen.detach()
+
+
+def difference_gradients(
+    model: nn.Module, x: Tensor, y: Tensor, check: Callable[[Tensor], None] | None = None
+) -> tuple[Tensor, Iterator[tuple[Tensor, Tensor]]]:
+    """∇_x of each difference of logits z_k - z_y in turn, and the difference [N]: one forward, a backward for each.
+
+    Args:
+        model: classifier; call inside `evaluating`.
+        x: images [N, ...]; not modified.
+        y: classes [N]; k is y + 1, y + 2, ..., modulo the number of classes.
+        check: is shown the logits first.
+
+    Returns:
+        The logits [N, classes]; and gradients, like x, each with its differences, all detached.
+
+    Raises:
+        InputError, InputTypeError, ModelError: as of `loss_gradient`.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = _logits(model, x)
+        if check is not None:
+            check(logits)
+
+    def gradients() -> Iterator[tuple[Tensor, Tensor]]:
+        classes = logits.shape[1]
+        for shift in range(1, classes):
+            with torch.enable_grad():  # not while somebody looks at what is yielded
+                difference = logit_difference(logits, torch.stack([y, (y + shift) % classes], 1))
+                grad = _input_gradient(difference, x, last=shift == classes - 1)
+            yield grad, difference.detach()
+
+    return logits.detach(), gradients()
 
 
 def logits_alone(model: nn.Module, x: Tensor, outputs: Outputs = logits) -> Tensor:
@@ -155,6 +193,23 @@ def _features_of(output: Any, x: Tensor) -> Tensor:
     if output.dim() != 2 or output.shape[0] != x.shape[0]:
         raise InputError(f"the model's features have shape {list(output.shape)}; they must be [{x.shape[0]}, D]")
     return output
+
+
+def _input_gradient(losses: Tensor, x: Tensor, *, last: bool = True) -> Tensor:
+    """∇_x Σ losses; `last`: of what was computed for them, nothing more is asked.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not losses.requires_grad:
+        raise ModelError(CUT_OFF)
+    try:
+        (grad,) = torch.autograd.grad(losses.sum(), x, allow_unused=True, retain_graph=not last)
+    except NotImplementedError as error:  # by a quantised layer, say
+        raise ModelError(f"the model cannot be differentiated: {' '.join(str(error).split())}") from error
+    if grad is None:
+        raise ModelError(CUT_OFF)
+    return grad
 
 
 def _check_losses(losses: Any, outputs: Tensor) -> None:

@@ -79,6 +79,12 @@ def dlr_targeted(logits: Tensor, own_and_target: Tensor) -> Tensor:
     return (target - own) / (largest[:, 0] - (largest[:, 2] + largest[:, 3]) / 2 + 1e-12)
 
 
+def logit_difference(logits: Tensor, own_and_target: Tensor) -> Tensor:
+    """z_target - z_own, [N], of logits [N, K] and the class to leave beside the class to reach, [N, 2]: FAB's loss."""
+    own, target = wide(logits).gather(1, own_and_target).unbind(1)
+    return target - own
+
+
 # --- What losses are judged by --------------------------------------------------------------------------------------
 
 

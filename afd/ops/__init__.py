@@ -16,9 +16,9 @@ from afd.ops import backend
 from afd.ops.apgd import apgd_step, apgd_step_, apgd_update_, momentum_point
 from afd.ops.loading import load_batch
 from afd.ops.spectral import Spectrum, projection_logits, spectral_linear, spectral_norm
-from afd.ops.steps import pgd_step, pgd_step_, project, project_, random_start, random_start_
+from afd.ops.steps import pgd_step, pgd_step_, project, project_, project_plane, random_start, random_start_
 
-__all__ = ["backend", "pgd_step", "pgd_step_", "project", "project_", "random_start", "random_start_"]
+__all__ = ["backend", "pgd_step", "pgd_step_", "project", "project_", "project_plane", "random_start", "random_start_"]
 __all__ += ["apgd_step", "apgd_step_", "apgd_update_", "momentum_point"]
 __all__ += ["load_batch"]
 __all__ += ["Spectrum", "projection_logits", "spectral_linear", "spectral_norm"]

@@ -56,6 +56,28 @@ def gradient(grad: Tensor, x: Tensor) -> None:
         raise InputTypeError(f"grad is {grad.dtype}; allowed are {allowed}")
 
 
+def planes(x: Tensor, w: Tensor, b: Tensor, at: Tensor | None) -> None:
+    """Planes of points x: w in any float type, at like it but in x's dtype, b a value for each, in x's dtype."""
+    count = w.shape[0] if w.dim() else 0
+    if w.dim() != x.dim() or w.shape[1:] != x.shape[1:] or (x.shape[0] % count if count else x.shape[0]):
+        raise InputError(
+            f"w has shape {list(w.shape)}; it must be one plane for each point of x, {list(x.shape)}, or for every "
+            "N-th of them"
+        )
+    if w.dtype not in GRAD_DTYPES:
+        raise InputTypeError(f"w is {w.dtype}; allowed are {', '.join(map(str, GRAD_DTYPES))}")
+    for name, tensor, shape in (("b", b, w.shape[:1]), ("at", at, w.shape)):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise InputError(f"{name} has shape {list(tensor.shape)}; beside w it must be {list(shape)}")
+        if tensor.dtype != x.dtype:
+            raise InputTypeError(f"{name} is {tensor.dtype}; it must have x's dtype, {x.dtype}")
+    for name, tensor in (("w", w), ("b", b), ("at", at)):
+        if tensor is not None and tensor.device != x.device:
+            raise InputError(f"{name} is on {tensor.device}; it must be on x's device, {x.device}")
+
+
 def written(name: str, out: Tensor, **inputs: Tensor | None) -> None:
     """`out` can be written in place: no two of its elements, and no element of an input, lie in one place."""
     without_overlap(name, out)

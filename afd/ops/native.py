@@ -146,6 +146,15 @@ def _in_float32(grad: Tensor, norm: str) -> Tensor:
     return (finite / largest.clamp_min(torch.finfo(grad.dtype).tiny)).float()
 
 
+def _plane_in_float32(w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same planes of float64 weights: scaled first, likewise."""
+    largest = w.abs().reshape(len(w), -1).amax(1) if w.numel() else torch.ones_like(b, dtype=w.dtype)
+    scale = torch.where(largest == 0, 1.0, largest)
+    most = torch.finfo(b.dtype).max
+    scaled = torch.where(b.isfinite(), (b / scale).clamp(-most, most), b.double())
+    return (w / scale.view(-1, *[1] * (w.dim() - 1))).float(), scaled.to(b.dtype)
+
+
 def _contiguous(tensors: Sequence[Tensor]) -> bool:
     return all(map(Tensor.is_contiguous, tensors))
 
@@ -210,6 +219,29 @@ def project(
         "project", out,
         x_adv.data_ptr(), x.data_ptr(), out.data_ptr(), *_extent(x), eps, _address(epsilons), low, high,
         _NORM_CODES[norm], _address(workspace),
+    )  # fmt: skip
+
+
+@_else_on_copies(4, walkable=lambda tensors: _walked_alike([one for one in tensors if one is not None]))
+def project_plane(
+    out: Tensor,
+    x: Tensor,
+    w: Tensor,
+    at: Tensor | None,
+    b: Tensor,
+    distance: Tensor,
+    low: float,
+    high: float,
+    norm: str,
+) -> None:
+    """`afd.ops.project_plane` into `out` and `distance`."""
+    if w.dtype == torch.float64:
+        w, b = _plane_in_float32(w, b)
+    w, b = w.float(), b.contiguous()
+    launch(
+        "project_plane", out,
+        x.data_ptr(), w.data_ptr(), b.data_ptr(), _address(at), out.data_ptr(), distance.data_ptr(),
+        x.shape[0], w.shape[0], _extent(x)[1], low, high, _NORM_CODES[norm],
     )  # fmt: skip
 
 

@@ -50,6 +50,36 @@ def project(
     return torch.where(_sum(u).isfinite() & (radius >= 0), out, torch.nan)
 
 
+def project_plane(
+    x: Tensor, w: Tensor, b: Tensor, at: Tensor | None, low: float, high: float, norm: str
+) -> tuple[Tensor, Tensor]:
+    """The nearest point to x of {⟨w, z - at⟩ + b = 0} and of the box, and its distance.
+
+    Moves m with Σ |wᵢ|mᵢ = |⟨w, x - at⟩ + b|. Linf: min(t, room). L2: min(t|w|, room). L1: room, in the order of |w|.
+    """
+    places, planes = _rows(x), _rows(w)
+    inside, copies = places.clamp(low, high), len(x) // max(len(w), 1)
+    centre = torch.zeros_like(planes) if at is None else _rows(at)
+    planes, centre, offset = (t.repeat(copies, 1) for t in (planes, centre, b.double()[:, None]))
+    value = offset + (planes * (inside - centre)).sum(1, keepdim=True)
+    size, need, down = planes.abs(), value.abs(), (planes > 0) == (value > 0)
+    room = torch.where(down, inside - low, high - inside).minimum(need / size)  # none has to go further
+    room = torch.where(size > 0, room, 0.0)
+    if norm == "L1":
+        moves = _steepest_moves(size, room, need)
+    else:
+        moves = _even_moves(size, room, need, size if norm == "L2" else torch.ones_like(size))
+    moved = torch.where(down, inside - moves, inside + moves).to(x.dtype).clamp(low, high)
+    finite = (places - places).sum(1, keepdim=True).isfinite() & value.isfinite()
+    out = torch.where(finite, moved, torch.nan)
+    length = (out.double() - inside).abs()
+    if norm == "Linf":
+        distance = length.amax(1) if length.shape[1] else length.sum(1)
+    else:
+        distance = length.square().sum(1).sqrt() if norm == "L2" else length.sum(1)
+    return out.view(x.shape), distance.to(x.dtype)
+
+
 def pgd_step(
     x_adv: Tensor,
     x: Tensor,
@@ -118,6 +148,11 @@ def _sum(x: Tensor) -> Tensor:
     return x.flatten(1).sum(1).view(-1, *([1] * (x.dim() - 1))) if x.dim() > 1 else x
 
 
+def _rows(x: Tensor) -> Tensor:
+    """Each sample's elements in float64, [N, elements]."""
+    return x.double().flatten(1) if x.dim() > 1 else x.double()[:, None]
+
+
 def _plus_towards(x: Tensor, delta: Tensor) -> Tensor:
     """x + delta in x's dtype, rounded towards x where it would end further from x than delta."""
     moved = (x.double() + delta).to(x.dtype)
@@ -149,6 +184,33 @@ def _l1_threshold(size: Tensor, room: Tensor, eps: Tensor) -> Tensor:
     above, below = kept(left), kept(right)
     root = right - (right - left) * (eps - below) / (above - below)
     return torch.where(kept(torch.zeros_like(eps)) > eps, root, 0.0).view(shape)
+
+
+def _even_moves(size: Tensor, room: Tensor, need: Tensor, pace: Tensor) -> Tensor:
+    """min(t·pace, room) with Σ size·moves = need, or room: the bends are sorted, and the sum at each compared."""
+    if not size.numel():
+        return room
+    bends, order = torch.where(size > 0, room / pace, 0.0).sort(dim=1)
+    taken, slope = (size * room).gather(1, order), (size * pace).gather(1, order)
+    before = taken.cumsum(1) - taken
+    behind = slope.flip(1).cumsum(1).flip(1)
+    enough = (before + bends * behind >= need) & (need > 0)
+    first = enough.int().argmax(1, keepdim=True)
+    t = (need - before.gather(1, first)) / behind.gather(1, first)
+    return torch.where(enough.any(1, keepdim=True), torch.minimum(t * pace, room), room)
+
+
+def _steepest_moves(size: Tensor, room: Tensor, need: Tensor) -> Tensor:
+    """room where size is above a cut, and where it ties with it as large a share as makes Σ size·moves = need."""
+    if not size.numel():
+        return room
+    sizes, order = size.sort(dim=1, descending=True)
+    enough = ((sizes * room.gather(1, order)).cumsum(1) >= need) & (need > 0)
+    cut = sizes.gather(1, enough.int().argmax(1, keepdim=True))
+    together = (need - torch.where(size > cut, size * room, 0.0).sum(1, keepdim=True)) / cut
+    tied = torch.where(size == cut, torch.minimum(room, together), 0.0)
+    moves = torch.where(size > cut, room, tied * (together / tied.sum(1, keepdim=True)).clamp(max=1.0))
+    return torch.where(enough.any(1, keepdim=True), moves, room)
 
 
 # --- Directions -----------------------------------------------------------------------------------------------------

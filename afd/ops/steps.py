@@ -1,7 +1,8 @@
-"""Steps of attacks: `project`, `pgd_step` and `random_start`, in the Linf, L2 and L1 ball.
+"""Steps of attacks: `project`, `pgd_step` and `random_start` in the Linf, L2 and L1 ball; `project_plane` in a box.
 
-Each is an op in two variants: ``torch.ops.afd.NAME`` makes its result, ``torch.ops.afd.NAME_`` writes it over its first
-argument. A setting that may be one number or one per sample travels as a pair: ``float eps`` and ``Tensor? epsilons``.
+Each but the last is an op in two variants: ``torch.ops.afd.NAME`` makes its result, ``torch.ops.afd.NAME_`` writes it
+over its first argument. A setting that may be one number or one per sample travels as a pair: ``float eps`` and
+``Tensor? epsilons``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from afd.ops import backend, checks, native, reference
 from afd.ops.checks import Bounds, Setting, detached, integer, split_bounds, split_setting
-from afd.ops.library import LIBRARY, Arguments, Written, define, functional, in_place, into
+from afd.ops.library import LIBRARY, Arguments, Written, call, define, functional, in_place, into
 
 Inputs = dict[str, Tensor | None]  # what is read while another tensor is written, by the names that callers know
 
@@ -313,3 +314,64 @@ random_start_ = into(
     random_start,
     "`random_start` around x, written into x_adv (which may be x itself); returns x_adv.",
 )
+
+
+# --- project_plane --------------------------------------------------------------------------------------------------
+
+
+def project_plane(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    *,
+    at: Tensor | None = None,
+    bounds: Bounds = (0.0, 1.0),
+    norm: str = "Linf",
+) -> tuple[Tensor, Tensor]:
+    """The nearest point to x on the plane {<w, z - at> + b = 0} within the box of `bounds` (Croce & Hein 2020, FAB).
+
+    Exact up to the rounding of its dtype; no sorting, one launch. Where several points are nearest, it is the one that
+    csrc/include/afd/project_plane.h names. Where the box does not reach the plane, it is the point of the box that is
+    nearest to the plane (and of these to x); where w is zero, x. What is not finite in x, w, b or at makes the point
+    and its distance NaN.
+
+    Args:
+        x: points, float32 (float64 is served by the reference), [K * N, ...]; one outside of the box counts as the
+            point of the box that is nearest to it.
+        w: normals of the planes, [N, ...]; float32, float16, bfloat16 or float64. Row i of x has plane i mod N.
+        b: values of the planes' equations where z is `at`, [N], x's dtype.
+        at: points to count from, like w in shape and like x in dtype; None for the origin. Near an image, b and the
+            difference z - at lose no digits.
+        bounds: lowest and highest value of an image.
+        norm: in which it is nearest: "Linf", "L2" or "L1".
+
+    Returns:
+        The points, a new tensor like x, and how far they are from x, [K * N].
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: shapes or devices that disagree, reversed bounds, unknown norm.
+    """
+    tensors = detached(x), detached(w), detached(b), detached(at)
+    found: tuple[Tensor, Tensor] = call(torch.ops.afd.project_plane.default, *tensors, *split_bounds(bounds), norm)
+    return found
+
+
+def _project_plane(
+    x: Tensor, w: Tensor, b: Tensor, at: Tensor | None, low: float, high: float, norm: str
+) -> tuple[Tensor, Tensor]:
+    checks.norm(norm)
+    checks.images("x", x)
+    checks.planes(x, w, b, at)
+    checks.box(low, high, x)
+    out, distance = torch.empty_like(x), x.new_empty(x.shape[0])
+    if backend.serves_natively(out):
+        native.project_plane(out, x, w, at, b, distance, low, high, norm)
+    else:
+        for target, made in zip((out, distance), reference.project_plane(x, w, b, at, low, high, norm), strict=True):
+            target.copy_(made)
+    return out, distance
+
+
+define(_project_plane, lambda x, *_: (torch.empty_like(x), x.new_empty(x.shape[0])))
+torch.library.register_autograd("afd::project_plane", _no_gradient, lib=LIBRARY)
