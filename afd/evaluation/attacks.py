@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import APGD, FGSM, MIM, PGD, Attack, Norm, Square, external
+from afd.attacks import APGD, FAB, FGSM, MIM, PGD, Attack, Norm, Square, external
 from afd.attacks.ball import NORMS, Ball
 from afd.attacks.inputs import rows_of
 from afd.attacks.settings import LossName
@@ -228,10 +228,8 @@ def noise(target: Target, *, draws: int) -> Attack:
 
 def fab_t(target: Target, *, steps: int) -> Attack:
     """Targeted FAB, at as many target classes as AutoAttack's standard version has; at all, if there are fewer."""
-    return external.fab_targeted(
-        target.model, norm=target.norm, eps=target.eps, steps=steps,
-        n_target_classes=min(TARGET_CLASSES, target.classes - 1), seed=target.seed,
-    )  # fmt: skip
+    classes = min(TARGET_CLASSES, target.classes - 1)
+    return FAB(target.model, **target.ball, steps=steps, n_target_classes=classes, seed=target.seed)
 
 
 def square(target: Target, *, queries: int) -> Attack:
@@ -260,7 +258,7 @@ ATTACKS = {
         apgd_t, lambda settings: 2 * settings["steps"] * settings["n_target_classes"], classes=4, instead="apgd-margin"
     ),
     "noise": Kind(noise, lambda settings: settings["draws"]),
-    "fab-t": Kind(fab_t, lambda settings: 27 * settings["steps"], "pyautoattack"),
+    "fab-t": Kind(fab_t, lambda settings: 27 * settings["steps"]),
     "square": Kind(square, lambda settings: settings["queries"]),
     "autoattack": Kind(autoattack, lambda _: 9700, "pyautoattack", classes=TARGET_CLASSES + 1),
     "ddn": Kind(nearest(external.ddn), lambda settings: 2 * settings["steps"], "foolbox", minimal=True),
