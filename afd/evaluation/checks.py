@@ -296,7 +296,7 @@ def _label_leak(seen: Probes) -> Check:
 def _doubling(seen: Probes) -> Check:
     change = seen.points(seen.adversarial("probe-pgd-40") & ~seen.adversarial("probe-pgd-20"))
     return judge(
-        "doubling the steps", change, "points", allowed=0.5, fails_above=3, one=seen.one,
+        "doubling the steps", change, "points", allowed=1, fails_above=3, one=seen.one,
         meaning="PGD-40 breaks what PGD-20 leaves: the attack has not converged, and its figure is too high",
     )  # fmt: skip
 
