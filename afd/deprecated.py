@@ -207,6 +207,7 @@ MODULES = {  # that were moved, by their names within afd
     "data.augment": "data.images",
     "data.items": "data.images",
     "data.loader": "data.images",
+    "evaluation.evaluate": "evaluation.folder",
     "evaluation.features": "evaluation.model",
     "evaluation.robustness": "metrics",
     "extras": "installation",
@@ -233,6 +234,8 @@ MODULES = {  # that were moved, by their names within afd
     "training.stream": "training.data",
     "training.warmup": "training.schedules",
 }
+RENAMED = {"evaluation.evaluate": {"evaluate": "evaluate_to_folder"}}  # what a module had, where that has a new name
+NOW = {"evaluation.evaluate": "evaluation.measure"}  # where a function is that has a module's name today
 NAMES = {  # that were moved, of modules that are still there
     "training.Result": "experiments.train",
     "training.train": "experiments.train",
@@ -262,9 +265,26 @@ class _Moved(MetaPathFinder, Loader):
         return ModuleSpec(name, self) if ours else None
 
     def exec_module(self, module: ModuleType) -> None:
-        here = f"afd.{MODULES[module.__name__.removeprefix('afd.')]}"
+        name = module.__name__.removeprefix("afd.")
+        here = f"afd.{MODULES[name]}"
         _old(f"{module.__name__} is now {here}")
-        sys.modules[module.__name__] = importlib.import_module(here)
+        found = importlib.import_module(here)
+        sys.modules[module.__name__] = _Namesake(name, found) if name in NOW else found
+
+
+class _Namesake(ModuleType):
+    """A module of earlier days that a function is called like today: it has what it had, and is called as that is."""
+
+    def __init__(self, name: str, moved_to: ModuleType) -> None:
+        super().__init__(f"afd.{name}", moved_to.__doc__)
+        self._name, self._moved_to = name, moved_to
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._moved_to, RENAMED[self._name].get(name, name))
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        function = getattr(importlib.import_module(f"afd.{NOW[self._name]}"), self._name.rpartition(".")[2])
+        return function(*arguments, **options)
 
 
 sys.meta_path.append(_Moved())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -145,6 +146,27 @@ def accuracy_curve(
             "reads it for each of them, so pass a list or a loader"
         )
     return [accuracy(model, batches, _made(attack, eps) if eps else None, bounds=bounds) for eps in epsilons]
+
+
+def interval(hits: float, of: float, deviations: float = 1.959964) -> tuple[float, float]:
+    """Between what a share lies of which a sample has so many hits (Wilson 1927); by default with 95% confidence.
+
+    Args:
+        hits: in the sample.
+        of: its size; with none, the share may be any.
+        deviations: of a normal distribution, on each side.
+    """
+    if not of:
+        return 0.0, 1.0
+    share, z = hits / of, deviations * deviations / of
+    middle, width = share + z / 2, math.sqrt(z * (share * (1 - share) + z / 4))
+    return (middle - width) / (1 + z), (middle + width) / (1 + z)
+
+
+def spanned(ends: Sequence[float]) -> str:
+    """An interval of shares as percentages."""
+    low, high = (100 * end for end in ends)
+    return f"{low:.2f} to {high:.2f}"
 
 
 def _made(factory: Callable[[float], Attack], eps: float) -> Attack:

@@ -206,7 +206,7 @@ from afd.bench.base import begin, telling
 from afd.bench import results
 from afd.experiments.display import Terminal
 from afd.training.callbacks import EpochReport, IntervalReport
-from afd.evaluation.evaluate import ProgressBar
+from afd.evaluation.folder import ProgressBar
 document = Document("kernels", "a CPU", "cpu", 1, {"torch": "2"}, None, "", 3, {}, {
     "case": Case({}, {"afd": Candidate(Timing(1, 2, 3), {"rate": 0.5})})})
 results.whole(Console(), results.table(document, (results.Column("rate", "rate"),)))

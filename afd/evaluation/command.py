@@ -15,13 +15,15 @@ from afd.attacks.union import RADIUS_IN, balls_in
 from afd.data import Images
 from afd.errors import AfdError, InputError, look_up
 from afd.evaluation.attacks import Epsilon, ascending, check_radius
-from afd.evaluation.evaluate import check_numbers, evaluate
+from afd.evaluation.checks import VERDICTS
+from afd.evaluation.confirm import confirmed_in_words
+from afd.evaluation.folder import evaluate_to_folder
+from afd.evaluation.measure import check_numbers
 from afd.evaluation.model import Model, from_factory
 from afd.evaluation.outcome import read_results
 from afd.evaluation.plots import plot_sweeps
 from afd.evaluation.protocol import named
 from afd.evaluation.report import (
-    VERDICTS,
     Table,
     advised,
     ball_name,
@@ -35,6 +37,7 @@ from afd.evaluation.report import (
 from afd.evaluation.store import REPORT, TABLES, Output, check_folder, comparison_folder
 from afd.files import check_path, check_source, write_whole
 from afd.installation import needed_by
+from afd.metrics import spanned
 from afd.presets import PRESETS
 from afd.runtime import Group, joined
 from afd.training.signals import StoppedError, on_signals
@@ -75,7 +78,10 @@ class EvaluateConfig:
     Linf=8/255,L2=0.5,L1=12. Default, where neither --norm nor --eps is given: those that it was trained in, if it
     was in several."""
     reference: bool = False
-    """autoattack: run pyautoattack whole, instead of our engine and its FAB-T and Square."""
+    """autoattack: run pyautoattack whole, instead of our engine."""
+    precision: Literal["fp32", "auto"] = "fp32"
+    """auto: attacks run in bfloat16 where the device multiplies it in hardware. Every success is confirmed in float32,
+    and 100 of the images that withstand are attacked again in it."""
     transfer_from: str = ""
     """paper: a second checkpoint or function, on which transfer (black-box) attacks are made."""
     transfer_model: str = ""
@@ -154,9 +160,9 @@ def _evaluate(config: EvaluateConfig, output: Output, console: Console) -> None:
             trained_at=trained_at(model, images.name), reference=config.reference, transfer=surrogate is not None,
             union=union,
         )  # fmt: skip
-        results = evaluate(
+        results = evaluate_to_folder(
             model, images, protocol, output, surrogate=surrogate, seed=config.seed, batch_size=config.batch_size,
-            group=group, keep_images=config.keep_images, console=console,
+            precision=config.precision, group=group, keep_images=config.keep_images, console=console,
         )  # fmt: skip
     if results is not None:
         present(results, console)
@@ -293,17 +299,22 @@ def present(results: dict[str, Any], console: Console) -> None:
     data = results["data"]
     title = f"{results['subject']['name']} on {data['images']} {data['split']} images of {data['name']}"
     grid = Grid("attack", "norm", "accuracy (%) at each ε", title=title, title_justify="left")
-    grid.add_row("none", "", percent(results["clean"]))
+    intervals = results["intervals"]
+    grid.add_row("none", "", f"{percent(results['clean'])} (95%: {spanned(intervals['clean'])})")
     for attack in results["attacks"]:
         if attack["role"] != "probe":
             grid.add_row(attack["name"], NORMS[attack["norm"]].sign, _curve(attack["accuracies"]))
     for norm, worst in results["worst_case"].items():
-        points = [{"text": eps, "accuracy": accuracy} for eps, accuracy in worst.items()]
-        grid.add_row("worst case", NORMS[norm].sign, _curve(points), style="bold")
-    if results.get("union"):
-        balls = ", ".join(map(ball_name, results["union"]["balls"]))
-        grid.add_row("all balls", "", f"{balls}: {percent(results['union']['accuracy'])}", style="bold")
+        within = intervals["worst_case"][norm]
+        spans = (f"{eps}: {percent(accuracy)} (95%: {spanned(within[eps])})" for eps, accuracy in worst.items())
+        grid.add_row("worst case", NORMS[norm].sign, "   ".join(spans), style="bold")
+    if (union := results.get("union")) is not None:
+        balls = ", ".join(map(ball_name, union["balls"]))
+        told = f"{balls}: {percent(union['accuracy'])} (95%: {spanned(union['interval'])})"
+        grid.add_row("all balls", "", told, style="bold")
     console.print(grid)
+    for line in confirmed_in_words(results):
+        console.print(line, soft_wrap=True, markup=False, highlight=False)
     signs = Grid("check", "verdict", "number", "meaning", title="Self-deception", title_justify="left")
     for check in results["checks"]:
         number = "-" if check["number"] is None else f"{check['number']:.4g} {check['unit']}"
@@ -314,10 +325,10 @@ def present(results: dict[str, Any], console: Console) -> None:
     todo = advised(results["checks"], results["protocol"]["name"])
     if not todo:
         return
-    told = Grid("check", "what to do next", title=VERDICTS[results["verdict"]], title_justify="left")
+    advice = Grid("check", "what to do next", title=VERDICTS[results["verdict"]], title_justify="left")
     for name, verdict, words in todo:
-        told.add_row(f"[{COLOURS[verdict]}]{escape(name)}[/]", escape(words))
-    console.print(told)
+        advice.add_row(f"[{COLOURS[verdict]}]{escape(name)}[/]", escape(words))
+    console.print(advice)
 
 
 def present_table(found: Table, console: Console) -> None:

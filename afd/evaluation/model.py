@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from afd.attacks.engine import evaluating
+from afd.attacks.inputs import outside_inference
 from afd.data import Batches, Images
 from afd.errors import AfdError, InputError, ModelWarning, in_a_line, warn_caller
+from afd.evaluation.protocol import Protocol
 from afd.metrics import predict
 from afd.nn.classifier import unwrapped
 from afd.nn.modes import local, without_wrappers
@@ -71,6 +73,24 @@ def _saved(value: Any) -> bytes:
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Given(Images):
+    """Somebody's own images, as floats in [0, 1] of any shape: pixels [N, ...], scale 1, no class more than 0."""
+
+    def __post_init__(self) -> None:  # `evaluate` has checked them
+        object.__setattr__(self, "pixels", outside_inference(self.pixels.detach()))
+        object.__setattr__(self, "labels", outside_inference(self.labels))
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of one image."""
+        return tuple(self.pixels.shape[1:])
+
+    def images(self, index: Tensor | None = None) -> Tensor:
+        """See `Images`."""
+        return self.pixels.clone() if index is None else self.pixels.index_select(0, self._positions(index))
 
 
 def check_metadata(model: Model) -> None:
@@ -138,7 +158,7 @@ def check_fit(model: Model, images: Images, sizes: Iterable[int] = (2,)) -> int:
 
     Raises:
         UnusableModelError: it cannot take images of that shape, or so many at a time, returns no logits, or has another
-            number of classes than the data.
+            number of classes than the data, where that is known.
     """
     shape = "x".join(map(str, images.shape))
     classes = 0
@@ -157,7 +177,7 @@ def check_fit(model: Model, images: Images, sizes: Iterable[int] = (2,)) -> int:
 
 
 def _check_classes(model: Model, images: Images, classes: int) -> None:
-    if classes != images.num_classes:
+    if classes != (images.num_classes or classes):
         raise UnusableModelError(
             f"model {model.source} has {classes} classes, but data set {images.name} has {images.num_classes}"
         )
@@ -254,3 +274,10 @@ def divergence(natural: Mapping[str, int], attacked: Mapping[str, int]) -> float
         return None
     alpha = natural["natural"] / natural["judged"] + attacked["attacked"] / attacked["judged"]
     return 2 * abs(alpha - 1)
+
+
+def domain_counter(model: Model, protocol: Protocol) -> DomainCounter | None:
+    """What counts natural and attacked images: in the paper's protocol, for a model that kept its discriminator."""
+    if protocol.name != "paper" or model.discriminator is None:
+        return None
+    return DomainCounter(model.network, model.discriminator)

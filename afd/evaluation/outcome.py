@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,19 @@ from afd._version import __version__
 from afd.attacks.ball import NORMS
 from afd.data import Images
 from afd.errors import AfdError, InputError, look_up
-from afd.evaluation.attacks import Epsilon
+from afd.evaluation.attacks import Epsilon, Stage
 from afd.evaluation.model import Model, divergence
-from afd.evaluation.protocol import Protocol, Stage
+from afd.evaluation.protocol import Protocol
 from afd.files import check_source, write_whole
+from afd.metrics import interval
 from afd.nn.classifier import unwrapped
 from afd.runtime import Group
 
+BLACK_BOX = ("noise", "square", "autoattack")  # attacks that ask for no gradient, or not for gradients alone
 FORMAT, VERSION = "afd-evaluation", 1
 RESULTS = "results.json"
 BLIND_AND_ROBUST = "blind and standing"  # a count's name in the store of earlier versions, too
+LEFT_IN_BF16, BROKEN_IN_FP32 = "left in bfloat16", "broken in float32"  # counts of attacks that ran in bfloat16
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,19 @@ class Outcome:
         self.counts = group.merged(self.counts)
         return self
 
+    def reached(self, stage: Stage, radius: Epsilon) -> Tensor:
+        """Where a stage fooled the model at a radius or below it, bool [N]."""
+        positions = [i for i, epsilon in enumerate(stage.epsilons) if epsilon <= radius]
+        return self.found[stage.name][positions].any(0)
+
+    def white_box(self, norm: str, radius: Epsilon) -> Tensor:
+        """Where any attack by gradients in a norm fooled the model it looks at, at a radius or below it, bool [N]."""
+        found = torch.zeros_like(self.correct)
+        for stage in self.protocol.stages:
+            if stage.norm == norm and stage.attack not in BLACK_BOX and stage.role != "transfer":
+                found |= self.reached(stage, radius)
+        return found
+
     def robust(self, stage: Stage) -> Tensor:
         """Whether the model is robust on each image to a stage at each of its radii, bool [radii, N].
 
@@ -166,9 +183,12 @@ class Outcome:
         robust = self.correct.clone()
         for stage in self.protocol.stages:
             if stage.norm == norm and stage.role != "probe":
-                reached = [i for i, epsilon in enumerate(stage.epsilons) if epsilon <= radius]
-                robust &= ~self.found[stage.name][reached].any(0)
+                robust &= ~self.reached(stage, radius)
         return robust
+
+    def robust_to_all(self) -> Tensor:
+        """Whether the model withstands on each image all that counts in each ball that it is judged in, bool [N]."""
+        return torch.stack([self.withstands(norm, eps) for norm, eps in self.protocol.balls.items()]).all(0)
 
     def union(self) -> dict[str, Any] | None:
         """Robust accuracy in each ball of the protocol's union, and in all of them together; None of one ball."""
@@ -176,14 +196,19 @@ class Outcome:
         if not balls:
             return None
         robust = {norm: self.withstands(norm, eps) for norm, eps in balls.items()}
-        every = torch.stack([*robust.values()]).all(0)
         return {
             "balls": [
                 {"norm": norm, **eps.as_json(), "accuracy": float(robust[norm].double().mean())}
                 for norm, eps in balls.items()
             ],
-            "accuracy": float(every.double().mean()),
+            "accuracy": (share := float(self.robust_to_all().double().mean())),
+            "interval": between(share, len(self.correct)),
         }
+
+
+def between(share: float, images: int) -> list[float]:
+    """Where a share that was found on so many images lies with 95% confidence."""
+    return list(interval(share * images, images))
 
 
 def normalised_area(radii: list[float], accuracies: list[float]) -> float:
@@ -228,13 +253,14 @@ def summarize(
     outcome: Outcome,
     *,
     model: Model,
-    surrogate: Model | None,
+    surrogates: Sequence[Model],
     images: Images,
     split: str,
     checks: list[dict[str, Any]],
     verdict: str,
     features: dict[str, Any] | None,
     divergence: list[dict[str, Any]],
+    precision: dict[str, Any],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything there is to say about an evaluation, in plain types.
@@ -242,34 +268,47 @@ def summarize(
     Args:
         outcome: gathered over all processes.
         model: the model.
-        surrogate: the model that transfer attacks were made on.
+        surrogates: the models that transfer attacks were made on.
         images: what was attacked, from the first of their split on.
         split: which part of the data they are.
         checks: for self-deception, in plain types.
         verdict: the worst of theirs.
         features: see `features.feature_summary`.
         divergence: see `features.divergences`.
+        precision: that was asked for, that attacks ran in, and what float32 confirmed.
         settings: seed, batch size, processes and whatever else the run was given.
     """
-    protocol = outcome.protocol
+    protocol, count = outcome.protocol, len(images)
+    clean = float(outcome.correct.double().mean())
+    worst_case = {norm: worst for norm in NORMS if (worst := outcome.worst_case(norm))}
+    described = [describe(one) for one in surrogates]
     return {
         "format": FORMAT,
         "version": VERSION,
         "subject": describe(model),
-        "surrogate": None if surrogate is None else describe(surrogate),
+        "surrogate": described[0] if described else None,
+        **({"surrogates": described} if len(described) > 1 else {}),
         "data": {
             "name": images.name,
             "split": split,
-            "images": f"the first {len(images)}",
-            "count": len(images),
+            "images": f"the first {count}",
+            "count": count,
             "shape": list(images.shape),
             "classes": images.num_classes,
         },
         "protocol": protocol.as_json(),
         "verdict": verdict,
-        "clean": float(outcome.correct.double().mean()),
+        "clean": clean,
         "attacks": [attack_summary(outcome, stage) for stage in protocol.stages],
-        "worst_case": {norm: worst for norm in NORMS if (worst := outcome.worst_case(norm))},
+        "worst_case": worst_case,
+        "intervals": {
+            "level": 0.95,
+            "clean": between(clean, count),
+            "worst_case": {
+                norm: {eps: between(share, count) for eps, share in worst.items()} for norm, worst in worst_case.items()
+            },
+        },
+        "precision": precision,
         "union": outcome.union(),
         "checks": checks,
         "features": features,
@@ -305,8 +344,9 @@ def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
     """A stage with its accuracies and the area under them."""
     accuracies, counts = outcome.accuracies(stage), outcome.counts.get(stage.name, Counter())
     curve = [float(outcome.correct[: stage.first].double().mean()), *accuracies]
+    count = len(outcome.correct[: stage.first])
     points = [
-        {**epsilon.as_json(), "accuracy": accuracy, "blind": blind}
+        {**epsilon.as_json(), "accuracy": accuracy, "interval": between(accuracy, count), "blind": blind}
         for epsilon, accuracy, blind in zip(stage.epsilons, accuracies, outcome.blind(stage), strict=True)
     ]
     return {

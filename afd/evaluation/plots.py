@@ -12,8 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from afd.attacks.ball import NORMS
+from afd.evaluation.attacks import WorkItem
 from afd.evaluation.outcome import ItemResult
-from afd.evaluation.protocol import WorkItem
 from afd.evaluation.runner import Runner
 from afd.installation import needed_by, save_picture
 

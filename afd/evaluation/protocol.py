@@ -1,114 +1,18 @@
-"""Protocols: what an evaluation does, as stages, each one attack over ascending radii; and those that have a name."""
+"""Protocols: what an evaluation does, as stages; and those that have a name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
-from afd.attacks import Norm
+from afd.attacks import Norm, Square
 from afd.attacks.ball import NORMS
 from afd.attacks.external import AUTOATTACK_NORMS
 from afd.errors import InputError, one_of
-from afd.evaluation.attacks import ATTACKS, Epsilon, ascending, check_radius
-from afd.installation import installed, require
-
-Scope = Literal["all", "correct", "survivors", "remaining"]
-Role = Literal["score", "transfer", "probe"]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One attack over its radii.
-
-    Attributes:
-        name: unique in its protocol; names rows of tables and panels of plots.
-        attack: a key of `attacks.ATTACKS`.
-        norm: "Linf", "L2" or "L1".
-        epsilons: ascending radii > 0; at 0 the clean accuracy stands.
-        settings: of the attack, in the words of its builder.
-        scope: which images are attacked. "all": every one, at each radius on its own. "correct": those that the model
-            gets right. "survivors": of these, those that are robust to this stage at the smaller radii: an adversarial
-            image at 0.1 is one at 0.2 too, so the sweep goes on from what is left, and ends where nothing is.
-            "remaining": those that are robust to every stage with this scope and norm so far (AutoAttack's cascade).
-        role: "score": counts in the worst case. "transfer": attacks the surrogate, and is judged on the model.
-            "probe": only looks for self-deception.
-        first: attack only so many images from the beginning; None for all.
-    """
-
-    name: str
-    attack: str
-    norm: Norm
-    epsilons: tuple[Epsilon, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    scope: Scope = "survivors"
-    role: Role = "score"
-    first: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.attack not in ATTACKS:
-            raise InputError(f"attack is {self.attack!r}; allowed are {', '.join(ATTACKS)}")
-        if ascending(self.epsilons)[0].exact == 0:
-            raise InputError(f"the radii of {self.name} start at 0; an attack needs radii > 0")
-
-    @property
-    def minimal(self) -> bool:
-        """Whether one run looks for the nearest adversarial image, and serves every radius."""
-        return ATTACKS[self.attack].minimal and self.role != "transfer"
-
-    @property
-    def work_items(self) -> list[WorkItem]:
-        """One for each radius, or one for them all."""
-        positions = range(len(self.epsilons))
-        return [WorkItem(self, tuple(positions))] if self.minimal else [WorkItem(self, (i,)) for i in positions]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain types that say all there is to know about the stage."""
-        kind = ATTACKS[self.attack]
-        return {
-            "name": self.name,
-            "attack": self.attack,
-            "library": kind.library,
-            "norm": self.norm,
-            "minimal": self.minimal,
-            "scope": self.scope,
-            "role": self.role,
-            "first": self.first,
-            "settings": dict(self.settings),
-            "epsilons": [epsilon.as_json() for epsilon in self.epsilons],
-        }
-
-
-@dataclass(frozen=True)
-class WorkItem:
-    """A stage at one radius, or at all where one run of its attack serves them all; done and kept batch by batch.
-
-    Attributes:
-        stage: what is done.
-        positions: of the radii among the stage's.
-    """
-
-    stage: Stage
-    positions: tuple[int, ...]
-
-    def __str__(self) -> str:
-        name, radius = self.stage.name, self.stage.epsilons[self.positions[0]]
-        return name if self.stage.minimal else f"{name} at ε = {radius}"
-
-    @property
-    def largest(self) -> Epsilon:
-        """The radius that the attack is made for."""
-        return self.stage.epsilons[self.positions[-1]]
-
-    @property
-    def passes(self) -> float:
-        """Forwards and backwards that it costs an image, roughly."""
-        return float(ATTACKS[self.stage.attack].passes(dict(self.stage.settings)))
-
-    def key(self, batch: int) -> str:
-        """The name that what it finds on a batch has in the store."""
-        return f"{self.stage.name}.{'-'.join(map(str, self.positions))}.{batch}"
+from afd.evaluation.attacks import ATTACKS, Epsilon, Stage, WorkItem, ascending, check_radius
+from afd.installation import require
 
 
 @dataclass(frozen=True)
@@ -122,6 +26,7 @@ class Protocol:
         stages: in the order in which they run on each batch.
         union: the radius in each norm, where an image counts as robust if it withstands all that score in each of
             these balls; empty where the result is judged in one.
+        notes: what is left out for a model of few classes, and why, in sentences.
 
     Raises:
         InputError: two stages have one name.
@@ -132,12 +37,18 @@ class Protocol:
     reference: Epsilon
     stages: tuple[Stage, ...]
     union: Mapping[Norm, Epsilon] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise InputError(f"stages {sorted(twice)} are named twice; each name must be unique")
+
+    @property
+    def balls(self) -> Mapping[Norm, Epsilon]:
+        """The radius in each norm that the result is judged at."""
+        return self.union or {self.norm: self.reference}
 
     def reference_in(self, norm: Norm) -> Epsilon:
         """The radius in a norm that the result is judged at."""
@@ -150,15 +61,49 @@ class Protocol:
             if library != "afd":
                 require(library, f"the stage {stage.name} of the {self.name} protocol")
 
-    def check_classes(self, classes: int) -> None:
-        """Raises InputError, before anything is computed, if a stage needs a model with more classes."""
+    def check_stages(self) -> None:
+        """Raises InputError unless there is a stage to report, and the probes that the checks compare."""
+        if not any(stage.role == "score" for stage in self.stages):
+            raise InputError(f"protocol {self.name} has no stage that counts; it needs one with the role 'score'")
+        missing = sorted(name for name in NEEDED if self.find(name) is None)
+        if missing:
+            raise InputError(
+                f"protocol {self.name} lacks the stages {', '.join(missing)}; add those of "
+                "afd.evaluation.protocol.probes"
+            )
+
+    def for_classes(self, classes: int) -> Protocol:
+        """The same for a model of so many classes: `notes` say which attack it leaves out, and what runs instead.
+
+        Raises:
+            InputError: a stage needs more classes, and nothing takes its place.
+        """
+        stages, notes = list[Stage](), list[str]()
         for stage in self.stages:
-            least = ATTACKS[stage.attack].classes
-            if classes < least:
+            kind = ATTACKS[stage.attack]
+            if classes >= kind.classes:
+                stages.append(stage)
+                continue
+            if not kind.instead:
                 raise InputError(
                     f"the model has {classes} classes; the stage {stage.name} of the {self.name} protocol needs at "
-                    f"least {least}"
+                    f"least {kind.classes}"
                 )
+            name = stage.name.replace(stage.attack, kind.instead)
+            stages.append(replace(stage, name=name, attack=kind.instead, settings={"steps": stage.settings["steps"]}))
+            notes.append(
+                f"{stage.name} is left out, for it needs at least {kind.classes} classes and the model has {classes}; "
+                f"{name} runs in its place"
+            )
+        return replace(self, stages=tuple(stages), notes=tuple(notes)) if notes else self
+
+    def find(self, name: str) -> Stage | None:
+        """The stage of a name; of a probe that was left out, the one that serves as it; None if there is neither."""
+        own = next((stage for stage in self.stages if stage.name == name), None)
+        probe = next((probe for probe in probes(self.norm, self.reference) if probe.name == name), None)
+        if own is not None or probe is None:
+            return own
+        return next((stage for stage in self.stages if stage.serves(probe)), None)
 
     def check_radii(self, pixels: int) -> None:
         """Raises InputError if a radius exceeds the distance of any two images of so many values in [0, 1].
@@ -187,6 +132,7 @@ class Protocol:
             "reference": self.reference.as_json(),
             "stages": [stage.as_json() for stage in self.stages],
             **({"union": {norm: eps.as_json() for norm, eps in self.union.items()}} if self.union else {}),
+            **({"notes": list(self.notes)} if self.notes else {}),
         }
 
 
@@ -194,6 +140,9 @@ class Protocol:
 
 NAMES = ("quick", "autoattack", "paper")
 PROBED = 200  # images that the probes attack
+NEEDED = ("probe-noise", "probe-fgsm", "probe-pgd-20", "probe-pgd-40", "probe-far")  # of every protocol
+# of the probe by random search: in quick so few that all checks together cost at most three times what they check
+QUERIES, QUICK_QUERIES = 1000, 400
 
 # Bashivan et al. 2021: the sweeps of the released notebook; the radii of CIFAR's Linf attacks are in 255ths.
 SWEEPS = {
@@ -223,18 +172,18 @@ PGD_RADIUS, CW_RADIUS = {"mnist": "0.3", "cifar": "8/255"}, "1"  # of table 1
 
 
 def quick(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
-    """PGD-20 and APGD-CE (100 steps), each on every image."""
+    """PGD-20 and APGD-CE (100 steps), each on every image; with its probes it costs at most 4 times these two."""
     stages = (
         Stage("pgd-20", "pgd", norm, tuple(epsilons), {"steps": 20}),
         Stage("apgd-ce", "apgd-ce", norm, tuple(epsilons), {"steps": 100}),
     )
-    return Protocol("quick", norm, reference, stages + probes(norm, reference))
+    return Protocol("quick", norm, reference, stages + probes(norm, reference, stages, QUICK_QUERIES))
 
 
 def autoattack(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
-    """AutoAttack's standard version: APGD-CE and APGD-T on our engine, then FAB-T and Square, each on what is left.
+    """AutoAttack's standard version: APGD-CE, APGD-T, FAB-T and Square, each on what is left.
 
-    APGD-T needs a model with at least 4 classes.
+    A model with fewer than 4 classes meets APGD on the margin instead of APGD-T (`Protocol.for_classes`).
 
     Raises:
         InputError: a norm that FAB-T and Square do not know.
@@ -250,7 +199,7 @@ def autoattack(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> P
     stages = tuple(
         Stage(name, name, norm, tuple(epsilons), chosen, scope="remaining") for name, chosen in settings.items()
     )
-    return Protocol("autoattack", norm, reference, stages + probes(norm, reference))
+    return Protocol("autoattack", norm, reference, stages + probes(norm, reference, stages))
 
 
 def autoattack_reference(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:
@@ -278,10 +227,8 @@ def in_union(build: Callable[[Norm, Sequence[Epsilon], Epsilon], Protocol], ball
         for stage in one.stages
         if stage.role == "score"
     ]
-    first = alone[0]
-    return Protocol(
-        first.name, first.norm, first.reference, (*stages, *probes(first.norm, first.reference)), union=dict(balls)
-    )
+    of_first = [stage for stage in alone[0].stages if stage.role == "probe"]
+    return replace(alone[0], stages=(*stages, *of_first), union=dict(balls))
 
 
 def paper(data: str, *, transfer: bool) -> Protocol:
@@ -315,19 +262,29 @@ def paper(data: str, *, transfer: bool) -> Protocol:
     return Protocol("paper", "Linf", reference, (*stages, *probes("Linf", reference)))
 
 
-def probes(norm: Norm, reference: Epsilon) -> tuple[Stage, ...]:
-    """Attacks whose only purpose is to show masked gradients, on the first images; Square where it can be run."""
+def probes(norm: Norm, reference: Epsilon, beside: Sequence[Stage] = (), queries: int = QUERIES) -> tuple[Stage, ...]:
+    """Attacks whose only purpose is to show masked gradients, on the first images; what is known is not asked again.
+
+    Noise and Square meet only images that withstand all attacks by gradients, for only those would tell anything. Twice
+    as many steps are tried where PGD-20 fails: an image that they lose is not seen.
+
+    Args:
+        norm: of the ball.
+        reference: its radius.
+        beside: stages that run before; a probe that one of them serves as is left out.
+        queries: of Square, where it knows the norm.
+    """
     here, far = (reference,), ascending((Fraction(1, 2), Fraction(1)))
     found = [
-        Stage("probe-noise", "noise", norm, here, {"draws": 20}, "correct", "probe", PROBED),
         Stage("probe-fgsm", "fgsm", norm, here, {}, "all", "probe", PROBED),
         Stage("probe-pgd-20", "pgd", norm, here, {"steps": 20}, "correct", "probe", PROBED),
-        Stage("probe-pgd-40", "pgd", norm, here, {"steps": 40}, "correct", "probe", PROBED),
-        Stage("probe-far", "pgd", "Linf", far, {"steps": 40}, "survivors", "probe", PROBED),
+        Stage("probe-pgd-40", "pgd", norm, here, {"steps": 40}, "correct", "probe", PROBED, after="probe-pgd-20"),
+        Stage("probe-far", "pgd", "Linf", far, {"steps": 20}, "survivors", "probe", PROBED),
+        Stage("probe-noise", "noise", norm, here, {"draws": 20}, "withstood", "probe", PROBED),
     ]
-    if installed("pyautoattack") and norm in AUTOATTACK_NORMS:
-        found.append(Stage("probe-square", "square", norm, here, {"queries": 1000}, "correct", "probe", PROBED))
-    return tuple(found)
+    if norm in Square.known:
+        found.append(Stage("probe-square", "square", norm, here, {"queries": queries}, "withstood", "probe", PROBED))
+    return tuple(probe for probe in found if not any(stage.serves(probe) for stage in beside))
 
 
 def named(

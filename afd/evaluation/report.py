@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from afd.attacks.ball import NORMS
+from afd.evaluation.checks import VERDICTS
+from afd.evaluation.confirm import confirmed_in_words
 from afd.installation import needed_by
+from afd.metrics import spanned
 from afd.training.alarms import Alarm, alarm_lines
 
 TABLE_1_COLUMNS = ("clean", "PGD WB", "C&W WB", "PGD BB", "C&W BB")
@@ -201,14 +204,6 @@ def plain(figure: float | None) -> str:
 with needed_by("the report of an evaluation"):
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-VERDICTS = {
-    "pass": "Every check that could be made passed.",
-    "warn": "Some checks warn: read them before quoting a figure.",
-    "fail": "Checks failed: these figures are not evidence of robustness.",
-    "skipped": "No check was made.",
-}
-
-
 # --- Advice: what to do about a check that failed or warned, one sentence each, for terminal and report alike ---------
 
 LARGER = "accuracy at ε = "  # how the name of the check at the largest radius begins
@@ -247,6 +242,7 @@ ADVICE = {
     "and look for saturation (cross-entropy of exactly zero) or steps without a slope in the model.",
     "not finite under attack": "Evaluate in float32 and find where the model overflows on attacked images: from there "
     "on an attack climbs nothing.",
+    "float32 beats bfloat16": "Evaluate again with `--precision fp32`, and quote that figure.",
     "re-verification": "Make the model answer alike at every batch size and in every call (random layers, batch "
     "statistics, half precision), and evaluate again.",
 }
@@ -355,6 +351,11 @@ TEMPLATES = Environment(
     loader=PackageLoader("afd.evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
     lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
-TEMPLATES.filters |= {"ball": ball_name, "percent": percent, "setting": setting, "wordy": wordy}
+TEMPLATES.filters |= {"ball": ball_name, "percent": percent, "setting": setting, "spanned": spanned, "wordy": wordy}
 TEMPLATES.globals |= {"NORMS": NORMS, "VERDICTS": VERDICTS}
-TEMPLATES.globals |= {"advised": advised, "alarms_of": alarms_of, "looked_for": looked_for}
+TEMPLATES.globals |= {
+    "confirmed_in_words": confirmed_in_words,
+    "advised": advised,
+    "alarms_of": alarms_of,
+    "looked_for": looked_for,
+}

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol as Interface
 
 import torch
 from torch import Tensor, nn
 
-from afd.attacks import Attack, ModelWarning, Report
+from afd.attacks import Attack, ModelWarning, Report, engine
 from afd.attacks.ball import Ball
 from afd.attacks.external import check_returned, inside
 from afd.attacks.inputs import rows_of
 from afd.data import Images
 from afd.errors import AfdError
-from afd.evaluation.attacks import ATTACKS, Shortened, Target
-from afd.evaluation.outcome import BLIND_AND_ROBUST, ItemResult, Outcome
-from afd.evaluation.protocol import Protocol, Stage, WorkItem
+from afd.evaluation.attacks import ATTACKS, Shortened, Stage, Target, WorkItem
+from afd.evaluation.outcome import BLIND_AND_ROBUST, BROKEN_IN_FP32, LEFT_IN_BF16, ItemResult, Outcome
+from afd.evaluation.protocol import Protocol
 from afd.evaluation.store import Store
+from afd.execution import Passes
 from afd.metrics import Predictions, predict
+from afd.ops import backend
 from afd.runtime import Group
 
 Count = Callable[[Tensor, Tensor], dict[str, int]]
@@ -70,7 +72,7 @@ class Runner:
 
     Attributes:
         model: under evaluation.
-        surrogate: model that transfer stages attack; None if there are none.
+        surrogates: models that transfer stages attack, by their number.
         images: what to attack, on the device of the models.
         classes: of the model.
         protocol: what to do.
@@ -81,10 +83,11 @@ class Runner:
         meter: hears of progress.
         count: counts things about images and their labels: clean ones, and as scoring stages leave them; of those only
             that the model gets right when clean. None counts nothing.
+        precision: that attacks run in: "fp32", "bf16" or "auto". Figures are made in float32 (`predict`).
     """
 
     model: nn.Module
-    surrogate: nn.Module | None
+    surrogates: Sequence[nn.Module]
     images: Images
     classes: int
     protocol: Protocol
@@ -94,6 +97,12 @@ class Runner:
     batch_size: int
     meter: Meter
     count: Count | None = None
+    precision: str = "fp32"
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether attacks run in bfloat16 here."""
+        return self.precision == "bf16" or (self.precision == "auto" and backend.fast_bf16(self.images.device))
 
     def run(self) -> Outcome:
         """Everything that is not in the store yet; returns what all processes found.
@@ -113,7 +122,7 @@ class Runner:
             outcome.undefined(batch.first, batch.said.undefined)
             fooled = {stage.name: torch.zeros_like(batch.correct) for stage in self.protocol.stages}
             for item in order:
-                result = self.result(batch, item, fooled[item.stage.name])
+                result = self.result(batch, item, fooled[item.stage.name], outcome)
                 self.note(outcome, batch, item, result, fooled[item.stage.name])
                 self.meter.moved(len(batch.y) * item.passes, f"batch {number + 1}: {item}")
         return outcome.gathered(self.group)
@@ -132,12 +141,19 @@ class Runner:
         taken: dict[str, Tensor] = {stage.norm: torch.zeros_like(correct) for stage in self.protocol.stages}
         return Batch(number, first, x, y, said, correct, taken)
 
-    def result(self, batch: Batch, item: WorkItem, fooled: Tensor) -> ItemResult:
-        """What an item finds, from the store or computed now; `fooled` [N]: where its stage did at smaller radii."""
+    def result(self, batch: Batch, item: WorkItem, fooled: Tensor, outcome: Outcome) -> ItemResult:
+        """What an item finds, from the store or computed now.
+
+        Args:
+            batch: where.
+            item: what is done.
+            fooled: where its stage fooled the model at smaller radii, bool [N].
+            outcome: what was found so far.
+        """
         key = item.key(batch.number)
         if (result := self.store.load_or_forget(key)) is not None:
             return result
-        rows = self.rows(batch, item.stage, fooled).nonzero().squeeze(1)
+        rows = self.rows(batch, item, fooled, outcome).nonzero().squeeze(1)
         started = time.perf_counter()
         try:
             with warnings.catch_warnings():
@@ -147,21 +163,27 @@ class Runner:
             last = batch.first + len(batch.y) - 1
             raise AttackFailedError(
                 f"{item} failed on batch {batch.number + 1} (images {batch.first} to {last}) with "
-                f"{type(error).__name__}: {error}; what was computed before is kept in {self.store.folder}, "
-                "and the same command goes on from there"
+                f"{type(error).__name__}: {error}{self.store.kept}"
             ) from error
         if len(rows):
             self.store.save(key, result)
         return result
 
-    def rows(self, batch: Batch, stage: Stage, fooled: Tensor) -> Tensor:
-        """Which images of a batch a stage attacks, bool [N]."""
+    def rows(self, batch: Batch, item: WorkItem, fooled: Tensor, outcome: Outcome) -> Tensor:
+        """Which images of a batch an item attacks, bool [N]; see `result`."""
+        stage, radius = item.stage, item.largest
+        own = slice(batch.first, batch.first + len(batch.y))
         wanted = {
-            "all": ~batch.said.undefined,
-            "correct": batch.correct,
-            "survivors": batch.correct & ~fooled,
-            "remaining": batch.correct & ~batch.taken[stage.norm],
-        }[stage.scope]
+            "all": lambda: ~batch.said.undefined,
+            "correct": lambda: batch.correct,
+            "survivors": lambda: batch.correct & ~fooled,
+            "remaining": lambda: batch.correct & ~batch.taken[stage.norm],
+            "withstood": lambda: batch.correct & ~outcome.white_box(stage.norm, radius)[own].to(fooled.device),
+        }[stage.scope]()
+        if stage.after:
+            before = self.protocol.find(stage.after)
+            assert before is not None
+            wanted = wanted & ~outcome.reached(before, radius)[own].to(fooled.device)
         if stage.first is None:
             return wanted
         return wanted & (torch.arange(len(wanted), device=wanted.device) + batch.first < stage.first)
@@ -194,6 +216,9 @@ class Runner:
             counts |= aim(report, item.positions[0], fooled)
             infinite |= report.nonfinite.to(infinite.device)
         counts["not finite"] = int(infinite.sum())
+        if self.low_precision and ATTACKS[stage.attack].library == "afd":
+            left = legal & (self.predict_in_bf16(x_adv) == y)
+            counts |= {LEFT_IN_BF16: int(left.sum()), BROKEN_IN_FP32: int((left & fooled).sum())}
         return ItemResult(
             rows=rows[fooled].cpu(), images=kept[fooled].cpu(), lengths=ball.distance(kept, x)[fooled].cpu(),
             attacked=len(rows), illegal=int((~legal).sum()), counts=counts, seconds=time.perf_counter() - started,
@@ -202,9 +227,9 @@ class Runner:
     def attack(self, stage: Stage, ball: Ball) -> Attack:
         """The attack of a stage in a ball, on the model that it looks at."""
         kind = ATTACKS[stage.attack]
-        seen = self.surrogate if stage.role == "transfer" else self.model
-        assert seen is not None
-        attack = kind.build(Target(seen, stage.norm, float(ball.eps), self.seed, self.classes), **stage.settings)
+        seen = self.surrogates[stage.surrogate] if stage.role == "transfer" else self.model
+        target = Target(seen, stage.norm, float(ball.eps), self.seed, self.classes, self.precision)
+        attack = kind.build(target, **stage.settings)
         return Shortened(attack, ball) if kind.minimal and stage.role == "transfer" else attack
 
     def note(self, outcome: Outcome, batch: Batch, item: WorkItem, result: ItemResult, fooled: Tensor) -> None:
@@ -228,6 +253,13 @@ class Runner:
     def predict(self, x: Tensor) -> Predictions:
         """What the model says of images [N, ...], in evaluation mode and float32."""
         return predict(self.model, x)
+
+    def predict_in_bf16(self, x: Tensor) -> Tensor:
+        """The classes that an attack in bfloat16 sees at images [N, ...], int64 [N]."""
+        if not len(x):
+            return torch.zeros(0, dtype=torch.int64, device=x.device)
+        with engine.evaluating(self.model), torch.no_grad(), Passes("bf16").autocast(x.device):
+            return engine.logits(self.model, x)[0].argmax(1)
 
     def counted(self, x: Tensor, batch: Batch) -> dict[str, int]:
         """Counts on the images that the model gets right when clean."""

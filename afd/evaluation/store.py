@@ -94,6 +94,11 @@ class Store:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DamagedItemError(f"{path} is damaged ({reason}); delete it, and it is computed again") from error
 
+    @property
+    def kept(self) -> str:
+        """What becomes of it where an evaluation ends early, to end a sentence with."""
+        return f"; what was computed before is kept in {self.folder}, and the same command goes on from there"
+
     def load_or_forget(self, key: str) -> ItemResult | None:
         """As `load`, but for a damaged file it says so, and finds nothing."""
         try:
@@ -114,6 +119,23 @@ class Store:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{SUFFIX}"
+
+
+class MemoryStore(Store):
+    """The same in memory, for an evaluation that leaves no folder."""
+
+    kept = ""
+
+    def __init__(self) -> None:
+        self._results: dict[str, ItemResult] = {}
+
+    def load(self, key: str) -> ItemResult | None:
+        """See `Store`."""
+        return self._results.get(key)
+
+    def save(self, key: str, result: ItemResult) -> None:
+        """See `Store`."""
+        self._results[key] = result
 
 
 def saved_fingerprint(folder: Path) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from afd.attacks import AttackSettings, FGSMSettings, PGDSettings, Square, SquareSettings, UnionSettings
 from afd.methods import Method
 from afd.methods.optimizers import GradientNorms
-from afd.metrics import predict
+from afd.metrics import interval, predict
 from afd.runtime import Group
 from afd.training.data import Sample
 
@@ -316,15 +316,6 @@ def _withstand(model: nn.Module, attack: AttackSettings, x: Tensor, y: Tensor, s
 # --- Verdicts -------------------------------------------------------------------------------------------------------
 
 
-def bounds(hits: float, of: float, deviations: float = 2.0) -> tuple[float, float]:
-    """Between what a share lies of which a sample has so many hits (Wilson 1927)."""
-    if not of:
-        return 0.0, 1.0
-    share, z = hits / of, deviations * deviations / of
-    middle, width = share + z / 2, math.sqrt(z * (share * (1 - share) + z / 4))
-    return (middle - width) / (1 + z), (middle + width) / (1 + z)
-
-
 def collapsed(
     history: Sequence[Measured], now: Measured, epoch: int, images: tuple[int, int], probes: Probes
 ) -> Alarm | None:
@@ -336,7 +327,7 @@ def collapsed(
     if many is None or one is None:
         return None
     best = max((seen.robust for seen in history if seen.robust is not None), default=0.0)
-    surely = bounds(one * of_one, of_one)[0] - bounds(many * of_many, of_many)[1]
+    surely = interval(one * of_one, of_one, 2.0)[0] - interval(many * of_many, of_many, 2.0)[1]
     fell = many <= best / 2 and best - many >= FALL
     last = (history[-1].robust, history[-1].one_step) if history else (None, None)
     never = many < NEVER and one >= 0.5 and last[0] is not None and last[0] < NEVER and (last[1] or 0.0) >= 0.5
@@ -350,10 +341,10 @@ def masked(probes: Probes, epoch: int) -> Alarm | None:
     """Square breaks what PGD could not, or PGD from several starts much of what validation's could not."""
     tested, left, asked, broken, robust = probes.lately()
     figures = {"images": tested, "left_by_pgd": left, "shown_to_square": asked, "broken_by_square": broken}
-    if asked >= FEW and bounds(broken, asked, 3.0)[0] > BROKEN:
+    if asked >= FEW and interval(broken, asked, 3.0)[0] > BROKEN:
         told = f"Square of {QUERIES} queries breaks {broken:g} of {asked:g} validation images that PGD has left"
         return Alarm.of(MASKED, epoch, told, **figures)
-    if robust >= 0 and bounds(left, tested, 3.0)[1] < robust - BELOW:
+    if robust >= 0 and interval(left, tested, 3.0)[1] < robust - BELOW:
         told = f"PGD from several starts leaves {left:g} of {tested:g} validation images, validation's {robust:.1%}"
         return Alarm.of(MASKED, epoch, told, **figures, validation=robust)
     return None

@@ -14,7 +14,7 @@ from afd import data, nn
 from afd.attacks import PGD
 from afd.data import Batches
 from afd.evaluation.attacks import Epsilon, ascending
-from afd.evaluation.evaluate import evaluate
+from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.model import Model
 from afd.evaluation.protocol import Protocol, Stage, probes
 
@@ -87,7 +87,7 @@ def mnist_models():
 
 @pytest.fixture
 def judged(images, tmp_path):
-    """evaluate() with one cheap attack and all probes: returns the results, and the checks by name."""
+    """evaluate_to_folder() with one cheap attack and all probes: returns the results, and the checks by name."""
 
     def run(model, surrogate=None, out="out", taken=images, **options):
         reference = Epsilon.of(EPS)
@@ -102,7 +102,9 @@ def judged(images, tmp_path):
             stages.append(dataclasses.replace(stage, settings=fewer))
         protocol = Protocol("paper", "Linf", reference, tuple(stages))
         model = model if isinstance(model, Model) else Model("model", "test", model)
-        results = evaluate(model, taken, protocol, tmp_path / out, surrogate=surrogate, batch_size=60, **options)
+        results = evaluate_to_folder(
+            model, taken, protocol, tmp_path / out, surrogate=surrogate, batch_size=60, **options
+        )
         return results, {check["name"]: check for check in results["checks"]}
 
     return run

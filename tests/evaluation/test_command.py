@@ -31,15 +31,15 @@ def checkpoint(path, model, method="afd", width=8, data="digits"):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def without_square():
-    """Square's thousand queries have their tests elsewhere; here they would only take time."""
+def few_queries():
+    """Square's queries have their tests elsewhere; here they would only take time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocols, "installed", lambda _: False)
+        patch.setattr(protocols, "QUICK_QUERIES", 2)
         yield
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, robust, natural, without_square):
+def folder(tmp_path_factory, robust, natural, few_queries):
     """Checkpoints of a robust and a natural model, and a quick report of the first."""
     folder = tmp_path_factory.mktemp("models")
     checkpoint(folder / "robust.pt", robust)

@@ -14,7 +14,7 @@ from afd.errors import InputError
 from afd.evaluation import protocol as protocols
 from afd.evaluation import runner
 from afd.evaluation.attacks import Epsilon, ascending
-from afd.evaluation.evaluate import FolderError, evaluate
+from afd.evaluation.folder import FolderError, evaluate_to_folder
 from afd.evaluation.model import Model, UnusableModelError
 from afd.evaluation.outcome import read_results
 from afd.evaluation.store import Output, StateError, agreed, comparison_folder
@@ -26,8 +26,8 @@ REPORT = ["curves.png", "examples.png", "report.html", "results.json"]
 
 @pytest.fixture
 def run(natural, images, tmp_path, monkeypatch):
-    """evaluate() of a few images, in a folder of its own to which all paths are relative."""
-    monkeypatch.setattr(protocols, "installed", lambda _: False)
+    """evaluate_to_folder() of a few images, in a folder of its own to which all paths are relative."""
+    monkeypatch.setattr(protocols, "QUICK_QUERIES", 2)
     monkeypatch.chdir(tmp_path)
     eps = Epsilon.of("0.15")
     protocol = protocols.named("quick", data="digits", norm="Linf", epsilons=ascending(["0.15"]), trained_at=eps)
@@ -37,7 +37,7 @@ def run(natural, images, tmp_path, monkeypatch):
             out if isinstance(out, Output) else Output(None if out is None else Path(out), options.pop("over", False))
         )
         taken = images.take(torch.arange(20))
-        evaluate(Model("natural", "test", model), taken, protocol, output, batch_size=10, **options)
+        evaluate_to_folder(Model("natural", "test", model), taken, protocol, output, batch_size=10, **options)
         return str(output.folder)
 
     return evaluated
@@ -160,7 +160,7 @@ def test_overwrite_deletes_nothing_before_all_checks_have_passed(run, natural):
     run("out")
     before = Path("out/results.json").read_bytes()
     with pytest.raises(InputError, match="batch-size is 0"):
-        evaluate(Model("n", "t", natural), None, None, Path("out"), batch_size=0, overwrite=True)
+        evaluate_to_folder(Model("n", "t", natural), None, None, Path("out"), batch_size=0, overwrite=True)
     with pytest.raises(UnusableModelError, match="does not take"):
         run("out", model=torch.nn.Linear(3, 10), over=True)
     assert Path("out/results.json").read_bytes() == before

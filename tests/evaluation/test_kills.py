@@ -18,11 +18,11 @@ from afd import files as writing
 from afd.checkpoint import save_checkpoint
 from afd.errors import AfdError
 from afd.evaluation import protocol as protocols
-from afd.evaluation.attacks import Epsilon
-from afd.evaluation.evaluate import evaluate
+from afd.evaluation.attacks import Epsilon, Stage
+from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.model import Model
 from afd.evaluation.outcome import read_results
-from afd.evaluation.protocol import Protocol, Stage
+from afd.evaluation.protocol import Protocol
 
 # starts evaluations as children of a process that has imported everything, so that a kill hits the work itself
 SERVER = """
@@ -30,7 +30,6 @@ import dataclasses, os, signal, sys, traceback
 import matplotlib.figure, afd.cli, afd.evaluation.command, afd.evaluation.protocol, afd.data
 import torch
 torch.set_num_threads(1)
-afd.evaluation.protocol.installed = lambda _: False
 afd.data.load("digits")
 named = afd.evaluation.command.named
 def quicker(*arguments, **options):
@@ -202,11 +201,11 @@ def disturb(patch, name, how):
 
 @pytest.fixture
 def cheaply(tmp_path, natural, images):
-    """evaluate() of a few images into a folder of that name."""
+    """evaluate_to_folder() of a few images into a folder of that name."""
     eps = Epsilon.of("0.15")
     few, score = images.take(torch.arange(10)), Stage("pgd-20", "pgd", "Linf", (eps,), {"steps": 2})
     probes = (stage for stage in protocols.probes("Linf", eps) if stage.attack != "square")
     quick = (dataclasses.replace(stage, settings=dict.fromkeys(stage.settings, 1)) for stage in probes)
     protocol = Protocol("quick", "Linf", eps, (score, *quick))
     model = Model("natural", "test", natural)
-    return lambda out: evaluate(model, few, protocol, tmp_path / out, batch_size=10)
+    return lambda out: evaluate_to_folder(model, few, protocol, tmp_path / out, batch_size=10)

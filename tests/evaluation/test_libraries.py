@@ -1,6 +1,7 @@
 """Attacks that come from other libraries, behind our one shape; and what happens where those are missing."""
 
 import importlib.util
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from afd.attacks import PGD
 from afd.attacks.ball import NORMS
 from afd.bench.baselines import Request, adapted
 from afd.evaluation.attacks import ATTACKS, Epsilon, Target, ascending
-from afd.evaluation.evaluate import evaluate
+from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.model import Model
 from afd.evaluation.protocol import autoattack, autoattack_reference, paper
 from afd.installation import ExtraMissingError
@@ -38,10 +39,14 @@ Y = torch.tensor([0, 1, 2])
 MARGINS = torch.tensor([0.4, 0.15, 0.15], dtype=torch.float64)
 
 
-def build(name, model, eps, seed=0):
+def skip_without(name):
     library = ATTACKS[name].library
     if importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
+
+
+def build(name, model, eps, seed=0):
+    skip_without(name)
     norm, settings = EXTERNAL[name]
     return ATTACKS[name].build(Target(model, norm, eps, seed, 3), **settings), norm
 
@@ -69,8 +74,6 @@ def test_a_minimal_attack_finds_the_nearest_adversarial_image(name):
 def test_a_ball_attack_breaks_what_can_be_broken_in_the_ball(name, images, natural):
     x, y = images.images(torch.arange(40)), images.labels[:40]
     correct = natural(x).argmax(1) == y
-    if importlib.util.find_spec("pyautoattack") is None:
-        pytest.skip("pyautoattack is not installed")
     attack = ATTACKS[name].build(Target(natural, "Linf", 0.3, 0, 10), **EXTERNAL[name][1])
     x_adv = attack(x[correct], y[correct])
     assert (natural(x_adv).argmax(1) != y[correct]).double().mean() > 0.8
@@ -79,8 +82,7 @@ def test_a_ball_attack_breaks_what_can_be_broken_in_the_ball(name, images, natur
 
 @pytest.mark.parametrize("name", EXTERNAL)
 def test_a_foreign_attack_leaves_random_state_and_model_alone(name, images, natural):
-    if importlib.util.find_spec(ATTACKS[name].library) is None:
-        pytest.skip(f"{ATTACKS[name].library} is not installed")
+    skip_without(name)
     x, y = images.images(torch.arange(8)), images.labels[:8]
     attack = ATTACKS[name].build(Target(natural, EXTERNAL[name][0], 0.1, 3, 10), **EXTERNAL[name][1])
     before = torch.get_rng_state()
@@ -96,12 +98,22 @@ def test_a_missing_extra_is_named_before_anything_runs(missing, images, natural,
     monkeypatch.setattr(installation, "installed", lambda library: library != missing)
     reference = Epsilon.of("0.1")
     protocols = {"foolbox": [paper("mnist", transfer=False)], "pyautoattack": [
-        autoattack("Linf", ascending(["0.1"]), reference), autoattack_reference("Linf", ascending(["0.1"]), reference),
+        autoattack_reference("Linf", ascending(["0.1"]), reference),
     ]}  # fmt: skip
     for protocol in protocols[missing]:
         with pytest.raises(ExtraMissingError, match=rf"needs {missing}, .* pip install 'afd-torch\[evaluate\]'"):
-            evaluate(Model("natural", "test", natural), images, protocol, tmp_path / "out")
+            evaluate_to_folder(Model("natural", "test", natural), images, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_autoattack_needs_no_other_library(images, natural, monkeypatch):
+    monkeypatch.setattr(installation, "installed", lambda _: False)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    autoattack("Linf", ascending(["0.1"]), Epsilon.of("0.1")).check_extras()
+    x, y = images.images(torch.arange(8)), images.labels[:8]
+    for name in ("fab-t", "square"):
+        assert ATTACKS[name].library == "afd"
+        assert ATTACKS[name].build(Target(natural, "Linf", 0.1, 0, 10), **EXTERNAL[name][1])(x, y).shape == x.shape
 
 
 def autoattack_accuracies(model, images, eps, folder):
@@ -113,7 +125,7 @@ def autoattack_accuracies(model, images, eps, folder):
         stages = tuple(stage for stage in protocol.stages if stage.role == "score")
         protocol = type(protocol)(protocol.name, "Linf", reference, (*stages, *protocol.stages[len(stages) :][:5]))
         out = folder / f"{protocol.name}-{eps}".replace("/", "-")
-        results = evaluate(Model("model", "test", model), images, protocol, out)
+        results = evaluate_to_folder(Model("model", "test", model), images, protocol, out)
         found.append(results["worst_case"]["Linf"][eps])
     return found
 

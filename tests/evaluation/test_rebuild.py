@@ -98,7 +98,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """Twenty images of the trainers' data sets and one cheap attack: what is measured is the clean figure."""
-    monkeypatch.setattr(protocols, "installed", lambda _: False)
+    monkeypatch.setattr(protocols, "QUICK_QUERIES", 2)
     monkeypatch.setattr("afd.data.load", lambda name, *_, **__: type("Splits", (), {"test": some(name)}))
 
 
@@ -161,7 +161,8 @@ def same(one, other):
 
 
 def cheap(*_, trained_at, **__):
-    from afd.evaluation.protocol import Protocol, Stage
+    from afd.evaluation.attacks import Stage
+    from afd.evaluation.protocol import Protocol
 
     stages = [Stage("pgd", "pgd", "Linf", (trained_at,), {"steps": 1}, first=4)]
     stages += [s for s in protocols.probes("Linf", trained_at) if s.attack in ("noise", "fgsm", "pgd")]

@@ -11,7 +11,7 @@ from afd.attacks.ball import NORMS, Ball
 from afd.data import Images
 from afd.evaluation import attacks
 from afd.evaluation.attacks import Epsilon, ascending
-from afd.evaluation.evaluate import evaluate
+from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.model import Model
 from afd.evaluation.outcome import Outcome, ShardingError
 from afd.evaluation.protocol import Protocol, Stage, probes
@@ -77,7 +77,7 @@ class Impatient(Silent):
 
 def runner(data, protocol, folder, *, meter=None, group=None, batch_size=7, count=None):
     return Runner(
-        model=Brightest(), surrogate=None, images=data, classes=3, protocol=protocol,
+        model=Brightest(), surrogates=(), images=data, classes=3, protocol=protocol,
         store=Store(folder, {"protocol": protocol.as_json()}), group=group or Group(), seed=0,
         batch_size=batch_size, meter=meter or Silent(), count=count,
     )  # fmt: skip
@@ -330,7 +330,7 @@ def test_count_sees_the_images_as_the_attack_leaves_them(data, tmp_path):
 def test_evaluate_gives_the_exact_figure_and_cleans_up(data, tmp_path):
     reference = Epsilon.of("0.1025")
     wanted = Protocol("quick", "Linf", reference, (PGD, *probes("Linf", reference)[:5]))
-    results = evaluate(Model("brightest", "test", Brightest()), data, wanted, tmp_path / "out", batch_size=7)
+    results = evaluate_to_folder(Model("brightest", "test", Brightest()), data, wanted, tmp_path / "out", batch_size=7)
     assert results["worst_case"]["Linf"]["0.1025"] == pytest.approx(robust_at("0.1025"))
     assert results["clean"] == pytest.approx(20 / 23)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

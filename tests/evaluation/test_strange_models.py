@@ -1,12 +1,15 @@
 """Whole evaluations of models that somebody else wrote, in any mode of the caller; and what is refused at once."""
 
+import dataclasses
 import json
 from contextlib import ExitStack
+from io import StringIO
 from types import SimpleNamespace
 
 import pytest
 import torch
 from ambient import MODES
+from rich.console import Console
 from torch import nn
 
 from afd import installation
@@ -15,7 +18,7 @@ from afd.data import Images
 from afd.errors import InputError, InputTypeError, ModelWarning
 from afd.evaluation import attacks
 from afd.evaluation.attacks import ATTACKS, Epsilon, Target, ascending
-from afd.evaluation.evaluate import FolderError, evaluate
+from afd.evaluation.folder import FolderError, evaluate_to_folder
 from afd.evaluation.model import Model, UnusableModelError, check_fit, feature_summary
 from afd.evaluation.protocol import Protocol, Stage, autoattack, autoattack_reference, probes, quick
 from afd.evaluation.runner import Runner
@@ -55,7 +58,7 @@ def evaluated(model, images, out, stages=None, **options):
     """The results of PGD and all probes but Square, and the checks by name."""
     stages = stages or [Stage("pgd", "pgd", "Linf", RADII, {"steps": 10})]
     protocol = Protocol("quick", "Linf", RADII[0], (*stages, *probes("Linf", RADII[0])[:5]))
-    results = evaluate(Model("model", "test", model), images, protocol, out, batch_size=40, **options)
+    results = evaluate_to_folder(Model("model", "test", model), images, protocol, out, batch_size=40, **options)
     for attack in results["attacks"]:
         attack["seconds"] = 0
     return results, {check["name"]: check for check in results["checks"]}
@@ -179,7 +182,7 @@ def test_nan_on_an_attacked_image_does_not_withstand_and_is_counted(bright, tmp_
 
     stage = Stage("shift", "shift", "Linf", RADII[:1])
     runner = Runner(
-        model=Around(before=undefined), surrogate=None, images=bright, classes=3,
+        model=Around(before=undefined), surrogates=(), images=bright, classes=3,
         protocol=Protocol("quick", "Linf", RADII[0], (stage,)), store=Store(tmp_path, {}),
         group=Group(), seed=0, batch_size=60, meter=Silent(),
     )  # fmt: skip
@@ -243,21 +246,51 @@ def test_attacks_that_aim_pass_and_those_that_say_nothing_are_skipped(bright, tm
 # --- Refused before work starts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (autoattack, "the model has 3 classes; the stage apgd-t of the autoattack protocol needs at least 4"),
-        (
-            autoattack_reference,
-            "the model has 3 classes; the stage autoattack of the reference protocol .* at least 10",
-        ),
-    ],
-)
-def test_a_protocol_whose_attacks_need_more_classes_is_refused(make, words, bright, tmp_path):
+@pytest.mark.parametrize(("norm", "eps"), [("Linf", "0.0525"), ("L2", "0.105"), ("L1", "0.105")])
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes_leave_out_an_attack_and_it_is_said_before_it_starts(classes, norm, eps, tmp_path):
+    some, console = few(classes), Console(file=StringIO(), width=300)
+    radii = ascending([eps])
+    protocol = cheap(autoattack(norm, radii, radii[0]))
+    results = evaluate_to_folder(Model("model", "test", Brightest()), some, protocol, tmp_path / "out", console=console)
+    note = f"apgd-t is left out, for it needs at least 4 classes and the model has {classes}; apgd-margin runs in its "
+    said = console.file.getvalue()
+    assert said.index(note) < said.index("100%")
+    assert [one.startswith(note) for one in results["protocol"]["notes"]] == [True]
+    assert note in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    names = [one["name"] for one in results["attacks"] if one["role"] == "score"]
+    assert names == ["apgd-ce", "apgd-margin", "fab-t", "square"]
+    margins = some.images().flatten(1).topk(2).values.diff().abs().flatten()
+    needed = margins / {"Linf": 2, "L2": 2**0.5, "L1": 1}[norm]
+    assert results["worst_case"][norm][eps] == pytest.approx(float((needed > float(eps) + 1e-6).double().mean()))
+
+
+def few(classes):
+    """Images of so many pixels, the brightest of which is their class."""
+    pixels = torch.randint(0, 101, (40, 1, 1, classes), generator=torch.Generator().manual_seed(3)).to(torch.uint8)
+    return Images(pixels, pixels.flatten(1).argmax(1), scale=100.0, num_classes=classes, name="bright")
+
+
+def cheap(protocol):
+    """The same with few steps and queries."""
+    fewer = {"steps": 20, "queries": 30, "draws": 2}
+    settings = [{name: fewer.get(name, value) for name, value in stage.settings.items()} for stage in protocol.stages]
+    stages = (dataclasses.replace(stage, settings=one) for stage, one in zip(protocol.stages, settings, strict=True))
+    return dataclasses.replace(protocol, stages=tuple(stages))
+
+
+def test_one_logit_an_image_is_refused_with_what_to_return_instead(tmp_path):
+    model = Around(after=lambda logits: logits[:, :1])
+    with pytest.raises(UnusableModelError, match=r"of one score s, make \[-s / 2, s / 2\]"):
+        evaluated(model, few(3), tmp_path / "out")
+
+
+def test_a_reference_whose_attacks_need_more_classes_is_refused(bright, tmp_path):
     pytest.importorskip("pyautoattack")
-    protocol = make("Linf", RADII, RADII[0])
+    protocol = autoattack_reference("Linf", RADII, RADII[0])
+    words = "the model has 3 classes; the stage autoattack of the reference protocol .* at least 10"
     with pytest.raises(InputError, match=words):
-        evaluate(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
+        evaluate_to_folder(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -265,7 +298,7 @@ def test_a_protocol_whose_attacks_need_more_classes_is_refused(make, words, brig
 def test_a_radius_that_no_two_images_are_apart_is_refused(norm, eps, widest, bright, tmp_path):
     protocol = quick(norm, ascending([eps]), Epsilon.of(eps))
     with pytest.raises(InputError, match=f"eps is {eps} in {norm}; no two images .* further apart than {widest}"):
-        evaluate(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
+        evaluate_to_folder(Model("model", "test", Brightest()), bright, protocol, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -281,7 +314,9 @@ def test_a_radius_that_no_two_images_are_apart_is_refused(norm, eps, widest, bri
 )
 def test_numbers_out_of_range_are_refused(options, kind, words, bright, tmp_path):
     with pytest.raises(kind, match=words):
-        evaluate(Model("model", "test", Brightest()), bright, quick("Linf", RADII, RADII[0]), tmp_path, **options)
+        evaluate_to_folder(
+            Model("model", "test", Brightest()), bright, quick("Linf", RADII, RADII[0]), tmp_path, **options
+        )
 
 
 @pytest.mark.parametrize("size", [1, 13, 40, 200])
@@ -373,10 +408,10 @@ def test_a_protocol_without_its_probes_is_refused(missing, bright, tmp_path):
     whole = quick("Linf", RADII, RADII[0])
     fewer = Protocol("quick", "Linf", RADII[0], tuple(stage for stage in whole.stages if stage.name != missing))
     with pytest.raises(InputError, match=f"protocol quick lacks the stages {missing}; add those of"):
-        evaluate(Model("model", "test", Brightest()), bright, fewer, tmp_path / "out")
+        evaluate_to_folder(Model("model", "test", Brightest()), bright, fewer, tmp_path / "out")
     only = Protocol("quick", "Linf", RADII[0], probes("Linf", RADII[0]))
     with pytest.raises(InputError, match="protocol quick has no stage that counts"):
-        evaluate(Model("model", "test", Brightest()), bright, only, tmp_path / "out")
+        evaluate_to_folder(Model("model", "test", Brightest()), bright, only, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -403,7 +438,7 @@ def test_a_folder_that_cannot_be_made_is_named(bright, tmp_path):
 def test_metadata_that_no_json_can_hold_is_refused_at_once(bright, tmp_path):
     model = Model("model", "test", Brightest(), metadata={"weights": torch.zeros(2)})
     with pytest.raises(UnusableModelError, match=r"metadata of model test must be plain JSON: .*Tensor"):
-        evaluate(model, bright, quick("Linf", RADII, RADII[0]), tmp_path / "out")
+        evaluate_to_folder(model, bright, quick("Linf", RADII, RADII[0]), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ from afd.config import DataConfig, ModelConfig, TrainConfig
 from afd.errors import InputError
 from afd.evaluation import protocol as protocols
 from afd.evaluation.attacks import Epsilon
-from afd.evaluation.evaluate import evaluate
+from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.model import Model
 from afd.evaluation.outcome import Outcome, read_results
 from afd.evaluation.protocol import Protocol, Stage, in_union, named, probes
@@ -24,10 +24,10 @@ WORDS = "Linf=0.12,L2=1/2,L1=1.5"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def without_square():
-    """Square's thousand queries have their tests elsewhere; here they would only take time."""
+def few_queries():
+    """Square's queries have their tests elsewhere; here they would only take time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocols, "installed", lambda _: False)
+        patch.setattr(protocols, "QUICK_QUERIES", 2)
         yield
 
 
@@ -36,7 +36,7 @@ def cascade(norm, epsilons, reference):
         Stage(name, attack, norm, tuple(epsilons), chosen, scope="remaining")
         for name, attack, chosen in (("first", "pgd", {"steps": 1}), ("second", "pgd", {"steps": 10}))
     ]
-    return Protocol("cascade", norm, reference, (*stages, *probes(norm, reference)))
+    return Protocol("cascade", norm, reference, (*stages, *probes(norm, reference, queries=2)))
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,9 @@ def found(robust, images, tmp_path_factory):
     """Results of a cascade in all balls, and in each alone."""
     out = tmp_path_factory.mktemp("cascades")
     model = Model("robust", "test", robust)
-    union = evaluate(model, images, in_union(cascade, BALLS), out / "union", batch_size=60)
+    union = evaluate_to_folder(model, images, in_union(cascade, BALLS), out / "union", batch_size=60)
     alone = {
-        norm: evaluate(model, images, cascade(norm, (eps,), eps), out / norm, batch_size=60)
+        norm: evaluate_to_folder(model, images, cascade(norm, (eps,), eps), out / norm, batch_size=60)
         for norm, eps in BALLS.items()
     }
     return union, alone

@@ -316,6 +316,8 @@ def modules_of(trainer):
         ("training.schedule:cosine", "training.schedules:cosine"),
         ("nn.resnet:ResNet18", "nn.encoders:ResNet18"),
         ("data.augment:CropAndFlip", "data.images:CropAndFlip"),
+        ("evaluation.evaluate:evaluate", "evaluation.folder:evaluate_to_folder"),
+        ("evaluation.evaluate:ProgressBar", "evaluation.folder:ProgressBar"),
     ],
 )
 @pytest.mark.parametrize("spelling", ["from {} import {} as found", "import {0}; found = {0}.{1}"])
