@@ -9,7 +9,7 @@ cast them to at every step.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +24,6 @@ from afd.nn.modes import version_of
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 WIDE = (torch.float32, torch.float64)  # folded in less, a weight could overflow
-FUNCTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by dimensions of the input
 
 
 # --- Weights --------------------------------------------------------------------------------------------------------
@@ -153,31 +152,37 @@ class Geometry(NamedTuple):
             return None
         return cls(conv.stride, conv.padding, conv.dilation, conv.groups)
 
-    def adds(self, other: Any, x: Tensor, weight: Tensor) -> bool:
-        """Whether what convolves x with a weight can add another value to it: a tensor like its output."""
-        if type(other) is not Tensor or (other.dtype, other.device) != (x.dtype, x.device):
-            return False
+    def output(self, x: Tensor, weight: Tensor) -> tuple[int, ...]:
+        """The shape of what comes out."""
         sizes = zip(x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
         moves = [(size + 2 * pad - reach * (window - 1) - 1) // step + 1 for size, window, step, pad, reach in sizes]
-        return other.shape == (len(x), len(weight), *moves)
+        return len(x), len(weight), *moves
+
+    def adds(self, other: Any, x: Tensor, weight: Tensor) -> bool:
+        """Whether another value can be added to what comes out: a tensor like that."""
+        alike = type(other) is Tensor and (other.dtype, other.device) == (x.dtype, x.device)
+        return alike and other.shape == self.output(x, weight)
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What computes relu(conv(x) + bias) and relu(conv(x) + bias + other); ReLU passes NaN on.
+    """What computes relu(conv(x) + bias) and relu(conv(x) + bias + other) on a device; ReLU passes NaN on.
 
     Attributes:
         relu: (x, weight, bias, geometry) -> a new tensor.
         add_relu: (x, weight, bias, geometry, other) -> likewise.
+        serves: (x, geometry) -> whether it can, and may.
     """
 
     relu: Callable[[Tensor, Tensor, Tensor | None, Geometry], Tensor]
     add_relu: Callable[[Tensor, Tensor, Tensor | None, Geometry, Tensor], Tensor]
+    serves: Callable[[Tensor, Geometry], bool]
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    out: Tensor = FUNCTIONS[x.dim()](x, weight, bias, *geometry)  # type: ignore[operator]
-    return out
+def kernel_for(x: Tensor, geometry: Geometry) -> Kernel | None:
+    """What runs on x's device in its dtype; None where layers are better left to themselves."""
+    kernel = KERNELS.get(x.device.type)
+    return kernel if kernel is not None and x.numel() and kernel.serves(x, geometry) else None
 
 
 def _cudnn_relu(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -190,46 +195,29 @@ def _cudnn_add_relu(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Ge
     return out
 
 
-# oneDNN's convolution with ReLU saves one pass over the output, and turns NaN into 0: a broken model would look sound
-PLAIN = Kernel(
-    lambda x, weight, bias, geometry: _convolved(x, weight, bias, geometry).relu_(),
-    lambda x, weight, bias, geometry, other: _convolved(x, weight, bias, geometry).add_(other).relu_(),
-)
-CUDNN = Kernel(_cudnn_relu, _cudnn_add_relu)
-
-
-def kernel_for(x: Tensor, geometry: Geometry) -> Kernel | None:
-    """What runs on x's device in its dtype; None where layers are better left to themselves."""
-    if x.dtype == torch.float64 or not x.numel():
-        return None
-    if not x.is_cuda:
-        return PLAIN
+def _cudnn_serves(x: Tensor, geometry: Geometry) -> bool:
+    """For images in float32 and less, in one group; not where results must be the same in each run."""
     deterministic = torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    if x.dim() != 4 or geometry.groups != 1 or deterministic or not torch.backends.cudnn.is_acceptable(x):
-        return None
-    if torch.cuda.is_current_stream_capturing() and not _cudnn_known(x.device, x.dtype):
-        return None
-    return CUDNN if _cudnn_serves(x.device, x.dtype) else None
+    usual = x.dim() == 4 and geometry.groups == 1 and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if not usual or deterministic or not torch.backends.cudnn.is_acceptable(x):
+        return False
+    key = x.device, x.dtype
+    if key not in _passes and not torch.cuda.is_current_stream_capturing():
+        _passes[key] = passes_nan(CUDNN, *key)
+    return _passes.get(key, False)
 
 
-_serves: dict[tuple[torch.device, torch.dtype], bool] = {}
-
-
-def _cudnn_known(device: torch.device, dtype: torch.dtype) -> bool:
-    return (device, dtype) in _serves
-
-
-def _cudnn_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether cuDNN has such a convolution here, and passes NaN on; looked at once, which waits for the device."""
-    key = device, dtype
-    if key not in _serves:
-        _serves[key] = passes_nan(CUDNN, device, dtype)
-    return _serves[key]
+# None for CPUs: oneDNN's convolution with ReLU saves a pass, but turns NaN into 0, so that a broken model would look
+# sound; and without it a function of ours costs more than what it saves.
+CUDNN = Kernel(_cudnn_relu, _cudnn_add_relu, _cudnn_serves)
+KERNELS = {"cuda": CUDNN}
+NOT_OFFERED = ("cuDNN", "CUDNN", "unable to find an engine", "not implemented", "Could not run")
+_passes: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
 @torch.no_grad()
 def passes_nan(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a kernel runs, and its ReLU turns no NaN into a number, as torch's does not."""
+    """Whether a kernel runs there, and its ReLU turns no NaN into a number; waits for the device."""
     x = torch.full((1, 8, 4, 4), float("nan"), device=device, dtype=dtype).to(memory_format=torch.channels_last)
     weight, bias = torch.ones(8, 8, 1, 1, device=device, dtype=dtype), torch.zeros(8, device=device, dtype=dtype)
     at = Geometry((1, 1), (0, 0), (1, 1), 1)
@@ -242,14 +230,11 @@ def passes_nan(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool
     return all(bool(out.isnan().all()) for out in outs)
 
 
-NOT_OFFERED = ("cuDNN", "CUDNN", "unable to find an engine", "not implemented", "Could not run")
-
-
 # --- One function ---------------------------------------------------------------------------------------------------
 
 
 class JoinedConv(torch.autograd.Function):
-    """relu(conv(x) + bias + other), of which x and other have gradients; or conv(x) + bias, without a kernel."""
+    """relu(conv(x) + bias + other), of which x and other have gradients; without a kernel, conv(x) + bias in 2D."""
 
     @staticmethod
     def forward(
@@ -263,7 +248,7 @@ class JoinedConv(torch.autograd.Function):
     ) -> Tensor:
         """x [N, C, ...], weight [D, C / groups, ...], bias [D], other like the output [N, D, ...]; of one dtype."""
         if kernel is None:
-            out = _convolved(x, weight, bias, geometry)
+            out = F.conv2d(x, weight, bias, *geometry)
         elif other is None:
             out = kernel.relu(x, weight, bias, geometry)
         else:
@@ -299,13 +284,15 @@ def input_gradient(
     return found[0]
 
 
-MOST_CHANNELS, LEAST_SHARE = 4, 16
+MOST_CHANNELS, LEAST_SHARE, LEAST_OUTPUTS = 4, 16, 1 << 19  # measured: 1 to 32 at 28x28, 3 to 64 at 32x32
 
 
 def few_channels(x: Tensor, weight: Tensor, geometry: Geometry | None) -> bool:
     """Whether the gradient at images x is found faster by a matrix product: see `_of_few_channels`."""
     on_cpu = x.device.type == "cpu" and x.dtype != torch.float64 and x.requires_grad and torch.is_grad_enabled()
-    return geometry is not None and on_cpu and _is_channels_last(x) and _few_channels(weight, x.shape, geometry)
+    if geometry is None or not (on_cpu and _is_channels_last(x) and _few_channels(weight, x.shape, geometry)):
+        return False
+    return math.prod(geometry.output(x, weight)) >= LEAST_OUTPUTS
 
 
 def _few_channels(weight: Tensor, shape: torch.Size, geometry: Geometry) -> bool:

@@ -32,12 +32,13 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 from afd.attacks.callers import LOOKED_THROUGH, Consumer, Sum, consumers, hooked
-from afd.attacks.joined import Conv, Geometry, JoinedConv, Kept, Kernel, few_channels, kernel_for, refresh
+from afd.attacks.joined import KERNELS, Conv, Geometry, JoinedConv, Kept, few_channels, kernel_for, refresh
 from afd.errors import ModelError
 from afd.nn.modes import eager
 
 CONVS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PARTNERS: dict[type, type] = dict(zip(CONVS, NORMS, strict=True))
+POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 SUMS = (Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 
@@ -138,7 +139,7 @@ class Joining:
         if self.between is not None and self.here:
             missed = self.between.stations[0]
             self.between = None
-            what = "its BatchNorm" if isinstance(missed, NORMS) else "the addition or ReLU behind it"
+            what = "its BatchNorm" if isinstance(missed, NORMS) else "the layers behind it"
             raise ModelError(
                 f"the result of a joined convolution did not reach {what}; attack with fold_batchnorm=False"
             )
@@ -185,7 +186,10 @@ class _Between:
         """What the result would be by now if nothing had been joined."""
         out: Tensor = self._conv._conv_forward(self._x, self._conv.weight, self._conv.bias)
         for station in self.done:
-            out = out + station.other if isinstance(station, Sum) else type(station).forward(station, out)
+            if isinstance(station, NORMS):
+                out = type(station).forward(station, out)
+            else:
+                out = out + station.other if isinstance(station, Sum) else F.relu(out)
         return out
 
 
@@ -262,14 +266,17 @@ class _Conv(_StandIn):
             return self._plain(input, weight, bias)
         x, geometry = input.to(dtype), Geometry.of(conv)
         kernel = None if geometry is None else kernel_for(x, geometry)
-        ends = [] if kernel is None else self._ends(following, ahead, x, geometry)
-        if ends or few_channels(x, weight, geometry):
-            other = ends[0].other if len(ends) == 2 else None
-            out = JoinedConv.apply(x, other, weight, bias, geometry, kernel if ends else None)
+        if kernel is None:
+            stations += self._pooled(following, ahead)
+            joined = few_channels(x, weight, geometry)
+            out = JoinedConv.apply(x, None, weight, bias, geometry, None) if joined else self._plain(x, weight, bias)
         else:
-            out = self._plain(x, weight, bias)
-        if stations + ends:
-            joining.between = _Between(out, stations + ends, conv, input)
+            ends = self._ends(following, ahead, x, geometry)
+            stations += ends
+            other = ends[0].other if len(ends) == 2 else None
+            out = JoinedConv.apply(x, other, weight, bias, geometry, kernel) if ends else self._plain(x, weight, bias)
+        if stations:
+            joining.between = _Between(out, stations, conv, input)
         return out
 
     def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -290,6 +297,14 @@ class _Conv(_StandIn):
             return [*sums, following]
         return [*sums, F.relu] if watched and following in RELUS else []
 
+    def _pooled(self, following: Consumer | None, ahead: Iterator[Consumer]) -> list[Consumer]:
+        """A ReLU that follows and the pooling behind it, which is done first: less is left for the ReLU to do."""
+        stands = self.joining.stands
+        if type(following) is not nn.ReLU or not stands(following):
+            return []
+        pool = next(ahead, None)
+        return [following, pool] if type(pool) in POOLS and stands(pool) and not pool.return_indices else []
+
 
 class _PassingOn(_StandIn):
     """A BatchNorm or ReLU that passes on what was done before."""
@@ -299,6 +314,16 @@ class _PassingOn(_StandIn):
         shown, done = self.joining.passed_on(input, self.layer)
         out: Tensor = shown if done else type(self.layer).forward(self.layer, shown)
         return out
+
+
+class _Pool(_StandIn):
+    """A maximum over windows that does the ReLU before it afterwards."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The layer's output."""
+        shown, relu_is_left = self.joining.passed_on(input, self.layer)
+        out: Tensor = type(self.layer).forward(self.layer, shown)
+        return F.relu(out) if relu_is_left else out
 
 
 class _Linear(_StandIn):
@@ -336,10 +361,13 @@ def _stand_in_for(layer: nn.Module) -> type[_StandIn] | None:
         return _Conv
     if kind in NORMS or kind is nn.ReLU:
         return _PassingOn
+    if kind in POOLS:
+        return _Pool
     if kind is nn.Linear:
         return _Linear
     own = kind.__module__.partition(".")[0] != "torch" and isinstance(getattr(kind, "forward", None), FunctionType)
-    return _Custom if own and any(type(inner) in CONVS for inner in layer.modules()) else None
+    convs = [inner for inner in layer.modules() if type(inner) in CONVS] if own else []
+    return _Custom if any(conv.weight.device.type in KERNELS for conv in convs) else None
 
 
 def _computed_in(x: Tensor, layer: nn.Module) -> torch.dtype | None:

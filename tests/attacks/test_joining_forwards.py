@@ -603,7 +603,7 @@ def test_an_attack_can_be_copied_and_pickled_after_a_call():
 
 
 def test_a_result_that_goes_elsewhere_than_it_was_seen_to_go_is_an_error(monkeypatch):
-    monkeypatch.setattr(joining_module, "next_module", lambda *_: model.norm)  # a reader of code who is wrong
+    monkeypatch.setattr(joining_module, "consumers", lambda *_: iter([model.norm]))  # a reader of code who is wrong
     model = Shared()
     model.forward = lambda x: model.finish(model.conv(x).relu() + model.other(model.conv(x)))
     with pytest.raises(ModelError, match="did not reach its BatchNorm; attack with fold_batchnorm=False"):
