@@ -101,7 +101,7 @@ def loss_gradient(
         losses = loss(given, loss_target)
         _check_losses(losses, given)
         try:
-            (grad,) = torch.autograd.grad(losses.sum(), x, allow_unused=True)
+            (grad,) = torch.autograd.grad(losses, x, torch.ones_like(losses), allow_unused=True)  # of their sum
         except NotImplementedError as error:  # by a quantised layer, say
             raise ModelError(f"the model cannot be differentiated: {' '.join(str(error).split())}") from error
         if grad is None:
