@@ -19,6 +19,8 @@ from typing import Any
 
 from torch import nn
 
+from afd.python_state import codes_in
+
 Position = tuple[int | None, ...]
 INDEXED = (nn.ModuleList, nn.ModuleDict, nn.Sequential, list, tuple, dict)
 CALL, WRAPPED = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
@@ -32,7 +34,7 @@ class Sum:
     """The addition of another value, one that is there when the first layer is called.
 
     Attributes:
-        other: the value.
+        other: the value; or a module, whose latest result it is.
     """
 
     other: Any
@@ -126,13 +128,14 @@ def _consumer(use: Use, frame: FrameType) -> Consumer | None:
     if isinstance(use.node, ast.Call):
         found = _value(use.node.func, frame)
         return found if isinstance(found, nn.Module | FunctionType | BuiltinFunctionType) else None
-    assert use.added is not None
     other = use.added
     if isinstance(other, ast.Call):
-        if not _passes_on(_value(other.func, frame)):
-            return None
+        layer = _value(other.func, frame)
+        if not _passes_on(layer):
+            done = isinstance(use.node, ast.BinOp) and use.node.left is other
+            return Sum(layer) if done and isinstance(layer, nn.Module) else None
         other = other.args[0]
-    value = _value(other, frame)
+    value = UNKNOWN if other is None else _value(other, frame)
     return None if value is UNKNOWN else Sum(value)
 
 
@@ -196,7 +199,6 @@ def _held_by_instances(kind: Any, name: str) -> bool:
 # --- Reading source -------------------------------------------------------------------------------------------------
 
 
-
 @dataclass(frozen=True)
 class Use:
     """Where a result is used, and nowhere else.
@@ -248,7 +250,7 @@ class _Source:
 
     def __init__(self, text: str, filename: str) -> None:
         tree = ast.parse(text)
-        self.codes = set(_codes(compile(text, filename, "exec", dont_inherit=True)))
+        self.codes = set(codes_in(compile(text, filename, "exec", dont_inherit=True)))
         self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         self.calls: dict[Position, ast.Call] = {
             (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset): node
@@ -273,6 +275,7 @@ class _Source:
             use = None if isinstance(use.node, ast.Return) else self._use_of(use.node, code)
 
     def _use_of(self, node: ast.Call | ast.BinOp | ast.AugAssign, code: CodeType) -> Use | None:
+        name: ast.expr
         statement: ast.stmt
         if isinstance(node, ast.AugAssign):
             name, statement = node.target, node
@@ -354,13 +357,6 @@ class _Source:
         return isinstance(statement, ast.Assign | ast.Return) and statement.value is node
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
-
-
 def _use_by(user: ast.AST, node: ast.AST) -> Use | None:
     """A return, a call or an addition of a value."""
     if isinstance(user, ast.Return):
@@ -369,17 +365,18 @@ def _use_by(user: ast.AST, node: ast.AST) -> Use | None:
         in_place = all(word.arg == "inplace" and isinstance(word.value, ast.Constant) for word in user.keywords)
         return Use(user) if in_place else None
     if isinstance(user, ast.BinOp) and isinstance(user.op, ast.Add):
-        if user.left is node:
-            return Use(user, user.right) if _known_before(user.right) else None
-        return Use(user, user.left) if isinstance(user.left, ast.Name) else None
+        other, is_left = (user.right, False) if user.left is node else (user.left, True)
+        return Use(user, other) if _known_before(other, is_left) else None
     return None
 
 
-def _known_before(node: ast.expr) -> bool:
-    """Whether an expression may be looked up ahead of time: a name, or a shortcut of one, which may do nothing."""
-    if isinstance(node, ast.Call):
-        return not node.keywords and len(node.args) == 1 and isinstance(node.args[0], ast.Name) and _plain(node.func)
-    return isinstance(node, ast.Name)
+def _known_before(node: ast.expr, done: bool = False) -> bool:
+    """Whether an expression may be told: a name, or a layer of one, which may do nothing, or is `done` already."""
+    if not isinstance(node, ast.Call):
+        return isinstance(node, ast.Name)
+    return (
+        len(node.args) == 1 and not node.keywords and _plain(node.func) and (done or isinstance(node.args[0], ast.Name))
+    )
 
 
 def _plain(node: ast.expr) -> bool:

@@ -106,7 +106,7 @@ def refresh(kept: Iterable[Kept]) -> None:
         else:
             torch._foreach_copy_(targets, weights)
         if biases[0] is not None:
-            torch._foreach_copy_([one.bias for one in alike], biases)  # type: ignore[arg-type]
+            torch._foreach_copy_([one.bias for one in alike if one.bias is not None], biases)
         for one in alike:
             one.eps = one.eps if one.norm is None else one.norm.eps
             one.seen = [(t, version_of(t), None if t is None else t.data_ptr()) for t in one._tensors()]
@@ -132,6 +132,21 @@ def _fold(
     if shifts[0] is not None:
         torch._foreach_add_(folded, shifts)
     return folded
+
+
+def computed_in(x: Tensor, layer: Conv | nn.Linear) -> torch.dtype | None:
+    """The dtype that a layer computes x in; None where that is not its weights' and not autocast's."""
+    weight, device = layer.weight, x.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
+        low = torch.get_autocast_dtype(device)
+        return low if x.dtype in (torch.float32, low) else None
+    return weight.dtype if x.dtype == weight.dtype else None
+
+
+def frozen(layer: Any) -> bool:
+    """Whether a layer's own weights are plain tensors that no gradient is asked of."""
+    tensors = [one for one in (layer._parameters.get("weight"), layer._parameters.get("bias")) if one is not None]
+    return bool(tensors) and not any(one.requires_grad or one.is_inference() for one in tensors)
 
 
 # --- Kernels --------------------------------------------------------------------------------------------------------
@@ -233,6 +248,19 @@ def passes_nan(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> bool
 # --- One function ---------------------------------------------------------------------------------------------------
 
 
+def joined_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: Geometry,
+    kernel: Kernel | None = None,
+    other: Tensor | None = None,
+) -> Tensor:
+    """`JoinedConv`, of which no weight gets a gradient."""
+    out: Tensor = JoinedConv.apply(x, other, weight, bias, geometry, kernel)  # type: ignore[no-untyped-call]
+    return out
+
+
 class JoinedConv(torch.autograd.Function):
     """relu(conv(x) + bias + other), of which x and other have gradients; without a kernel, conv(x) + bias in 2D."""
 
@@ -259,7 +287,7 @@ class JoinedConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Of torch's own differentiable functions, so that a gradient has a gradient."""
         weight, *outs = ctx.saved_tensors
         if outs:
@@ -287,12 +315,11 @@ def input_gradient(
 MOST_CHANNELS, LEAST_SHARE, LEAST_OUTPUTS = 4, 16, 1 << 19  # measured: 1 to 32 at 28x28, 3 to 64 at 32x32
 
 
-def few_channels(x: Tensor, weight: Tensor, geometry: Geometry | None) -> bool:
+def few_channels(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     """Whether the gradient at images x is found faster by a matrix product: see `_of_few_channels`."""
     on_cpu = x.device.type == "cpu" and x.dtype != torch.float64 and x.requires_grad and torch.is_grad_enabled()
-    if geometry is None or not (on_cpu and _is_channels_last(x) and _few_channels(weight, x.shape, geometry)):
-        return False
-    return math.prod(geometry.output(x, weight)) >= LEAST_OUTPUTS
+    serves = on_cpu and _is_channels_last(x) and _few_channels(weight, x.shape, geometry)
+    return serves and math.prod(geometry.output(x, weight)) >= LEAST_OUTPUTS
 
 
 def _few_channels(weight: Tensor, shape: torch.Size, geometry: Geometry) -> bool:

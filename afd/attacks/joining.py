@@ -16,29 +16,41 @@ attack began, and whenever the caller may look at what lies between.
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 import threading
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from afd.attacks.callers import LOOKED_THROUGH, Consumer, Sum, consumers, hooked
-from afd.attacks.joined import KERNELS, Conv, Geometry, JoinedConv, Kept, few_channels, kernel_for, refresh
+from afd.attacks.joined import (
+    KERNELS,
+    Conv,
+    Geometry,
+    Kept,
+    computed_in,
+    few_channels,
+    frozen,
+    joined_conv,
+    kernel_for,
+    refresh,
+)
 from afd.errors import ModelError
 from afd.nn.modes import eager
+from afd.python_state import watched, writes_unseen
 
 CONVS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PARTNERS: dict[type, type] = dict(zip(CONVS, NORMS, strict=True))
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+RELU = F.relu  # stands for any of the next
 RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
 SUMS = (Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 
@@ -111,7 +123,7 @@ class Joining:
         if not kept.fits():
             return None
         refresh([kept])
-        if not _capturing(layer):  # where nothing is computed yet
+        if not (layer.weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # where nothing is computed yet
             self.kept[key] = kept
         return kept
 
@@ -133,6 +145,11 @@ class Joining:
             return shown, True
         self.between = None
         return between.redone(), False  # the caller has taken another one: from the beginning
+
+    def latest_of(self, other: Any) -> Any:
+        """What a BatchNorm or ReLU has returned; any other value as it is."""
+        stand_in = self._stand_ins.get(id(other))
+        return stand_in.latest() if isinstance(stand_in, _PassingOn) else other
 
     def check(self) -> None:
         """Raises ModelError if a joined result went elsewhere than it was seen to go: it must not be used silently."""
@@ -174,7 +191,7 @@ class _Between:
 
     Attributes:
         out: the result.
-        stations: who will be shown it and pass it on: a BatchNorm, a `Sum`, a ReLU layer or `F.relu` for any function.
+        stations: who will be shown it and pass it on: a BatchNorm, a `Sum`, a ReLU layer or `RELU`.
         done: those that have.
     """
 
@@ -215,7 +232,7 @@ class _Watch(TorchFunctionMode):
             if isinstance(station, Sum) and not (func in SUMS and any(one is station.other for one in args)):
                 station = None
             elif not isinstance(station, Sum):
-                station = F.relu if func in RELUS else None
+                station = RELU if func in RELUS else None
             shown, done = self.joining.passed_on(between.out, station)
             if done:
                 return shown
@@ -251,9 +268,11 @@ class _Conv(_StandIn):
         dtype = None
         if not torch.compiler.is_compiling() and joining.here and input.dim() == conv.weight.dim():
             joining.check()
-            dtype = None if _watched() else _computed_in(input, conv)
+            dtype = None if watched(_Watch) else computed_in(input, conv)
+        out: Tensor
         if dtype is None:
-            return self._plain(input, conv.weight, conv.bias)
+            out = conv._conv_forward(input, conv.weight, conv.bias)
+            return out
         ahead = consumers(sys._getframe(), conv)
         following, stations = next(ahead, None), []
         kept = joining.keep(conv, following, dtype) if self._folds(following) else None
@@ -262,40 +281,35 @@ class _Conv(_StandIn):
         elif dtype != conv.weight.dtype:
             kept = joining.keep(conv, None, dtype)
         weight, bias = (conv.weight, conv.bias) if kept is None else (kept.weight, kept.bias)
-        if kept is None and not _frozen(conv):
-            return self._plain(input, weight, bias)
-        x, geometry = input.to(dtype), Geometry.of(conv)
+        usual = weight.dtype == dtype and (kept is not None or frozen(conv))
+        x, geometry = input.to(dtype), Geometry.of(conv) if usual else None
         kernel = None if geometry is None else kernel_for(x, geometry)
-        if kernel is None:
-            stations += self._pooled(following, ahead)
-            joined = few_channels(x, weight, geometry)
-            out = JoinedConv.apply(x, None, weight, bias, geometry, None) if joined else self._plain(x, weight, bias)
+        ends = self._pooled(following, ahead) if kernel is None else self._ends(following, ahead, x, geometry)
+        if geometry is not None and (few_channels(x, weight, geometry) if kernel is None else ends):
+            other = ends[0].other if ends and isinstance(ends[0], Sum) else None
+            out = joined_conv(x, weight, bias, geometry, kernel, other)
         else:
-            ends = self._ends(following, ahead, x, geometry)
-            stations += ends
-            other = ends[0].other if len(ends) == 2 else None
-            out = JoinedConv.apply(x, other, weight, bias, geometry, kernel) if ends else self._plain(x, weight, bias)
+            out = conv._conv_forward(x, weight, bias)
+        stations += ends
         if stations:
             joining.between = _Between(out, stations, conv, input)
-        return out
-
-    def _plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = self.layer._conv_forward(x, weight, bias)
         return out
 
     def _folds(self, following: Consumer | None) -> bool:
         return PARTNERS.get(type(self.layer)) is type(following) and self.joining.stands(following)
 
-    def _ends(
-        self, following: Consumer | None, ahead: Iterator[Consumer], x: Tensor, geometry: Geometry
-    ) -> list[Sum | Consumer]:
+    def _ends(self, following: Consumer | None, ahead: Iterator[Consumer], x: Tensor, geometry: Any) -> list[Consumer]:
         """A ReLU that follows, or a sum and a ReLU: what the convolution can do, too."""
-        sums, watched = [], self.joining.watch.on
-        if isinstance(following, Sum) and watched and geometry.adds(following.other, x, self.layer.weight):
-            sums, following = [following], next(ahead, None)
+        sums: list[Consumer] = []
+        watched = self.joining.watch.on
+        if isinstance(following, Sum) and watched:
+            other = self.joining.latest_of(following.other)
+            if not geometry.adds(other, x, self.layer.weight):
+                return []
+            sums, following = [Sum(other)], next(ahead, None)
         if type(following) is nn.ReLU and self.joining.stands(following):
             return [*sums, following]
-        return [*sums, F.relu] if watched and following in RELUS else []
+        return [*sums, RELU] if watched and following in RELUS else []
 
     def _pooled(self, following: Consumer | None, ahead: Iterator[Consumer]) -> list[Consumer]:
         """A ReLU that follows and the pooling behind it, which is done first: less is left for the ReLU to do."""
@@ -303,16 +317,23 @@ class _Conv(_StandIn):
         if type(following) is not nn.ReLU or not stands(following):
             return []
         pool = next(ahead, None)
-        return [following, pool] if type(pool) in POOLS and stands(pool) and not pool.return_indices else []
+        return [following, pool] if isinstance(pool, POOLS) and stands(pool) and not pool.return_indices else []
 
 
 class _PassingOn(_StandIn):
-    """A BatchNorm or ReLU that passes on what was done before."""
+    """A BatchNorm or ReLU that passes on what was done before.
+
+    Attributes:
+        latest: what it returned.
+    """
+
+    latest: Callable[[], Tensor | None] = staticmethod(lambda: None)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The layer's output."""
         shown, done = self.joining.passed_on(input, self.layer)
         out: Tensor = shown if done else type(self.layer).forward(self.layer, shown)
+        self.latest = weakref.ref(out)
         return out
 
 
@@ -333,8 +354,8 @@ class _Linear(_StandIn):
         """The layer's output."""
         layer, joining = self.layer, self.joining
         kept = None
-        if not torch.compiler.is_compiling() and joining.here and not _watched():
-            dtype = _computed_in(input, layer)
+        if not torch.compiler.is_compiling() and joining.here and not watched(_Watch):
+            dtype = computed_in(input, layer)
             kept = joining.keep(layer, None, dtype) if dtype not in (None, layer.weight.dtype) else None
         weights = layer if kept is None else kept
         return F.linear(input, weights.weight, weights.bias)
@@ -353,52 +374,19 @@ class _Custom(_StandIn):
 
 
 LOOKED_THROUGH.add(_Custom.forward.__code__)
+STAND_INS: dict[type, type[_StandIn]] = {
+    **dict.fromkeys(CONVS, _Conv), **dict.fromkeys((*NORMS, nn.ReLU), _PassingOn), **dict.fromkeys(POOLS, _Pool),
+    nn.Linear: _Linear,
+}  # fmt: skip
 
 
 def _stand_in_for(layer: nn.Module) -> type[_StandIn] | None:
     kind = type(layer)
-    if kind in CONVS:
-        return _Conv
-    if kind in NORMS or kind is nn.ReLU:
-        return _PassingOn
-    if kind in POOLS:
-        return _Pool
-    if kind is nn.Linear:
-        return _Linear
-    own = kind.__module__.partition(".")[0] != "torch" and isinstance(getattr(kind, "forward", None), FunctionType)
-    convs = [inner for inner in layer.modules() if type(inner) in CONVS] if own else []
-    return _Custom if any(conv.weight.device.type in KERNELS for conv in convs) else None
-
-
-def _computed_in(x: Tensor, layer: nn.Module) -> torch.dtype | None:
-    """The dtype that a layer computes x in; None where that is not its weights' and not autocast's."""
-    weight, device = layer.weight, x.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype == torch.float32:
-        low = torch.get_autocast_dtype(device)
-        return low if x.dtype in (torch.float32, low) else None
-    return weight.dtype if x.dtype == weight.dtype else None
-
-
-def _frozen(layer: Any) -> bool:
-    """Whether a layer's own weights are plain tensors that no gradient is asked of."""
-    tensors = [one for one in (layer._parameters.get("weight"), layer._parameters.get("bias")) if one is not None]
-    return bool(tensors) and not any(one.requires_grad or one.is_inference() for one in tensors)
-
-
-_for_all = [hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and "ward" in name]
-
-
-def _watched() -> bool:
-    """Whether something stands around all layers that may make a difference between one and two of them."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    if torch._C._len_torch_function_stack():  # a default device is one
-        return any(type(mode) not in (DeviceContext, _Watch) for mode in _get_current_function_mode_stack())
-    return any(_for_all)
-
-
-def _capturing(layer: Conv | nn.Linear) -> bool:
-    return layer.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    if kind in STAND_INS or kind.__module__.partition(".")[0] == "torch":
+        return STAND_INS.get(kind)
+    convs = [inner for inner in layer.modules() if type(inner) in CONVS]
+    watched = isinstance(kind.forward, FunctionType) and any(one.weight.device.type in KERNELS for one in convs)
+    return _Custom if watched else None
 
 
 def _joinable(model: nn.Module) -> bool:
@@ -408,32 +396,5 @@ def _joinable(model: nn.Module) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and eager(model)
-        and not any(_writes_unseen(kind) for kind in {type(layer) for layer in layers})  # type: ignore[arg-type]
+        and not any(writes_unseen(kind) for kind in {type(layer) for layer in layers})  # type: ignore[arg-type]
     )
-
-
-@functools.cache
-def _writes_unseen(kind: Any) -> bool:
-    """Whether what a class of somebody's own runs in its forward reaches for ``.data``: such writes are not counted."""
-    forward = vars(kind).get("forward", getattr(kind, "forward", None))
-    if kind.__module__.partition(".")[0] == "torch" or not isinstance(forward, FunctionType):
-        return False
-    known, waiting = set(), [forward]
-    while waiting:
-        function = waiting.pop()
-        if function in known or function.__module__.partition(".")[0] == "torch":
-            continue
-        known.add(function)
-        for code in _nested(function.__code__):
-            if "data" in code.co_names:
-                return True
-            called = (getattr(kind, name, function.__globals__.get(name)) for name in code.co_names)
-            waiting += [one for one in called if isinstance(one, FunctionType)]
-    return False
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)
