@@ -9,16 +9,24 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from joined_networks import Pair, assert_computes_the_same, gradient, images, unsettled
+from joined_networks import TWIN, Pair, assert_computes_the_same, gradient, images, unsettled
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from afd.attacks import joining as joining_module
 from afd.attacks.engine import evaluating, logits_alone
+from afd.attacks.joined import KERNELS
 from afd.attacks.joining import Joining
 from afd.errors import ModelError
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["norms alone", "norms and ReLU"])
+def _kernel(request, monkeypatch):
+    """What a CPU joins, and what is joined where the device has a kernel for it."""
+    if request.param:
+        monkeypatch.setitem(KERNELS, "cpu", TWIN)
 
 
 # --- Forwards that differ from call to call -------------------------------------------------------------------------
