@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import copy
 import enum
+import functools
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 State = frozenset[tuple[tuple[str, str], Hashable]]  # of modules' attributes and what they are
 
@@ -217,3 +220,43 @@ def _float32_precision() -> tuple[object, ...]:
         asked = (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn)
         return tuple(one.fp32_precision for one in asked)
     return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32
+
+
+_for_all = [hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and "ward" in name]
+
+
+def watched(*own: type) -> bool:
+    """Whether something but modes of these types stands around all layers: it may tell one layer from two."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if torch._C._len_torch_function_stack():  # a default device is one
+        return any(type(mode) not in (DeviceContext, *own) for mode in _get_current_function_mode_stack())
+    return any(_for_all)
+
+
+@functools.cache
+def writes_unseen(kind: Any) -> bool:
+    """Whether what a class of somebody's own runs in its forward reaches for ``.data``: such writes are not counted."""
+    forward = vars(kind).get("forward", getattr(kind, "forward", None))
+    if kind.__module__.partition(".")[0] == "torch" or not isinstance(forward, FunctionType):
+        return False
+    known, waiting = set(), [forward]
+    while waiting:
+        function = waiting.pop()
+        if function in known or function.__module__.partition(".")[0] == "torch":
+            continue
+        known.add(function)
+        for code in codes_in(function.__code__):
+            if "data" in code.co_names:
+                return True
+            called = (getattr(kind, name, function.__globals__.get(name)) for name in code.co_names)
+            waiting += [one for one in called if isinstance(one, FunctionType)]
+    return False
+
+
+def codes_in(code: CodeType) -> Iterator[CodeType]:
+    """A code and those of all functions that it defines."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from codes_in(constant)

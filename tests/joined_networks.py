@@ -1,4 +1,4 @@
-"""What the tests of joining share: small networks of the families that are joined, and both ways to run a model."""
+"""What the tests of joining share: small networks of the families that are joined, and all ways to run a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from afd.attacks.engine import evaluating, loss_gradient
+from afd.attacks.joined import Kernel
 from afd.attacks.joining import Joining
 from afd.attacks.losses import cross_entropy
 from afd.nn import build_model
@@ -103,6 +104,28 @@ FAMILIES |= {  # of afd's own, BatchNorms behind a convolution: one a block, or 
     "resnet18, silu": (partial(ours, "resnet18", 4, "silu"), 20),
     "wideresnet28-10, softplus": (partial(ours, "wideresnet28-10", 1, "softplus"), 12),
 }
+
+
+# --- Kernels that stand in for cuDNN's on a CPU
+
+pointwise = torch.ops.mkldnn._convolution_pointwise
+
+
+def _of(geometry):
+    stride, padding, dilation, groups = geometry
+    return padding, stride, dilation, groups
+
+
+TWIN = Kernel(  # in any dtype
+    lambda x, w, b, at: F.conv2d(x, w, b, *at).relu_(),
+    lambda x, w, b, at, other: F.conv2d(x, w, b, *at).add_(other).relu_(),
+    lambda x, _: x.dim() == 4,
+)
+ONEDNN = Kernel(  # one launch each, as cuDNN's
+    lambda x, w, b, at: pointwise(x, w, b, *_of(at), "relu", [], None),
+    lambda x, w, b, at, other: pointwise.binary(x, other, w, b, *_of(at), "add", 1.0, "relu", [], None),
+    lambda x, _: x.dim() == 4 and x.dtype != torch.float64,
+)
 
 
 # --- A forward joined and as it is written

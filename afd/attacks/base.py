@@ -358,7 +358,7 @@ class GradientAttack(ABC):
 
     def memory(self) -> tuple[object, ...]:
         """What a captured graph writes to that is neither the model's nor its own."""
-        return tuple(self._joining.pairs.values())
+        return tuple(self._joining.kept.values())
 
 
 def _check_places(first_sample: Any, x: Tensor) -> None:

@@ -1,10 +1,10 @@
 """What the code that called a module does with the result at once: read off its source, as it stands at the call.
 
-A layer may do the work of the one behind it only if nobody else sees what lies between. That is so where the result
+A layer may do the work of those behind it only if nobody else sees what lies between. That is so where the result
 goes straight into the next call, ``norm(conv(x))``, where a name is given away at once, ``x = conv(x); x = norm(x)``,
-between two neighbours in `nn.Sequential`, and where such code returns the result to code that does one of these. Which
-module the next call is, is looked up where the calling code finds it, in this very call. Whatever cannot be told this
-way, and code whose source is not at hand, is told as None.
+where a value that is known is added to it, ``out += x``, between two neighbours in `nn.Sequential`, and where such code
+returns the result to code that does one of these. Who the next one is, is looked up where the calling code finds it, in
+this very call. Whatever cannot be told this way, and code whose source is not at hand, is told as None.
 """
 
 from __future__ import annotations
@@ -12,20 +12,39 @@ from __future__ import annotations
 import ast
 import functools
 import linecache
-from collections.abc import Iterator
-from types import CodeType, FrameType, FunctionType
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 from torch import nn
+
+from afd.python_state import codes_in
 
 Position = tuple[int | None, ...]
 INDEXED = (nn.ModuleList, nn.ModuleDict, nn.Sequential, list, tuple, dict)
 CALL, WRAPPED = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
 SEQUENTIAL = nn.Sequential.forward.__code__
+LOOKED_THROUGH: set[CodeType] = set()  # what only calls a module's own forward
+UNKNOWN = object()
 
 
-def next_module(frame: FrameType | None, called: nn.Module) -> nn.Module | None:
-    """The module that the result of a module's forward is handed to next, and to nobody else.
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """The addition of another value, one that is there when the first layer is called.
+
+    Attributes:
+        other: the value; or a module, whose latest result it is.
+    """
+
+    other: Any
+
+
+Consumer = nn.Module | Callable[..., Any] | Sum
+
+
+def consumers(frame: FrameType | None, called: nn.Module) -> Iterator[Consumer]:
+    """What the result of a module's forward is handed to next, and what the result of that; each to nobody else.
 
     Args:
         frame: of the forward.
@@ -36,24 +55,28 @@ def next_module(frame: FrameType | None, called: nn.Module) -> nn.Module | None:
         site, layer = _called_from(frame, known)
         known = None
         if site is None:
-            return None
+            return
         if layer is not None and site.f_code is SEQUENTIAL:
-            sequence = site.f_locals["self"]
-            following = _neighbour(sequence, layer)
-            if following is not sequence:
-                return following
+            behind = _behind(site.f_locals["self"], layer)
+            if behind is None:
+                return
+            yield from behind
             frame = site  # the last one's result is the sequence's
             continue
         code, instruction = site.f_code, site.f_lasti
         if layer is None and not _is_call_of(frame.f_code, code, instruction, site):
-            return None
-        use = _use(code, instruction)
-        if isinstance(use, ast.Return):
-            frame = site
-            continue
-        found = None if use is None else _value(use, site)
-        return found if isinstance(found, nn.Module) else None
-    return None
+            return
+        frame = None
+        for use in _find(code, instruction)[1]:
+            if any(_truth(test, site) is not False for test in use.unless):
+                return
+            if isinstance(use.node, ast.Return):
+                frame = site
+                break
+            found = _consumer(use, site)
+            if found is None:
+                return
+            yield found
 
 
 def hooked(layer: nn.Module) -> bool:
@@ -67,6 +90,8 @@ def _called_from(frame: FrameType, known: nn.Module | None) -> tuple[FrameType |
     `known` is that module where it need not be looked up in the frame, which takes longest.
     """
     call = frame.f_back
+    if call is not None and call.f_code in LOOKED_THROUGH:
+        call = call.f_back
     if call is None or call.f_code is not CALL:
         return (call, None) if known is None else (None, None)
     wrapped = call.f_back
@@ -78,7 +103,7 @@ def _called_from(frame: FrameType, known: nn.Module | None) -> tuple[FrameType |
 
 def _is_call_of(function: CodeType, code: CodeType, instruction: int, site: FrameType) -> bool:
     """Whether this is Python calling that very function, with nothing in between."""
-    call = _call_at(code, instruction)
+    call = _find(code, instruction)[0]
     if call is None:
         return False
     if isinstance(call.func, ast.Attribute):
@@ -89,41 +114,79 @@ def _is_call_of(function: CodeType, code: CodeType, instruction: int, site: Fram
     return isinstance(found, FunctionType) and found.__code__ is function
 
 
-def _neighbour(sequence: nn.Sequential, layer: nn.Module) -> nn.Module | None:
-    """The layer behind another; the sequence itself if there is none."""
+def _behind(sequence: nn.Sequential, layer: nn.Module) -> list[nn.Module] | None:
+    """The layers behind another, if it has one place."""
     layers = list(sequence._modules.values())
     places = [place for place, one in enumerate(layers) if one is layer]
     if type(sequence).__iter__ is not nn.Sequential.__iter__ or len(places) != 1:
         return None
-    return layers[places[0] + 1] if places[0] + 1 < len(layers) else sequence
+    return layers[places[0] + 1 :]
+
+
+def _consumer(use: Use, frame: FrameType) -> Consumer | None:
+    """Who a result is used by; None where that cannot be told."""
+    if isinstance(use.node, ast.Call):
+        found = _value(use.node.func, frame)
+        return found if isinstance(found, nn.Module | FunctionType | BuiltinFunctionType) else None
+    other = use.added
+    if isinstance(other, ast.Call):
+        layer = _value(other.func, frame)
+        if not _passes_on(layer):
+            done = isinstance(use.node, ast.BinOp) and use.node.left is other
+            return Sum(layer) if done and isinstance(layer, nn.Module) else None
+        other = other.args[0]
+    value = UNKNOWN if other is None else _value(other, frame)
+    return None if value is UNKNOWN else Sum(value)
+
+
+def _passes_on(layer: Any) -> bool:
+    """Whether a module returns what it is given: a shortcut that has nothing to do."""
+    return type(layer) in (nn.Sequential, nn.Identity) and not (
+        layer._modules or "forward" in vars(layer) or hooked(layer)
+    )
+
+
+def _truth(test: ast.expr, frame: FrameType) -> bool | None:
+    """What a condition is now, ``self.downsample is not None``, say; None where that cannot be told."""
+    if isinstance(test, ast.Compare):
+        if len(test.ops) != 1 or not isinstance(test.ops[0], ast.Is | ast.IsNot):
+            return None
+        if not (isinstance(test.comparators[0], ast.Constant) and test.comparators[0].value is None):
+            return None
+        value = _value(test.left, frame)
+        return None if value is UNKNOWN else (value is None) == isinstance(test.ops[0], ast.Is)
+    value = _value(test, frame)
+    return bool(value) if value is None or isinstance(value, bool) else None
 
 
 def _value(node: ast.expr, frame: FrameType) -> Any:
-    """What an expression of names, attributes of modules and indices stands for; None for any other."""
+    """What an expression of names, attributes of modules and indices stands for; UNKNOWN for any other."""
     if isinstance(node, ast.Name):
-        return frame.f_locals.get(node.id, frame.f_globals.get(node.id))
+        return frame.f_locals.get(node.id, frame.f_globals.get(node.id, UNKNOWN))
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Attribute):
         owner = _value(node.value, frame)
-        return _attribute(owner, node.attr) if isinstance(owner, nn.Module) else None
+        if isinstance(owner, ModuleType):
+            return vars(owner).get(node.attr, UNKNOWN)
+        return _attribute(owner, node.attr) if isinstance(owner, nn.Module) else UNKNOWN
     if isinstance(node, ast.Subscript):
         owner, index = _value(node.value, frame), _value(node.slice, frame)
         if not isinstance(owner, INDEXED) or type(index) not in (int, str):
-            return None
+            return UNKNOWN
         try:
             return owner[index]
         except (LookupError, TypeError):
-            return None
-    return None
+            return UNKNOWN
+    return UNKNOWN
 
 
 def _attribute(owner: nn.Module, name: str) -> Any:
     """An attribute that a module holds, found as Python does, without running anybody's code."""
     if not _held_by_instances(type(owner), name):  # type: ignore[arg-type]
-        return None
+        return UNKNOWN
     own = vars(owner)
-    return own[name] if name in own else owner._modules.get(name)
+    return own[name] if name in own else owner._modules.get(name, UNKNOWN)
 
 
 @functools.cache
@@ -135,21 +198,28 @@ def _held_by_instances(kind: Any, name: str) -> bool:
 
 # --- Reading source -------------------------------------------------------------------------------------------------
 
-Use = ast.expr | ast.Return | None  # what is called with a result, or that it is returned
-_known: dict[int, tuple[CodeType, dict[int, tuple[ast.Call | None, Use]]]] = {}  # by a code's id: it, what is known
+
+@dataclass(frozen=True)
+class Use:
+    """Where a result is used, and nowhere else.
+
+    Attributes:
+        node: a call that it is the only argument of, an addition, or its return.
+        added: what an addition adds to it.
+        unless: conditions of what stands between, which is skipped where they are false.
+    """
+
+    node: ast.Call | ast.BinOp | ast.AugAssign | ast.Return
+    added: ast.expr | None = None
+    unless: tuple[ast.expr, ...] = ()
+
+
+_known: dict[int, tuple[CodeType, dict[int, tuple[ast.Call | None, tuple[Use, ...]]]]] = {}  # by id
 _read: dict[str, _Source | None] = {}
 
 
-def _use(code: CodeType, instruction: int) -> Use:
-    """What becomes of the result of the call at this instruction."""
-    return _find(code, instruction)[1]
-
-
-def _call_at(code: CodeType, instruction: int) -> ast.Call | None:
-    return _find(code, instruction)[0]
-
-
-def _find(code: CodeType, instruction: int) -> tuple[ast.Call | None, Use]:
+def _find(code: CodeType, instruction: int) -> tuple[ast.Call | None, tuple[Use, ...]]:
+    """The call at this instruction, and what becomes of its result, and of the result of that, and so on."""
     known = _known.get(id(code))
     if known is None:
         known = _known[id(code)] = code, {}
@@ -159,14 +229,14 @@ def _find(code: CodeType, instruction: int) -> tuple[ast.Call | None, Use]:
     return found
 
 
-def _look_up(code: CodeType, instruction: int) -> tuple[ast.Call | None, Use]:
+def _look_up(code: CodeType, instruction: int) -> tuple[ast.Call | None, tuple[Use, ...]]:
     if code.co_filename not in _read:
         _read[code.co_filename] = _Source.of(code.co_filename)
     source = _read[code.co_filename]
     if source is None or code not in source.codes:
-        return None, None  # there is no source, or it is not what runs
+        return None, ()  # there is no source, or it is not what runs
     call = source.calls.get(list(code.co_positions())[instruction // 2])
-    return call, None if call is None else source.use_of(call, code)
+    return call, () if call is None else tuple(source.uses_of(call, code))
 
 
 class _Source:
@@ -180,7 +250,7 @@ class _Source:
 
     def __init__(self, text: str, filename: str) -> None:
         tree = ast.parse(text)
-        self.codes = set(_codes(compile(text, filename, "exec", dont_inherit=True)))
+        self.codes = set(codes_in(compile(text, filename, "exec", dont_inherit=True)))
         self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         self.calls: dict[Position, ast.Call] = {
             (node.lineno, node.end_lineno, node.col_offset, node.end_col_offset): node
@@ -197,30 +267,51 @@ class _Source:
         except (SyntaxError, ValueError):
             return None
 
-    def use_of(self, call: ast.Call, code: CodeType) -> Use:
-        """What becomes of the result of a call, if it goes to one place only."""
-        parent = self.parents[call]
-        if isinstance(parent, ast.Return):
-            return parent
-        if isinstance(parent, ast.Call):
-            return parent.func if _only_argument(parent, call) else None
-        if not (
-            isinstance(parent, ast.Assign) and len(parent.targets) == 1 and isinstance(parent.targets[0], ast.Name)
-        ):
+    def uses_of(self, call: ast.Call, code: CodeType) -> Iterator[Use]:
+        """What becomes of the result of a call, as long as it goes to one place only."""
+        use = self._use_of(call, code)
+        while use is not None:
+            yield use
+            use = None if isinstance(use.node, ast.Return) else self._use_of(use.node, code)
+
+    def _use_of(self, node: ast.Call | ast.BinOp | ast.AugAssign, code: CodeType) -> Use | None:
+        name: ast.expr
+        statement: ast.stmt
+        if isinstance(node, ast.AugAssign):
+            name, statement = node.target, node
+        else:
+            parent = self.parents[node]
+            if not isinstance(parent, ast.Assign):
+                return _use_by(parent, node)
+            if len(parent.targets) != 1:
+                return None
+            name, statement = parent.targets[0], parent
+        if not isinstance(name, ast.Name) or name.id not in code.co_varnames or name.id in code.co_cellvars:
             return None
-        name, following = parent.targets[0].id, self._following(parent)
-        if following is None or name not in code.co_varnames or name in code.co_cellvars:
+        return self._use_of_name(name.id, statement)
+
+    def _use_of_name(self, name: str, statement: ast.stmt) -> Use | None:
+        """What becomes of the value that a statement gives a name."""
+        following, unless = self._following(statement), []
+        while isinstance(following, ast.If) and not following.orelse and not _mentions(following, name):
+            unless.append(following.test)
+            following = self._following(following)
+        if following is None:
             return None
+        if isinstance(following, ast.AugAssign):
+            target, value = following.target, following.value
+            named = isinstance(target, ast.Name) and target.id == name and not _mentions(value, name)
+            adds = isinstance(following.op, ast.Add) and _known_before(value)
+            return Use(following, value, tuple(unless)) if named and adds else None
         loads = [node for node in ast.walk(following) if _loads(node, name)]
         ends = _assigns(following, name) or isinstance(following, ast.Return)
-        if len(loads) != 1 or not (ends or self._loaded_once(name, parent)):
+        if len(loads) != 1 or not (ends or self._loaded_once(name, statement)):
             return None
         user = self.parents[loads[0]]
-        if isinstance(user, ast.Return):
-            return user
-        if isinstance(user, ast.Call) and _only_argument(user, loads[0]) and self._comes_first(user, following):
-            return user.func
-        return None
+        use = _use_by(user, loads[0])
+        if use is None or not (isinstance(user, ast.Return) or self._comes_first(user, following)):
+            return None
+        return Use(use.node, use.added, tuple(unless))
 
     def _following(self, statement: ast.stmt) -> ast.stmt | None:
         """The statement that comes after another: the next in its block, or behind the ifs that it is the end of."""
@@ -250,9 +341,9 @@ class _Source:
             node = self.parents[node]
         return isinstance(node, ast.FunctionDef) and sum(_loads(one, name) for one in ast.walk(node)) == 1
 
-    def _comes_first(self, call: ast.Call, statement: ast.stmt) -> bool:
-        """Whether a call is the first thing that a statement does, apart from looking up names."""
-        node: ast.AST = call
+    def _comes_first(self, user: ast.AST, statement: ast.stmt) -> bool:
+        """Whether a call or sum is the first thing that a statement does, apart from looking up names."""
+        node = user
         while (parent := self.parents[node]) is not statement:
             leads = (
                 (isinstance(parent, ast.Call) and parent.args[:1] == [node] and _plain(parent.func))
@@ -266,15 +357,26 @@ class _Source:
         return isinstance(statement, ast.Assign | ast.Return) and statement.value is node
 
 
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _codes(constant)
+def _use_by(user: ast.AST, node: ast.AST) -> Use | None:
+    """A return, a call or an addition of a value."""
+    if isinstance(user, ast.Return):
+        return Use(user)
+    if isinstance(user, ast.Call) and user.args == [node] and _plain(user.func):
+        in_place = all(word.arg == "inplace" and isinstance(word.value, ast.Constant) for word in user.keywords)
+        return Use(user) if in_place else None
+    if isinstance(user, ast.BinOp) and isinstance(user.op, ast.Add):
+        other, is_left = (user.right, False) if user.left is node else (user.left, True)
+        return Use(user, other) if _known_before(other, is_left) else None
+    return None
 
 
-def _only_argument(call: ast.Call, argument: ast.AST) -> bool:
-    return call.args == [argument] and not call.keywords and _plain(call.func)
+def _known_before(node: ast.expr, done: bool = False) -> bool:
+    """Whether an expression may be told: a name, or a layer of one, which may do nothing, or is `done` already."""
+    if not isinstance(node, ast.Call):
+        return isinstance(node, ast.Name)
+    return (
+        len(node.args) == 1 and not node.keywords and _plain(node.func) and (done or isinstance(node.args[0], ast.Name))
+    )
 
 
 def _plain(node: ast.expr) -> bool:
@@ -286,6 +388,10 @@ def _plain(node: ast.expr) -> bool:
 
 def _loads(node: ast.AST, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
+
+
+def _mentions(node: ast.AST, name: str) -> bool:
+    return any(isinstance(one, ast.Name) and one.id == name for one in ast.walk(node))
 
 
 def _assigns(statement: ast.stmt, name: str) -> bool:

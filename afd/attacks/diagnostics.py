@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -65,16 +66,20 @@ def note(chunk: Chunk, step: int, logits: Tensor, losses: Tensor, grad: Tensor, 
     """Adds one evaluation of the model on a chunk to its counters, if it has some; features serve as well as logits."""
     if chunk.counters is None:
         return
-    known = chunk.counters[:, chunk.rows]
-    # NaN and infinity reach the largest size, which so tells of both, and of zero
-    largest, logit = grad.abs().amax(tuple(range(1, grad.dim()))), logits.abs().amax(1)
-    first = torch.where((known[FIRST_NAN] == 0) & logit.isnan(), step + 1, known[FIRST_NAN])
-    likely = known[PROBABILITIES] if step or not are_logits else _like_probabilities(logits)
-    undefined = largest.isnan()
-    seen = torch.stack([torch.ones_like(undefined), largest == 0, undefined])
-    happened = torch.cat([seen, ~torch.stack([largest, losses, logit]).isfinite()])
-    counts = known[SEEN:PROBABILITIES] + happened
-    chunk.counters[:, chunk.rows] = torch.cat([first[None], counts, likely[None]])
+    known = chunk.counters[:, chunk.rows]  # of a slice, the counters themselves
+    # few launches: NaN and infinity reach the largest size, which so tells of both, and of zero
+    largest = torch.linalg.vector_norm(grad, math.inf, tuple(range(1, grad.dim())))
+    logit = torch.linalg.vector_norm(logits, math.inf, 1)
+    happened = torch.ones(PROBABILITIES - SEEN, len(largest), dtype=torch.bool, device=largest.device)
+    torch.eq(largest, 0, out=happened[FLAT - SEEN])
+    torch.ne(largest, largest, out=happened[NAN_GRADIENT - SEEN])
+    torch.ne(torch.stack([largest, losses, logit]).mul_(0), 0, out=happened[BAD_GRADIENT - SEEN :])  # 0 * inf is NaN
+    known[SEEN:PROBABILITIES] += happened
+    known[FIRST_NAN].masked_fill_((known[FIRST_NAN] == 0) & (logit != logit), step + 1)
+    if are_logits and not step:
+        known[PROBABILITIES] = _like_probabilities(logits)
+    if not isinstance(chunk.rows, slice):
+        chunk.counters[:, chunk.rows] = known
 
 
 def summarize(counters: Tensor) -> Report:

@@ -204,7 +204,8 @@ def _input_gradient(losses: Tensor, x: Tensor, *, last: bool = True) -> Tensor:
     if not losses.requires_grad:
         raise ModelError(CUT_OFF)
     try:
-        (grad,) = torch.autograd.grad(losses.sum(), x, allow_unused=True, retain_graph=not last)
+        ones = torch.ones_like(losses)  # of their sum
+        (grad,) = torch.autograd.grad(losses, x, ones, allow_unused=True, retain_graph=not last)
     except NotImplementedError as error:  # by a quantised layer, say
         raise ModelError(f"the model cannot be differentiated: {' '.join(str(error).split())}") from error
     if grad is None:

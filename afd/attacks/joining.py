@@ -1,129 +1,77 @@
-"""Layers joined to the convolution before them, for as long as an attack runs: today, BatchNorm.
+"""Layers joined to the convolution before them, for as long as an attack runs: BatchNorm, a shortcut's sum and ReLU.
 
 In evaluation mode BatchNorm is an affine map of each channel, so conv(x; W, b) followed by it is the one convolution
-conv(x; s W, s (b - mean) + shift) with s = scale / sqrt(var + eps). On a CPU that saves one pass over the activations
-forward and one backward at each layer. The gradient changes by rounding only.
+conv(x; s W, s (b - mean) + shift) with s = scale / sqrt(var + eps). What is added to that and the ReLU behind it are
+done with it (`afd.attacks.joined`), by weights that are kept in the dtype that autocast would cast them to at every
+step; those of layers that nothing is joined to are kept so, too. The gradient changes by rounding only.
 
 Nothing is known of a model beforehand, and no forward is taken for the next one. Each time that a convolution is
 called, it asks what its caller will do with the result (`afd.attacks.callers`): if that goes straight into a BatchNorm,
 whose values are now what they were when they were folded, the convolution does the work of both, and the BatchNorm
-passes on what it is handed. In all other cases both do their own work: with hooks, modes of torch functions or
-transforms at work, weights or statistics that have changed since the attack began, and whenever the caller may look at
-what lies between.
+passes on what it is handed; so do the sum and the ReLU that are seen to follow. In all other cases each does its own
+work: with hooks, modes of torch functions or transforms at work, weights or statistics that have changed since the
+attack began, and whenever the caller may look at what lies between.
 """
 
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 import threading
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from afd.attacks.callers import hooked, next_module
+from afd.attacks.callers import LOOKED_THROUGH, Consumer, Sum, consumers, hooked
+from afd.attacks.joined import (
+    KERNELS,
+    Conv,
+    Geometry,
+    Kept,
+    computed_in,
+    few_channels,
+    frozen,
+    joined_conv,
+    kernel_for,
+    refresh,
+)
 from afd.errors import ModelError
-from afd.execution import unsafe_channels_last
-from afd.nn.modes import eager, version_of
+from afd.nn.modes import eager
+from afd.python_state import watched, writes_unseen
 
-Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
-Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 CONVS, NORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PARTNERS: dict[type, type] = dict(zip(CONVS, NORMS, strict=True))
-WIDE = (torch.float32, torch.float64)  # folded in less, a weight could overflow
-
-
-class Pair:
-    """A convolution, the BatchNorm behind it, and the weights of the one that does the work of both.
-
-    Args:
-        conv: the convolution.
-        norm: of as many dimensions.
-        channels_last: whether its weights may be laid out so, which convolutions are fastest in.
-    """
-
-    def __init__(self, conv: Conv, norm: Norm, channels_last: bool) -> None:
-        self.conv, self.norm = conv, norm
-        weight = conv.weight
-        fast = channels_last and weight.dim() == 4 and not unsafe_channels_last(conv, weight.device)
-        layout = torch.channels_last if fast else torch.contiguous_format
-        self.weight = torch.empty_like(weight, memory_format=layout, requires_grad=False)
-        self.bias = torch.empty_like(weight[:, 0].flatten(1)[:, 0], requires_grad=False)
-        self.seen: list[tuple[Tensor | None, int | None, int | None]] | None = None
-        self.eps = norm.eps
-
-    def fits(self) -> bool:
-        """Whether both layers are such as can be folded, into these weights."""
-        norm, weight = self.norm, self.conv.weight
-        if norm.training or norm.running_mean is None or norm.running_var is None or norm.eps < 0:
-            return False
-        given = [tensor for tensor in self._tensors() if tensor is not None]
-        return (
-            weight is self._tensors()[0]
-            and weight.shape == self.weight.shape
-            and weight.dtype in WIDE
-            and all((t.dtype, t.device) == (self.weight.dtype, self.weight.device) for t in given)
-            and all(type(t) in (Tensor, nn.Parameter) and not (t.requires_grad or t.is_inference()) for t in given)
-            and all(vector.shape == self.bias.shape for vector in given[1:])
-        )
-
-    def is_fresh(self) -> bool:
-        """Whether no tensor or setting is another one, or was written to, since the last refresh."""
-        if self.seen is None or self.norm.training or self.norm.eps != self.eps:
-            return False
-        for now, (then, version, place) in zip(self._tensors(), self.seen, strict=True):
-            if now is not then:
-                return False
-            if now is not None and (now._version != version or now.data_ptr() != place or now.requires_grad):
-                return False
-        return True
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Folds the layers as they are now, in place, so that recorded graphs see them."""
-        conv, norm = self.conv, self.norm
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = (norm.running_var + norm.eps).rsqrt()
-        if norm.weight is not None:
-            scale = scale * norm.weight
-        torch.mul(conv.weight, scale.view(-1, *[1] * (self.weight.dim() - 1)), out=self.weight)
-        centre = -norm.running_mean if conv.bias is None else conv.bias - norm.running_mean
-        shift = 0.0 if norm.bias is None else norm.bias
-        self.bias.copy_(centre * scale + shift)
-        self.eps = norm.eps
-        self.seen = [(t, version_of(t), None if t is None else t.data_ptr()) for t in self._tensors()]
-
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        """As registered; an attribute of a module is asked for in each forward, which takes a while in Python."""
-        conv, norm, statistics = self.conv._parameters, self.norm._parameters, self.norm._buffers
-        mean, var = statistics.get("running_mean"), statistics.get("running_var")
-        return conv.get("weight"), conv.get("bias"), mean, var, norm.get("weight"), norm.get("bias")
+POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+RELU = F.relu  # stands for any of the next
+RELUS = (F.relu, F.relu_, torch.relu, torch.relu_)
+SUMS = (Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__)
 
 
 class Joining:
-    """What one attack knows of the convolutions of its model.
+    """What one attack knows of the layers of its model.
 
     Args:
-        channels_last: whether folded weights may be laid out so.
+        channels_last: whether kept weights may be laid out so.
 
     Attributes:
-        pairs: what was folded so far, by the ids of convolution and BatchNorm; never more than the model has.
-        between: the result of a joined convolution, on its way to the BatchNorm that passes it on.
+        kept: weights, by the ids of layer and BatchNorm (0: none) and dtype; never more than the model has.
+        between: a joined result on its way through what passes it on.
+        watch: sees the functions that a model calls on it.
     """
 
     def __init__(self, channels_last: bool = True) -> None:
         self.channels_last = channels_last
-        self.pairs: dict[tuple[int, int], Pair] = {}
-        self.between: tuple[Tensor, Pair, Tensor] | None = None
+        self.kept: dict[tuple[int, int, torch.dtype], Kept] = {}
+        self.between: _Between | None = None
+        self.watch = _Watch(self)
         self._stand_ins: dict[int, _StandIn] = {}  # by the layer's id
         self._placed: list[_StandIn] = []
         self._thread = 0
@@ -132,25 +80,27 @@ class Joining:
         """For copies and pickles of the attack: they begin anew."""
         return Joining, (self.channels_last,)
 
+    @property
+    def pairs(self) -> dict[tuple[int, int, torch.dtype], Kept]:
+        """The convolutions that a BatchNorm was folded into so far."""
+        return {key: kept for key, kept in self.kept.items() if kept.norm is not None}
+
     @contextmanager
     def joined(self, model: nn.Module) -> Iterator[None]:
-        """The convolutions of a model, in evaluation mode, look ahead until the body ends or raises."""
+        """The layers of a model, in evaluation mode, look ahead until the body ends or raises."""
         try:
             if _joinable(model):
                 self._thread, self.between = threading.get_ident(), None
-                for key, pair in list(self.pairs.items()):
-                    if pair.fits():
-                        pair.refresh()
-                    else:
-                        del self.pairs[key]
+                self.kept = {key: kept for key, kept in self.kept.items() if kept.fits()}
+                refresh(self.kept.values())
                 self._place(model)
             yield
             self.check()
         finally:
             self._remove()
             self._placed, self.between = [], None
-            for pair in self.pairs.values():
-                pair.seen = None  # what changes weights by replaying a graph is not seen
+            for kept in self.kept.values():
+                kept.seen = None  # what changes weights by replaying a graph is not seen
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -161,35 +111,54 @@ class Joining:
         finally:
             self._put()
 
-    def pair(self, conv: Conv, norm: nn.Module | None) -> Pair | None:
-        """What is folded of these, where it may stand for both in this very call."""
-        stand_in = self._stand_ins.get(id(norm))
-        if norm is None or stand_in is None or vars(norm).get("forward") is not stand_in.method:
-            return None  # somebody else's forward, or none that passes on
-        if hooked(norm) or _watched():
-            return None
-        key = id(conv), id(norm)
-        pair = self.pairs.get(key)
-        if pair is not None:
-            return pair if pair.is_fresh() else None
-        if not isinstance(norm, NORMS) or PARTNERS.get(type(conv)) is not type(norm):
-            return None
+    def keep(self, layer: Conv | nn.Linear, norm: Any, dtype: torch.dtype) -> Kept | None:
+        """The weights of these in that dtype, where they may stand for both in this very call."""
+        key = id(layer), 0 if norm is None else id(norm), dtype
+        kept = self.kept.get(key)
+        if kept is not None:
+            return kept if kept.is_fresh() else None
         if torch.is_inference_mode_enabled():
             return None
-        pair = Pair(conv, norm, self.channels_last)
-        if not pair.fits():
+        kept = Kept(layer, norm, dtype, self.channels_last)
+        if not kept.fits():
             return None
-        pair.refresh()
-        if not _capturing(conv):  # where nothing is computed yet
-            self.pairs[key] = pair
-        return pair
+        refresh([kept])
+        if not (layer.weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # where nothing is computed yet
+            self.kept[key] = kept
+        return kept
+
+    def stands(self, layer: Any) -> bool:
+        """Whether a layer passes on what is done before it, and nobody else sees what it is shown."""
+        stand_in = self._stand_ins.get(id(layer))
+        placed = stand_in is not None and vars(layer).get("forward") is stand_in.method
+        return placed and not hooked(layer)
+
+    def passed_on(self, shown: Tensor, station: Any) -> tuple[Tensor, bool]:
+        """What a layer or function is to be shown, and whether its work is done in it already."""
+        between = self.between
+        if between is None or between.out is not shown or not self.here or torch.compiler.is_compiling():
+            return shown, False
+        if between.stations[0] is station:
+            between.done.append(between.stations.pop(0))
+            if not between.stations:
+                self.between = None
+            return shown, True
+        self.between = None
+        return between.redone(), False  # the caller has taken another one: from the beginning
+
+    def latest_of(self, other: Any) -> Any:
+        """What a BatchNorm or ReLU has returned; any other value as it is."""
+        stand_in = self._stand_ins.get(id(other))
+        return stand_in.latest() if isinstance(stand_in, _PassingOn) else other
 
     def check(self) -> None:
         """Raises ModelError if a joined result went elsewhere than it was seen to go: it must not be used silently."""
         if self.between is not None and self.here:
+            missed = self.between.stations[0]
             self.between = None
+            what = "its BatchNorm" if isinstance(missed, NORMS) else "the layers behind it"
             raise ModelError(
-                "the result of a joined convolution did not reach its BatchNorm; attack with fold_batchnorm=False"
+                f"the result of a joined convolution did not reach {what}; attack with fold_batchnorm=False"
             )
 
     @property
@@ -199,7 +168,7 @@ class Joining:
 
     def _place(self, model: nn.Module) -> None:
         for layer in model.modules():
-            kind = _Conv if type(layer) in CONVS else _Norm if type(layer) in NORMS else None
+            kind = _stand_in_for(layer)
             if kind is None or "forward" in vars(layer):
                 continue
             stand_in = self._stand_ins.get(id(layer))
@@ -217,6 +186,60 @@ class Joining:
             vars(stand_in.layer).pop("forward", None)
 
 
+class _Between:
+    """A joined result on its way.
+
+    Attributes:
+        out: the result.
+        stations: who will be shown it and pass it on: a BatchNorm, a `Sum`, a ReLU layer or `RELU`.
+        done: those that have.
+    """
+
+    def __init__(self, out: Tensor, stations: list[Any], conv: Conv, x: Tensor) -> None:
+        self.out, self.stations, self.done = out, stations, list[Any]()
+        self._conv, self._x = conv, x
+
+    def redone(self) -> Tensor:
+        """What the result would be by now if nothing had been joined."""
+        out: Tensor = self._conv._conv_forward(self._x, self._conv.weight, self._conv.bias)
+        for station in self.done:
+            if isinstance(station, NORMS):
+                out = type(station).forward(station, out)
+            else:
+                out = out + station.other if isinstance(station, Sum) else F.relu(out)
+        return out
+
+
+class _Watch(TorchFunctionMode):
+    """Passes joined results on where a model's own forward calls functions on them: ReLU, and sums.
+
+    It is there while such a forward runs, and for no longer.
+    """
+
+    def __init__(self, joining: Joining) -> None:
+        self.joining = joining
+
+    @property
+    def on(self) -> bool:
+        """Whether such a forward runs."""
+        return any(mode is self for mode in _get_current_function_mode_stack())
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """See `TorchFunctionMode`."""
+        between = self.joining.between
+        if between is not None and any(one is between.out for one in args):
+            station = between.stations[0]
+            if isinstance(station, Sum) and not (func in SUMS and any(one is station.other for one in args)):
+                station = None
+            elif not isinstance(station, Sum):
+                station = RELU if func in RELUS else None
+            shown, done = self.joining.passed_on(between.out, station)
+            if done:
+                return shown
+            args = [shown if one is between.out else one for one in args]
+        return func(*args, **(kwargs or {}))
+
+
 class _StandIn(ABC):
     """What takes the place of a layer's forward; the same object in every call, by which recordings know it."""
 
@@ -232,94 +255,146 @@ class _StandIn(ABC):
         return type(self), (Joining(), self.layer)
 
     @abstractmethod
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name, by which it may be called)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands for the layer's own."""
 
 
 class _Conv(_StandIn):
     """A convolution that looks ahead."""
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The convolution's output, or that of the BatchNorm which is handed it next."""
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name, by which it may be called)
+        """The convolution's output, or that of the layers which are handed it next."""
         conv, joining = self.layer, self.joining
-        pair = None
+        dtype = None
         if not torch.compiler.is_compiling() and joining.here and input.dim() == conv.weight.dim():
             joining.check()
-            pair = joining.pair(conv, next_module(sys._getframe(), conv))
-        if pair is None:
-            out: Tensor = conv._conv_forward(input, conv.weight, conv.bias)
+            dtype = None if watched(_Watch) else computed_in(input, conv)
+        out: Tensor
+        if dtype is None:
+            out = conv._conv_forward(input, conv.weight, conv.bias)
             return out
-        out = conv._conv_forward(input, pair.weight, pair.bias)
-        joining.between = out, pair, input
+        ahead = consumers(sys._getframe(), conv)
+        following, stations = next(ahead, None), []
+        kept = joining.keep(conv, following, dtype) if self._folds(following) else None
+        if kept is not None:
+            stations, following = [following], next(ahead, None)
+        elif dtype != conv.weight.dtype:
+            kept = joining.keep(conv, None, dtype)
+        weight, bias = (conv.weight, conv.bias) if kept is None else (kept.weight, kept.bias)
+        usual = weight.dtype == dtype and (kept is not None or frozen(conv))
+        x, geometry = input.to(dtype), Geometry.of(conv) if usual else None
+        kernel = None if geometry is None else kernel_for(x, geometry)
+        ends = self._pooled(following, ahead) if kernel is None else self._ends(following, ahead, x, geometry)
+        if geometry is not None and (few_channels(x, weight, geometry) if kernel is None else ends):
+            other = ends[0].other if ends and isinstance(ends[0], Sum) else None
+            out = joined_conv(x, weight, bias, geometry, kernel, other)
+        else:
+            out = conv._conv_forward(x, weight, bias)
+        stations += ends
+        if stations:
+            joining.between = _Between(out, stations, conv, input)
         return out
 
+    def _folds(self, following: Consumer | None) -> bool:
+        return PARTNERS.get(type(self.layer)) is type(following) and self.joining.stands(following)
 
-class _Norm(_StandIn):
-    """A BatchNorm that passes on what was done before."""
+    def _ends(self, following: Consumer | None, ahead: Iterator[Consumer], x: Tensor, geometry: Any) -> list[Consumer]:
+        """A ReLU that follows, or a sum and a ReLU: what the convolution can do, too."""
+        sums: list[Consumer] = []
+        watched = self.joining.watch.on
+        if isinstance(following, Sum) and watched:
+            other = self.joining.latest_of(following.other)
+            if not geometry.adds(other, x, self.layer.weight):
+                return []
+            sums, following = [Sum(other)], next(ahead, None)
+        if type(following) is nn.ReLU and self.joining.stands(following):
+            return [*sums, following]
+        return [*sums, RELU] if watched and following in RELUS else []
+
+    def _pooled(self, following: Consumer | None, ahead: Iterator[Consumer]) -> list[Consumer]:
+        """A ReLU that follows and the pooling behind it, which is done first: less is left for the ReLU to do."""
+        stands = self.joining.stands
+        if type(following) is not nn.ReLU or not stands(following):
+            return []
+        pool = next(ahead, None)
+        return [following, pool] if isinstance(pool, POOLS) and stands(pool) and not pool.return_indices else []
+
+
+class _PassingOn(_StandIn):
+    """A BatchNorm or ReLU that passes on what was done before.
+
+    Attributes:
+        latest: what it returned.
+    """
+
+    latest: Callable[[], Tensor | None] = staticmethod(lambda: None)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The BatchNorm's output."""
-        norm, joining = self.layer, self.joining
-        between = None if torch.compiler.is_compiling() else joining.between
-        if between is not None and between[0] is input and joining.here:
-            (_, pair, x), joining.between = between, None
-            if pair.norm is norm:
-                return input
-            # the caller has taken another one: from the beginning
-            input = pair.conv._conv_forward(x, pair.conv.weight, pair.conv.bias)  # noqa: A001
-        out: Tensor = type(norm).forward(norm, input)
+        """The layer's output."""
+        shown, done = self.joining.passed_on(input, self.layer)
+        out: Tensor = shown if done else type(self.layer).forward(self.layer, shown)
+        self.latest = weakref.ref(out)
         return out
 
 
-_for_all = [hooks for name, hooks in vars(nn.modules.module).items() if name.startswith("_global_") and "ward" in name]
+class _Pool(_StandIn):
+    """A maximum over windows that does the ReLU before it afterwards."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The layer's output."""
+        shown, relu_is_left = self.joining.passed_on(input, self.layer)
+        out: Tensor = type(self.layer).forward(self.layer, shown)
+        return F.relu(out) if relu_is_left else out
 
 
-def _watched() -> bool:
-    """Whether something stands around all layers that may make a difference between one and two of them."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return True
-    if torch._C._len_torch_function_stack():  # a default device is one
-        return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
-    return any(_for_all)
+class _Linear(_StandIn):
+    """A linear layer whose weights are kept as autocast would cast them."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The layer's output."""
+        layer, joining = self.layer, self.joining
+        kept = None
+        if not torch.compiler.is_compiling() and joining.here and not watched(_Watch):
+            dtype = computed_in(input, layer)
+            kept = joining.keep(layer, None, dtype) if dtype not in (None, layer.weight.dtype) else None
+        weights = layer if kept is None else kept
+        return F.linear(input, weights.weight, weights.bias)
 
 
-def _capturing(conv: Conv) -> bool:
-    return conv.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+class _Custom(_StandIn):
+    """A module of somebody's own, in whose forward functions are watched."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output."""
+        joining, own = self.joining, type(self.layer).forward
+        if torch.compiler.is_compiling() or not joining.here or joining.watch.on:
+            return own(self.layer, *args, **kwargs)
+        with joining.watch:
+            return own(self.layer, *args, **kwargs)
+
+
+LOOKED_THROUGH.add(_Custom.forward.__code__)
+STAND_INS: dict[type, type[_StandIn]] = {
+    **dict.fromkeys(CONVS, _Conv), **dict.fromkeys((*NORMS, nn.ReLU), _PassingOn), **dict.fromkeys(POOLS, _Pool),
+    nn.Linear: _Linear,
+}  # fmt: skip
+
+
+def _stand_in_for(layer: nn.Module) -> type[_StandIn] | None:
+    kind = type(layer)
+    if kind in STAND_INS or kind.__module__.partition(".")[0] == "torch":
+        return STAND_INS.get(kind)
+    convs = [inner for inner in layer.modules() if type(inner) in CONVS]
+    watched = isinstance(kind.forward, FunctionType) and any(one.weight.device.type in KERNELS for one in convs)
+    return _Custom if watched else None
 
 
 def _joinable(model: nn.Module) -> bool:
     layers = list(model.modules())
     return (
-        any(type(layer) in NORMS for layer in layers)
+        any(type(layer) in (*CONVS, nn.Linear) for layer in layers)
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and eager(model)
-        and not any(_writes_unseen(kind) for kind in {type(layer) for layer in layers})  # type: ignore[arg-type]
+        and not any(writes_unseen(kind) for kind in {type(layer) for layer in layers})  # type: ignore[arg-type]
     )
-
-
-@functools.cache
-def _writes_unseen(kind: Any) -> bool:
-    """Whether what a class of somebody's own runs in its forward reaches for ``.data``: such writes are not counted."""
-    forward = vars(kind).get("forward", getattr(kind, "forward", None))
-    if kind.__module__.partition(".")[0] == "torch" or not isinstance(forward, FunctionType):
-        return False
-    known, waiting = set(), [forward]
-    while waiting:
-        function = waiting.pop()
-        if function in known or function.__module__.partition(".")[0] == "torch":
-            continue
-        known.add(function)
-        for code in _nested(function.__code__):
-            if "data" in code.co_names:
-                return True
-            called = (getattr(kind, name, function.__globals__.get(name)) for name in code.co_names)
-            waiting += [one for one in called if isinstance(one, FunctionType)]
-    return False
-
-
-def _nested(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _nested(constant)

@@ -9,16 +9,24 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from joined_networks import Pair, assert_computes_the_same, gradient, images, unsettled
+from joined_networks import TWIN, Pair, assert_computes_the_same, gradient, images, unsettled
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from afd.attacks import joining as joining_module
 from afd.attacks.engine import evaluating, logits_alone
+from afd.attacks.joined import KERNELS
 from afd.attacks.joining import Joining
 from afd.errors import ModelError
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["norms alone", "norms and ReLU"])
+def _kernel(request, monkeypatch):
+    """What a CPU joins, and what is joined where the device has a kernel for it."""
+    if request.param:
+        monkeypatch.setitem(KERNELS, "cpu", TWIN)
 
 
 # --- Forwards that differ from call to call -------------------------------------------------------------------------
@@ -603,7 +611,7 @@ def test_an_attack_can_be_copied_and_pickled_after_a_call():
 
 
 def test_a_result_that_goes_elsewhere_than_it_was_seen_to_go_is_an_error(monkeypatch):
-    monkeypatch.setattr(joining_module, "next_module", lambda *_: model.norm)  # a reader of code who is wrong
+    monkeypatch.setattr(joining_module, "consumers", lambda *_: iter([model.norm]))  # a reader of code who is wrong
     model = Shared()
     model.forward = lambda x: model.finish(model.conv(x).relu() + model.other(model.conv(x)))
     with pytest.raises(ModelError, match="did not reach its BatchNorm; attack with fold_batchnorm=False"):
