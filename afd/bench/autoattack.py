@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar, Literal
@@ -25,7 +25,8 @@ from afd import data
 from afd.attacks import AutoAttack, Norm, engine, external
 from afd.bench import base
 from afd.bench.base import Benchmark, Say
-from afd.bench.metering import in_turn, matmul_rate, on_cpu, pass_flops, tf32
+from afd.bench.metering import in_turn, interleaved, on_cpu, products, tf32
+from afd.bench.passes import pass_flops
 from afd.bench.results import Candidate, Case, Column, Figure, Timing
 from afd.errors import InputError, one_of
 from afd.evaluation.attacks import Epsilon, check_radius
@@ -38,6 +39,7 @@ from afd.ops.backend import fast_bf16
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 WHOLE = "whole"
 PEER, OURS, AUTO, FLOOR, AUTO_FLOOR = "pyautoattack", "afd", "afd auto", "floor", "floor auto"
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {"NCHW": lambda x: x.contiguous(), "channels_last": channels_last}
 BATCHES = (16, 32, 64, 128, 256)  # of the floor
 AT_ONCE = 250  # images that a side is given together
 
@@ -216,6 +218,14 @@ def case(attacked: Attacked, part: str, repeats: int, *, peer: bool, say: Say) -
     return Case(settings, found)
 
 
+@cache
+def matmul_rate(kind: str, device: torch.device) -> float:
+    """Floating-point operations a second of the fastest matrix product."""
+    forms = products(kind, device)
+    times = interleaved({name: form.call for name, form in forms.items()}, 9, 1, device)
+    return max(form.flops / times[name].p50 for name, form in forms.items())
+
+
 def ours(
     attacked: Attacked, parts: Iterable[str], precision: str, model: nn.Module, seed: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
@@ -253,7 +263,7 @@ class PassCost:
         sizes = sorted({min(size, len(self.attacked.x)) for size in BATCHES})
         with engine.evaluating(self.attacked.model):
             for kind, run in {"forwards": self._forward, "gradients": self._gradient}.items():
-                for layout, lay_out in {"NCHW": torch.Tensor.contiguous, "channels_last": channels_last}.items():
+                for layout, lay_out in LAYOUTS.items():
                     for size in sizes:
                         x, y = lay_out(self.attacked.x[:size]), self.attacked.y[:size]
                         calls = {"": partial(run, x, y)}
