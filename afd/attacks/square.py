@@ -9,7 +9,7 @@ import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -195,7 +195,7 @@ class _Proposals:
         self.x, self.y, self.norm = chunk.x, y, attack.norm
         self.height, self.width = tuple(chunk.x.shape[2:]) if chunk.x.dim() == 4 else (1, chunk.x[0].numel())
         self.p_init, self.queries = attack.p_init, attack.steps
-        self.settings = {
+        self.settings: dict[str, Any] = {
             "eps": chunk.of(attack.eps), "seed": seed, "first_sample": chunk.first_sample, "bounds": attack.bounds,
             "norm": attack.norm, "loss": attack.loss_name,
         }  # fmt: skip
