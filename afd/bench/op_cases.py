@@ -200,8 +200,8 @@ def square_step(b: Batch, norm: str, eps: float, loss: str = "margin", side: int
     x_tried = b.uniform(4).copy_(x_best)
     y, rows, state = b.put(torch.arange(n) % 10), b.put(torch.arange(n)), b.put(torch.ones(n, dtype=torch.uint8))
     logits, loss_best = b.uniform(2, n, 10).scatter(1, y[:, None], 2.0), b.put(torch.full((n,), 100.0))
-    settings = {"query": 3, "side": side, "last_side": side, "seed": 7, "norm": norm, "loss": loss, "pattern": pattern}
-    settings |= {"loss_best": loss_best, "state": state, "rows": rows, "eps": b.setting(eps)}
+    settings: dict[str, Any] = {"query": 3, "side": side, "last_side": side, "seed": 7, "norm": norm, "loss": loss}
+    settings |= {"pattern": pattern, "loss_best": loss_best, "state": state, "rows": rows, "eps": b.setting(eps)}
 
     def eager() -> None:
         with backend.use("reference"):

@@ -255,8 +255,8 @@ def philox(seed: int | Tensor, sample: Tensor, block: Tensor, stream: int | Tens
     Returns:
         int64 [..., 4] of unsigned 32-bit values.
     """
-    sample, block, stream = torch.broadcast_tensors(sample, block, torch.as_tensor(stream, device=block.device))
-    c0, c1, c2, c3 = block & _MASK, stream & _MASK, sample & _MASK, (sample >> 32) & _MASK
+    sample, block, use = torch.broadcast_tensors(sample, block, torch.as_tensor(stream, device=block.device))
+    c0, c1, c2, c3 = block & _MASK, use & _MASK, sample & _MASK, (sample >> 32) & _MASK
     k0, k1 = seed & _MASK, seed >> 32
     for _ in range(10):
         p0, p1 = PHILOX_MULTIPLIERS[0] * c0, PHILOX_MULTIPLIERS[1] * c2  # wraps at 2**64: the low 64 bits are right

@@ -396,7 +396,7 @@ def test_windows_and_signs_are_uniform():
         ({"state": torch.ones(4)}, "state is torch.float32"),
         ({"rows": torch.arange(3)}, r"rows has shape \[3\]"),
         ({"loss_best": torch.ones(8)[::2]}, "loss_best has stride"),
-        ({"logits": torch.ones(4, 1)}, "logits have 1 class"),
+        ({"logits": torch.ones(4, 1)}, r"logits have shape \[4, 1\]"),
         ({"logits": torch.ones(4)}, r"logits have shape \[4\]"),
         ({"logits": None, "side": 0}, "side is 0, and logits are None"),
         ({"seed": -1}, "seed is -1"),

@@ -128,9 +128,6 @@ def _square_step_(
     checks.box(low, high, x)
     checks.key("seed", key, x)
     samples, count = x.shape[:1], x_tried.shape[:1]
-    classes = () if logits is None else logits.shape[1:]
-    if len(classes) != 1 and logits is not None:
-        raise InputError(f"logits have shape {list(logits.shape)}; they must be [R, K]")
     read = {"x": x, "y": y, "rows": rows, "logits": logits, "eps": epsilons, "pattern": pattern}
     read["first_sample"] = places
     written = {"x_tried": x_tried, "x_best": x_best, "loss_best": loss_best, "state": state}
@@ -142,9 +139,9 @@ def _square_step_(
     if places is not None:
         _check_like("first_sample", places, samples, torch.int64, x)
     if logits is not None:
-        _check_like("logits", logits, (*count, *classes), x.dtype, x)
-        if classes[0] < 2:
-            raise InputError(f"logits have {classes[0]} class; there must be at least 2, for one is to be left")
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            raise InputError(f"logits have shape {list(logits.shape)}; they must be [R, K] of at least 2 classes")
+        _check_like("logits", logits, (*count, logits.shape[1]), x.dtype, x)
     _check_sides(x, query, side, last_side, logits is None)
     if norm != "Linf" and side:
         if pattern is None:

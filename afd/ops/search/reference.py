@@ -53,7 +53,9 @@ def square_step(
         broken = broken | (judged & fooled)
         loss_best[rows] = torch.where(accepted, value, loss_best[rows])
     state[rows] = torch.where(broken, BROKEN, STANDING).to(state.dtype)
-    touched = draws.window(query - 1, last_side) if norm == "Linf" and query else torch.ones_like(clean, dtype=bool)
+    touched = (
+        draws.window(query - 1, last_side) if norm == "Linf" and query else torch.ones_like(clean, dtype=torch.bool)
+    )
     best = torch.where(_rows_of(accepted, clean) & touched, tried, best)
     tried = torch.where(_rows_of(judged, clean) & touched, best, tried)
     if side and clean.numel():
