@@ -22,6 +22,8 @@ GRAD_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 def norm(name: str) -> None:
     """Accepts the norms that the ops know."""
     if name not in NORMS:
+        if not isinstance(name, str):
+            raise InputTypeError(f"norm is {described(name)}; it must be a string")
         one_of("norm", name, NORMS)
 
 

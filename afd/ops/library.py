@@ -23,6 +23,7 @@ from afd.errors import AfdError, InputError, InputTypeError
 from afd.ops.checks import described, detached
 
 LIBRARY = torch.library.Library("afd", "DEF")  # lives as long as the process
+_kernels: dict[str, Callable[..., Any]] = {}  # by name, as they are registered
 
 
 def define(
@@ -44,8 +45,9 @@ def define(
     signature = inspect.signature(like or kernel, eval_str=True)
     defaults = [parameter.default for parameter in signature.parameters.values()]
     LIBRARY.define(name + schema(signature))
+    _kernels[name] = run = unaffected(kernel, defaults)
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(name, unaffected(kernel, defaults), device)
+        LIBRARY.impl(name, run, device)
     if autograd is not None:
         LIBRARY.impl(name, autograd, "Autograd")
     op = getattr(torch.ops.afd, name).default
@@ -114,6 +116,7 @@ def _without_lazy_signs(op: Any) -> Callable[..., Any]:
 # --- Calls ----------------------------------------------------------------------------------------------------------
 
 Arguments = tuple[Any, ...]  # of an op, in its schema's order
+_NUMBERS = {float, int, bool, str, type(None)}
 Parameters = list[inspect.Parameter]
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -157,15 +160,18 @@ def into(function: Callable[P, Tensor], doc: str) -> Callable[Concatenate[Tensor
 
 
 def _caller(name: str, arguments: Callable[Q, Arguments], shown: Parameters, doc: str | None) -> Callable[Q, Tensor]:
-    """The function of that name, with what `help` shows of it."""
-    op, first = getattr(torch.ops.afd, name).default, shown[0].name
+    """The function of that name, with what `help` shows of it.
+
+    Where nobody looks on, it calls the kernel itself: torch's way there takes as long as a small batch's step.
+    """
+    op, kernel, first = getattr(torch.ops.afd, name).default, _kernels[name], shown[0].name
     writes = op._schema.is_mutable
 
     @functools.wraps(arguments)
     def run(*given: Q.args, **settings: Q.kwargs) -> Tensor:
         found = arguments(*given, **settings)
         try:  # as `call` does, with a frame less in every step
-            made = op(*found)
+            made = (kernel if unseen(found) else op)(*found)
         except Exception as error:
             _blame(op, found, error)
             raise
@@ -266,6 +272,7 @@ Result = TypeVar("Result")
 # Asked at every call, so found once.
 _autocast = torch._C._is_any_autocast_enabled
 _function_modes, _dispatch_modes = torch._C._len_torch_function_stack, torch._C._len_torch_dispatch_stack
+_profiled, _traced = torch._C._autograd._profiler_enabled, torch._C._get_tracing_state
 _transforms, _keys_of = torch._C._functorch.peek_interpreter_stack, torch._C._dispatch_keys
 
 
@@ -338,15 +345,31 @@ _ordinary = _keys(torch.device("cpu"))
 
 def plain(*tensors: Tensor) -> bool:
     """Whether these hold memory and nobody looks on: their op need not be dispatched."""
-    if torch.compiler.is_compiling() or _dispatch_modes() or transformed():
+    return not _observed() and all(map(_holds_memory, tensors))
+
+
+def unseen(arguments: Arguments) -> bool:
+    """Whether an op of these arguments need not be dispatched either: they are `plain`, and no profiler looks on."""
+    if _observed() or _function_modes() or _profiled() or _traced():
         return False
-    for x in tensors:  # by their properties: a network has many, and asking for their keys takes thrice as long
-        kind = type(x)
-        if not (kind is Parameter or kind is Tensor) or x.layout is not torch.strided or x.is_neg():
-            return False
-        if not (x.is_cpu or x.is_cuda) or x.is_nested:
+    for value in arguments:  # by their types: asking whether something is a Tensor takes long where it is none
+        if type(value) not in _NUMBERS and not (
+            _holds_memory(value) and not value.is_inference() and not value.is_quantized
+        ):
             return False
     return True
+
+
+def _observed() -> bool:
+    return torch.compiler.is_compiling() or _dispatch_modes() > 0 or transformed()
+
+
+def _holds_memory(x: Any) -> bool:
+    """By a tensor's properties: a network has many, and asking for their keys takes thrice as long."""
+    kind = type(x)
+    if not (kind is Tensor or kind is Parameter) or x.layout is not torch.strided or x.is_neg():
+        return False
+    return (x.is_cpu or x.is_cuda) and not x.is_nested
 
 
 def ordinary(x: Tensor) -> bool:

@@ -8,6 +8,16 @@ namespace afd::cpu::AFD_ISA {
 
 constexpr int kLanes = 32;
 
+// The sum of Count columns, a power of two, added as a tree: one after the other, each addition waits for the last.
+template <int Count>
+inline double tree_sum(double (&columns)[Count]) {
+  for (int half = Count / 2; half > 0; half /= 2) {
+#pragma omp simd
+    for (int column = 0; column < half; ++column) columns[column] += columns[column + half];
+  }
+  return columns[0];
+}
+
 // sum(term(i)) over [0, count), in double.
 template <class Term>
 inline double sum_of(int64_t count, const Term& term) {
@@ -18,9 +28,7 @@ inline double sum_of(int64_t count, const Term& term) {
     for (int lane = 0; lane < kLanes; ++lane) sums[lane] += term(i + lane);
   }
   for (int lane = 0; i < count; ++i, ++lane) sums[lane] += term(i);
-  double sum = 0.0;
-  for (double lane : sums) sum += lane;
-  return sum;
+  return tree_sum(sums);
 }
 
 // sum(term(i) ** 2) over [0, count): the squares and the sums of four of them in float, the rest in double.
@@ -42,9 +50,7 @@ inline double quick_squares(int64_t count, const Term& term) {
     }
   }
   for (int column = 0; i < count; ++i, column = (column + 1) % kColumns) sums[column] += square(i);
-  double sum = 0.0;
-  for (double column : sums) sum += column;
-  return sum;
+  return tree_sum(sums);
 }
 
 // Whether such a sum lost nothing that matters: no square was too large for a float, and those too small are nothing

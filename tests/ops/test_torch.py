@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from afd import ops
 
@@ -106,3 +108,32 @@ def test_compiled_in_place_step_writes_its_argument(device, compiler, requires_g
 
     step(x_adv)
     assert torch.equal(x_adv, want)
+
+
+def test_an_op_is_dispatched_where_somebody_looks_on():
+    """Elsewhere a call goes straight to its kernel; here each onlooker must see the op itself."""
+    x = torch.rand(3, 5)
+
+    def step(x_adv: Tensor) -> Tensor:
+        return ops.project(x_adv, x, eps=0.1)
+
+    class Dispatched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    class Called(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    for mode in (Dispatched, Called):
+        seen: list[str] = []
+        with mode():
+            step(x + 1)
+        assert "afd.project.default" in seen, mode
+    with torch.profiler.profile() as profile:
+        step(x + 1)
+    assert "afd::project" in {event.name for event in profile.events()}
+    assert "afd::project" in str(torch.jit.trace(step, x + 1, check_trace=False).graph)
+    assert torch.equal(step(x + 1), torch.ops.afd.project(x + 1, x, 0.1, 0.0, 1.0))
