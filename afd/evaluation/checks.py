@@ -310,9 +310,9 @@ def _noise(seen: Probes) -> Check:
 
 
 def _square(seen: Probes) -> Check:
-    name, outcome = "Square beats white-box", seen.outcome
+    name = "Square beats white-box"
+    outcome, extra = seen.outcome, []
     meaning = "a search without gradients breaks images that no gradient attack breaks: masked gradients"
-    extra = []
     if any(stage.name == "probe-square" for stage in seen.protocol.stages):
         extra.append((seen.points(seen.adversarial("probe-square") & ~seen.white_box()), seen.one))
     for stage in seen.protocol.stages:
@@ -327,7 +327,8 @@ def _square(seen: Probes) -> Check:
 
 
 def _transfer(seen: Probes) -> Check:
-    name, outcome = "transfer beats white-box", seen.outcome
+    name = "transfer beats white-box"
+    outcome = seen.outcome
     transferred = [stage for stage in seen.protocol.stages if stage.role == "transfer"]
     if not transferred:
         return skipped(name, "no second model; name one with --transfer-from and --protocol paper, or surrogates=[...]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -299,19 +300,18 @@ def present(results: dict[str, Any], console: Console) -> None:
     data = results["data"]
     title = f"{results['subject']['name']} on {data['images']} {data['split']} images of {data['name']}"
     grid = Grid("attack", "norm", "accuracy (%) at each ε", title=title, title_justify="left")
-    intervals = results["intervals"]
-    grid.add_row("none", "", f"{percent(results['clean'])} (95%: {spanned(intervals['clean'])})")
+    intervals = results.get("intervals", {"clean": None, "worst_case": {}})  # those of earlier versions have none
+    grid.add_row("none", "", _figure(results["clean"], intervals["clean"]))
     for attack in results["attacks"]:
         if attack["role"] != "probe":
             grid.add_row(attack["name"], NORMS[attack["norm"]].sign, _curve(attack["accuracies"]))
     for norm, worst in results["worst_case"].items():
-        within = intervals["worst_case"][norm]
-        spans = (f"{eps}: {percent(accuracy)} (95%: {spanned(within[eps])})" for eps, accuracy in worst.items())
+        within = intervals["worst_case"].get(norm, {})
+        spans = (f"{eps}: {_figure(accuracy, within.get(eps))}" for eps, accuracy in worst.items())
         grid.add_row("worst case", NORMS[norm].sign, "   ".join(spans), style="bold")
     if (union := results.get("union")) is not None:
         balls = ", ".join(map(ball_name, union["balls"]))
-        told = f"{balls}: {percent(union['accuracy'])} (95%: {spanned(union['interval'])})"
-        grid.add_row("all balls", "", told, style="bold")
+        grid.add_row("all balls", "", f"{balls}: {_figure(union['accuracy'], union.get('interval'))}", style="bold")
     console.print(grid)
     for line in confirmed_in_words(results):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -339,6 +339,11 @@ def present_table(found: Table, console: Console) -> None:
     console.print(grid)
     if found.note:
         console.print(found.note)
+
+
+def _figure(share: float, interval: Sequence[float] | None) -> str:
+    """A share as a percentage, with its interval where there is one."""
+    return percent(share) if interval is None else f"{percent(share)} (95%: {spanned(interval)})"
 
 
 def _curve(points: list[dict[str, Any]]) -> str:
