@@ -1,6 +1,6 @@
 """Auto-PGD (Croce & Hein, "Reliable evaluation of adversarial robustness", ICML 2020).
 
-`APGD` makes runs, from other starts and at other classes, and keeps the best of what they have `Found`. An `APGDRun`
+`APGD` makes runs, from other starts and at other classes, and keeps the `Best` of what they have `Found`. An `APGDRun`
 steps by the rule of its norm and follows its points with what `ops.apgd_update_` remembers, an `APGDState`.
 """
 
@@ -29,45 +29,42 @@ WORTH_DROPPING = 1 / 8  # share of the samples that must be broken before the ot
 
 @dataclass(frozen=True)
 class Found:
-    """What runs have found so far.
-
-    Attributes:
-        x_best: points of the highest loss, [N, ...].
-        x_best_adv: points that fooled the model, where `broken`, [N, ...].
-        loss_best: the highest losses, [N].
-        broken: whether the model was fooled, [N] bool.
-    """
+    """What one run has found so far: the fields of that name of `ops.apgd_update_`, [N, ...] and [N]."""
 
     x_best: Tensor
     x_best_adv: Tensor
     loss_best: Tensor
     broken: Tensor
 
+
+@dataclass(frozen=True)
+class Best:
+    """What several runs have found so far: the first that fools the model counts, else the one of the highest loss.
+
+    Attributes:
+        x: their points, [N, ...].
+        loss: the highest losses, [N].
+        broken: whether the model was fooled, [N] bool.
+    """
+
+    x: Tensor
+    loss: Tensor
+    broken: Tensor
+
     @classmethod
-    def before(cls, x: Tensor) -> Found:
+    def before(cls, x: Tensor) -> Best:
         """Nothing yet around the images x."""
         loss = x.new_full(x.shape[:1], -math.inf)
-        return Found(x.clone(), x.clone(), loss, torch.zeros_like(loss, dtype=torch.bool))
+        return cls(x.clone(), loss, torch.zeros_like(loss, dtype=torch.bool))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The fields in their order."""
-        return self.x_best, self.x_best_adv, self.loss_best, self.broken
-
-    def note(self, found: Found, rows: Tensor) -> None:
-        """Adds what a run found on these rows: the first run that fools the model counts, else the highest loss."""
-        broken, best = self.broken[rows], self.loss_best[rows]
-        first, higher = found.broken & ~broken, found.loss_best > best
-        for target, source, where in (
-            (self.x_best_adv, found.x_best_adv, first),
-            (self.x_best, found.x_best, higher),
-            (self.loss_best, found.loss_best, higher),
-        ):
-            target[rows] = torch.where(rows_of(where, source), source, target[rows])
+    def note(self, found: Found, rows: Tensor | slice) -> None:
+        """Adds what a run found on these rows."""
+        broken, best = self.broken[rows], self.loss[rows]
+        first, higher = found.broken & ~broken, (found.loss_best > best) & ~broken
+        point = torch.where(rows_of(higher, found.x_best), found.x_best, self.x[rows])
+        self.x[rows] = torch.where(rows_of(first, point), found.x_best_adv, point)
+        self.loss[rows] = torch.where(higher, found.loss_best, best)
         self.broken[rows] = broken | found.broken
-
-    def points(self) -> Tensor:
-        """For each sample the point that fooled the model, or else that of the highest loss, [N, ...]."""
-        return torch.where(rows_of(self.broken, self.x_best), self.x_best_adv, self.x_best)
 
 
 @dataclass(frozen=True)
@@ -141,6 +138,7 @@ class APGDRun:
         vars(self).update({name: take(one, kept) for name, one in vars(self).items() if isinstance(one, Tensor)})
 
     def _update(self, iteration: int, interval: int) -> None:
+        vars(self).pop("grad", None)  # the last one is not held while the next is computed
         self.grad, loss, fooled = self.evaluate(self.x_adv, self.chunk, iteration)
         ops.apgd_update_(self.x_adv, self.grad, loss, fooled, **vars(self.state), interval=interval, rho=self.rho)
 
@@ -298,21 +296,22 @@ class APGD(GradientAttack):
         return engine.features_and_logits if self.outputs == "features" else engine.logits
 
     def _run(self, chunk: Chunk) -> Tensor:
-        x, found = chunk.x, Found.before(chunk.x)
+        x, best = chunk.x, Best.before(chunk.x)
         clean = self._clean(chunk)
         y = self._class_to_leave(chunk, clean)
         wrong = self._fooled(clean, y)
         aimed = [replace(self._with_loss_target(chunk, clean, rank), y=y) for rank in range(self.targets)]
-        rows = torch.arange(len(x), device=x.device)
+        rows: Tensor | slice = slice(None)
         for run in range(self.n_restarts * self.targets):
             one, start = aimed[run % self.targets], self._start(chunk, run)
             if self._drops:
-                rows = (~(found.broken | wrong)).nonzero().squeeze(1)
+                rows = (~(best.broken | wrong)).nonzero().squeeze(1)
                 if not len(rows):
                     break
-                one, start = one.take(rows), take(start, rows)
-            found.note(self._one_run(one, start, run), rows)
-        return torch.where(rows_of(wrong & ~found.broken, x), x, found.points())
+                if len(rows) < len(x):
+                    one, start = one.take(rows), take(start, rows)
+            self._one_run(one, start, run, best, rows)
+        return torch.where(rows_of(wrong & ~best.broken, x), x, best.x)
 
     @property
     def _drops(self) -> bool:
@@ -326,8 +325,8 @@ class APGD(GradientAttack):
             return ball.project_(chunk.start.clone(), chunk.x)
         return ball.start(chunk.x, seed=(chunk.seed + run) & (2**63 - 1), first_sample=chunk.first_sample)
 
-    def _one_run(self, chunk: Chunk, x_adv: Tensor, run: int) -> Found:
-        """Run number `run`: through the stages, of which only the last breaks a sample."""
+    def _one_run(self, chunk: Chunk, x_adv: Tensor, run: int, best: Best, rows: Tensor | slice) -> None:
+        """Run number `run` on these rows: through the stages, of which only the last breaks a sample."""
         self._record_run(run, 0)
         left = self.steps
         for stage, (radius, share) in enumerate(self.stages[:-1]):
@@ -337,33 +336,31 @@ class APGD(GradientAttack):
             self._record_run(run, stage + 1)
             self._ball(chunk, self.stages[stage + 1][0]).project_(x_adv, chunk.x)
             left -= steps
-        if self._drops:
-            return self._steps_dropping(chunk, x_adv, left)
+        if isinstance(rows, Tensor):
+            return self._steps_dropping(chunk, x_adv, left, best, rows)
         steps_fn = functools.partial(self._steps_fn, radius=1.0, steps=left, resumed=len(self.stages) > 1)
-        return self._confirmed(chunk, Found(*self._all_steps(steps_fn, chunk, x_adv, 1.0, left)))
+        return best.note(self._confirmed(chunk, Found(*self._all_steps(steps_fn, chunk, x_adv, 1.0, left))), rows)
 
     def _steps_fn(self, chunk: Chunk, x_adv: Tensor, *, radius: float, steps: int, resumed: bool) -> tuple[Tensor, ...]:
         """`steps` steps in a ball of `radius` times eps; the fields of what they find."""
         run = self._begin(chunk, x_adv, radius, steps, resumed)
         for iteration in range(1, steps + 1):
             run.advance(iteration)
-        return run.state.tensors()
+        return tuple(getattr(run.state, field.name) for field in fields(Found))
 
-    def _steps_dropping(self, chunk: Chunk, x_adv: Tensor, steps: int) -> Found:
+    def _steps_dropping(self, chunk: Chunk, x_adv: Tensor, steps: int, best: Best, rows: Tensor) -> None:
         """The same in the ball of radius eps, but going on without the samples that are broken."""
         run = self._begin(chunk, x_adv, 1.0, steps, resumed=len(self.stages) > 1)
-        found, rows = Found.before(chunk.x), torch.arange(len(x_adv), device=x_adv.device)
         for iteration in range(1, steps + 1):
             if run.state.broken.sum() >= WORTH_DROPPING * len(rows):
-                found.note(self._confirmed(run.chunk, run.state), rows)
+                best.note(self._confirmed(run.chunk, run.state), rows)
                 kept = (~run.state.broken).nonzero().squeeze(1)
                 if not len(kept):
-                    return found
+                    return
                 run.keep(kept)
                 rows = rows[kept]
             run.advance(iteration)
-        found.note(self._confirmed(run.chunk, run.state), rows)
-        return found
+        best.note(self._confirmed(run.chunk, run.state), rows)
 
     def _begin(self, chunk: Chunk, x_adv: Tensor, radius: float, steps: int, resumed: bool) -> APGDRun:
         ball = self._ball(chunk, radius)

@@ -207,9 +207,7 @@ void square_step(const SquareStep& a, int threads) {
     const SquareVerdict verdict = square_decide(a, sample, judged.loss, judged.fooled);
     if (a.elements == 0) return;
     const int64_t first = sample * a.elements;
-    step(a,
-         {a.x_tried + row * a.elements, a.x_best + first, a.x + first, seed,
-          place_of(a, sample), at(a.eps, sample)},
+    step(a, {a.x_tried + row * a.elements, a.x_best + first, a.x + first, seed, place_of(a, sample), at(a.eps, sample)},
          verdict);
   });
 }

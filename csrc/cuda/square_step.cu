@@ -202,10 +202,9 @@ __global__ void __launch_bounds__(kMostThreads) square_kernel(const SquareStep a
     if (sample < 0 || sample >= a.samples) continue;
     const SquareVerdict verdict = verdict_of(a, row, sample);
     const int64_t first = sample * a.elements;
-    Step::run(a,
-              {a.x_tried + row * a.elements, a.x_best + first, a.x + first, seed,
-               place_of(a, sample), at(a.eps, sample)},
-              verdict);
+    Step::run(
+        a, {a.x_tried + row * a.elements, a.x_best + first, a.x + first, seed, place_of(a, sample), at(a.eps, sample)},
+        verdict);
   }
 }
 

@@ -38,13 +38,21 @@ def test_peak_bytes_counts_what_is_held_and_not_what_was():
     assert peak_bytes(call, CPU) == pytest.approx(4 * 2500, abs=512)
 
 
+def apgd_t(model, **settings):
+    """APGD-T as AutoAttack has it."""
+    return APGD(model, early_stop=True, loss="dlr-targeted", n_target_classes=2, **settings)
+
+
 @pytest.mark.parametrize(
-    ("kind", "norm", "images"), [(PGD, "Linf", 5), (PGD, "L2", 5), (PGD, "L1", 5), (APGD, "Linf", 10)]
+    ("kind", "norm", "images"),
+    [(kind, norm, images) for kind, images in ((PGD, 5), (APGD, 8), (apgd_t, 8)) for norm in ("Linf", "L2", "L1")],
 )
 def test_the_peak_is_that_of_the_model_and_a_few_images(setting, kind, norm, images):
     """APGD has to remember the best point, its gradient, the last point and the point that fooled the model."""
     model, x, y = setting
     attack = kind(model, norm=norm, eps=0.1, steps=3, chunk_size=32)
+    with torch.no_grad():
+        y = model(x).argmax(1)
     bare(model, x, y), attack(x, y)  # what is made once
     model_alone = peak_bytes(lambda: bare(model, x, y), CPU)
     assert model_alone > 4 * x.nbytes

@@ -308,6 +308,25 @@ def test_threads_change_no_bit(norm):
 
 
 @pytest.mark.parametrize("which", ["native", "reference"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_samples_may_be_told_their_places_in_the_data(device, which, norm):
+    with backend.use(which):
+        whole = Search((6, 3, 8, 8), norm, device=device, rows=torch.arange(6, device=device), first=11)
+        told = Search((6, 3, 8, 8), norm, device=device, rows=torch.arange(6, device=device))
+        told.settings["first_sample"] = torch.arange(11, 17, device=device)
+        for one, other in zip(told.run(), whole.run(), strict=True):
+            assert torch.equal(one, other)
+        apart = Search((6, 3, 8, 8), norm, device=device, rows=torch.tensor([3, 1], device=device))
+        apart.settings["first_sample"] = torch.tensor([0, 13, 0, 40, 0, 0], device=device)
+        apart.step(0, 2, None)
+        for row, place in enumerate((40, 13)):
+            alone = Search((6, 3, 8, 8), norm, device=device, rows=torch.tensor([[3], [1]][row], device=device))
+            alone.settings["first_sample"] = place - [3, 1][row]
+            alone.step(0, 2, None)
+            assert torch.equal(alone.x_tried[0], apart.x_tried[row])
+
+
+@pytest.mark.parametrize("which", ["native", "reference"])
 def test_a_seed_on_the_device_draws_as_a_number_does(device, which):
     with backend.use(which):
         searches = [Search((3, 3, 8, 8), "Linf", device=device) for _ in range(2)]
@@ -400,6 +419,8 @@ def test_windows_and_signs_are_uniform():
         ({"logits": torch.ones(4)}, r"logits have shape \[4\]"),
         ({"logits": None, "side": 0}, "side is 0, and logits are None"),
         ({"seed": -1}, "seed is -1"),
+        ({"first_sample": torch.arange(3)}, r"first_sample has shape \[3\]"),
+        ({"first_sample": torch.arange(4.0)}, "first_sample is torch.float32"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
@@ -429,6 +450,8 @@ def test_opcheck(norm):
     pattern = None if norm == "Linf" else ops.square_pattern(3, norm).float()
     arguments = (s.x_tried, s.x_best, s.x, s.logits(), s.y, s.loss_best, s.state, s.rows, 0.1, 0.0, 1.0, 5, 0, 2, 3, 3)
     torch.library.opcheck(torch.ops.afd.square_step_.default, (*arguments, None, norm, "margin", pattern, None))
+    places = torch.arange(3)
+    torch.library.opcheck(torch.ops.afd.square_step_.default, (*arguments, None, norm, "margin", pattern, None, places))
 
 
 def test_versions_of_what_is_written_count():
