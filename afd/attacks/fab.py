@@ -156,7 +156,7 @@ class FABRun:
         """Keeps the points that fooled the model, [n] bool, if they are the nearest; and goes back from them to x."""
         length = torch.where(fooled & self.within, self.length, torch.inf)
         self.nearest.note(self.x_adv, length)
-        self.x_adv.lerp_(self.chunk.x, rows_of(fooled * (1 - beta), self.x_adv))
+        self.x_adv.lerp_(self.chunk.x, rows_of(fooled.to(length.dtype) * (1 - beta), self.x_adv))
 
     def keep(self, kept: Tensor) -> None:
         """Goes on with the samples that the indices `kept` name."""
