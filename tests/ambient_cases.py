@@ -38,6 +38,10 @@ def steps(norm: str, op: str) -> list[Tensor]:
     return [getattr(ops, op)(*tensors, seed=7, **settings)]
 
 
+def project_plane() -> list[Tensor]:
+    return list(ops.project_plane(torch.cat([X, X_ADV]), GRAD, PER_SAMPLE, at=X, norm="L2"))
+
+
 def apgd_step() -> list[Tensor]:
     return [ops.apgd_step(X_ADV, X_ADV + 0.01, X, GRAD, step=PER_SAMPLE, eps=0.2)]
 
@@ -166,6 +170,15 @@ OPS: dict[str, Case] = {
     for op in ("project", "project_", "pgd_step", "pgd_step_", "random_start", "random_start_")
     for norm in ("Linf", "L2", "L1")
 }
-ALONE = (apgd_step, apgd_step_, apgd_update_, load_batch, spectral_norm, spectral_linear, projection_logits)
+ALONE = (
+    project_plane,
+    apgd_step,
+    apgd_step_,
+    apgd_update_,
+    load_batch,
+    spectral_norm,
+    spectral_linear,
+    projection_logits,
+)
 OPS |= {case.__name__: case for case in ALONE}
 CASES = OPS | MODULES

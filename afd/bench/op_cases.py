@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd import ops
+from afd.bench import eager
 from afd.ops import reference
 
 Call = Callable[[], Any]
@@ -104,7 +105,7 @@ def pgd_step(b: Batch, norm: str, eps: float, alpha: float) -> Work:
     stride, radius = b.setting(alpha), b.setting(eps)
     return Work(
         lambda: ops.pgd_step_(x_adv, x, grad, alpha=stride, eps=radius, norm=norm),
-        lambda: x_adv.copy_(eager_pgd_step(x_adv, x, grad, alpha, eps, norm)),
+        lambda: x_adv.copy_(eager.pgd_step(x_adv, x, grad, alpha, eps, norm)),
         held(x, x_adv, grad),
         (3 * 4 + b.grad.itemsize) * x.numel(),
         compiles=norm != "L1",  # whose passes are unrolled
@@ -118,11 +119,28 @@ def project(b: Batch, norm: str, eps: float) -> Work:
     x_adv, x, radius = b.uniform(1), b.uniform(2), b.setting(eps)
     return Work(
         lambda: ops.project(x_adv, x, eps=radius, norm=norm),
-        lambda: eager_project(x_adv, x, eps, norm),
+        lambda: eager.project(x_adv, x, eps, norm),
         held(x, x_adv),
         3 * 4 * x.numel(),
         compiles=norm != "L1",
         exact=norm != "Linf" and x.numel() <= LONG_FOR_EXACT,
+    )
+
+
+def project_plane(b: Batch, norm: str, share: float) -> Work:
+    """Into a new tensor, which counts: reads x, w and where the plane is counted from, and writes the result.
+
+    A share of all that images and weights could move the value is what it is off by.
+    """
+    x, w, at = b.uniform(1), b.normal(2), b.uniform(3)
+    value = share * w.float().flatten(1).abs().sum(1)
+    return Work(
+        lambda: ops.project_plane(x, w, value, at=at, norm=norm),
+        lambda: eager.project_plane(x, w, value, at, norm),
+        held(x, w, at),
+        (3 * 4 + b.grad.itemsize) * x.numel(),
+        compiles=norm != "L1",
+        exact=x.numel() <= LONG_FOR_EXACT,
     )
 
 
@@ -278,45 +296,6 @@ def _normalised(weight: Tensor, spectrum: ops.Spectrum) -> Tensor:
     return weight / torch.dot(spectrum.u, torch.mv(weight, spectrum.v))
 
 
-# The ops of attacks as a careful user of PyTorch would write them: float32, in place, no sort where none is needed.
-
-
-def eager_project(x_adv: Tensor, x: Tensor, eps: float, norm: str, low: float = BOX[0], high: float = BOX[1]) -> Tensor:
-    """`afd.ops.project`; in L1 with a fixed number of Newton passes, since asking whether to go on would wait."""
-    if norm == "Linf":
-        return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp_(low, high)
-    u = (x_adv - x).flatten(1)
-    if norm == "L2":
-        u *= (eps / torch.linalg.vector_norm(u, dim=1, keepdim=True)).clamp_(max=1.0)
-        return u.view_as(x).add_(x).clamp_(low, high)
-    size, flat = u.abs(), x.flatten(1)
-    room = torch.where(u > 0, high - flat, flat - low)
-    threshold = torch.zeros_like(u[:, :1])
-    for _ in range(8):  # as many as a random CIFAR-sized image needs
-        excess = size - threshold
-        sloping = torch.count_nonzero((excess > 0) & (excess < room), dim=1).unsqueeze_(1)
-        off = torch.minimum(excess.clamp_(min=0.0), room).sum(1, keepdim=True).sub_(eps)
-        threshold = (threshold + off / sloping.clamp_(min=1)).clamp_(min=0.0)
-    kept = torch.minimum((size - threshold).clamp_(min=0.0), room)
-    return kept.copysign_(u).view_as(x).add_(x).clamp_(low, high)
-
-
-def eager_pgd_step(x_adv: Tensor, x: Tensor, grad: Tensor, alpha: float, eps: float, norm: str) -> Tensor:
-    """`afd.ops.pgd_step` for float32 images; the gradient may be shorter."""
-    if norm == "Linf":
-        return eager_project(torch.add(x_adv, grad.sign(), alpha=alpha), x, eps, norm)
-    flat = grad.flatten(1).float()
-    if norm == "L2":
-        length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
-        step = flat * (alpha / length.clamp_(min=1e-12))
-    else:
-        size = flat.abs()
-        last = size.topk(max(1, round(0.05 * flat.shape[1])), dim=1, sorted=False).values.amin(1, keepdim=True)
-        step = flat.sign() * (size >= last)
-        step *= alpha / torch.count_nonzero(step, dim=1).unsqueeze_(1)
-    return eager_project(step.view_as(x).add_(x_adv), x, eps, norm)
-
-
 class OpCase(NamedTuple):
     """An op at one size: its name, what else it is called, its work, on which tensors, and how exact it must be."""
 
@@ -342,7 +321,7 @@ GROUP = ((512, 512), (512, 512), (1, 512), (100, 512))  # the discriminator's ma
 ODD_GROUP = ((1, 7), (100, 512), (129, 257), (3, 4096))
 RADII = {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}  # AutoAttack's for CIFAR-10
 STRIDES = {"Linf": 2 / 255, "L2": 0.1, "L1": 1.0}
-OPS = ("pgd_step", "project", "random_start", "apgd_step", "apgd_update", "load_batch",
+OPS = ("pgd_step", "project", "project_plane", "random_start", "apgd_step", "apgd_update", "load_batch",
        "spectral_norm", "spectral_linear", "projection_logits")  # fmt: skip
 
 
@@ -356,6 +335,8 @@ def timed(size: str) -> Iterator[OpCase]:
         yield from (OpCase("pgd_step", f"{norm} {shape} {word}", step, b) for word, b in typed.items())
     for norm, eps in RADII.items():
         yield OpCase("project", f"{norm} {shape}", partial(project, norm=norm, eps=eps), images)
+    for norm, share in {"Linf": 0.02, "L2": 0.002, "L1": 0.002}.items():
+        yield OpCase("project_plane", f"{norm} {shape}", partial(project_plane, norm=norm, share=share), images)
     yield OpCase("random_start", f"Linf {shape}", partial(random_start, norm="Linf", eps=RADII["Linf"]), images)
     step = partial(apgd_step, eps=RADII["Linf"], step=STRIDES["Linf"], each=True)
     yield from (OpCase("apgd_step", f"Linf {shape} {word}", step, b) for word, b in typed.items())
@@ -378,6 +359,10 @@ def small() -> Iterator[OpCase]:
         begin = partial(random_start, norm=norm, eps=eps, first=2**32 - 1)
         yield from (OpCase("pgd_step", f"{norm} {b}", walk, b, step) for b in typed)
         yield from (OpCase("project", f"{norm} {b}", fall, b, step) for b in plain)
+        yield from (
+            OpCase("project_plane", f"{norm} {b}", partial(project_plane, norm=norm, share=0.02), b, BALL)
+            for b in typed
+        )
         yield from (OpCase("random_start", f"{norm} {b}", partial(begin, seed=7), b, draw) for b in plain)
         keyed = partial(begin, seed=2**62 + 5, as_tensor=True)
         yield OpCase("random_start", f"{norm} seed tensor", keyed, Batch((3, 33)), draw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
@@ -9,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afd.attacks import APGD, PGD
+from afd.attacks import APGD, FAB, PGD
 from afd.bench.metering import peak_bytes
 
 CPU = torch.device("cpu")
+FAB_T = functools.partial(FAB, n_target_classes=2)
 
 
 @pytest.fixture
@@ -38,7 +40,8 @@ def test_peak_bytes_counts_what_is_held_and_not_what_was():
 
 
 @pytest.mark.parametrize(
-    ("kind", "norm", "images"), [(PGD, "Linf", 5), (PGD, "L2", 5), (PGD, "L1", 5), (APGD, "Linf", 10)]
+    ("kind", "norm", "images"),
+    [(PGD, "Linf", 5), (PGD, "L2", 5), (PGD, "L1", 5), (APGD, "Linf", 10), (FAB, "L2", 8), (FAB_T, "Linf", 8)],
 )
 def test_the_peak_is_that_of_the_model_and_a_few_images(setting, kind, norm, images):
     """APGD has to remember the best point, its gradient, the last point and the point that fooled the model."""
@@ -55,7 +58,7 @@ def tensors_alive():
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("kind", [PGD, APGD])
+@pytest.mark.parametrize("kind", [PGD, APGD, FAB, FAB_T])
 def test_two_hundred_calls_leave_nothing_behind(setting, kind):
     model, x, y = setting
     attack = kind(model, eps=0.1, steps=1)
