@@ -38,6 +38,10 @@ def steps(norm: str, op: str) -> list[Tensor]:
     return [getattr(ops, op)(*tensors, seed=7, **settings)]
 
 
+def project_plane() -> list[Tensor]:
+    return list(ops.project_plane(torch.cat([X, X_ADV]), GRAD, PER_SAMPLE, at=X, norm="L2"))
+
+
 def apgd_step() -> list[Tensor]:
     return [ops.apgd_step(X_ADV, X_ADV + 0.01, X, GRAD, step=PER_SAMPLE, eps=0.2)]
 
@@ -180,6 +184,7 @@ OPS: dict[str, Case] = {
     for norm in ("Linf", "L2", "L1")
 }
 ALONE = (
+    project_plane,
     apgd_step,
     apgd_step_,
     apgd_update_,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from afd.attacks import APGD, MIM, PGD, Union
+from afd.attacks import APGD, FAB, MIM, PGD, Union
 
 
 def net(device="cpu"):
@@ -44,6 +44,8 @@ ATTACKS = {
     "mim": lambda model: MIM(model, eps=0.1, steps=4),
     "apgd": lambda model: APGD(model, eps=0.1, steps=8, n_restarts=2),
     "apgd l1": lambda model: APGD(model, norm="L1", eps=5.0, steps=10),
+    "fab": lambda model: FAB(model, eps=0.1, steps=4, n_restarts=2, early_stop=False),
+    "fab-t l2": lambda model: FAB(model, norm="L2", eps=radii(model), steps=4, n_target_classes=2, early_stop=False),
     "kl": lambda model: PGD(model, loss="kl", eps=0.1, steps=3),
     **{
         f"union {choice}": lambda model, choice=choice: Union(

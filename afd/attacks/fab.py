@@ -152,9 +152,15 @@ class FABRun:
         x_adv.lerp_(nearer, eta).clamp_(*self.ball.bounds)
         self.length = _length(x_adv - x, self.ball.order)
 
-    def judge(self, fooled: Tensor, beta: float) -> None:
-        """Keeps the points that fooled the model, [n] bool, if they are the nearest; and goes back from them to x."""
-        length = torch.where(fooled & self.within, self.length, torch.inf)
+    def judge(self, fooled: Tensor, beta: float, *, first: bool = False) -> None:
+        """Keeps the points that fooled the model, [n] bool, if they are the nearest (or the first) within eps.
+
+        And goes back from all that fooled it towards x.
+        """
+        counts = fooled & self.within
+        if first:
+            counts &= self.nearest.distance.isinf()
+        length = torch.where(counts, self.length, torch.inf)
         self.nearest.note(self.x_adv, length)
         self.x_adv.lerp_(self.chunk.x, rows_of(fooled.to(self.x_adv.dtype) * (1 - beta), self.x_adv))
 
@@ -202,8 +208,6 @@ class FAB(GradientAttack):
     def _run(self, chunk: Chunk) -> Tensor:
         assert chunk.y is not None  # the loss asks for it
         x, y, clean = chunk.x, chunk.y, self._clean(chunk)
-        if clean.shape[1] < 2:
-            raise InputError(f"the model has {clean.shape[1]} class; FAB needs at least 2")
         aimed = [self._with_loss_target(chunk, clean, rank) for rank in range(self.n_target_classes or 1)]
         wrong, nearest = clean.argmax(1) != y, Nearest.before(x)
         for number in range(self.n_restarts * len(aimed)):
@@ -243,7 +247,7 @@ class FAB(GradientAttack):
         """The same, but going on without the samples that are broken; notes the points of these rows."""
         for step in range(self.steps):
             run.move(*self._plane(run, step), self.alpha_max, self.eta)
-            run.judge(self._confirmed(run), self.beta)
+            run.judge(self._confirmed(run), self.beta, first=True)
             left = run.nearest.distance.isinf()
             if (~left).sum() >= WORTH_DROPPING * len(rows):
                 nearest.note(run.nearest.x, run.nearest.distance, rows)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd.attacks import APGD, PGD, Norm
-from afd.bench.eager import eager_pgd_step, eager_project
+from afd.bench import eager
 from afd.bench.metering import tf32
 from afd.errors import AfdError, one_of
 from afd.execution import channels_last
@@ -156,12 +156,12 @@ def _eager(model: nn.Module, request: Request, arithmetic: str) -> Run:
     def run(x: Tensor, y: Tensor) -> Tensor:
         x = channels_last(x) if bf16 else x
         x_adv = x + request.eps * (2 * torch.rand_like(x) - 1) if request.norm == "Linf" else x.clone()
-        x_adv = eager_project(x_adv, x, request.eps, request.norm)
+        x_adv = eager.project(x_adv, x, request.eps, request.norm)
         with tf32(arithmetic == "tf32"), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             for _ in range(request.steps):
                 x_adv.requires_grad_()
                 (grad,) = torch.autograd.grad(F.cross_entropy(model(x_adv), y, reduction="sum"), x_adv)
-                x_adv = eager_pgd_step(x_adv.detach(), x, grad, request.alpha, request.eps, request.norm)
+                x_adv = eager.pgd_step(x_adv.detach(), x, grad, request.alpha, request.eps, request.norm)
         return x_adv
 
     return run

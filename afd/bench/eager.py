@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BOX = (0.0, 1.0)
 
-
-def eager_project(x_adv: Tensor, x: Tensor, eps: float, norm: str, low: float = BOX[0], high: float = BOX[1]) -> Tensor:
+def project(x_adv: Tensor, x: Tensor, eps: float, norm: str, low: float = 0.0, high: float = 1.0) -> Tensor:
     """`afd.ops.project`; in L1 with a fixed number of Newton passes, since asking whether to go on would wait."""
     if norm == "Linf":
         return torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp_(low, high)
@@ -28,10 +26,35 @@ def eager_project(x_adv: Tensor, x: Tensor, eps: float, norm: str, low: float = 
     return kept.copysign_(u).view_as(x).add_(x).clamp_(low, high)
 
 
-def eager_pgd_step(x_adv: Tensor, x: Tensor, grad: Tensor, alpha: float, eps: float, norm: str) -> Tensor:
+def project_plane(x: Tensor, w: Tensor, b: Tensor, at: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """`afd.ops.project_plane` in the box [0, 1]; in Linf and L2 with a fixed number of Newton passes."""
+    flat, w = x.flatten(1), w.flatten(1).float()
+    value = b[:, None] + (w * (flat - at.flatten(1))).sum(1, keepdim=True)
+    fall, need = w * value.sign(), value.abs()
+    size, room = fall.abs(), torch.where(fall > 0, flat, 1 - flat)
+    if norm == "L1":
+        order = size.argsort(dim=1, descending=True)
+        taken = (size * room).gather(1, order).cumsum(1)
+        most = (need - (taken - (size * room).gather(1, order))).clamp_(min=0.0) / size.gather(1, order).clamp(
+            min=1e-30
+        )
+        moves = torch.zeros_like(size).scatter_(1, order, most).minimum(room)
+    else:
+        pace = size if norm == "L2" else torch.ones_like(size)
+        t = torch.zeros_like(need)
+        for _ in range(6):  # as many as a random image needs
+            reach = t * pace
+            slope = (size * pace * (reach < room)).sum(1, keepdim=True)
+            t = t + (need - (size * reach.minimum(room)).sum(1, keepdim=True)) / slope.clamp_(min=1e-30)
+        moves = (t * pace).minimum(room)
+    moved = torch.where(size > 0, flat - fall.sign() * moves, flat)
+    return moved.view_as(x), torch.linalg.vector_norm(moved - flat, {"Linf": torch.inf, "L2": 2, "L1": 1}[norm], dim=1)
+
+
+def pgd_step(x_adv: Tensor, x: Tensor, grad: Tensor, alpha: float, eps: float, norm: str) -> Tensor:
     """`afd.ops.pgd_step` for float32 images; the gradient may be shorter."""
     if norm == "Linf":
-        return eager_project(torch.add(x_adv, grad.sign(), alpha=alpha), x, eps, norm)
+        return project(torch.add(x_adv, grad.sign(), alpha=alpha), x, eps, norm)
     flat = grad.flatten(1).float()
     if norm == "L2":
         length = torch.linalg.vector_norm(flat, dim=1, keepdim=True)
@@ -41,4 +64,4 @@ def eager_pgd_step(x_adv: Tensor, x: Tensor, grad: Tensor, alpha: float, eps: fl
         last = size.topk(max(1, round(0.05 * flat.shape[1])), dim=1, sorted=False).values.amin(1, keepdim=True)
         step = flat.sign() * (size >= last)
         step *= alpha / torch.count_nonzero(step, dim=1).unsqueeze_(1)
-    return eager_project(step.view_as(x).add_(x_adv), x, eps, norm)
+    return project(step.view_as(x).add_(x_adv), x, eps, norm)

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd import ops
-from afd.bench.eager import BOX, eager_pgd_step, eager_project
+from afd.bench import eager
 from afd.ops import backend, reference
 
 Call = Callable[[], Any]
+BOX = (0.0, 1.0)
 EXACT, DRAW, BALL, LAYER = 0.0, 2e-6, 1e-5, 2e-5  # tolerances, as shares of the largest value, or of 1
 SLOPE = 0.2
 LONG_FOR_EXACT = 1 << 20  # elements for which the references of L2 and L1 take seconds
@@ -104,7 +105,7 @@ def pgd_step(b: Batch, norm: str, eps: float, alpha: float) -> Work:
     stride, radius = b.setting(alpha), b.setting(eps)
     return Work(
         lambda: ops.pgd_step_(x_adv, x, grad, alpha=stride, eps=radius, norm=norm),
-        lambda: x_adv.copy_(eager_pgd_step(x_adv, x, grad, alpha, eps, norm)),
+        lambda: x_adv.copy_(eager.pgd_step(x_adv, x, grad, alpha, eps, norm)),
         held(x, x_adv, grad),
         (3 * 4 + b.grad.itemsize) * x.numel(),
         compiles=norm != "L1",  # whose passes are unrolled
@@ -118,11 +119,28 @@ def project(b: Batch, norm: str, eps: float) -> Work:
     x_adv, x, radius = b.uniform(1), b.uniform(2), b.setting(eps)
     return Work(
         lambda: ops.project(x_adv, x, eps=radius, norm=norm),
-        lambda: eager_project(x_adv, x, eps, norm),
+        lambda: eager.project(x_adv, x, eps, norm),
         held(x, x_adv),
         3 * 4 * x.numel(),
         compiles=norm != "L1",
         exact=norm != "Linf" and x.numel() <= LONG_FOR_EXACT,
+    )
+
+
+def project_plane(b: Batch, norm: str, share: float) -> Work:
+    """Into a new tensor, which counts: reads x, w and where the plane is counted from, and writes the result.
+
+    A share of all that images and weights could move the value is what it is off by.
+    """
+    x, w, at = b.uniform(1), b.normal(2), b.uniform(3)
+    value = share * w.float().flatten(1).abs().sum(1)
+    return Work(
+        lambda: ops.project_plane(x, w, value, at=at, norm=norm),
+        lambda: eager.project_plane(x, w, value, at, norm),
+        held(x, w, at),
+        (3 * 4 + b.grad.itemsize) * x.numel(),
+        compiles=norm != "L1",
+        exact=x.numel() <= LONG_FOR_EXACT,
     )
 
 
@@ -331,7 +349,7 @@ GROUP = ((512, 512), (512, 512), (1, 512), (100, 512))  # the discriminator's ma
 ODD_GROUP = ((1, 7), (100, 512), (129, 257), (3, 4096))
 RADII = {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0}  # AutoAttack's for CIFAR-10
 STRIDES = {"Linf": 2 / 255, "L2": 0.1, "L1": 1.0}
-OPS = ("pgd_step", "project", "random_start", "apgd_step", "apgd_update", "square_step", "load_batch",
+OPS = ("pgd_step", "project", "project_plane", "random_start", "apgd_step", "apgd_update", "square_step", "load_batch",
        "spectral_norm", "spectral_linear", "projection_logits")  # fmt: skip
 
 
@@ -345,6 +363,8 @@ def timed(size: str) -> Iterator[OpCase]:
         yield from (OpCase("pgd_step", f"{norm} {shape} {word}", step, b) for word, b in typed.items())
     for norm, eps in RADII.items():
         yield OpCase("project", f"{norm} {shape}", partial(project, norm=norm, eps=eps), images)
+    for norm, share in {"Linf": 0.02, "L2": 0.002, "L1": 0.002}.items():
+        yield OpCase("project_plane", f"{norm} {shape}", partial(project_plane, norm=norm, share=share), images)
     yield OpCase("random_start", f"Linf {shape}", partial(random_start, norm="Linf", eps=RADII["Linf"]), images)
     step = partial(apgd_step, eps=RADII["Linf"], step=STRIDES["Linf"], each=True)
     yield from (OpCase("apgd_step", f"Linf {shape} {word}", step, b) for word, b in typed.items())
@@ -369,6 +389,10 @@ def small() -> Iterator[OpCase]:
         begin = partial(random_start, norm=norm, eps=eps, first=2**32 - 1)
         yield from (OpCase("pgd_step", f"{norm} {b}", walk, b, step) for b in typed)
         yield from (OpCase("project", f"{norm} {b}", fall, b, step) for b in plain)
+        yield from (
+            OpCase("project_plane", f"{norm} {b}", partial(project_plane, norm=norm, share=0.02), b, BALL)
+            for b in typed
+        )
         yield from (OpCase("random_start", f"{norm} {b}", partial(begin, seed=7), b, draw) for b in plain)
         keyed = partial(begin, seed=2**62 + 5, as_tensor=True)
         yield OpCase("random_start", f"{norm} seed tensor", keyed, Batch((3, 33)), draw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from afd.attacks import APGD, PGD, AutoAttack, Square
+from afd.attacks import APGD, FAB, PGD, AutoAttack, Square
 from afd.attacks.autoattack import BUILD
 from afd.bench.metering import peak_bytes
 
 CPU = torch.device("cpu")
+FAB_T = functools.partial(FAB, n_target_classes=2)
 
 
 @pytest.fixture
@@ -45,7 +47,11 @@ def apgd_t(model, **settings):
 
 @pytest.mark.parametrize(
     ("kind", "norm", "images"),
-    [(kind, norm, images) for kind, images in ((PGD, 5), (APGD, 8), (apgd_t, 8)) for norm in ("Linf", "L2", "L1")],
+    [
+        (kind, norm, images)
+        for kind, images in ((PGD, 5), (APGD, 8), (apgd_t, 8), (FAB, 8), (FAB_T, 8))
+        for norm in ("Linf", "L2", "L1")
+    ],
 )
 def test_the_peak_is_that_of_the_model_and_a_few_images(setting, kind, norm, images):
     """APGD has to remember the best point, its gradient, the last point and the point that fooled the model."""
@@ -93,7 +99,7 @@ def test_the_peak_of_square_is_that_of_a_forward_and_a_few_images(setting, norm,
     assert peak_bytes(lambda: attack(x, y), CPU) <= model_alone + 5 * x.nbytes + 65536
 
 
-@pytest.mark.parametrize("kind", [PGD, APGD, Square])
+@pytest.mark.parametrize("kind", [PGD, APGD, FAB, FAB_T, Square])
 def test_two_hundred_calls_leave_nothing_behind(setting, kind):
     model, x, y = setting
     attack = kind(model, eps=0.1, **({"queries": 1} if kind is Square else {"steps": 1}))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ambient import MODES
 from torch import nn
 
-from afd.attacks import APGD, FGSM, MIM, PGD, ModelWarning
+from afd.attacks import APGD, FAB, FGSM, MIM, PGD, ModelWarning
 from afd.errors import InputError, InputTypeError, ModelError
 
 ATTACKS = {
@@ -23,6 +23,8 @@ ATTACKS = {
     "MIM": MIM.partial(steps=3),
     "APGD": APGD.partial(steps=4, early_stop=True),
     "APGD L1": APGD.partial(norm="L1", eps=5.0, steps=5),
+    "FAB": FAB.partial(steps=4),
+    "FAB-T": FAB.partial(steps=3, n_target_classes=2, early_stop=False),
     "APGD-T": APGD.partial(steps=3, loss="dlr-targeted", n_target_classes=2),
 }
 

@@ -212,6 +212,27 @@ def step_case(case: Case, name: str) -> None:
     case.memory.check(tensors[: (2 if name == "apgd_step_" else 1)] if in_place else [])
 
 
+def plane_case(case: Case, _: str) -> None:
+    shape, dtype = case.shape(), case.draw.choice(IMAGE_DTYPES)
+    bounds, low, high = case.bounds()
+    copies = case.draw.choice([1, 1, 2, 3])
+    x = case.memory.hold(case.numbers([copies * shape[0], *shape[1:]], low, high, dtype))
+    b = case.memory.hold(case.numbers(shape[:1], -1.0, 1.0, dtype))
+    at = case.memory.hold(case.numbers(shape, low, high, dtype))
+    tensors = [case.other(t) for t in (x, case.gradient(shape), b)]
+    centre = case.other(at) if case.chance(0.7) else None
+    settings = {"bounds": bounds, "norm": case.draw.choice(["Linf", "L2", "L1"] * 8 + ["l2", None])}
+    got = ops.project_plane(*tensors, at=centre, **settings)
+    if not case.strange and dtype.is_floating_point:
+        exact = [double(t) for t in tensors]
+        with backend.use("reference"):
+            want = ops.project_plane(*exact, at=double(centre), **settings)
+        if settings["norm"] == "L1":  # where two weights tie but for rounding, another of them may go: as far in all
+            got, want = got[1:], want[1:]
+        agree(list(got), list(want), 1e-3 if dtype == torch.float32 else 1e-6)
+    case.memory.check([])
+
+
 def update_case(case: Case, _: str) -> None:
     shape = case.shape()
     samples, grad = shape[:1], case.gradient(shape)
@@ -361,7 +382,12 @@ def spectral_case(case: Case, name: str) -> None:
 
 STEPS = ("project", "project_", "pgd_step", "pgd_step_", "random_start", "random_start_", "apgd_step", "apgd_step_")
 CASES: dict[str, Callable[[Case, str], None]] = dict.fromkeys(STEPS, step_case)
-CASES |= {"apgd_update_": update_case, "square_step_": square_case, "load_batch": load_case}
+CASES |= {
+    "project_plane": plane_case,
+    "apgd_update_": update_case,
+    "square_step_": square_case,
+    "load_batch": load_case,
+}
 CASES |= dict.fromkeys(("spectral_norm", "spectral_linear", "projection_logits"), spectral_case)
 MODES: list[Callable[[], contextlib.AbstractContextManager[object]]] = [
     *[contextlib.nullcontext] * 3, torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16),
