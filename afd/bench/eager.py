@@ -1,9 +1,14 @@
-"""The ops of attacks as a careful user of PyTorch would write them: float32, in place, no sort where none is needed."""
+"""Ops as a careful user of PyTorch would write them: float32, in place, no sort where none is needed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from afd import ops
 
 
 def project(x_adv: Tensor, x: Tensor, eps: float, norm: str, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -65,3 +70,17 @@ def pgd_step(x_adv: Tensor, x: Tensor, grad: Tensor, alpha: float, eps: float, n
         step = flat.sign() * (size >= last)
         step *= alpha / torch.count_nonzero(step, dim=1).unsqueeze_(1)
     return project(step.view_as(x).add_(x_adv), x, eps, norm)
+
+
+def spectral_norms(weights: Sequence[Tensor], us: Sequence[Tensor], vs: Sequence[Tensor]) -> list[Tensor]:
+    """`afd.ops.spectral_norm`'s sigmas, as torch.nn.utils.parametrizations.spectral_norm makes them."""
+    sigmas = []
+    for weight, u, v in zip(weights, us, vs, strict=True):
+        u = F.normalize(torch.mv(weight, v), dim=0)
+        sigmas.append(torch.dot(u, torch.mv(weight, F.normalize(torch.mv(weight.T, u), dim=0))))
+    return sigmas
+
+
+def normalised(weight: Tensor, spectrum: ops.Spectrum) -> Tensor:
+    """As torch's parametrisation: sigma is recomputed, so that the gradient goes through it."""
+    return weight / torch.dot(spectrum.u, torch.mv(weight, spectrum.v))

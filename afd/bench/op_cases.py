@@ -221,19 +221,10 @@ def square_step(b: Batch, norm: str, eps: float, loss: str = "margin", side: int
     settings: dict[str, Any] = {"query": 3, "side": side, "last_side": side, "seed": 7, "norm": norm, "loss": loss}
     settings |= {"pattern": pattern, "loss_best": loss_best, "state": state, "rows": rows, "eps": b.setting(eps)}
 
-    def eager() -> None:
-        with backend.use("reference"):
-            ops.square_step_(x_tried, x_best, x, logits, y, **settings)
-
+    step = partial(ops.square_step_, x_tried, x_best, x, logits, y, **settings)
     moved = 2 * 2 * 4 * side * side * x.shape[:2].numel() if norm == "Linf" else 3 * 4 * values
-    return Work(
-        lambda: ops.square_step_(x_tried, x_best, x, logits, y, **settings),
-        eager,
-        moved if norm == "Linf" else held(x, x_best, x_tried),
-        moved,
-        compiles=False,
-        written=(x_tried, x_best, loss_best, state),
-    )
+    least, written = moved if norm == "Linf" else held(x, x_best, x_tried), (x_tried, x_best, loss_best, state)
+    return Work(step, backend.use("reference")(step), least, moved, compiles=False, written=written)
 
 
 def load_batch(b: Batch, sets: int = 1, draws: Sequence[int] | None = None, index: Sequence[int] = ()) -> Work:
@@ -256,15 +247,8 @@ def spectral_norm(b: Batch, shapes: Sequence[tuple[int, int]], scale: float = 1.
     """Power iterations of a group of matrices, each read once."""
     weights = [b.put(scale * b.normal(3, *shape)) for shape in shapes]
     us, vs = ([_unit(b, shape[side]) for shape in shapes] for side in (0, 1))
-
-    def by_hand() -> list[Tensor]:  # as torch.nn.utils.parametrizations.spectral_norm does it
-        sigmas = []
-        for weight, u, v in zip(weights, us, vs, strict=True):
-            u = F.normalize(torch.mv(weight, v), dim=0)
-            sigmas.append(torch.dot(u, torch.mv(weight, F.normalize(torch.mv(weight.T, u), dim=0))))
-        return sigmas
-
-    return Work(lambda: ops.spectral_norm(weights, us, vs, **settings), by_hand, held(*weights), held(*weights))
+    by_hand, moved = partial(eager.spectral_norms, weights, us, vs), held(*weights)
+    return Work(lambda: ops.spectral_norm(weights, us, vs, **settings), by_hand, moved, moved)
 
 
 def spectral_linear(b: Batch, rows: int) -> Work:
@@ -277,7 +261,7 @@ def spectral_linear(b: Batch, rows: int) -> Work:
 
     return Work(
         lambda: _passes(ops.spectral_linear(x, weight, bias, spectrum, negative_slope=SLOPE), inputs, grad),
-        lambda: layer(_normalised(weight, spectrum)),
+        lambda: layer(eager.normalised(weight, spectrum)),
         held(*inputs, grad),
         plain=lambda: layer(weight),
     )
@@ -296,7 +280,7 @@ def projection_logits(b: Batch, classes: int, labels: bool = True) -> Work:
         lambda: _passes(
             ops.projection_logits(h, w, bias, of_w, *((y, e, of_e) if labels else ())), inputs[: 3 + labels], grad
         ),
-        lambda: head(_normalised(w, of_w), _normalised(e, of_e)),
+        lambda: head(eager.normalised(w, of_w), eager.normalised(e, of_e)),
         held(*inputs, grad),
         plain=lambda: head(w, e),
     )
@@ -317,11 +301,6 @@ def _unit(b: Batch, length: int) -> Tensor:
 def _spectrum(b: Batch, weight: Tensor) -> ops.Spectrum:
     rows, columns = weight.shape
     return ops.spectral_norm([weight.detach()], [_unit(b, rows)], [_unit(b, columns)])[0]
-
-
-def _normalised(weight: Tensor, spectrum: ops.Spectrum) -> Tensor:
-    """As torch's parametrisation: sigma is recomputed, so that the gradient goes through it."""
-    return weight / torch.dot(spectrum.u, torch.mv(weight, spectrum.v))
 
 
 class OpCase(NamedTuple):
