@@ -60,8 +60,8 @@ def consumers(frame: FrameType | None, called: nn.Module) -> Iterator[Consumer]:
             behind = _behind(site.f_locals["self"], layer)
             if behind is None:
                 return
+            frame = site  # the last one's result is the sequence's; nor may the first frame hold itself by this one
             yield from behind
-            frame = site  # the last one's result is the sequence's
             continue
         code, instruction = site.f_code, site.f_lasti
         if layer is None and not _is_call_of(frame.f_code, code, instruction, site):
