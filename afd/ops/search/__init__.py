@@ -87,13 +87,13 @@ def square_step_(
     checks.counter("seed", number)
     checks.counter("first_sample", first)
     radius, radii = split_setting("eps", eps)
-    with torch.no_grad():
-        call(
-            torch.ops.afd.square_step_.default,
-            x_tried, x_best, x, logits, y, loss_best, state, rows, radius, *split_bounds(bounds), number, first,
-            integer("query", query), integer("side", side), integer("last_side", last_side), radii, norm, loss,
-            pattern, key, places,
-        )  # fmt: skip
+    x_tried, x_best, x, logits, loss_best, pattern = map(detached, (x_tried, x_best, x, logits, loss_best, pattern))
+    call(
+        torch.ops.afd.square_step_.default,
+        x_tried, x_best, x, logits, y, loss_best, state, rows, radius, *split_bounds(bounds), number, first,
+        integer("query", query), integer("side", side), integer("last_side", last_side), radii, norm, loss, pattern,
+        key, places,
+    )  # fmt: skip
 
 
 def _square_step_(
