@@ -290,7 +290,7 @@ def test_models_that_it_cannot_aim_at_are_named(batch):
     with pytest.raises(InputError, match="the model has 3, so n_target_classes is at most 2"):
         FAB(small_net(classes=3), steps=1, n_target_classes=3)(x, y % 3)
     with pytest.raises(InputError, match="y holds the label 4; the model has classes 0"):
-        FAB(small_net(), steps=1)(x, y + 4)
+        FAB(small_net(), steps=1)(x, torch.full_like(y, 4))
     with pytest.raises((InputError, InputTypeError), match="y is None"):
         FAB(small_net(), steps=1)(x)
 

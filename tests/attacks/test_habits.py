@@ -24,7 +24,7 @@ KINDS = {
     "APGD": APGD.partial(steps=3),
     "APGD early stop": APGD.partial(steps=3, early_stop=True),
     "FAB": FAB.partial(eps=1.0, steps=6),
-    "FAB-T L1": FAB.partial(norm="L1", eps=500.0, steps=3, n_target_classes=2, early_stop=False),
+    "FAB-T L2": FAB.partial(norm="L2", eps=50.0, steps=3, n_target_classes=2, early_stop=False),
     "APGD-T L1": APGD.partial(norm="L1", eps=5.0, steps=3, loss="dlr-targeted", n_target_classes=2),
 }
 TRUTHS = ("fold_batchnorm", "validate", "targeted")
