@@ -9,6 +9,7 @@ in the same precision and the same run.
 from __future__ import annotations
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from afd import data
 from afd.attacks import AutoAttack, Norm, engine, external
 from afd.bench import base
 from afd.bench.base import Benchmark, Say
-from afd.bench.metering import in_turn, interleaved, on_cpu, products, tf32
+from afd.bench.metering import Call, Reading, between_events, in_turn, on_cpu, products, tf32
 from afd.bench.passes import pass_flops
 from afd.bench.results import Candidate, Case, Column, Figure, Timing
 from afd.errors import InputError, one_of
@@ -188,7 +189,7 @@ def case(attacked: Attacked, part: str, repeats: int, *, peer: bool, say: Say) -
     costs = {OURS: PassCost(attacked, "fp32"), AUTO: PassCost(attacked, "bf16")}
     times: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(repeats):
-        for name, taken in in_turn(sides, 1, on_cpu).items():
+        for name, taken in in_turn(sides, 1, reader(device)).items():
             base.detail(f"repeat {number + 1} of {repeats}, the floor beside {name}")
             times[name] += taken
             sides[name].judge()
@@ -214,7 +215,8 @@ def case(attacked: Attacked, part: str, repeats: int, *, peer: bool, say: Say) -
                 Timing(seconds, seconds, seconds), costs[name].figures
             )
         found[name] = Candidate(timings[name], figures)
-    settings = {"images": len(attacked.x), "eps": attacked.eps, "norm": attacked.norm, "part": part}
+    clock = "CUDA events" if device.type == "cuda" else "CPU" if reader(device) is of_process else "wall"
+    settings = {"clock": clock, "images": len(attacked.x), "eps": attacked.eps, "norm": attacked.norm, "part": part}
     return Case(settings, found)
 
 
@@ -222,8 +224,8 @@ def case(attacked: Attacked, part: str, repeats: int, *, peer: bool, say: Say) -
 def matmul_rate(kind: str, device: torch.device) -> float:
     """Floating-point operations a second of the fastest matrix product."""
     forms = products(kind, device)
-    times = interleaved({name: form.call for name, form in forms.items()}, 9, 1, device)
-    return max(form.flops / times[name].p50 for name, form in forms.items())
+    times = in_turn({name: form.call for name, form in forms.items()}, 9, reader(device))
+    return max(form.flops / median(times[name]) for name, form in forms.items())
 
 
 def ours(
@@ -238,6 +240,26 @@ def ours(
 def theirs(attacked: Attacked, parts: Iterable[str], model: nn.Module, seed: int) -> Callable[[Tensor, Tensor], Tensor]:
     """pyautoattack."""
     return external.autoattack(model, norm=attacked.norm, eps=attacked.eps, seed=seed, parts=tuple(parts))
+
+
+# --- Time ------------------------------------------------------------------------------------------------------------
+
+
+def reader(device: torch.device) -> Callable[[Call], Reading]:
+    """What times a call: events on CUDA, the process's seconds of CPU on one thread, else the clock.
+
+    A side runs for minutes, in which a shared machine gives now more, now less of a core to it; one thread's seconds of
+    CPU are what it would take alone.
+    """
+    return between_events if device.type == "cuda" else of_process if torch.get_num_threads() == 1 else on_cpu
+
+
+def of_process(call: Call) -> Reading:
+    """Seconds of CPU that a call takes this process."""
+    begin = time.process_time()
+    call()
+    seconds = time.process_time() - begin
+    return lambda: seconds
 
 
 # --- The floor --------------------------------------------------------------------------------------------------------
@@ -267,7 +289,7 @@ class PassCost:
                     for size in sizes:
                         x, y = lay_out(self.attacked.x[:size]), self.attacked.y[:size]
                         calls = {"": partial(run, x, y)}
-                        seconds = min(in_turn(calls, 5, on_cpu)[""])
+                        seconds = median(in_turn(calls, 5, reader(x.device))[""])
                         self.taken.setdefault((kind, layout, size), []).append(seconds / size)
 
     def _forward(self, x: Tensor, _y: Tensor) -> None:
