@@ -99,8 +99,10 @@ class Execution(Passes):
 class AttackExecution(Passes):
     """How an attack runs: `Passes`, and how many images it works on at a time.
 
-    Samples are independent, so on a CPU all steps of one chunk of the batch run before the next: it is small enough
-    that the network's activations stay in the caches between layers.
+    Samples are independent, so on a CPU all steps of one chunk of the batch run before the next. It is small enough for
+    the network's activations to stay in the caches between layers, or, where that would leave too few rows, in memory
+    that the allocator keeps. Layout and chunks follow rules rather than a trial's clock, which would choose otherwise
+    on another day: layouts differ in the last bits of a gradient, and so do chunks of fewer than 8 rows.
 
     Attributes:
         chunk_size: rows at most; None lets the size of the model's activations decide.

@@ -96,7 +96,7 @@ class AttackSettings(ABC):
             the device multiplies it in hardware). None: that of the training passes where a training method attacks,
             and "fp32" elsewhere.
         chunk_size: rows attacked together on a CPU; by default as many as keep the model's activations in its caches,
-            or all where a forward hook of yours looks on.
+            and 64 to 256 where those hold fewer, or all where a forward hook of yours looks on.
         validate: check the values of what a call is given and of the model's outputs, which waits for the device before
             the first step and after the last; False is for loops that see to that themselves (a label that is no class
             is then an error of torch's, or, -100 with "ce", one that the loss leaves out).
