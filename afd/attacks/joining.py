@@ -20,7 +20,7 @@ import sys
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
@@ -65,6 +65,7 @@ class Joining:
         kept: weights, by the ids of layer and BatchNorm (0: none) and dtype; never more than the model has.
         between: a joined result on its way through what passes it on.
         watch: sees the functions that a model calls on it.
+        looks: whether there is anything that a convolution could do the work of.
     """
 
     def __init__(self, channels_last: bool = True) -> None:
@@ -74,7 +75,7 @@ class Joining:
         self.watch = _Watch(self)
         self._stand_ins: dict[int, _StandIn] = {}  # by the layer's id
         self._placed: list[_StandIn] = []
-        self._thread = 0
+        self._thread, self.looks = 0, False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles of the attack: they begin anew."""
@@ -130,8 +131,7 @@ class Joining:
     def stands(self, layer: Any) -> bool:
         """Whether a layer passes on what is done before it, and nobody else sees what it is shown."""
         stand_in = self._stand_ins.get(id(layer))
-        placed = stand_in is not None and vars(layer).get("forward") is stand_in.method
-        return placed and not hooked(layer)
+        return stand_in is not None and vars(layer).get("forward") is stand_in.method and not hooked(layer)
 
     def passed_on(self, shown: Tensor, station: Any) -> tuple[Tensor, bool]:
         """What a layer or function is to be shown, and whether its work is done in it already."""
@@ -157,9 +157,8 @@ class Joining:
             missed = self.between.stations[0]
             self.between = None
             what = "its BatchNorm" if isinstance(missed, NORMS) else "the layers behind it"
-            raise ModelError(
-                f"the result of a joined convolution did not reach {what}; attack with fold_batchnorm=False"
-            )
+            told = f"the result of a joined convolution did not reach {what}"
+            raise ModelError(f"{told}; attack with fold_batchnorm=False")
 
     @property
     def here(self) -> bool:
@@ -167,9 +166,11 @@ class Joining:
         return threading.get_ident() == self._thread
 
     def _place(self, model: nn.Module) -> None:
-        for layer in model.modules():
+        layers = list(model.modules())
+        self.looks = any(isinstance(layer, (*NORMS, *POOLS)) or _served(layer) for layer in layers)
+        for layer in layers:
             kind = _stand_in_for(layer)
-            if kind is None or "forward" in vars(layer):
+            if kind is None or "forward" in vars(layer) or (kind is _PassingOn and not self.looks):
                 continue
             stand_in = self._stand_ins.get(id(layer))
             if stand_in is None or stand_in.layer is not layer:
@@ -269,11 +270,9 @@ class _Conv(_StandIn):
         if not torch.compiler.is_compiling() and joining.here and input.dim() == conv.weight.dim():
             joining.check()
             dtype = None if watched(_Watch) else computed_in(input, conv)
-        out: Tensor
         if dtype is None:
-            out = conv._conv_forward(input, conv.weight, conv.bias)
-            return out
-        ahead = consumers(sys._getframe(), conv)
+            return conv._conv_forward(input, conv.weight, conv.bias)  # type: ignore[no-any-return]
+        ahead = consumers(sys._getframe(), conv) if joining.looks else iter(())
         following, stations = next(ahead, None), []
         kept = joining.keep(conv, following, dtype) if self._folds(following) else None
         if kept is not None:
@@ -327,7 +326,7 @@ class _PassingOn(_StandIn):
         latest: what it returned.
     """
 
-    latest: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    latest: Any = staticmethod(lambda: None)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The layer's output."""
@@ -353,10 +352,9 @@ class _Linear(_StandIn):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The layer's output."""
         layer, joining = self.layer, self.joining
-        kept = None
-        if not torch.compiler.is_compiling() and joining.here and not watched(_Watch):
-            dtype = computed_in(input, layer)
-            kept = joining.keep(layer, None, dtype) if dtype not in (None, layer.weight.dtype) else None
+        alone = not torch.compiler.is_compiling() and joining.here and not watched(_Watch)
+        dtype = computed_in(input, layer) if alone else None
+        kept = None if dtype in (None, layer.weight.dtype) else joining.keep(layer, None, dtype)
         weights = layer if kept is None else kept
         return F.linear(input, weights.weight, weights.bias)
 
@@ -384,9 +382,11 @@ def _stand_in_for(layer: nn.Module) -> type[_StandIn] | None:
     kind = type(layer)
     if kind in STAND_INS or kind.__module__.partition(".")[0] == "torch":
         return STAND_INS.get(kind)
-    convs = [inner for inner in layer.modules() if type(inner) in CONVS]
-    watched = isinstance(kind.forward, FunctionType) and any(one.weight.device.type in KERNELS for one in convs)
-    return _Custom if watched else None
+    return _Custom if isinstance(kind.forward, FunctionType) and any(map(_served, layer.modules())) else None
+
+
+def _served(layer: nn.Module) -> bool:
+    return isinstance(layer, CONVS) and layer.weight.device.type in KERNELS
 
 
 def _joinable(model: nn.Module) -> bool:
