@@ -216,7 +216,13 @@ def case(attacked: Attacked, part: str, repeats: int, *, peer: bool, say: Say) -
             )
         found[name] = Candidate(timings[name], figures)
     clock = "CUDA events" if device.type == "cuda" else "CPU" if reader(device) is of_process else "wall"
-    settings: dict[str, Figure] = {"clock": clock, "images": len(attacked.x), "eps": attacked.eps, "norm": attacked.norm, "part": part}
+    settings: dict[str, Figure] = {
+        "clock": clock,
+        "images": len(attacked.x),
+        "eps": attacked.eps,
+        "norm": attacked.norm,
+        "part": part,
+    }
     return Case(settings, found)
 
 

@@ -20,6 +20,7 @@ from afd.errors import InputError, in_levels, one_of
 from afd.metrics import predict
 
 LARGEST = 1e9  # no image of floats is so far from another, and what is larger may be no float
+TARGET_CLASSES = 9  # of AutoAttack's standard version
 
 
 @dataclass(frozen=True, order=True)
@@ -226,9 +227,9 @@ def noise(target: Target, *, draws: int) -> Attack:
     return attack
 
 
-def fab_t(target: Target, *, steps: int) -> Attack:
-    """Targeted FAB, at as many target classes as AutoAttack's standard version has; at all, if there are fewer."""
-    classes = min(TARGET_CLASSES, target.classes - 1)
+def fab_t(target: Target, *, steps: int, n_target_classes: int = TARGET_CLASSES) -> Attack:
+    """Targeted FAB, at the likeliest other classes in turn; at all, if there are fewer."""
+    classes = min(n_target_classes, target.classes - 1)
     return FAB(target.model, **target.ball, steps=steps, n_target_classes=classes, seed=target.seed)
 
 
@@ -247,7 +248,6 @@ def nearest(build: Callable[..., Attack]) -> Builder:
     return lambda target, **settings: build(target.model, seed=target.seed, **settings)
 
 
-TARGET_CLASSES = 9  # of AutoAttack's standard version
 ATTACKS = {
     "pgd": Kind(pgd, lambda settings: 2 * settings["steps"]),
     "fgsm": Kind(fgsm, lambda _: 2),

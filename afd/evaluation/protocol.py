@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from afd.attacks import Norm, Square
+from afd.attacks.autoattack import parts_of
 from afd.attacks.ball import NORMS
 from afd.attacks.external import AUTOATTACK_NORMS
 from afd.errors import InputError, one_of
@@ -188,18 +189,11 @@ def autoattack(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> P
     Raises:
         InputError: a norm that FAB-T and Square do not know.
     """
-    one_of("norm", norm, AUTOATTACK_NORMS)
-    restarts, classes = (5, 5) if norm == "L1" else (1, 9)
-    settings: dict[str, dict[str, int]] = {
-        "apgd-ce": {"steps": 100, "n_restarts": restarts},
-        "apgd-t": {"steps": 100, "n_target_classes": classes},
-        "fab-t": {"steps": 100},
-        "square": {"queries": 5000},
-    }
-    stages = tuple(
-        Stage(name, name, norm, tuple(epsilons), chosen, scope="remaining") for name, chosen in settings.items()
-    )
-    return Protocol("autoattack", norm, reference, stages + probes(norm, reference, stages))
+    stages = []
+    for name, told in parts_of("standard", norm).items():
+        told.pop("early_stop", None)  # which all attacks of an evaluation do
+        stages.append(Stage(name, name, norm, tuple(epsilons), told, scope="remaining"))
+    return Protocol("autoattack", norm, reference, (*stages, *probes(norm, reference, tuple(stages))))
 
 
 def autoattack_reference(norm: Norm, epsilons: Sequence[Epsilon], reference: Epsilon) -> Protocol:

@@ -196,8 +196,10 @@ class Runner:
         """
         x, y, stage = batch.x[rows], batch.y[rows], item.stage
         ball = Ball(stage.norm, float(item.largest))
-        attack = self.attack(stage, ball)
-        x_adv = attack(x.clone(), y, first_sample=batch.first) if len(rows) else x
+        attack: Callable[..., Tensor] = self.attack(stage, ball)
+        ours = ATTACKS[stage.attack].library == "afd"  # whose draws are those of each image, whoever is left beside it
+        places = batch.first + rows.cpu() if ours else batch.first
+        x_adv = attack(x.clone(), y, first_sample=places) if len(rows) else x
         check_returned(x_adv, x)
         legal = inside(x_adv)
         if not stage.minimal:
