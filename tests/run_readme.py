@@ -35,6 +35,7 @@ SHORTER = (  # added to a command that begins so
     ("afd bench attacks --attack apgd", "--batch 8 --steps 6 --repeats 1"),
     ("afd bench attacks", "--batch 8 --steps 1 --repeats 1"),
     ("afd bench agreement", "--images 20 --steps 1"),
+    ("afd bench autoattack", "--images 10 --repeats 1 --parts apgd-ce --eps 0.05"),
 )
 NOT_RUN = (
     ("make bench", "it measures for minutes, with packages that nothing else needs"),
