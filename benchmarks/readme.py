@@ -58,6 +58,22 @@ def agreement(documents: list[Document]) -> Rows:
     return by_candidate(documents, headings, "{name}, ε = {eps:g}, {steps} steps", columns)
 
 
+def against_pyautoattack(documents: list[Document]) -> Rows:
+    """AutoAttack of either library, whole and each part alone, over the model's own passes."""
+    headings = ("AutoAttack on", "by", "seconds", "over the floor", "afd faster", '`precision="auto"` faster',
+                "forwards an image", "gradients an image", "accuracy left")  # fmt: skip
+    columns = {"over_floor": "{:.2f}x", "over_afd": "{:.2f}x", "over_auto": "{:.2f}x", "forwards": "{:,.0f}",
+               "gradients": "{:,.0f}", "accuracy_left": "{:.1%}"}  # fmt: skip
+    yield headings
+    for document in documents:
+        for case in document.cases.values():
+            told = "{model}, {images} images: {part}".format(**{**document.settings, **case.settings})
+            for candidate, found in case.candidates.items():
+                figures = (shown(found.figures.get(key), form) for key, form in columns.items())
+                yield told, candidate, f"{found.median:.3g}", *figures
+                told = ""
+
+
 def steps(documents: list[Document]) -> Rows:
     """Each step of ours beside the released one."""
     yield "network and batch", "step", "times as fast as released", "outside the attack", "its share of the time"
@@ -136,7 +152,8 @@ def learning(documents: list[Document]) -> Rows:
 
 
 TABLES = {"attacks": attacks, "kernels": kernels, "step": steps, "methods": methods, "discriminator": discriminator,
-          "agreement": agreement, "learning": learning, "passes": passes}  # fmt: skip
+          "agreement": agreement, "autoattack": against_pyautoattack, "learning": learning,
+          "passes": passes}  # fmt: skip
 
 
 def cases(documents: list[Document]) -> Iterator[tuple[str, Mapping[str, Candidate]]]:

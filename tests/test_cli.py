@@ -13,6 +13,7 @@ import pytest
 from afd import config
 from afd.attacks import ATTACKS, CaptureWarning
 from afd.bench.attacks import AgreementBench, AttackBench
+from afd.bench.autoattack import AutoAttackBench
 from afd.bench.base import Benchmark
 from afd.bench.kernels import DiscriminatorBench, KernelBench
 from afd.bench.methods import MethodsBench
@@ -86,7 +87,9 @@ def test_every_option_of_a_method_and_of_its_attack_has_a_help_line(words, capsy
         assert len(re.findall(r"\w+", text.partition("(default")[0])) > 1, (option, text)
 
 
-@pytest.mark.parametrize("work", [AttackBench, KernelBench, MethodsBench, DiscriminatorBench, AgreementBench])
+@pytest.mark.parametrize(
+    "work", [AttackBench, KernelBench, MethodsBench, DiscriminatorBench, AgreementBench, AutoAttackBench]
+)
 def test_every_option_of_a_benchmark_has_a_help_line(work, capsys):
     with pytest.raises(SystemExit):
         main(["bench", work.name, "--help"])

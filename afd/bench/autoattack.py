@@ -88,6 +88,11 @@ class AutoAttackBench(Benchmark):
         """The peer."""
         return ("pyautoattack",) if self.peer else ()
 
+    @property
+    def settings(self) -> Mapping[str, Figure]:
+        """Of all cases; of a path, the last part."""
+        return {**super().settings, "model": Path(self.model).name}
+
     def check(self) -> None:
         """The model and the radius, too."""
         super().check()
