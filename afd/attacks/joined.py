@@ -59,6 +59,7 @@ class Kept:
         return (
             self.eps >= 0
             and weight is self._tensors()[0]
+            and self.layer.bias is self._tensors()[1]
             and weight.shape == self.weight.shape
             and weight.dtype in WIDE
             and (self.bias is not None or self.layer.bias is None)
@@ -144,9 +145,12 @@ def computed_in(x: Tensor, layer: Conv | nn.Linear) -> torch.dtype | None:
 
 
 def frozen(layer: Any) -> bool:
-    """Whether a layer's own weights are plain tensors that no gradient is asked of."""
-    tensors = [one for one in (layer._parameters.get("weight"), layer._parameters.get("bias")) if one is not None]
-    return bool(tensors) and not any(one.requires_grad or one.is_inference() for one in tensors)
+    """Whether a layer's weights are its own parameters, plain tensors that no gradient is asked of."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or weight is not layer.weight or bias is not layer.bias:
+        return False  # computed by somebody, from the images maybe
+    given = [one for one in (weight, bias) if one is not None]
+    return all(type(one) in (Tensor, nn.Parameter) and not (one.requires_grad or one.is_inference()) for one in given)
 
 
 # --- Kernels --------------------------------------------------------------------------------------------------------
@@ -295,6 +299,23 @@ class JoinedConv(torch.autograd.Function):
         to_x, to_other = ctx.needs_input_grad[:2]
         of_x = input_gradient(grad, weight, ctx.shape, ctx.geometry, ctx.layout) if to_x else None
         return of_x, grad if to_other else None, None, None, None, None
+
+
+class LastRelu(torch.autograd.Function):
+    """ReLU that keeps what it is given, which nobody else has: a model may write to the result in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x [N, ...], which may be written to no more."""
+        ctx.save_for_backward(x)
+        return F.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Of torch's own differentiable function, so that a gradient has a gradient."""
+        (x,) = ctx.saved_tensors
+        masked: Tensor = torch.ops.aten.threshold_backward(grad, x, 0)
+        return masked
 
 
 def input_gradient(

@@ -36,6 +36,7 @@ from afd.attacks.joined import (
     Conv,
     Geometry,
     Kept,
+    LastRelu,
     computed_in,
     few_channels,
     frozen,
@@ -343,7 +344,7 @@ class _Pool(_StandIn):
         """The layer's output."""
         shown, relu_is_left = self.joining.passed_on(input, self.layer)
         out: Tensor = type(self.layer).forward(self.layer, shown)
-        return F.relu(out) if relu_is_left else out
+        return LastRelu.apply(out) if relu_is_left else out  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Linear(_StandIn):
