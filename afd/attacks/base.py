@@ -321,7 +321,7 @@ class GradientAttack(ABC):
     @property
     def _approximates(self) -> bool:
         """Whether the model runs in low precision, or joined: a success counts once `_as_written` confirms it."""
-        return self.precision != "fp32" or bool(self._joining.pairs)
+        return self.precision != "fp32" or self._joining.approximates
 
     def _clean(self, chunk: Chunk) -> Tensor:
         """Logits of the images themselves, as written, looked at like those of a step."""

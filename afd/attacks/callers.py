@@ -26,6 +26,7 @@ INDEXED = (nn.ModuleList, nn.ModuleDict, nn.Sequential, list, tuple, dict)
 CALL, WRAPPED = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
 SEQUENTIAL = nn.Sequential.forward.__code__
 LOOKED_THROUGH: set[CodeType] = set()  # what only calls a module's own forward
+PEEKS = {"locals", "vars", "eval", "exec", "_getframe", "currentframe"}  # what may see all names of a function
 UNKNOWN = object()
 
 
@@ -288,6 +289,8 @@ class _Source:
             name, statement = parent.targets[0], parent
         if not isinstance(name, ast.Name) or name.id not in code.co_varnames or name.id in code.co_cellvars:
             return None
+        if not PEEKS.isdisjoint(code.co_names):
+            return None
         return self._use_of_name(name.id, statement)
 
     def _use_of_name(self, name: str, statement: ast.stmt) -> Use | None:
@@ -304,7 +307,7 @@ class _Source:
             adds = isinstance(following.op, ast.Add) and _known_before(value)
             return Use(following, value, tuple(unless)) if named and adds else None
         loads = [node for node in ast.walk(following) if _loads(node, name)]
-        ends = _assigns(following, name) or isinstance(following, ast.Return)
+        ends = _assigns(following, name) or (isinstance(following, ast.Return) and not self._cleaned_up(following))
         if len(loads) != 1 or not (ends or self._loaded_once(name, statement)):
             return None
         user = self.parents[loads[0]]
@@ -325,21 +328,25 @@ class _Source:
                     return self._following(within)
         return None
 
-    def _in_loop(self, node: ast.AST) -> bool:
+    def _around(self, node: ast.AST) -> Iterator[ast.AST]:
+        """What a statement stands in, up to its function."""
         while not isinstance(node, ast.FunctionDef | ast.Module):
-            if isinstance(node, ast.For | ast.While | ast.AsyncFor | ast.Try | ast.With | ast.Lambda):
-                return True
             node = self.parents[node]
-        return False
+            yield node
+
+    def _in_loop(self, node: ast.AST) -> bool:
+        loops = ast.For | ast.While | ast.AsyncFor | ast.Try | ast.With | ast.Lambda
+        return any(isinstance(one, loops) for one in self._around(node))
+
+    def _cleaned_up(self, node: ast.AST) -> bool:
+        """Whether something is done after a return."""
+        return any(isinstance(one, ast.Try) and one.finalbody for one in self._around(node))
 
     def _loaded_once(self, name: str, statement: ast.stmt) -> bool:
         """Whether a name is looked at in one place of the whole function, which is in no loop and defines no other."""
-        if self._in_loop(statement):
-            return False
-        node: ast.AST = statement
-        while not isinstance(node, ast.FunctionDef | ast.Module):
-            node = self.parents[node]
-        return isinstance(node, ast.FunctionDef) and sum(_loads(one, name) for one in ast.walk(node)) == 1
+        *_, function = self._around(statement)
+        once = isinstance(function, ast.FunctionDef) and sum(_loads(one, name) for one in ast.walk(function)) == 1
+        return once and not self._in_loop(statement)
 
     def _comes_first(self, user: ast.AST, statement: ast.stmt) -> bool:
         """Whether a call or sum is the first thing that a statement does, apart from looking up names."""

@@ -153,6 +153,11 @@ def frozen(layer: Any) -> bool:
     return all(type(one) in (Tensor, nn.Parameter) and not (one.requires_grad or one.is_inference()) for one in given)
 
 
+def grad_mode() -> tuple[bool, bool]:
+    """Whether this is inference mode, and whether operations are recorded."""
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+
 # --- Kernels --------------------------------------------------------------------------------------------------------
 
 

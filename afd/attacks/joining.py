@@ -40,6 +40,7 @@ from afd.attacks.joined import (
     computed_in,
     few_channels,
     frozen,
+    grad_mode,
     joined_conv,
     kernel_for,
     refresh,
@@ -76,7 +77,7 @@ class Joining:
         self.watch = _Watch(self)
         self._stand_ins: dict[int, _StandIn] = {}  # by the layer's id
         self._placed: list[_StandIn] = []
-        self._thread, self.looks = 0, False
+        self._thread, self.looks, self.fused = 0, False, False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles of the attack: they begin anew."""
@@ -86,6 +87,11 @@ class Joining:
     def pairs(self) -> dict[tuple[int, int, torch.dtype], Kept]:
         """The convolutions that a BatchNorm was folded into so far."""
         return {key: kept for key, kept in self.kept.items() if kept.norm is not None}
+
+    @property
+    def approximates(self) -> bool:
+        """Whether any convolution has done the work of others so far, which changes results by rounding."""
+        return self.fused or bool(self.pairs)
 
     @contextmanager
     def joined(self, model: nn.Module) -> Iterator[None]:
@@ -139,13 +145,13 @@ class Joining:
         between = self.between
         if between is None or between.out is not shown or not self.here or torch.compiler.is_compiling():
             return shown, False
-        if between.stations[0] is station:
+        if between.stations[0] is station and between.mode == grad_mode():
             between.done.append(between.stations.pop(0))
             if not between.stations:
                 self.between = None
             return shown, True
         self.between = None
-        return between.redone(), False  # the caller has taken another one: from the beginning
+        return between.redone(), False  # the caller has taken another one, or records no gradient: from the beginning
 
     def latest_of(self, other: Any) -> Any:
         """What a BatchNorm or ReLU has returned; any other value as it is."""
@@ -177,6 +183,7 @@ class Joining:
             if stand_in is None or stand_in.layer is not layer:
                 stand_in = self._stand_ins[id(layer)] = kind(self, layer)
             self._placed.append(stand_in)
+        self._stand_ins = {id(stand_in.layer): stand_in for stand_in in self._placed}
         self._put()
 
     def _put(self) -> None:
@@ -195,20 +202,23 @@ class _Between:
         out: the result.
         stations: who will be shown it and pass it on: a BatchNorm, a `Sum`, a ReLU layer or `RELU`.
         done: those that have.
+        mode: in which the convolution was called, and in which they must be.
     """
 
     def __init__(self, out: Tensor, stations: list[Any], conv: Conv, x: Tensor) -> None:
         self.out, self.stations, self.done = out, stations, list[Any]()
-        self._conv, self._x = conv, x
+        self._conv, self._x, self.mode = conv, x, grad_mode()
 
     def redone(self) -> Tensor:
         """What the result would be by now if nothing had been joined."""
-        out: Tensor = self._conv._conv_forward(self._x, self._conv.weight, self._conv.bias)
-        for station in self.done:
-            if isinstance(station, NORMS):
-                out = type(station).forward(station, out)
-            else:
-                out = out + station.other if isinstance(station, Sum) else F.relu(out)
+        inference, grad = self.mode
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            out: Tensor = self._conv._conv_forward(self._x, self._conv.weight, self._conv.bias)
+            for station in self.done:
+                if isinstance(station, NORMS):
+                    out = type(station).forward(station, out)
+                else:
+                    out = out + station.other if isinstance(station, Sum) else F.relu(out)
         return out
 
 
@@ -287,7 +297,7 @@ class _Conv(_StandIn):
         ends = self._pooled(following, ahead) if kernel is None else self._ends(following, ahead, x, geometry)
         if geometry is not None and (few_channels(x, weight, geometry) if kernel is None else ends):
             other = ends[0].other if ends and isinstance(ends[0], Sum) else None
-            out = joined_conv(x, weight, bias, geometry, kernel, other)
+            out, joining.fused = joined_conv(x, weight, bias, geometry, kernel, other), joining.fused or bool(ends)
         else:
             out = conv._conv_forward(x, weight, bias)
         stations += ends
@@ -381,13 +391,16 @@ STAND_INS: dict[type, type[_StandIn]] = {
 
 def _stand_in_for(layer: nn.Module) -> type[_StandIn] | None:
     kind = type(layer)
+    if kind in (*CONVS, nn.Linear) and layer._parameters.get("weight") is None:
+        return None  # somebody computes it
     if kind in STAND_INS or kind.__module__.partition(".")[0] == "torch":
         return STAND_INS.get(kind)
     return _Custom if isinstance(kind.forward, FunctionType) and any(map(_served, layer.modules())) else None
 
 
 def _served(layer: nn.Module) -> bool:
-    return isinstance(layer, CONVS) and layer.weight.device.type in KERNELS
+    weight = layer._parameters.get("weight")
+    return isinstance(layer, CONVS) and weight is not None and weight.device.type in KERNELS
 
 
 def _joinable(model: nn.Module) -> bool:

@@ -616,3 +616,106 @@ def test_a_result_that_goes_elsewhere_than_it_was_seen_to_go_is_an_error(monkeyp
     model.forward = lambda x: model.finish(model.conv(x).relu() + model.other(model.conv(x)))
     with pytest.raises(ModelError, match="did not reach its BatchNorm; attack with fold_batchnorm=False"):
         gradient(model, images(), Joining())
+
+
+# --- What is no parameter, grad mode, other ways out ----------------------------------------------------------------
+
+
+class Hyper(Pair):
+    """Its convolution's weights depend on the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.shift = nn.Parameter(self.conv.weight.detach().clone()), nn.Parameter(torch.zeros(3).double())
+        del self.conv.weight, self.conv.bias
+
+    def forward(self, x):
+        self.conv.weight, self.conv.bias = self.own * x.mean(), self.shift + x.amax()
+        return self.finish(F.relu(self.norm(self.conv(x))))
+
+
+class HyperBias(Hyper):
+    """Only the bias does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv.weight = self.own
+
+    def forward(self, x):
+        self.conv.bias = self.shift + x.amax()
+        return self.finish(F.relu(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize("kind", [Hyper, HyperBias])
+def test_weights_that_a_forward_computes_are_left_alone(kind):
+    assert_computes_the_same(kind().eval(), images(), 0)
+
+
+class Halves(Pair):
+    """Records no gradient at the convolution, or none behind it."""
+
+    def __init__(self, at_conv, behind):
+        super().__init__()
+        self.at_conv, self.behind = at_conv, behind
+        self.conv = nn.Conv2d(3, 3, 3, padding=1).double()
+
+    def made(self, x):
+        with torch.set_grad_enabled(self.at_conv):
+            return self.conv(x)
+
+    def normed(self, x):
+        with torch.set_grad_enabled(self.at_conv):
+            return self.norm(self.conv(x))
+
+    def forward(self, x):
+        other = x * 2.0
+        with torch.set_grad_enabled(self.behind):
+            out = self.norm(self.made(x)) + x
+        with torch.set_grad_enabled(self.behind):
+            out = out + F.relu(self.normed(x))
+        with torch.set_grad_enabled(self.behind):
+            out = out + F.relu(self.made(x))
+        with torch.set_grad_enabled(self.behind):
+            out = out + F.relu(self.normed(x) + other)
+        return (out + x).mean((2, 3))
+
+
+@pytest.mark.parametrize(("at_conv", "behind"), [(False, True), (True, False), (False, False), (True, True)])
+def test_a_gradient_is_recorded_where_it_was(at_conv, behind):
+    model = Halves(at_conv, behind).eval()
+    expected, found = gradient(model, images()), gradient(model, images(), Joining())
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+class InFinally(Pair):
+    def made(self, x):
+        try:
+            out = self.conv(x)
+            return self.norm(out)
+        finally:
+            self.kept = out
+
+    def forward(self, x):
+        return self.finish(self.made(x) + self.kept)
+
+
+class ByLocals(Pair):
+    def forward(self, x):
+        out = self.conv(x)
+        both = self.norm(out) + locals()["out"]
+        return self.finish(both)
+
+
+@pytest.mark.parametrize("kind", [InFinally, ByLocals])
+def test_a_name_may_be_looked_at_in_other_ways(kind):
+    assert_computes_the_same(kind().eval(), images(), 0)
+
+
+def test_layers_that_a_model_has_no_more_are_forgotten():
+    model, joining = Pair().eval(), Joining()
+    gradient(model, images(), joining)
+    before = len(joining._stand_ins)
+    for _ in range(3):
+        model.conv = nn.Conv2d(3, 3, 3).double()
+        gradient(model, images(), joining)
+    assert len(joining._stand_ins) == before
