@@ -348,6 +348,16 @@ def few_channels(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     return serves and math.prod(geometry.output(x, weight)) >= LEAST_OUTPUTS
 
 
+def may_have_few_channels(layer: nn.Module) -> bool:
+    """Whether the gradient at a layer's images may be found so, if there are many."""
+    geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
+    if geometry is None:
+        return False
+    weight: Any = layer.weight
+    on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float64
+    return on_cpu and _few_channels(weight, weight.shape, geometry)
+
+
 def _few_channels(weight: Tensor, shape: torch.Size, geometry: Geometry) -> bool:
     """A convolution of images, to many more channels than they have."""
     outputs, inputs, *window = weight.shape

@@ -43,6 +43,7 @@ from afd.attacks.joined import (
     grad_mode,
     joined_conv,
     kernel_for,
+    may_have_few_channels,
     refresh,
 )
 from afd.errors import ModelError
@@ -94,14 +95,19 @@ class Joining:
         return self.fused or bool(self.pairs)
 
     @contextmanager
-    def joined(self, model: nn.Module) -> Iterator[None]:
-        """The layers of a model, in evaluation mode, look ahead until the body ends or raises."""
+    def joined(self, model: nn.Module, casts: bool = True) -> Iterator[None]:
+        """The layers of a model, in evaluation mode, look ahead until the body ends or raises.
+
+        Args:
+            model: as it was written.
+            casts: whether autocast may be on in the body.
+        """
         try:
             if _joinable(model):
                 self._thread, self.between = threading.get_ident(), None
                 self.kept = {key: kept for key, kept in self.kept.items() if kept.fits()}
                 refresh(self.kept.values())
-                self._place(model)
+                self._place(model, casts or torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"))
             yield
             self.check()
         finally:
@@ -172,12 +178,13 @@ class Joining:
         """Whether this is the thread that attacks."""
         return threading.get_ident() == self._thread
 
-    def _place(self, model: nn.Module) -> None:
+    def _place(self, model: nn.Module, casts: bool) -> None:
         layers = list(model.modules())
         self.looks = any(isinstance(layer, (*NORMS, *POOLS)) or _served(layer) for layer in layers)
         for layer in layers:
             kind = _stand_in_for(layer)
-            if kind is None or "forward" in vars(layer) or (kind is _PassingOn and not self.looks):
+            may = (self.looks and kind is not _Linear) or (casts and kind in (_Conv, _Linear))
+            if kind is None or "forward" in vars(layer) or not (may or may_have_few_channels(layer)):
                 continue
             stand_in = self._stand_ins.get(id(layer))
             if stand_in is None or stand_in.layer is not layer:
@@ -410,5 +417,5 @@ def _joinable(model: nn.Module) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and eager(model)
-        and not any(writes_unseen(kind) for kind in {type(layer) for layer in layers})  # type: ignore[arg-type]
+        and not writes_unseen(model)
     )
