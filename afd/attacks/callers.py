@@ -221,9 +221,7 @@ _read: dict[str, _Source | None] = {}
 
 def _find(code: CodeType, instruction: int) -> tuple[ast.Call | None, tuple[Use, ...]]:
     """The call at this instruction, and what becomes of its result, and of the result of that, and so on."""
-    known = _known.get(id(code))
-    if known is None:
-        known = _known[id(code)] = code, {}
+    known = _known.setdefault(id(code), (code, {}))
     found = known[1].get(instruction)
     if found is None:
         found = known[1][instruction] = _look_up(code, instruction)
@@ -234,8 +232,8 @@ def _look_up(code: CodeType, instruction: int) -> tuple[ast.Call | None, tuple[U
     if code.co_filename not in _read:
         _read[code.co_filename] = _Source.of(code.co_filename)
     source = _read[code.co_filename]
-    if source is None or code not in source.codes:
-        return None, ()  # there is no source, or it is not what runs
+    if source is None or code not in source.codes or not PEEKS.isdisjoint(code.co_names):
+        return None, ()  # there is no source, it is not what runs, or not all that the code looks at
     call = source.calls.get(list(code.co_positions())[instruction // 2])
     return call, () if call is None else tuple(source.uses_of(call, code))
 
@@ -289,8 +287,6 @@ class _Source:
             name, statement = parent.targets[0], parent
         if not isinstance(name, ast.Name) or name.id not in code.co_varnames or name.id in code.co_cellvars:
             return None
-        if not PEEKS.isdisjoint(code.co_names):
-            return None
         return self._use_of_name(name.id, statement)
 
     def _use_of_name(self, name: str, statement: ast.stmt) -> Use | None:
@@ -307,7 +303,8 @@ class _Source:
             adds = isinstance(following.op, ast.Add) and _known_before(value)
             return Use(following, value, tuple(unless)) if named and adds else None
         loads = [node for node in ast.walk(following) if _loads(node, name)]
-        ends = _assigns(following, name) or (isinstance(following, ast.Return) and not self._cleaned_up(following))
+        finally_ = any(isinstance(one, ast.Try) and one.finalbody for one in self._around(following))
+        ends = _assigns(following, name) or (isinstance(following, ast.Return) and not finally_)
         if len(loads) != 1 or not (ends or self._loaded_once(name, statement)):
             return None
         user = self.parents[loads[0]]
@@ -337,10 +334,6 @@ class _Source:
     def _in_loop(self, node: ast.AST) -> bool:
         loops = ast.For | ast.While | ast.AsyncFor | ast.Try | ast.With | ast.Lambda
         return any(isinstance(one, loops) for one in self._around(node))
-
-    def _cleaned_up(self, node: ast.AST) -> bool:
-        """Whether something is done after a return."""
-        return any(isinstance(one, ast.Try) and one.finalbody for one in self._around(node))
 
     def _loaded_once(self, name: str, statement: ast.stmt) -> bool:
         """Whether a name is looked at in one place of the whole function, which is in no loop and defines no other."""

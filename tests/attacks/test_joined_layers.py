@@ -223,6 +223,28 @@ def test_a_shortcut_of_another_dtype_is_left_alone(found):
     assert found == [(False, True)]
 
 
+@pytest.mark.usefixtures("twin")
+def test_a_relu_alone_counts_as_an_approximation_too():
+    model, joining = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), Joining()
+    attack = PGD(model, steps=2, eps=0.1, precision="fp32")
+    assert not joining.approximates
+    assert not attack._approximates
+    gradient(model, torch.rand(2, 3, 8, 8), joining)
+    attack(torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
+    assert not joining.pairs
+    assert joining.approximates
+    assert attack._approximates
+
+
+def test_weights_are_frozen_only_as_parameters():
+    conv = nn.Conv2d(1, 32, 3).requires_grad_(False)
+    assert joined.frozen(conv)
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.weight = weight
+    assert not joined.frozen(conv)
+
+
 # --- Others who look on ---------------------------------------------------------------------------------------------
 
 
