@@ -11,11 +11,13 @@ from __future__ import annotations
 import copy
 import enum
 import functools
+import itertools
+import sys
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -234,24 +236,153 @@ def watched(*own: type) -> bool:
     return any(_for_all)
 
 
-@functools.cache
-def writes_unseen(kind: Any) -> bool:
-    """Whether what a class of somebody's own runs in its forward reaches for ``.data``: such writes are not counted."""
-    forward = vars(kind).get("forward", getattr(kind, "forward", None))
-    if kind.__module__.partition(".")[0] == "torch" or not isinstance(forward, FunctionType):
-        return False
-    known, waiting = set(), [forward]
-    while waiting:
-        function = waiting.pop()
-        if function in known or function.__module__.partition(".")[0] == "torch":
-            continue
-        known.add(function)
-        for code in codes_in(function.__code__):
-            if "data" in code.co_names:
+UNSEEN = {"data", "numpy", "storage", "untyped_storage", "set_", "data_ptr"}  # writes by these are not counted
+HARMLESS = {*sys.stdlib_module_names, "torch", "numpy"}  # packages that write to no weights by themselves
+OF_MODULES = {*ELSEWHERE, "_modules"}
+LIBRARIES = {"afd", "timm", "torchvision"}  # of which only the code of forwards counts
+
+
+def writes_unseen(model: nn.Module) -> bool:
+    """Whether what a model's forward or a hook may run reaches for ``.data`` or the like: such writes are not counted.
+
+    That is, of somebody's own: what the layers' forwards and hooks name, what that names, and so on; methods by their
+    names, whoever has them, and all those of other objects that are held by layers or named.
+    """
+    reach = _Reach()
+    for layer in model.modules():
+        reach.meet_class(type(layer))
+        for name, value in vars(layer).items():
+            kind = type(value)
+            if kind not in ATOMS and name not in OF_MODULES and (kind is not OrderedDict or value):
+                reach.meet(value)
+    return reach.finds()
+
+
+class _Reach:
+    """Code that may run, by the names that it mentions.
+
+    Attributes:
+        methods: of all classes met, by name.
+        names: mentioned so far.
+        waiting: functions that are to be read.
+    """
+
+    def __init__(self) -> None:
+        self.methods: dict[str, list[FunctionType]] = {}
+        self.names, self.waiting, self._met = set[str](), list[FunctionType](), dict[Hashable, Any]()
+
+    def finds(self) -> bool:
+        """Whether any of it mentions what is `UNSEEN`."""
+        while self.waiting:
+            function = self.waiting.pop()
+            is_library = _package(function) in LIBRARIES
+            names = _names(function.__code__)
+            if "data" in names or not (is_library or UNSEEN.isdisjoint(names)):
                 return True
-            called = (getattr(kind, name, function.__globals__.get(name)) for name in code.co_names)
-            waiting += [one for one in called if isinstance(one, FunctionType)]
-    return False
+            for name in names - self.names:
+                self.names.add(name)
+                self._wait(self.methods.get(name, ()))
+            cells = function.__closure__ or ()
+            given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            held = [*(cell.cell_contents for cell in cells if _is_filled(cell)), *given]
+            for value in (*held, *(function.__globals__.get(name) for name in names)):
+                if isinstance(value, FunctionType) or not is_library:
+                    self.meet(value, names)
+        return False
+
+    def meet(self, value: Any, names: frozenset[str] = frozenset()) -> None:
+        """A value that may be used, of a module what has one of these names."""
+        kind = type(value)
+        if kind in ATOMS or kind is float or kind in PROXIES or isinstance(value, Tensor):
+            return
+        if isinstance(value, ModuleType):
+            if value.__name__.partition(".")[0] not in {*HARMLESS, *LIBRARIES}:
+                for name in names:
+                    if name in vars(value) and self._is_new((id(value), name), value):
+                        self.meet(vars(value)[name], names)
+            return
+        if not self._is_new(id(value), value):
+            return
+        functions = _functions(value)
+        if functions:
+            self._wait(functions)
+            self.meet(getattr(value, "__self__", None))
+        elif isinstance(value, CONTAINERS):
+            for one in itertools.islice(value.values() if isinstance(value, dict) else value, LARGEST):
+                self.meet(one)
+        elif isinstance(value, functools.partial):
+            self.meet([value.func, *value.args, *value.keywords.values()])
+        elif isinstance(value, type):
+            self.meet_class(value)
+        else:
+            self.meet_class(kind)
+            if not isinstance(value, nn.Module) and _package(kind) not in {*HARMLESS, *LIBRARIES}:
+                self.meet(getattr(value, "__dict__", None))
+
+    def meet_class(self, kind: type) -> None:
+        """What objects of it may run: of modules their forward and what is called without a name."""
+        if not self._is_new(id(kind), kind):
+            return
+        is_layer = issubclass(kind, nn.Module)
+        for base in kind.__mro__:
+            package = _package(base)
+            if package in HARMLESS:
+                continue
+            for name, member in vars(base).items():
+                functions = _functions(member)
+                self.methods.setdefault(name, []).extend(functions)
+                special = name.startswith("__") and name not in ("__init__", "__new__")
+                runs = package not in LIBRARIES and (special or not is_layer)
+                if runs or name == "forward" or name in self.names:
+                    self._wait(functions)
+
+    def _wait(self, functions: Iterable[FunctionType]) -> None:
+        fresh = [one for one in functions if _package(one) not in HARMLESS and self._is_new((id(one), "read"), one)]
+        self.waiting += fresh
+
+    def _is_new(self, key: Hashable, value: object) -> bool:
+        """Whether a value is met for the first time; it is kept alive, so that no other takes its address."""
+        if key in self._met:
+            return False
+        self._met[key] = value
+        return True
+
+
+def _functions(member: Any) -> list[FunctionType]:
+    """What an attribute of a class runs, or a function itself, wrapped or not."""
+    if isinstance(member, property):
+        found = [member.fget, member.fset]
+    elif isinstance(member, functools.cached_property):
+        found = [member.func]
+    elif isinstance(member, FunctionType):
+        found = [member]
+    elif isinstance(member, staticmethod | classmethod | MethodType):
+        found = [member.__func__]
+    else:
+        found = [vars(member).get("__wrapped__")] if isinstance(member, functools._lru_cache_wrapper) else []
+    return [one for one in found if isinstance(one, FunctionType)]
+
+
+def _package(one: Any) -> str:
+    return str(one.__module__).partition(".")[0]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: CodeType) -> frozenset[str]:
+    """All names that a code mentions; also those that it asks for as strings."""
+    names: set[str] = set()
+    for one in codes_in(code):
+        names.update(one.co_names)
+        if "getattr" in one.co_names:
+            names.update(constant for constant in one.co_consts if isinstance(constant, str))
+    return frozenset(names)
 
 
 def codes_in(code: CodeType) -> Iterator[CodeType]:

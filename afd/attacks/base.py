@@ -189,7 +189,7 @@ class GradientAttack(ABC):
         self._graphs.begin()
         self._batchnorms.find(lambda: self._first_outputs(self._laid_out(x)))
         joins = self.fold_batchnorm and self.batchnorm == "eval"
-        with self._joining.joined(self._module) if joins else nullcontext():
+        with self._joining.joined(self._module, self.precision != "fp32") if joins else nullcontext():
             for rows in chunks:
                 own = slice(rows.start * self.copies, rows.stop * self.copies)
                 x_adv[own] = self._run(call.chunk(rows, self._laid_out, largest_label, counters))
@@ -321,7 +321,7 @@ class GradientAttack(ABC):
     @property
     def _approximates(self) -> bool:
         """Whether the model runs in low precision, or joined: a success counts once `_as_written` confirms it."""
-        return self.precision != "fp32" or bool(self._joining.pairs)
+        return self.precision != "fp32" or self._joining.approximates
 
     def _clean(self, chunk: Chunk) -> Tensor:
         """Logits of the images themselves, as written, looked at like those of a step."""

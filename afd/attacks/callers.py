@@ -26,6 +26,7 @@ INDEXED = (nn.ModuleList, nn.ModuleDict, nn.Sequential, list, tuple, dict)
 CALL, WRAPPED = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
 SEQUENTIAL = nn.Sequential.forward.__code__
 LOOKED_THROUGH: set[CodeType] = set()  # what only calls a module's own forward
+PEEKS = {"locals", "vars", "eval", "exec", "_getframe", "currentframe"}  # what may see all names of a function
 UNKNOWN = object()
 
 
@@ -220,9 +221,7 @@ _read: dict[str, _Source | None] = {}
 
 def _find(code: CodeType, instruction: int) -> tuple[ast.Call | None, tuple[Use, ...]]:
     """The call at this instruction, and what becomes of its result, and of the result of that, and so on."""
-    known = _known.get(id(code))
-    if known is None:
-        known = _known[id(code)] = code, {}
+    known = _known.setdefault(id(code), (code, {}))
     found = known[1].get(instruction)
     if found is None:
         found = known[1][instruction] = _look_up(code, instruction)
@@ -233,8 +232,8 @@ def _look_up(code: CodeType, instruction: int) -> tuple[ast.Call | None, tuple[U
     if code.co_filename not in _read:
         _read[code.co_filename] = _Source.of(code.co_filename)
     source = _read[code.co_filename]
-    if source is None or code not in source.codes:
-        return None, ()  # there is no source, or it is not what runs
+    if source is None or code not in source.codes or not PEEKS.isdisjoint(code.co_names):
+        return None, ()  # there is no source, it is not what runs, or not all that the code looks at
     call = source.calls.get(list(code.co_positions())[instruction // 2])
     return call, () if call is None else tuple(source.uses_of(call, code))
 
@@ -304,7 +303,8 @@ class _Source:
             adds = isinstance(following.op, ast.Add) and _known_before(value)
             return Use(following, value, tuple(unless)) if named and adds else None
         loads = [node for node in ast.walk(following) if _loads(node, name)]
-        ends = _assigns(following, name) or isinstance(following, ast.Return)
+        finally_ = any(isinstance(one, ast.Try) and one.finalbody for one in self._around(following))
+        ends = _assigns(following, name) or (isinstance(following, ast.Return) and not finally_)
         if len(loads) != 1 or not (ends or self._loaded_once(name, statement)):
             return None
         user = self.parents[loads[0]]
@@ -325,21 +325,21 @@ class _Source:
                     return self._following(within)
         return None
 
-    def _in_loop(self, node: ast.AST) -> bool:
+    def _around(self, node: ast.AST) -> Iterator[ast.AST]:
+        """What a statement stands in, up to its function."""
         while not isinstance(node, ast.FunctionDef | ast.Module):
-            if isinstance(node, ast.For | ast.While | ast.AsyncFor | ast.Try | ast.With | ast.Lambda):
-                return True
             node = self.parents[node]
-        return False
+            yield node
+
+    def _in_loop(self, node: ast.AST) -> bool:
+        loops = ast.For | ast.While | ast.AsyncFor | ast.Try | ast.With | ast.Lambda
+        return any(isinstance(one, loops) for one in self._around(node))
 
     def _loaded_once(self, name: str, statement: ast.stmt) -> bool:
         """Whether a name is looked at in one place of the whole function, which is in no loop and defines no other."""
-        if self._in_loop(statement):
-            return False
-        node: ast.AST = statement
-        while not isinstance(node, ast.FunctionDef | ast.Module):
-            node = self.parents[node]
-        return isinstance(node, ast.FunctionDef) and sum(_loads(one, name) for one in ast.walk(node)) == 1
+        *_, function = self._around(statement)
+        once = isinstance(function, ast.FunctionDef) and sum(_loads(one, name) for one in ast.walk(function)) == 1
+        return once and not self._in_loop(statement)
 
     def _comes_first(self, user: ast.AST, statement: ast.stmt) -> bool:
         """Whether a call or sum is the first thing that a statement does, apart from looking up names."""

@@ -59,6 +59,7 @@ class Kept:
         return (
             self.eps >= 0
             and weight is self._tensors()[0]
+            and self.layer.bias is self._tensors()[1]
             and weight.shape == self.weight.shape
             and weight.dtype in WIDE
             and (self.bias is not None or self.layer.bias is None)
@@ -144,9 +145,17 @@ def computed_in(x: Tensor, layer: Conv | nn.Linear) -> torch.dtype | None:
 
 
 def frozen(layer: Any) -> bool:
-    """Whether a layer's own weights are plain tensors that no gradient is asked of."""
-    tensors = [one for one in (layer._parameters.get("weight"), layer._parameters.get("bias")) if one is not None]
-    return bool(tensors) and not any(one.requires_grad or one.is_inference() for one in tensors)
+    """Whether a layer's weights are its own parameters, plain tensors that no gradient is asked of."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or weight is not layer.weight or bias is not layer.bias:
+        return False  # computed by somebody, from the images maybe
+    given = [one for one in (weight, bias) if one is not None]
+    return all(type(one) in (Tensor, nn.Parameter) and not (one.requires_grad or one.is_inference()) for one in given)
+
+
+def grad_mode() -> tuple[bool, bool]:
+    """Whether this is inference mode, and whether operations are recorded."""
+    return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
 
 
 # --- Kernels --------------------------------------------------------------------------------------------------------
@@ -297,6 +306,23 @@ class JoinedConv(torch.autograd.Function):
         return of_x, grad if to_other else None, None, None, None, None
 
 
+class LastRelu(torch.autograd.Function):
+    """ReLU that keeps what it is given, which nobody else has: a model may write to the result in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x [N, ...], which may be written to no more."""
+        ctx.save_for_backward(x)
+        return F.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Of torch's own differentiable function, so that a gradient has a gradient."""
+        (x,) = ctx.saved_tensors
+        masked: Tensor = torch.ops.aten.threshold_backward(grad, x, 0)
+        return masked
+
+
 def input_gradient(
     grad: Tensor, weight: Tensor, shape: torch.Size, geometry: Geometry, layout: torch.memory_format
 ) -> Tensor:
@@ -320,6 +346,16 @@ def few_channels(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
     on_cpu = x.device.type == "cpu" and x.dtype != torch.float64 and x.requires_grad and torch.is_grad_enabled()
     serves = on_cpu and _is_channels_last(x) and _few_channels(weight, x.shape, geometry)
     return serves and math.prod(geometry.output(x, weight)) >= LEAST_OUTPUTS
+
+
+def may_have_few_channels(layer: nn.Module) -> bool:
+    """Whether the gradient at a layer's images may be found so, if there are many."""
+    geometry = Geometry.of(layer) if isinstance(layer, nn.Conv2d) else None
+    if geometry is None:
+        return False
+    weight: Any = layer.weight
+    on_cpu = weight.device.type == "cpu" and weight.dtype != torch.float64
+    return on_cpu and _few_channels(weight, weight.shape, geometry)
 
 
 def _few_channels(weight: Tensor, shape: torch.Size, geometry: Geometry) -> bool:

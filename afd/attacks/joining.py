@@ -30,19 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from afd.attacks import joined
 from afd.attacks.callers import LOOKED_THROUGH, Consumer, Sum, consumers, hooked
-from afd.attacks.joined import (
-    KERNELS,
-    Conv,
-    Geometry,
-    Kept,
-    computed_in,
-    few_channels,
-    frozen,
-    joined_conv,
-    kernel_for,
-    refresh,
-)
+from afd.attacks.joined import Conv, Kept
 from afd.errors import ModelError
 from afd.nn.modes import eager
 from afd.python_state import watched, writes_unseen
@@ -73,9 +63,8 @@ class Joining:
         self.kept: dict[tuple[int, int, torch.dtype], Kept] = {}
         self.between: _Between | None = None
         self.watch = _Watch(self)
-        self._stand_ins: dict[int, _StandIn] = {}  # by the layer's id
-        self._placed: list[_StandIn] = []
-        self._thread, self.looks = 0, False
+        self._stand_ins, self._placed = dict[int, _StandIn](), list[_StandIn]()  # the former by the layer's id
+        self._thread, self.looks, self.fused = 0, False, False
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copies and pickles of the attack: they begin anew."""
@@ -86,15 +75,20 @@ class Joining:
         """The convolutions that a BatchNorm was folded into so far."""
         return {key: kept for key, kept in self.kept.items() if kept.norm is not None}
 
+    @property
+    def approximates(self) -> bool:
+        """Whether any convolution has done the work of others so far, which changes results by rounding."""
+        return self.fused or bool(self.pairs)
+
     @contextmanager
-    def joined(self, model: nn.Module) -> Iterator[None]:
-        """The layers of a model, in evaluation mode, look ahead until the body ends or raises."""
+    def joined(self, model: nn.Module, casts: bool = True) -> Iterator[None]:
+        """The layers of a model, in evaluation mode, look ahead in the body; `casts`: it may autocast."""
         try:
             if _joinable(model):
                 self._thread, self.between = threading.get_ident(), None
                 self.kept = {key: kept for key, kept in self.kept.items() if kept.fits()}
-                refresh(self.kept.values())
-                self._place(model)
+                joined.refresh(self.kept.values())
+                self._place(model, casts or torch.is_autocast_enabled() or torch.is_autocast_enabled("cpu"))
             yield
             self.check()
         finally:
@@ -123,7 +117,7 @@ class Joining:
         kept = Kept(layer, norm, dtype, self.channels_last)
         if not kept.fits():
             return None
-        refresh([kept])
+        joined.refresh([kept])
         if not (layer.weight.is_cuda and torch.cuda.is_current_stream_capturing()):  # where nothing is computed yet
             self.kept[key] = kept
         return kept
@@ -138,13 +132,13 @@ class Joining:
         between = self.between
         if between is None or between.out is not shown or not self.here or torch.compiler.is_compiling():
             return shown, False
-        if between.stations[0] is station:
+        if between.stations[0] is station and between.mode == joined.grad_mode():
             between.done.append(between.stations.pop(0))
             if not between.stations:
                 self.between = None
             return shown, True
         self.between = None
-        return between.redone(), False  # the caller has taken another one: from the beginning
+        return between.redone(), False  # the caller takes another one, or records no gradient: from the beginning
 
     def latest_of(self, other: Any) -> Any:
         """What a BatchNorm or ReLU has returned; any other value as it is."""
@@ -165,17 +159,19 @@ class Joining:
         """Whether this is the thread that attacks."""
         return threading.get_ident() == self._thread
 
-    def _place(self, model: nn.Module) -> None:
+    def _place(self, model: nn.Module, casts: bool) -> None:
         layers = list(model.modules())
         self.looks = any(isinstance(layer, (*NORMS, *POOLS)) or _served(layer) for layer in layers)
         for layer in layers:
             kind = _stand_in_for(layer)
-            if kind is None or "forward" in vars(layer) or (kind is _PassingOn and not self.looks):
+            may = (self.looks and kind is not _Linear) or (casts and kind in (_Conv, _Linear))
+            if kind is None or "forward" in vars(layer) or not (may or joined.may_have_few_channels(layer)):
                 continue
             stand_in = self._stand_ins.get(id(layer))
             if stand_in is None or stand_in.layer is not layer:
                 stand_in = self._stand_ins[id(layer)] = kind(self, layer)
             self._placed.append(stand_in)
+        self._stand_ins = {id(stand_in.layer): stand_in for stand_in in self._placed}
         self._put()
 
     def _put(self) -> None:
@@ -194,20 +190,23 @@ class _Between:
         out: the result.
         stations: who will be shown it and pass it on: a BatchNorm, a `Sum`, a ReLU layer or `RELU`.
         done: those that have.
+        mode: in which the convolution was called, and in which they must be.
     """
 
     def __init__(self, out: Tensor, stations: list[Any], conv: Conv, x: Tensor) -> None:
         self.out, self.stations, self.done = out, stations, list[Any]()
-        self._conv, self._x = conv, x
+        self._conv, self._x, self.mode = conv, x, joined.grad_mode()
 
     def redone(self) -> Tensor:
         """What the result would be by now if nothing had been joined."""
-        out: Tensor = self._conv._conv_forward(self._x, self._conv.weight, self._conv.bias)
-        for station in self.done:
-            if isinstance(station, NORMS):
-                out = type(station).forward(station, out)
-            else:
-                out = out + station.other if isinstance(station, Sum) else F.relu(out)
+        inference, grad = self.mode
+        with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            out: Tensor = self._conv._conv_forward(self._x, self._conv.weight, self._conv.bias)
+            for station in self.done:
+                if isinstance(station, NORMS):
+                    out = type(station).forward(station, out)
+                else:
+                    out = out + station.other if isinstance(station, Sum) else F.relu(out)
         return out
 
 
@@ -269,33 +268,32 @@ class _Conv(_StandIn):
         dtype = None
         if not torch.compiler.is_compiling() and joining.here and input.dim() == conv.weight.dim():
             joining.check()
-            dtype = None if watched(_Watch) else computed_in(input, conv)
+            dtype = None if watched(_Watch) else joined.computed_in(input, conv)
         if dtype is None:
             return conv._conv_forward(input, conv.weight, conv.bias)  # type: ignore[no-any-return]
         ahead = consumers(sys._getframe(), conv) if joining.looks else iter(())
         following, stations = next(ahead, None), []
-        kept = joining.keep(conv, following, dtype) if self._folds(following) else None
+        folds = PARTNERS.get(type(conv)) is type(following) and joining.stands(following)
+        kept = joining.keep(conv, following, dtype) if folds else None
         if kept is not None:
             stations, following = [following], next(ahead, None)
         elif dtype != conv.weight.dtype:
             kept = joining.keep(conv, None, dtype)
         weight, bias = (conv.weight, conv.bias) if kept is None else (kept.weight, kept.bias)
-        usual = weight.dtype == dtype and (kept is not None or frozen(conv))
-        x, geometry = input.to(dtype), Geometry.of(conv) if usual else None
-        kernel = None if geometry is None else kernel_for(x, geometry)
+        usual = weight.dtype == dtype and (kept is not None or joined.frozen(conv))
+        x, geometry = input.to(dtype), joined.Geometry.of(conv) if usual else None
+        kernel = None if geometry is None else joined.kernel_for(x, geometry)
         ends = self._pooled(following, ahead) if kernel is None else self._ends(following, ahead, x, geometry)
-        if geometry is not None and (few_channels(x, weight, geometry) if kernel is None else ends):
+        if geometry is not None and (joined.few_channels(x, weight, geometry) if kernel is None else ends):
             other = ends[0].other if ends and isinstance(ends[0], Sum) else None
-            out = joined_conv(x, weight, bias, geometry, kernel, other)
+            joining.fused |= kernel is not None
+            out = joined.joined_conv(x, weight, bias, geometry, kernel, other)
         else:
             out = conv._conv_forward(x, weight, bias)
         stations += ends
         if stations:
             joining.between = _Between(out, stations, conv, input)
         return out
-
-    def _folds(self, following: Consumer | None) -> bool:
-        return PARTNERS.get(type(self.layer)) is type(following) and self.joining.stands(following)
 
     def _ends(self, following: Consumer | None, ahead: Iterator[Consumer], x: Tensor, geometry: Any) -> list[Consumer]:
         """A ReLU that follows, or a sum and a ReLU: what the convolution can do, too."""
@@ -343,7 +341,7 @@ class _Pool(_StandIn):
         """The layer's output."""
         shown, relu_is_left = self.joining.passed_on(input, self.layer)
         out: Tensor = type(self.layer).forward(self.layer, shown)
-        return F.relu(out) if relu_is_left else out
+        return joined.LastRelu.apply(out) if relu_is_left else out  # type: ignore[no-untyped-call]
 
 
 class _Linear(_StandIn):
@@ -353,7 +351,7 @@ class _Linear(_StandIn):
         """The layer's output."""
         layer, joining = self.layer, self.joining
         alone = not torch.compiler.is_compiling() and joining.here and not watched(_Watch)
-        dtype = computed_in(input, layer) if alone else None
+        dtype = joined.computed_in(input, layer) if alone else None
         kept = None if dtype in (None, layer.weight.dtype) else joining.keep(layer, None, dtype)
         weights = layer if kept is None else kept
         return F.linear(input, weights.weight, weights.bias)
@@ -381,12 +379,14 @@ STAND_INS: dict[type, type[_StandIn]] = {
 def _stand_in_for(layer: nn.Module) -> type[_StandIn] | None:
     kind = type(layer)
     if kind in STAND_INS or kind.__module__.partition(".")[0] == "torch":
-        return STAND_INS.get(kind)
+        computed = kind in (*CONVS, nn.Linear) and layer._parameters.get("weight") is None  # by somebody, in a forward
+        return None if computed else STAND_INS.get(kind)
     return _Custom if isinstance(kind.forward, FunctionType) and any(map(_served, layer.modules())) else None
 
 
 def _served(layer: nn.Module) -> bool:
-    return isinstance(layer, CONVS) and layer.weight.device.type in KERNELS
+    weight = layer._parameters.get("weight")
+    return isinstance(layer, CONVS) and weight is not None and weight.device.type in joined.KERNELS
 
 
 def _joinable(model: nn.Module) -> bool:
@@ -396,5 +396,5 @@ def _joinable(model: nn.Module) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and eager(model)
-        and not any(writes_unseen(kind) for kind in {type(layer) for layer in layers})  # type: ignore[arg-type]
+        and not writes_unseen(model)
     )

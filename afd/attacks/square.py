@@ -167,7 +167,7 @@ class Square(GradientAttack):
 
     def _look(self, run: SquareRun, y: Tensor) -> None:
         """Has successes confirmed, and drops the samples that are broken once they are many."""
-        if self.precision != "fp32" or self._joining.pairs:
+        if self.precision != "fp32" or self._joining.approximates:
             pending = ((run.state == BROKEN) & ~run.confirmed).nonzero().squeeze(1)
             if len(pending):
                 fooled = self._fooled(self._as_written(take(run.x_best, pending)), y[pending])

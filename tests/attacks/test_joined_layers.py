@@ -223,6 +223,28 @@ def test_a_shortcut_of_another_dtype_is_left_alone(found):
     assert found == [(False, True)]
 
 
+@pytest.mark.usefixtures("twin")
+def test_a_relu_alone_counts_as_an_approximation_too():
+    model, joining = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), Joining()
+    attack = PGD(model, steps=2, eps=0.1, precision="fp32")
+    assert not joining.approximates
+    assert not attack._approximates
+    gradient(model, torch.rand(2, 3, 8, 8), joining)
+    attack(torch.rand(2, 3, 8, 8), torch.zeros(2, dtype=torch.long))
+    assert not joining.pairs
+    assert joining.approximates
+    assert attack._approximates
+
+
+def test_weights_are_frozen_only_as_parameters():
+    conv = nn.Conv2d(1, 32, 3).requires_grad_(False)
+    assert joined.frozen(conv)
+    weight = conv.weight.detach()
+    del conv.weight
+    conv.weight = weight
+    assert not joined.frozen(conv)
+
+
 # --- Others who look on ---------------------------------------------------------------------------------------------
 
 
@@ -395,6 +417,26 @@ def test_a_pooling_that_tells_where_its_maxima_were_comes_last():
             return (out * at).mean((2, 3))
 
     assert_computes_the_same(Unpooled().eval().double(), torch.rand(3, 3, 8, 8, dtype=torch.float64), 0)
+
+
+@pytest.mark.parametrize("written", [lambda out: out.mul_(2.0), lambda out: F.leaky_relu(out, inplace=True)])
+def test_a_model_may_write_to_what_it_pooled(written):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.relu, self.pool = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2)
+
+        def forward(self, x):
+            out = self.pool(self.relu(self.conv(x))).flatten(2)
+            out += 0.5
+            out = written(out).pow(2).mean(2)
+            if not x.requires_grad:
+                return out
+            (grad,) = torch.autograd.grad(out.sum(), [x], create_graph=True)
+            return out + grad.pow(2).mean((2, 3)).sum(1, keepdim=True)
+
+    model, x = Writes().double().eval(), torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    assert_computes_the_same(model, x, 0)
 
 
 # --- The gradient at few channels -----------------------------------------------------------------------------------

@@ -616,3 +616,233 @@ def test_a_result_that_goes_elsewhere_than_it_was_seen_to_go_is_an_error(monkeyp
     model.forward = lambda x: model.finish(model.conv(x).relu() + model.other(model.conv(x)))
     with pytest.raises(ModelError, match="did not reach its BatchNorm; attack with fold_batchnorm=False"):
         gradient(model, images(), Joining())
+
+
+# --- What is no parameter, grad mode, other ways out ----------------------------------------------------------------
+
+
+class Hyper(Pair):
+    """Its convolution's weights depend on the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.shift = nn.Parameter(self.conv.weight.detach().clone()), nn.Parameter(torch.zeros(3).double())
+        del self.conv.weight, self.conv.bias
+
+    def forward(self, x):
+        self.conv.weight, self.conv.bias = self.own * x.mean(), self.shift + x.amax()
+        return self.finish(F.relu(self.norm(self.conv(x))))
+
+
+class HyperBias(Hyper):
+    """Only the bias does."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv.weight = self.own
+
+    def forward(self, x):
+        self.conv.bias = self.shift + x.amax()
+        return self.finish(F.relu(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize("kind", [Hyper, HyperBias])
+def test_weights_that_a_forward_computes_are_left_alone(kind):
+    assert_computes_the_same(kind().eval(), images(), 0)
+
+
+class Halves(Pair):
+    """Records no gradient at the convolution, or none behind it."""
+
+    def __init__(self, at_conv, behind):
+        super().__init__()
+        self.at_conv, self.behind = at_conv, behind
+        self.conv = nn.Conv2d(3, 3, 3, padding=1).double()
+
+    def made(self, x):
+        with torch.set_grad_enabled(self.at_conv):
+            return self.conv(x)
+
+    def normed(self, x):
+        with torch.set_grad_enabled(self.at_conv):
+            return self.norm(self.conv(x))
+
+    def forward(self, x):
+        other = x * 2.0
+        with torch.set_grad_enabled(self.behind):
+            out = self.norm(self.made(x)) + x
+        with torch.set_grad_enabled(self.behind):
+            out = out + F.relu(self.normed(x))
+        with torch.set_grad_enabled(self.behind):
+            out = out + F.relu(self.made(x))
+        with torch.set_grad_enabled(self.behind):
+            out = out + F.relu(self.normed(x) + other)
+        return (out + x).mean((2, 3))
+
+
+@pytest.mark.parametrize(("at_conv", "behind"), [(False, True), (True, False), (False, False), (True, True)])
+def test_a_gradient_is_recorded_where_it_was(at_conv, behind):
+    model = Halves(at_conv, behind).eval()
+    expected, found = gradient(model, images()), gradient(model, images(), Joining())
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+class InFinally(Pair):
+    def made(self, x):
+        try:
+            out = self.conv(x)
+            return self.norm(out)
+        finally:
+            self.kept = out
+
+    def forward(self, x):
+        return self.finish(self.made(x) + self.kept)
+
+
+class ByLocals(Pair):
+    def forward(self, x):
+        out = self.conv(x)
+        both = self.norm(out) + locals()["out"]
+        return self.finish(both)
+
+
+@pytest.mark.parametrize("kind", [InFinally, ByLocals])
+def test_a_name_may_be_looked_at_in_other_ways(kind):
+    assert_computes_the_same(kind().eval(), images(), 0)
+
+
+def test_layers_that_a_model_has_no_more_are_forgotten():
+    model, joining = Pair().eval(), Joining()
+    gradient(model, images(), joining)
+    before = len(joining._stand_ins)
+    for _ in range(3):
+        model.conv = nn.Conv2d(3, 3, 3).double()
+        gradient(model, images(), joining)
+    assert len(joining._stand_ins) == before
+
+
+# --- Writes that are not counted, by others than a forward ----------------------------------------------------------
+
+
+class Halver:
+    """What halves a layer's weights for a forward, past the count of writes."""
+
+    def halve(self, layer):
+        self.kept = layer.weight.detach().clone()
+        layer.weight.data.mul_(0.5)
+
+    def restore(self, layer):
+        layer.weight.data.copy_(self.kept)
+
+
+halver = Halver()
+
+
+class ByGlobal(Pair):
+    def forward(self, x):
+        halver.halve(self.conv)
+        out = self.norm(self.conv(x))
+        halver.restore(self.conv)
+        return self.finish(out)
+
+
+class ByAttribute(Pair):
+    def __init__(self):
+        super().__init__()
+        self.helpers = [Halver()]
+
+    def forward(self, x):
+        self.helpers[0].halve(self.conv)
+        out = self.norm(self.conv(x))
+        self.helpers[0].restore(self.conv)
+        return self.finish(out)
+
+
+class Halving(nn.Conv2d):
+    def halve(self):
+        self.weight.data.mul_(0.5)
+
+    @property
+    def doubled(self):
+        return torch.from_numpy(self.weight.numpy()).mul_(2.0)
+
+
+class ByChild(Pair):
+    def __init__(self):
+        super().__init__()
+        self.child = Halving(3, 3, 1)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1).double()
+        self.child.weight = self.conv.weight
+
+    def forward(self, x):
+        self.child.halve()
+        out = self.norm(self.conv(x))
+        return self.finish(out + 0 * self.child.doubled.sum())
+
+
+class ByName(Pair):
+    def forward(self, x):
+        weight = getattr(self.conv.weight, "data")  # noqa: B009
+        weight.mul_(0.5)
+        out = self.norm(self.conv(x))
+        weight.mul_(2.0)
+        return self.finish(out)
+
+
+@pytest.mark.parametrize("kind", [ByGlobal, ByAttribute, ByChild, ByName])
+def test_writes_by_those_that_a_forward_reaches_are_not_missed(kind):
+    assert_computes_the_same(kind().eval(), images(), 0)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_writes_by_hooks_are_not_missed(before):
+    model = Pair().eval()
+    own = model.conv.weight.detach().clone()
+
+    def hook(*_):
+        model.conv.weight.data.copy_(own * torch.rand(()))
+
+    (model.register_forward_pre_hook if before else model.norm.register_forward_hook)(hook)
+    found = []
+    for joining in (None, Joining()):
+        model.conv.weight.data.copy_(own)
+        torch.manual_seed(0)
+        found.append([gradient(model, images(), joining) for _ in range(2)])
+    torch.testing.assert_close(*found, atol=1e-10, rtol=1e-10)
+
+
+class InitialisedByData(Pair):
+    """Writes to its weights when it is made, which is no forward's business."""
+
+    def __init__(self):
+        super().__init__()
+        self.begin()
+
+    def begin(self):
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data.normal_(0, 0.1)
+
+
+def test_writes_when_a_model_is_made_do_not_count():
+    assert_computes_the_same(InitialisedByData().eval(), images(), 1)
+
+
+# --- Where nothing can be gained ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layers", "casts", "placed"),
+    [
+        ((nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)), False, 0),
+        ((nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)), True, 2),
+        ((nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)), False, 1),
+        ((nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)), False, 3),
+        ((nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)), False, 3),
+    ],
+)
+def test_layers_are_left_alone_where_nothing_can_be_gained(layers, casts, placed, monkeypatch):
+    monkeypatch.delitem(KERNELS, "cpu", raising=False)
+    model = nn.Sequential(*layers).eval()
+    with Joining().joined(model, casts):
+        assert sum("forward" in vars(layer) for layer in model) == placed
