@@ -20,7 +20,7 @@ from afd.attacks import inputs
 from afd.attacks.apgd import APGD, APGDSettings
 from afd.attacks.ball import Ball, Norm
 from afd.attacks.base import GradientAttack
-from afd.attacks.engine import evaluating, judged
+from afd.attacks.engine import evaluating, judged, misclassified
 from afd.attacks.fab import FAB
 from afd.attacks.square import Square
 from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, one_of, warn_caller
@@ -284,7 +284,8 @@ class AutoAttack:
             ModelError: the model returned NaN, or cannot be differentiated.
 
         Warns:
-            ModelWarning: the model has too few classes for a part as it is; or what a part warns of, with its name.
+            ModelWarning: the model has too few classes for a part as it is; what a part warns of, with its name; or
+                NaN at points of it that it has not shown the model, whose images count as broken.
         """
         self.report = None
         inputs.check_form(x, y)
@@ -317,7 +318,7 @@ class AutoAttack:
                 attack = build(eps=self._radii(rows), seed=seed, **self._common)
                 given = x if len(rows) == len(x) else x[rows]
                 points = _points(name, attack, given, y[rows], first_sample + rows.cpu())
-                fooled = self._fooled(points, x, y, rows)
+                fooled = self._fooled(name, points, x, y, rows)
                 x_adv[rows[fooled]] = points[fooled]
                 broken[rows] = fooled
                 if attack.report is not None:
@@ -363,13 +364,18 @@ class AutoAttack:
             raise ModelError(f"the model returned NaN logits for {int(undefined.sum())} of {len(x)} images")
         return classes, correct
 
-    def _fooled(self, points: Tensor, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-        """Of which of these rows the model takes the point, in ball and bounds, for another class, [n] bool."""
+    def _fooled(self, name: str, points: Tensor, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """Of which of these rows the model takes the point, in ball and bounds, for another class, or NaN, [n] bool."""
         fooled, (low, high) = torch.zeros_like(rows, dtype=torch.bool), self.bounds
+        undefined = torch.zeros_like(fooled)
         for some in self._chunks(points):
             point, own = points[some], rows[some]
             ball = Ball(self.norm, self._radii(own), self.bounds)
             legal = ball.holds(ball.distance(point, x[own])) & (point >= low).flatten(1).all(1)
             legal &= (point <= high).flatten(1).all(1)
-            fooled[some] = legal & (judged(local(self.model), point).argmax(1) != y[own])
+            logits = judged(local(self.model), point)
+            fooled[some] = legal & misclassified(logits, y[own])
+            undefined[some] = legal & logits.isnan().any(1)
+        if count := int(undefined.sum()):
+            warn_caller(f"{count} of {len(rows)} images count as broken: NaN logits at {name}'s points", ModelWarning)
         return fooled

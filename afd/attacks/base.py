@@ -327,7 +327,7 @@ class GradientAttack(ABC):
         """Logits of the images themselves, as written, looked at like those of a step."""
         logits = self._as_written(chunk.x)
         chunk.check_classes(logits)
-        diagnostics.note_clean(chunk, logits)
+        diagnostics.note_nan(chunk, 0, logits)
         return logits
 
     def _all_steps(self, steps_fn: StepsFn, chunk: Chunk, x_adv: Tensor, *settings: Hashable) -> tuple[Tensor, ...]:

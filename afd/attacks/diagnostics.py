@@ -54,12 +54,12 @@ def new_counters(samples: int, device: torch.device) -> Tensor:
     return torch.zeros(len(ROWS), samples, dtype=torch.int32, device=device)
 
 
-def note_clean(chunk: Chunk, logits: Tensor) -> None:
-    """Adds NaN among the clean logits of a chunk to its counters, if it has some."""
+def note_nan(chunk: Chunk, step: int, logits: Tensor) -> None:
+    """Adds NaN among the logits of a chunk to its counters, if it has some; those of clean images are of step 0."""
     if chunk.counters is not None:
         first = chunk.counters[FIRST_NAN]
         known = first[chunk.rows]
-        first[chunk.rows] = torch.where((known == 0) & logits.isnan().any(1), 1, known)
+        first[chunk.rows] = torch.where((known == 0) & logits.isnan().any(1), step + 1, known)
 
 
 def note(chunk: Chunk, step: int, logits: Tensor, losses: Tensor, grad: Tensor, are_logits: bool = True) -> None:
@@ -93,7 +93,7 @@ def summarize(counters: Tensor) -> Report:
         bad = first.nonzero().squeeze(1)
         step = int(first[bad].min()) - 1
         raise ModelError(
-            f"the model returned NaN logits, first in step {step}, for {len(bad)} of {len(first)} samples: "
+            f"the model returned NaN logits, first seen in step {step}, for {len(bad)} of {len(first)} samples: "
             f"{_listed(first > 0)}"
         )
     report = Report(*counts)

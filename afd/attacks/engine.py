@@ -168,6 +168,11 @@ def judged(model: nn.Module, x: Tensor) -> Tensor:
         return _logits(model, x)
 
 
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether logits [N, K] name another class than y [N], [N] bool; NaN names none, whatever y is."""
+    return (logits.argmax(1) != y) | logits.isnan().any(1)
+
+
 def _logits(model: nn.Module, x: Tensor) -> Tensor:
     logits = logits_of(_explained(shown, model, x), x.shape[0])
     if logits.device != x.device:

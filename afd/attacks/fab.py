@@ -240,14 +240,14 @@ class FAB(GradientAttack):
         run = FABRun(chunk, x_adv, self._ball(chunk))
         for step in range(self.steps):
             run.move(*self._plane(run, step), self.alpha_max, self.eta)
-            run.judge(self._fooled(self._as_written(run.x_adv), run.chunk.y), self.beta)
+            run.judge(self._fooled(self._as_written(run.x_adv), run.chunk, step + 1), self.beta)
         return run.nearest.x, run.nearest.distance
 
     def _steps_dropping(self, run: FABRun, nearest: Nearest, rows: Tensor) -> None:
         """The same, but going on without the samples that are broken; notes the points of these rows."""
         for step in range(self.steps):
             run.move(*self._plane(run, step), self.alpha_max, self.eta)
-            run.judge(self._confirmed(run), self.beta, first=True)
+            run.judge(self._confirmed(run, step + 1), self.beta, first=True)
             left = run.nearest.distance.isinf()
             if (~left).sum() >= WORTH_DROPPING * len(rows):
                 nearest.note(run.nearest.x, run.nearest.distance, rows)
@@ -280,20 +280,20 @@ class FAB(GradientAttack):
         diagnostics.note(chunk, step, logits, value, normal)
         return value.to(x_adv.dtype), normal
 
-    def _confirmed(self, run: FABRun) -> Tensor:
+    def _confirmed(self, run: FABRun, step: int) -> Tensor:
         """Whether the model is fooled, [n] bool, by its passes as they run, and within eps by the model as written."""
         with self.execution.autocast(run.x_adv.device):
-            fooled = self._fooled(engine.logits(self._module, run.x_adv)[0], run.chunk.y)
+            fooled = self._fooled(engine.logits(self._module, run.x_adv)[0], run.chunk, step)
         if self._approximates:
             rows = (fooled & run.within).nonzero().squeeze(1)
             if len(rows):
-                assert run.chunk.y is not None
-                fooled[rows] = self._fooled(self._as_written(take(run.x_adv, rows)), run.chunk.y[rows])
+                fooled[rows] = self._fooled(self._as_written(take(run.x_adv, rows)), run.chunk.take(rows), step)
         return fooled
 
-    def _fooled(self, logits: Tensor, y: Tensor | None) -> Tensor:
-        assert y is not None
-        return logits.argmax(1) != y
+    def _fooled(self, logits: Tensor, chunk: Chunk, step: int) -> Tensor:
+        assert chunk.y is not None
+        diagnostics.note_nan(chunk, step, logits)
+        return engine.misclassified(logits, chunk.y)
 
 
 def _length(u: Tensor, order: float) -> Tensor:

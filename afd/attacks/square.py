@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from afd import ops
-from afd.attacks import engine, inputs
+from afd.attacks import diagnostics, engine, inputs
 from afd.attacks.apgd import WORTH_DROPPING
 from afd.attacks.base import GradientAttack
 from afd.attacks.inputs import Chunk, rows_of, take
@@ -75,6 +75,7 @@ class SquareRun:
         x_best: points of the highest loss, or that fooled the model, one for each sample; likewise what follows.
         loss_best: the losses there.
         state: BROKEN where the model is fooled there, else STANDING or RESUMED.
+        highest: logit of all that was tried, of the rows of x_tried; NaN once one was.
         confirmed: whether it is so as it is written, in float32.
     """
 
@@ -83,6 +84,7 @@ class SquareRun:
     x_best: Tensor
     loss_best: Tensor
     state: Tensor
+    highest: Tensor
     confirmed: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,7 +92,7 @@ class SquareRun:
 
     def keep(self, kept: Tensor) -> None:
         """Goes on with the rows that the indices `kept` name."""
-        self.x_tried, self.rows = take(self.x_tried, kept), self.rows[kept]
+        self.x_tried, self.rows, self.highest = take(self.x_tried, kept), self.rows[kept], self.highest[kept]
 
 
 class Square(GradientAttack):
@@ -147,7 +149,8 @@ class Square(GradientAttack):
         start = chunk.start if restart == 0 else None
         tried = x if start is None else self._ball(chunk).project_(start.clone(), x)
         run = SquareRun(
-            take(tried, rows), rows, x.clone(), x.new_full(y.shape, -math.inf), standing.to(torch.uint8)
+            take(tried, rows), rows, x.clone(), x.new_full(y.shape, -math.inf), standing.to(torch.uint8),
+            x.new_full(rows.shape, -math.inf),
         )  # fmt: skip
         propose = _Proposals(self, chunk, y, (chunk.seed + restart) & (2**63 - 1))
         if start is None:
@@ -156,9 +159,14 @@ class Square(GradientAttack):
             for query in range(self.steps + 1):
                 if not len(run.rows):
                     break
-                propose(run, self._logits(run.x_tried), query)
-                if looks and (query < LOOK_EVERY or query % LOOK_EVERY == 0):
-                    self._look(run, y)
+                logits = self._logits(run.x_tried)
+                torch.maximum(run.highest, logits.amax(1), out=run.highest)
+                propose(run, logits, query)
+                if query < LOOK_EVERY or query % LOOK_EVERY == 0 or query == self.steps:
+                    highest = x.new_zeros(y.shape).index_copy_(0, run.rows, run.highest)
+                    diagnostics.note_nan(chunk, query, highest[:, None])
+                    if looks:
+                        self._look(run, y)
         return run
 
     def _looks(self, chunk: Chunk) -> bool:
@@ -185,7 +193,7 @@ class Square(GradientAttack):
 
     @staticmethod
     def _fooled(logits: Tensor, y: Tensor) -> Tensor:
-        return logits.argmax(1) != y
+        return engine.misclassified(logits, y)
 
 
 class _Proposals:

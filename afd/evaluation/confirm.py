@@ -2,7 +2,8 @@
 
 A success counts once the float32 model, no layer of it joined, confirms it: the runner judges every image so, also the
 best point that an attack returns for an image it could not break. Of the images that withstand all, 100 drawn at random
-meet the whole protocol once more, in float32; one that falls then says that the figure may be too high.
+meet the whole protocol once more, in float32 and with the draws that they met; one that falls then says that the figure
+may be too high.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def confirm(runner: Runner, outcome: Outcome) -> Confirmation | None:
     ]
     again = replace(
         runner, images=runner.images.take(drawn), protocol=replace(protocol, stages=tuple(stages)), precision="fp32",
-        count=None,
+        count=None, places=drawn if runner.places is None else runner.places[drawn],
     ).run()  # fmt: skip
     return Confirmation(points, broke, len(robust), len(drawn), int((~again.robust_to_all()).sum()))
 

@@ -83,6 +83,7 @@ class Runner:
         meter: hears of progress.
         count: counts things about images and their labels: clean ones, and as scoring stages leave them; of those only
             that the model gets right when clean. None counts nothing.
+        places: of the images in the data that our attacks' draws hang on, int64 [N] on the CPU; None for 0, 1, ...
         precision: that attacks run in: "fp32", "bf16" or "auto". Figures are made in float32 (`predict`).
     """
 
@@ -97,6 +98,7 @@ class Runner:
     batch_size: int
     meter: Meter
     count: Count | None = None
+    places: Tensor | None = None
     precision: str = "fp32"
 
     @property
@@ -198,8 +200,9 @@ class Runner:
         ball = Ball(stage.norm, float(item.largest))
         attack: Callable[..., Tensor] = self.attack(stage, ball)
         ours = ATTACKS[stage.attack].library == "afd"  # whose draws are those of each image, whoever is left beside it
-        places = batch.first + rows.cpu() if ours else batch.first
-        x_adv = attack(x.clone(), y, first_sample=places) if len(rows) else x
+        places = batch.first + rows.cpu()
+        places = places if self.places is None else self.places[places]
+        x_adv = attack(x.clone(), y, first_sample=places if ours else batch.first) if len(rows) else x
         check_returned(x_adv, x)
         legal = inside(x_adv)
         if not stage.minimal:

@@ -333,6 +333,35 @@ def test_nan_is_no_class(model, batch):
         AutoAttack(Broken().eval(), attacks=FEW)(*batch)
 
 
+class NaNOffTheImages(nn.Module):
+    """NaN for whatever is not an image of the batch itself."""
+
+    def __init__(self, inner, x):
+        super().__init__()
+        self.inner, self.x = inner, x
+
+    def forward(self, x):
+        off = (x[:, None] - self.x[None]).flatten(2).abs().amax(2).amin(1) > 0
+        return torch.where(off[:, None], torch.nan, self.inner(x))
+
+
+@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("name", ["apgd-ce", "fab-t", "square"])
+def test_nan_under_attack_is_an_error_whatever_the_label(model, batch, name, label):
+    x = batch[0][model(batch[0]).argmax(1) == label]
+    with pytest.raises(ModelError, match=rf"NaN logits, first seen in step \d+, for {len(x)} of {len(x)} samples"):
+        AutoAttack(NaNOffTheImages(model, x), eps=0.08, attacks={name: FEW[name]})(x, torch.full((len(x),), label))
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_nan_at_a_surrogates_points_counts_as_broken_and_is_told(model, batch, label):
+    x = batch[0][model(batch[0]).argmax(1) == label]
+    attack = AutoAttack(NaNOffTheImages(model, x), eps=0.08, attacks=["square"], surrogates=[RowByRow(seed=3).eval()])
+    with pytest.warns(ModelWarning, match=f"{len(x)} of {len(x)} images count as broken: NaN logits at surrogate-1's"):
+        attack(x, torch.full((len(x),), label))
+    assert attack.report.parts[0].broken.all()
+
+
 # --- Bad input ------------------------------------------------------------------------------------------------------
 
 

@@ -43,7 +43,7 @@ def nan_in(*rows):
 @pytest.mark.parametrize(("attack", "before"), [("pgd", 0), ("mim", 0), ("apgd", 1)])
 def test_nan_logits_are_an_error_that_names_step_and_samples(attack, before):
     model = After(before + 3, nan_in(2, 7))
-    with pytest.raises(ModelError, match=r"NaN logits, first in step 2, for 2 of 12 samples: 2, 7$"):
+    with pytest.raises(ModelError, match=r"NaN logits, first seen in step 2, for 2 of 12 samples: 2, 7$"):
         ATTACKS[attack](model, steps=5)(X, Y)
 
 

@@ -162,7 +162,7 @@ def test_nan_at_the_images_is_an_error_that_names_all_of_them(kind):
     x[:, 0, 0, 0] = torch.tensor([0.1, 0.9, 0.1, 0.9])
     settings = {} if "L1" in kind else {"eps": 0.05}
     for early_wrong in (y, (y + 1) % 5):
-        with pytest.raises(ModelError, match="NaN logits, first in step 0, for 2 of 4 samples: 0, 2"):
+        with pytest.raises(ModelError, match="NaN logits, first seen in step 0, for 2 of 4 samples: 0, 2"):
             (KINDS | NO_STEPS)[kind](Spoilt(0.5), **settings)(x, early_wrong)
     with pytest.raises(ModelError, match="for 4 of 4 samples"):
         (KINDS | NO_STEPS)[kind](Spoilt(2.0))(x, y)

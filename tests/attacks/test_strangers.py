@@ -327,7 +327,7 @@ def test_nan_logits_are_an_error_with_every_attack():
     x, _ = batch(8)
     for kind, attack in KINDS.items():
         model = Overflows(torch.nan).eval()
-        with pytest.raises(ModelError, match="returned NaN logits, first in step 0, for 3 of 8 samples: 0, 1, 2"):
+        with pytest.raises(ModelError, match="returned NaN logits, first seen in step 0, for 3 of 8 samples: 0, 1, 2"):
             attack(model, **STEPS[kind])(x, torch.zeros(8, dtype=torch.int64))
 
 

@@ -73,6 +73,28 @@ def test_an_honest_model_withstands_in_both(bright):
     assert "in float32, 0 of 100 robust images fell that were drawn at random" in str(result)
 
 
+class Rugged(nn.Module):
+    """No products, so bfloat16 changes nothing; what breaks an image hangs on where an attack starts."""
+
+    def forward(self, x):
+        waves = sum((speed * x.flatten(1)).sin().sum(1) for speed in (900, 2100))
+        return torch.stack([0 * waves, waves - 5], 1)
+
+
+def test_the_drawn_images_meet_the_draws_that_they_met(bright):
+    """With others, of the many images that the first draws left some would fall, to no fault of bfloat16."""
+    images = bright.images()
+    y = Rugged()(images).argmax(1)
+    options = {"protocol": "quick", "batch_size": 40}
+    result = evaluate(Rugged(), images, y, "0.02", precision="auto", **options)
+    plain, other = (evaluate(Rugged(), images, y, "0.02", seed=seed, **options) for seed in (0, 1))
+    assert torch.equal(result.broken, plain.broken)
+    assert (other.broken & ~plain.broken).sum() > 5
+    said = result.content["precision"]["confirmed"]
+    assert (said["drawn"], said["fell"]) == (min(100, said["robust"]), 0)
+    assert 40 < said["robust"] < 150
+
+
 def test_a_model_that_bfloat16_cannot_see_fails_the_check(bright):
     result, precision = found(lost_in_bf16(), bright, precision="auto")
     honest, plain = found(lost_in_bf16(), bright)
