@@ -274,7 +274,10 @@ class FAB(GradientAttack):
                 distance = difference.abs() / (_length(grad, dual) + 1e-12)
                 nearer = (distance < nearest) | (normal is x_adv)  # the first one, whatever it is
                 nearest, value = torch.where(nearer, distance, nearest), torch.where(nearer, difference, value)
-                normal = grad if normal is x_adv else torch.where(rows_of(nearer, grad), grad, normal)
+                if normal is not x_adv:
+                    torch.where(rows_of(nearer, grad), grad, normal, out=normal)
+                else:  # to be written to, so no element may stand for two
+                    normal = grad if grad.stride() == x_adv.stride() else torch.empty_like(x_adv).copy_(grad)
         if not chunk.first_outputs:
             chunk.first_outputs.append(logits)
         diagnostics.note(chunk, step, logits, value, normal)

@@ -60,7 +60,7 @@ def test_a_tuple_with_two_things_that_could_be_logits_is_warned_of():
         ({"output": LOGITS}, InputTypeError, "a dict with the keys output; it must .* 'logits'"),
         ((SimpleNamespace(logits=LOGITS), 1), InputTypeError, "a tuple of SimpleNamespace, int"),
         (LOGITS.argmax(1), InputTypeError, "returned torch.int64; logits are floating-point"),
-        (LOGITS[:, 0], InputError, r"returned shape \[4\]; it must be logits \[4, K\]"),
+        (LOGITS[:, 0], InputError, r"returned shape \[4\]; a classifier has a logit for each of at least 2 classes"),
         (LOGITS[:3], InputError, r"returned shape \[3, 3\]; it must be logits \[4, K\]"),
         (LOGITS[:, :, None, None], InputError, r"returned shape \[4, 3, 1, 1\]"),
         (
