@@ -300,7 +300,9 @@ class APGD(GradientAttack):
         clean = self._clean(chunk)
         y = self._class_to_leave(chunk, clean)
         wrong = self._fooled(clean, y)
-        aimed = [replace(self._with_loss_target(chunk, clean, rank), y=y) for rank in range(self.targets)]
+        ranks = reversed(range(self.targets))  # the last one first, which there may not be
+        aimed = [replace(self._with_loss_target(chunk, clean, rank), y=y) for rank in ranks]
+        aimed.reverse()
         rows: Tensor | slice = slice(None)
         for run in range(self.n_restarts * self.targets):
             one, start = aimed[run % self.targets], self._start(chunk, run)

@@ -41,6 +41,7 @@ BUILD: dict[str, Callable[..., GradientAttack]] = {
     "fab-t": FAB,
     "square": Square,
 }
+OF_ALL_PARTS = ("norm", "eps", "seed", "bounds", "precision", "chunk_size")
 LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # that its loss needs; with fewer, the margin takes its place
 
 
@@ -162,7 +163,8 @@ class AutoAttackReport:
         width = max(len(name) for name, *_ in counts)
         lines = [f"{'':{width}}  given  broken  accuracy  seconds"]
         for (name, given, broken, seconds), share in zip(counts, self.accuracies.values(), strict=True):
-            lines.append(f"{name:{width}}  {given:5}  {broken:6}  {share:8.2%}  {seconds:>7}".rstrip())
+            told = f"{share:.2%}" if len(self.correct) else "-"
+            lines.append(f"{name:{width}}  {given:5}  {broken:6}  {told:>8}  {seconds:>7}".rstrip())
         return "\n".join(lines + [part.note for part in self.parts if part.note])
 
 
@@ -173,9 +175,15 @@ def _chosen(parts: Told, version: str, attacks: Sequence[str] | Told | None, n_t
         parts = {name: {**told, **(count if told.get("n_target_classes") else {})} for name, told in parts.items()}
     if attacks is None:
         return parts
+    if isinstance(attacks, str) or not attacks:
+        raise InputError(f"attacks is {attacks!r}; it must be a list of parts, one at least, or None for all of them")
     own = attacks if isinstance(attacks, Mapping) else {name: dict[str, Any]() for name in attacks}
-    for name in own:
+    if len(own) < len(attacks):
+        raise InputError(f"attacks is {list(attacks)}; it must name each part once")
+    for name, told in own.items():
         one_of(f"a part of version={version!r}", name, parts)
+        if given := sorted({*told} & {*OF_ALL_PARTS}):
+            raise InputError(f"attacks sets {', '.join(given)} of {name}; all parts have AutoAttack's own")
     return {name: {**parts[name], **told} for name, told in own.items()}
 
 
@@ -231,6 +239,8 @@ class AutoAttack:
         InputError: a setting is out of range, a part is not of the version, a surrogate is the model itself.
     """
 
+    record_trajectory = False  # it has none
+
     def __init__(
         self,
         model: nn.Module,
@@ -246,6 +256,8 @@ class AutoAttack:
         precision: str | None = None,
         chunk_size: int | None = None,
     ) -> None:
+        if isinstance(surrogates, nn.Module) or not isinstance(surrogates, Sequence):
+            raise InputTypeError(f"surrogates is a {type(surrogates).__name__}; it must be a list of models")
         for name, one in {"model": model, **{f"surrogates[{i}]": one for i, one in enumerate(surrogates)}}.items():
             if not isinstance(one, nn.Module):
                 raise InputTypeError(f"{name} is a {type(one).__name__}; it must be a torch.nn.Module")
@@ -288,6 +300,8 @@ class AutoAttack:
                 NaN at points of it that it has not shown the model, whose images count as broken.
         """
         self.report = None
+        if self.record_trajectory:
+            raise InputError("record_trajectory is True; AutoAttack keeps none, as PGD, MIM and APGD do")
         inputs.check_form(x, y)
         inputs.check_length("eps", self.eps, x)
         seed = self.seed if seed is None else inputs.counter("seed", seed)

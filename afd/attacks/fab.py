@@ -208,7 +208,9 @@ class FAB(GradientAttack):
     def _run(self, chunk: Chunk) -> Tensor:
         assert chunk.y is not None  # the loss asks for it
         x, y, clean = chunk.x, chunk.y, self._clean(chunk)
-        aimed = [self._with_loss_target(chunk, clean, rank) for rank in range(self.n_target_classes or 1)]
+        ranks = reversed(range(self.n_target_classes or 1))  # the last one first, which there may not be
+        aimed = [self._with_loss_target(chunk, clean, rank) for rank in ranks]
+        aimed.reverse()
         wrong, nearest = clean.argmax(1) != y, Nearest.before(x)
         for number in range(self.n_restarts * len(aimed)):
             one, start = aimed[number // self.n_restarts], self._start(chunk, number, nearest.distance)

@@ -331,7 +331,7 @@ def _transfer(seen: Probes) -> Check:
     outcome = seen.outcome
     transferred = [stage for stage in seen.protocol.stages if stage.role == "transfer"]
     if not transferred:
-        return skipped(name, "no second model; name one with --transfer-from and --protocol paper, or surrogates=[...]")
+        return skipped(name, "no second model to transfer from")
     extra = 0.0
     for stage in transferred:
         alone = outcome.found[stage.name][0] & outcome.correct & ~outcome.white_box(stage.norm, stage.epsilons[0])

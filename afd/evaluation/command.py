@@ -186,6 +186,8 @@ def _check(config: EvaluateConfig) -> None:
         check_path("data-root", config.data_root)
     if config.transfer_model and not config.transfer_from:
         raise InputError(f"transfer-model is {config.transfer_model}, but transfer-from is missing")
+    if config.reference and config.precision != "fp32":
+        raise InputError(f"precision is {config.precision}, but reference is set; pyautoattack runs in float32")
     if config.overwrite and config.out is None:
         raise InputError("overwrite is set, but out is not; the numbered folders are never overwritten")
 

@@ -37,7 +37,7 @@ from afd.evaluation.runner import Meter, Runner, other_batch_size, verify
 from afd.evaluation.store import MemoryStore, Store
 from afd.metrics import spanned
 from afd.nn.modes import local
-from afd.runtime import Group
+from afd.runtime import Group, device_named
 
 PRECISIONS = ("fp32", "auto")
 TRANSFER_STEPS = 40  # of PGD on each surrogate
@@ -330,14 +330,16 @@ def evaluate(
     Raises:
         InputError, InputTypeError: an argument is not as described, or two are on different devices.
         UnusableModelError: a model does not take the images, or returns no logits [N, classes >= 2].
-        AttackFailedError: an attack raised.
+        AttackFailedError, ModelError: an attack raised; the model returned NaN, or cannot be differentiated.
     """
     one_of("protocol", protocol, NAMED)
     one_of("norm", norm, NORMS)
+    if isinstance(eps, Tensor):
+        raise InputTypeError("eps is a Tensor; evaluate takes one radius for all images, a number or such as '8/255'")
     radius, images = Epsilon.of(eps), _given(x, y, device)
     if not radius.exact:
         raise InputError("eps is 0, where nothing is attacked; it needs a radius > 0")
-    if isinstance(surrogates, nn.Module):
+    if isinstance(surrogates, nn.Module) or not isinstance(surrogates, Sequence):
         raise InputTypeError(f"surrogates is a {type(surrogates).__name__}; it must be a list of models")
     subject = _model("model", model, images.device)
     others = [_model(f"surrogates[{number}]", one, images.device) for number, one in enumerate(surrogates)]
@@ -370,7 +372,7 @@ def _given(x: Tensor, y: Tensor, device: torch.device | str | None) -> Given:
     if not len(x):
         raise InputError("x holds no images; an evaluation needs at least one")
     largest_label(x, y, BOUNDS)
-    where = x.device if device is None else torch.device(device)
+    where = x.device if device is None else device_named(str(device))
     return Given(x.to(where), y.to(where), 1.0, 0, "x")
 
 

@@ -79,10 +79,15 @@ def plot_sweeps(path: Path, results: Sequence[dict[str, Any]]) -> None:
         axes.set_axis_off()
     for row in range(rows):
         figure.axes[row * columns].set_ylabel("accuracy (%)")
-    lines, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9, frameon=False)
-    data = results[0]["data"]
-    figure.suptitle(f"{data['name']}, {data['images']} {data['split']} images; dotted: chance", fontsize=10)
+    drawn: list[Any] = [line for axes in figure.axes for line in axes.get_legend_handles_labels()[0]]
+    lines = {(line.get_label(), line.get_color()): line for line in drawn}  # of all panels: one may lack a model
+    names = [name for name, _ in lines]
+    figure.legend(
+        [*lines.values()], names, loc="outside lower center", ncols=min(4, len(names)), fontsize=9, frameon=False
+    )
+    images = {f", {one['data']['images']} {one['data']['split']} images" for one in results}
+    told = images.pop() if len(images) == 1 else ""
+    figure.suptitle(f"{results[0]['data']['name']}{told}; dotted: chance", fontsize=10)
     save_picture(figure, path)
 
 

@@ -232,8 +232,8 @@ ADVICE = {
     "doubling the steps": "Attack with more steps and restarts until twice as many change nothing, and quote {strong}.",
     "random noise beats the attacks": "Gradients are masked: attack with {more}, and quote no figure of a gradient "
     "attack before noise breaks nothing that it leaves.",
-    "Square beats white-box": "Gradients are masked: quote {strong}, whose Square needs no gradient, instead of PGD's "
-    "figure, and try {more} to see whether gradients can be brought to find what Square finds.",
+    "Square beats white-box": "Gradients are masked: instead of PGD's figure quote {strong}, for Square needs no "
+    "gradient, and try {more} to see whether gradients can be brought to find what Square finds.",
     "transfer beats white-box": "Gradients are masked: count the transferred images (the worst case above does), and "
     "quote {strong}.",
     "attacked images out of bounds": "Clip what that attack returns to its ball and to [0, 1], or use another version "
@@ -309,11 +309,19 @@ def _facts(results: Results) -> dict[str, Any]:
         "images": f"{results['data']['images']} of the {results['data']['split']} set of {results['data']['name']}",
         "seed": settings.get("seed"),
         "batch size": settings.get("batch_size"),
+        "precision": _precision(results.get("precision")),
         "processes": settings.get("processes"),
         "device": machine["device"],
         "versions": ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
     }
     return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _precision(found: Mapping[str, Any] | None) -> str | None:
+    """That attacks ran in; None where an earlier version did not say."""
+    if found is None:
+        return None
+    return found["attacks"] if found["asked"] == found["attacks"] else f"{found['asked']} (attacks: {found['attacks']})"
 
 
 def alarms_of(metadata: Mapping[str, Any]) -> list[str] | None:

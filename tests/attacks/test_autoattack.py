@@ -146,7 +146,7 @@ def test_no_images_are_nothing_to_attack(model, batch):
     attack = AutoAttack(model)
     assert attack(x[:0], y[:0]).shape == (0, 3, 6, 6)
     assert attack.report.correct.shape == (0,)
-    assert "clean" in str(attack.report)
+    assert str(attack.report).splitlines()[-1].split() == ["clean", "0", "0", "-"]
 
 
 def test_the_report_prints_a_table(model, batch):
@@ -374,6 +374,22 @@ def test_nan_at_a_surrogates_points_counts_as_broken_and_is_told(model, batch, l
         ({"attacks": ["pgd"]}, InputError, "a part of version='standard' is 'pgd'; allowed are apgd-ce, apgd-t"),
         ({"attacks": {"square": {"query": 3}}}, InputTypeError, "query is no setting of this attack"),
         ({"attacks": {"square": {"queries": -3}}}, InputError, "queries is -3"),
+        ({"attacks": []}, InputError, r"attacks is \[\]; it must be a list of parts, one at least"),
+        ({"attacks": {}}, InputError, "attacks is {}; it must be a list of parts, one at least"),
+        ({"attacks": "square"}, InputError, "attacks is 'square'; it must be a list of parts"),
+        (
+            {"attacks": ["square", "square"]},
+            InputError,
+            r"attacks is \['square', 'square'\]; it must name each part once",
+        ),
+        (
+            {"attacks": {"square": {"eps": 1.0}}},
+            InputError,
+            "attacks sets eps of square; all parts have AutoAttack's own",
+        ),
+        ({"attacks": {"square": {"seed": 1, "norm": "L2"}}}, InputError, "attacks sets norm, seed of square"),
+        ({"surrogates": nn.Identity()}, InputTypeError, "surrogates is a Identity; it must be a list of models"),
+        ({"surrogates": None}, InputTypeError, "surrogates is a NoneType; it must be a list of models"),
         ({"n_target_classes": 0}, InputError, "n_target_classes is 0; it must be an integer >= 1"),
         ({"surrogates": [3]}, InputTypeError, r"surrogates\[0\] is a int; it must be a torch.nn.Module"),
         ({"precision": "fp8"}, InputError, "precision is 'fp8'"),
@@ -397,6 +413,9 @@ def test_bad_batches_are_named(model, batch):
         AutoAttack(lambda x: x)
     with pytest.raises(InputError, match="first_sample is -1"):
         attack(x, y, first_sample=-1)
+    attack.record_trajectory = True
+    with pytest.raises(InputError, match="record_trajectory is True; AutoAttack keeps none"):
+        attack(x, y)
 
 
 # --- Where images lie in the data -----------------------------------------------------------------------------------

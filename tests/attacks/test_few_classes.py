@@ -179,5 +179,7 @@ def test_no_more_classes_are_aimed_at_than_there_are(classes):
         attack(x, y)
     alone = APGD(model, eps=0.03, steps=5, loss="dlr-targeted", n_target_classes=classes - 1, early_stop=True)(x, y)
     assert torch.equal(attack.report.broken, predict(model, alone).classes != y)
-    with pytest.raises(InputError, match=f"the model has {classes}, so n_target_classes is at most {classes - 1}"):
-        APGD(model, eps=0.03, steps=5, loss="dlr-targeted")(x, y)
+    told = f"aims at 9 other classes; the model has {classes}, so n_target_classes is at most {classes - 1}"
+    for alone in (APGD(model, eps=0.03, steps=5, loss="dlr-targeted"), FAB(model, eps=0.03, n_target_classes=9)):
+        with pytest.raises(InputError, match=told):
+            alone(x, y)

@@ -202,6 +202,10 @@ def test_mistakes_are_told_in_one_line(folder, tmp_path, capsys, robust):
     assert "its own radii" in failed(capsys, model, "--protocol", "paper", "--eps", "0.1", "--out", out)
     assert "norm L2 has no usual radius" in failed(capsys, model, "--norm", "L2", "--out", out)
     assert "reference is set" in failed(capsys, model, "--reference", "--out", out)
+    whole = ("--protocol", "autoattack", "--reference", "--precision", "auto")
+    assert "precision is auto, but reference is set; pyautoattack runs in float32" in failed(
+        capsys, model, *whole, "--out", out
+    )
     assert "transfer-from is set" in failed(capsys, model, "--transfer-from", model, "--out", out)
     assert "batch-size is 0" in failed(capsys, model, "--batch-size", "0", "--out", out)
     assert "device is 'tpu9'" in failed(capsys, model, "--device", "tpu9", "--out", out)

@@ -234,6 +234,7 @@ def test_the_report_says_it_beside_the_figure(kept, tmp_path):
     report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert f"in float32, {fell} of 100 robust images fell that were drawn at random" in report
     assert NAME in report
+    assert "<dt>precision</dt><dd>auto (attacks: bf16)</dd>" in report
     assert "--precision fp32" in report
     assert read_results(tmp_path / "out")["precision"] == results["precision"]
 

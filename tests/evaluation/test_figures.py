@@ -12,7 +12,7 @@ from afd.errors import InputError
 from afd.evaluation.checks import Check, judge, overall, skipped
 from afd.evaluation.model import DomainCounter, divergence, feature_summary, principal_components
 from afd.evaluation.outcome import normalised_area
-from afd.evaluation.plots import plot_curves, plot_examples
+from afd.evaluation.plots import plot_curves, plot_examples, plot_sweeps
 from afd.evaluation.report import TABLE_1, TABLE_1_COLUMNS, TABLE_2, TABLE_2_COLUMNS, TABLE_2_HEADS
 from afd.evaluation.runner import other_batch_size
 
@@ -145,3 +145,22 @@ def test_examples_without_any_say_so(tmp_path):
     picture = imread(tmp_path / "none.png")
     assert picture[..., :3].min() < 0.5  # words
     assert picture[..., :3].mean() > 0.8
+
+
+def swept(name, attack, images):
+    points = [{"float": 0.1, "accuracy": 0.5}]
+    return {
+        "subject": {"name": name}, "clean": 0.9, "attacks": [
+            {"name": attack, "norm": "Linf", "role": "score", "accuracies": points}
+        ], "data": {"name": "digits", "images": images, "split": "test", "classes": 10},
+    }  # fmt: skip
+
+
+def test_the_legend_names_the_models_of_all_panels_and_the_title_images_that_all_share(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("afd.evaluation.plots.save_picture", lambda figure, _: drawn.append(figure))
+    for counts in ((60, 60), (60, 100)):
+        plot_sweeps(tmp_path / "x.png", [swept("a", "pgd-20", counts[0]), swept("b", "apgd-ce", counts[1])])
+    for figure, title in zip(drawn, ("digits, 60 test images; dotted: chance", "digits; dotted: chance"), strict=True):
+        assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+        assert figure.get_suptitle() == title

@@ -204,6 +204,10 @@ X, Y = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch
         ({"batch_size": 0}, "batch-size is 0"),
         ({"model": lambda x: x}, "model is a function; it must be a torch.nn.Module"),
         ({"surrogates": Other()}, "surrogates is a Other; it must be a list of models"),
+        ({"surrogates": None}, "surrogates is a NoneType; it must be a list of models"),
+        ({"eps": torch.full((6,), 0.1)}, "eps is a Tensor; evaluate takes one radius for all images"),
+        ({"device": "nope"}, "device is 'nope'; allowed are auto, cpu, cuda, cuda:N"),
+        ({"device": "cuda:99"}, "device is 'cuda:99'"),
         ({"surrogates": [None]}, r"surrogates\[0\] is a NoneType; it must be a torch.nn.Module"),
         ({"surrogates": [Brightest()]}, r"surrogates\[0\] holds the model's own weights; name another model"),
         (
