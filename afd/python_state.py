@@ -321,7 +321,7 @@ class _Reach:
 
     def meet_class(self, kind: type) -> None:
         """What objects of it may run: of modules their forward and what is called without a name."""
-        if not self._is_new(id(kind), kind):
+        if not self._is_new((id(kind), "class"), kind):
             return
         is_layer = issubclass(kind, nn.Module)
         for base in kind.__mro__:

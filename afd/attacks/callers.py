@@ -26,7 +26,7 @@ INDEXED = (nn.ModuleList, nn.ModuleDict, nn.Sequential, list, tuple, dict)
 CALL, WRAPPED = nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__
 SEQUENTIAL = nn.Sequential.forward.__code__
 LOOKED_THROUGH: set[CodeType] = set()  # what only calls a module's own forward
-PEEKS = {"locals", "vars", "eval", "exec", "_getframe", "currentframe"}  # what may see all names of a function
+PEEKS = {"locals", "eval", "exec", "_getframe", "currentframe"}  # what may see all names of a function
 UNKNOWN = object()
 
 

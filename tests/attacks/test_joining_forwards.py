@@ -746,6 +746,20 @@ class ByGlobal(Pair):
         return self.finish(out)
 
 
+class Halvers:
+    @staticmethod
+    def halve(layer):
+        halver.halve(layer)
+
+
+class ByClass(Pair):
+    def forward(self, x):
+        Halvers.halve(self.conv)
+        out = self.norm(self.conv(x))
+        halver.restore(self.conv)
+        return self.finish(out)
+
+
 class ByAttribute(Pair):
     def __init__(self):
         super().__init__()
@@ -789,7 +803,7 @@ class ByName(Pair):
         return self.finish(out)
 
 
-@pytest.mark.parametrize("kind", [ByGlobal, ByAttribute, ByChild, ByName])
+@pytest.mark.parametrize("kind", [ByGlobal, ByClass, ByAttribute, ByChild, ByName])
 def test_writes_by_those_that_a_forward_reaches_are_not_missed(kind):
     assert_computes_the_same(kind().eval(), images(), 0)
 
