@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from afd import ops
 from afd.attacks import diagnostics, engine, inputs
-from afd.attacks.apgd import WORTH_DROPPING
 from afd.attacks.base import GradientAttack
 from afd.attacks.inputs import Chunk, rows_of, take
 from afd.attacks.losses import Value, wide
@@ -25,6 +24,7 @@ from afd.errors import InputError, one_of
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which squares have half the area
 BROKEN, STANDING, RESUMED = 0, 1, 2  # what `ops.square_step_` calls the states of a sample
+WORTH_DROPPING = 8  # passes of a sample that must be saved for each that is gathered, and for a batch of a new size
 LOOK_EVERY = 10  # queries; after each of the first ones, too
 
 
@@ -166,15 +166,15 @@ class Square(GradientAttack):
                     highest = x.new_zeros(y.shape).index_copy_(0, run.rows, run.highest)
                     diagnostics.note_nan(chunk, query, highest[:, None])
                     if looks:
-                        self._look(run, y)
+                        self._look(run, y, self.steps - query)
         return run
 
     def _looks(self, chunk: Chunk) -> bool:
         """Whether values may be looked at now and then, and samples go their own ways."""
         return not (self._as_one or (chunk.x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
-    def _look(self, run: SquareRun, y: Tensor) -> None:
-        """Has successes confirmed, and drops the samples that are broken once they are many."""
+    def _look(self, run: SquareRun, y: Tensor, to_come: int) -> None:
+        """Has successes confirmed, and drops the samples that are broken once that pays in the queries to come."""
         if self.precision != "fp32" or self._joining.approximates:
             pending = ((run.state == BROKEN) & ~run.confirmed).nonzero().squeeze(1)
             if len(pending):
@@ -183,7 +183,7 @@ class Square(GradientAttack):
                 run.state[pending] = torch.where(fooled, BROKEN, RESUMED).to(run.state.dtype)
         if self.early_stop:
             left = (run.state[run.rows] != BROKEN).nonzero().squeeze(1)
-            if len(left) <= (1 - WORTH_DROPPING) * len(run.rows):
+            if (len(run.rows) - len(left)) * to_come >= WORTH_DROPPING * len(run.rows):
                 run.keep(left)
 
     def _logits(self, x_tried: Tensor) -> Tensor:
