@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from afd.attacks import PGD
 from afd.attacks.external import PlainLogits
 from afd.errors import InputError, InputTypeError, ModelError, ModelWarning
-from afd.metrics import accuracy, accuracy_curve
+from afd.metrics import accuracy, accuracy_curve, packed, paired_interval, unpacked
 
 
 class Brightest(nn.Module):
@@ -314,3 +314,103 @@ def test_other_libraries_are_shown_logits_of_float32_at_least():
 
     assert PlainLogits(Narrow().eval())(X).dtype == torch.float32
     assert PlainLogits(Brightest().eval())(X.double()).dtype == torch.float64
+
+
+# --- Two models on the same images -----------------------------------------------------------------------------------
+
+
+def hits(both=0, first=0, second=0, neither=0):
+    """Of two models, by how many images which of them gets right."""
+    a = torch.tensor([True] * both + [True] * first + [False] * second + [False] * neither)
+    return a, torch.tensor([True] * both + [False] * first + [True] * second + [False] * neither)
+
+
+def test_a_paired_interval_is_that_of_bonett_and_price():
+    """By hand: n = 98, 12 and 2 apart; (13 - 3) / 100 = 0.1, variance (0.16 - 0.01) / 100."""
+    low, high = paired_interval(*hits(both=60, first=12, second=2, neither=24))
+    assert (low, high) == pytest.approx((0.1 - 1.959964 * 0.0015**0.5, 0.1 + 1.959964 * 0.0015**0.5))
+
+
+def test_what_both_get_right_or_wrong_does_not_matter():
+    assert paired_interval(*hits(90, 5, 1, 4)) == pytest.approx(paired_interval(*hits(4, 5, 1, 90)))
+
+
+def test_a_paired_interval_is_the_other_way_round_for_the_other_way_round():
+    a, b = hits(50, 20, 3, 27)
+    low, high = paired_interval(a, b)
+    assert paired_interval(b, a) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_nothing_apart_leaves_a_little_doubt_on_either_side(share):
+    a = torch.rand(1000, generator=torch.Generator().manual_seed(0)) < share
+    low, high = paired_interval(a, a)
+    assert 0 < high == -low < 0.01
+    assert paired_interval(a[:10], a[:10])[1] > 10 * high
+
+
+def test_one_image_says_little_and_none_says_nothing():
+    low, high = paired_interval(torch.tensor([True]), torch.tensor([False]))
+    assert low < 0 < high == 1
+    none = torch.zeros(0)
+    assert paired_interval(none, none) == (-1, 1)
+
+
+def test_means_over_seeds_are_figures_of_images():
+    """Two seeds of which one wins by an image each time: half of what a seed alone wins by, from either form."""
+    a, b = hits(50, 20, 0, 30)
+    low, high = paired_interval((a.double() + b.double()) / 2, b.double())
+    assert (low + high) / 2 == pytest.approx(10 / 102)
+    assert paired_interval(a.double(), b.float()) == paired_interval(a, b)
+    whole = paired_interval(a, b)
+    assert high - low < whole[1] - whole[0]
+
+
+@pytest.mark.parametrize("images", [10, 30, 200])
+@pytest.mark.parametrize(
+    "shares",
+    [(0.0, 0.01), (0.01, 0.01), (0.001, 0.05), (0.1, 0.05), (0.3, 0.3), (0.0, 0.3), (0.05, 0.9)],
+)
+def test_a_paired_interval_holds_the_truth_as_often_as_it_says(images, shares):
+    generator = torch.Generator().manual_seed(3)
+    first, second = shares
+    drawn, held = torch.rand(2000, images, generator=generator), 0
+    for one in drawn:
+        low, high = paired_interval(one < first, (one >= first) & (one < first + second))
+        held += low <= first - second <= high
+    assert held / 2000 > 0.94
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        (torch.zeros(3), torch.zeros(4), "a has 3 images and b 4; a paired interval needs the same ones"),
+        (torch.zeros(3), torch.full((3,), 1.5), r"b is of shape \[3\]; it must be a list of shares in \[0, 1\]"),
+        (torch.zeros(3, 1), torch.zeros(3), r"a is of shape \[3, 1\]; it must be a list of shares"),
+        (torch.full((1,), float("nan")), torch.zeros(1), "it must be a list of shares"),
+    ],
+)
+def test_what_is_no_pair_is_refused(a, b, message):
+    with pytest.raises(InputError, match=message):
+        paired_interval(a, b)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000])
+def test_bits_come_back_as_they_were(count):
+    made = torch.rand(count, generator=torch.Generator().manual_seed(1)) < 0.3
+    text = packed(made)
+    assert len(text) == 2 * ((count + 7) // 8)
+    back = unpacked(text, count)
+    assert back.dtype == torch.bool
+    assert torch.equal(back, made)
+
+
+def test_the_first_image_is_the_highest_bit():
+    assert packed(torch.tensor([True] + [False] * 7 + [True])) == "8080"
+
+
+def test_bits_of_another_number_of_images_are_refused():
+    with pytest.raises(InputError, match="the bits of 9 images are 1 bytes; they must be 2"):
+        unpacked("ff", 9)
+    with pytest.raises(InputError, match="must be hexadecimal digits"):
+        unpacked("xy", 8)
