@@ -291,10 +291,10 @@ def comparison(results: Sequence[Results], folder: Path, tables: Sequence[Table]
 
 
 def _filled(template: str, folder: Path, **values: Any) -> str:
-    return TEMPLATES.get_template(template).render(png=lambda name: _data_url(folder / name), **values)
+    return TEMPLATES.get_template(template).render(png=lambda name: data_url(folder / name), **values)
 
 
-def _data_url(path: Path) -> str:
+def data_url(path: Path) -> str:
     """A PNG, to be held by the page itself."""
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 

@@ -1,0 +1,269 @@
+"""What a comparison of methods found, row by row: figures with their intervals, differences from the reference, costs.
+
+Everything that shows a comparison (`comparison_report`, `comparison_picture`) shows these rows, made of what
+compare.json holds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from afd.metrics import interval, paired_interval, unpacked
+
+Content = Mapping[str, Any]  # of compare.json
+FIGURES = {
+    "clean": "clean", "pgd-40": "PGD-40", "autoattack": "AutoAttack", "transfer": "transfer", "worst": "worst case",
+}  # fmt: skip
+PAIRED = ("clean", "autoattack")  # figures whose difference from the reference is told
+ENDED = ("done", "failed")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A share of images, or the mean of one over seeds.
+
+    Attributes:
+        value: in [0, 1].
+        low, high: 95% interval over images; of a mean over several seeds, the least and the largest of them.
+        deviation: over the seeds; None of a single one.
+    """
+
+    value: float
+    low: float
+    high: float
+    deviation: float | None = None
+
+    @classmethod
+    def of(cls, share: float | None, images: int) -> Figure | None:
+        """What was measured on so many images; None where nothing was."""
+        return None if share is None else cls(share, *interval(share * images, images))
+
+    @classmethod
+    def mean(cls, shares: Sequence[float | None]) -> Figure | None:
+        """Over seeds; None unless all have one."""
+        known = [share for share in shares if share is not None]
+        if not known or len(known) < len(shares):
+            return None
+        return cls(statistics.fmean(known), min(known), max(known), statistics.stdev(known) if len(known) > 1 else 0.0)
+
+    @property
+    def percent(self) -> str:
+        """The share, or the mean and the deviation, as percentages."""
+        spread = "" if self.deviation is None else f" ± {100 * self.deviation:.2f}"
+        return f"{100 * self.value:.2f}{spread}"
+
+    def span(self, digits: int = 2) -> str:
+        """The interval, or the range, as percentages."""
+        return f"{100 * self.low:.{digits}f} to {100 * self.high:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between an entry and the reference on the same images.
+
+    Attributes:
+        value: share of images more that the entry gets right, in [-1, 1].
+        low, high: with 95% confidence.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+    @property
+    def points(self) -> str:
+        """In percentage points; a star says that the interval excludes 0."""
+        return f"{100 * self.value:+.2f}{' *' if self.clear else ''}"
+
+    def span(self, digits: int = 2) -> str:
+        """The interval, in percentage points."""
+        return f"{100 * self.low:+.{digits}f} to {100 * self.high:+.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one seed of an entry came to, or the mean over its seeds.
+
+    Attributes:
+        entry: its name.
+        seed: None for a mean.
+        seeds: how many it is of.
+        state: "waiting", "trained", "done" or "failed".
+        told: what there is to say of a run that is not done.
+        figures: by the names of `FIGURES`; None where not measured.
+        differences: from the reference, by those of `PAIRED`; empty for the reference itself.
+        passes: images that passed the network in training; None where nobody knows.
+        seconds: of training, on the wall; None before it is done.
+        verdict: of the checks, "" before they are made.
+        failed: names of the checks that failed.
+        warned: names of those that warned.
+        alarms: what went wrong in training, a kind each with its epochs.
+    """
+
+    entry: str
+    seed: str | None
+    seeds: int = 1
+    state: str = "done"
+    told: str = ""
+    figures: dict[str, Figure | None] = field(default_factory=dict)
+    differences: dict[str, Difference] = field(default_factory=dict)
+    passes: float | None = None
+    seconds: float | None = None
+    verdict: str = ""
+    failed: tuple[str, ...] = ()
+    warned: tuple[str, ...] = ()
+    alarms: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What tables call it; a dagger says that checks failed."""
+        seed = f", mean of {self.seeds} seeds" if self.seed is None else f", seed {self.seed}" if self.seeds > 1 else ""
+        return f"{self.entry}{seed}{' †' if self.verdict == 'fail' else ''}"
+
+    @property
+    def checks(self) -> str:
+        """The verdict, and what failed or else warned."""
+        named = self.failed or self.warned
+        return (f"{self.verdict}: {', '.join(named)}" if named else self.verdict) or "-"
+
+    def figure(self, name: str) -> Figure | None:
+        """One of them."""
+        return self.figures.get(name)
+
+
+def rows_of(content: Content) -> list[Row]:
+    """A row for each seed of each entry; below those of an entry with several that are done, their mean."""
+    rows = []
+    for name, entry in content["entries"].items():
+        single = [_row(content, name, seed) for seed in entry["runs"]]
+        rows += single
+        done = [row.seed for row in single if row.state == "done" and row.seed is not None]
+        if len(done) > 1:
+            rows.append(_mean(content, name, done, single))
+    return rows
+
+
+def points_of(content: Content) -> list[Row]:
+    """One row for each entry that something is known of: its mean, or else its only seed that is done."""
+    best: dict[str, Row] = {}
+    for row in rows_of(content):
+        if row.state == "done" and (row.entry not in best or row.seed is None):
+            best[row.entry] = row
+    return [row for row in best.values() if row.figure("clean") and row.figure("autoattack")]
+
+
+def checkpoints_of(content: Content) -> list[tuple[str, str, int, Figure | None, Figure | None]]:
+    """(row's name, checkpoint, epoch, clean, PGD-40) of the best, last and averaged weights of each seed."""
+    images, found = content["data"]["images"], []
+    for name, entry in content["entries"].items():
+        for seed, run in entry["runs"].items():
+            row = Row(name, seed, len(entry["runs"]))
+            for checkpoint, one in (run.get("measured") or {}).items():
+                clean, robust = (Figure.of(one.get(figure), images) for figure in ("natural", "robust"))
+                found.append((row.name, checkpoint, one["epoch"], clean, robust))
+    return found
+
+
+def _row(content: Content, name: str, seed: str) -> Row:
+    entry, images = content["entries"][name], content["data"]["images"]
+    run = entry["runs"][seed]
+    evaluation = run.get("evaluation") or {}
+    checks = evaluation.get("checks", [])
+    told = {"waiting": "waiting", "trained": "trained, not attacked yet", "done": ""}
+    failed, warned = (tuple(one["name"] for one in checks if one["verdict"] == kind) for kind in ("fail", "warn"))
+    return Row(
+        entry=name, seed=seed, seeds=len(entry["runs"]), state=run["state"],
+        told=told.get(run["state"], f"failed: {run.get('error') or 'it did not say why'}"),
+        figures={figure: Figure.of(evaluation.get(figure), images) for figure in FIGURES},
+        differences=differences(content, name, [seed]),
+        passes=entry.get("passes"), seconds=run.get("seconds"), verdict=evaluation.get("verdict", ""),
+        failed=failed, warned=warned, alarms=alarms_of(run),
+    )  # fmt: skip
+
+
+def _mean(content: Content, name: str, seeds: Sequence[str], single: Sequence[Row]) -> Row:
+    entry = content["entries"][name]
+    runs, rows = [entry["runs"][seed] for seed in seeds], [row for row in single if row.seed in seeds]
+    verdicts = [row.verdict for row in rows]
+    known = [run["seconds"] for run in runs if run.get("seconds") is not None]
+    return Row(
+        entry=name, seed=None, seeds=len(seeds),
+        figures={figure: Figure.mean([run["evaluation"].get(figure) for run in runs]) for figure in FIGURES},
+        differences=differences(content, name, seeds),
+        passes=entry.get("passes"), seconds=statistics.fmean(known) if known else None,
+        verdict=next((one for one in ("fail", "warn", "pass") if one in verdicts), ""),
+        failed=tuple(dict.fromkeys(check for row in rows for check in row.failed)),
+        warned=tuple(dict.fromkeys(check for row in rows for check in row.warned)),
+        alarms=tuple(dict.fromkeys(alarm for row in rows for alarm in row.alarms)),
+    )  # fmt: skip
+
+
+def differences(content: Content, name: str, seeds: Sequence[str]) -> dict[str, Difference]:
+    """An entry's differences from the reference, image by image, over those of the seeds that both have done.
+
+    Of several seeds, each image counts with the mean over them; where they share none, there is no difference.
+    """
+    reference, images = content["reference"], content["data"]["images"]
+    if name == reference or reference not in content["entries"]:
+        return {}
+    found = {}
+    for figure in PAIRED:
+        pairs = [
+            (mine, theirs)
+            for seed in seeds
+            if (mine := _withstood(content, name, seed, figure)) is not None
+            and (theirs := _withstood(content, reference, seed, figure)) is not None
+        ]
+        if pairs:
+            a, b = (torch.stack(of).double().mean(0) for of in zip(*pairs, strict=True))
+            found[figure] = Difference(float((a - b).sum()) / images, *paired_interval(a, b))
+    return found
+
+
+def _withstood(content: Content, name: str, seed: str, figure: str) -> Tensor | None:
+    """Which images one seed of an entry gets right; None where that is not known."""
+    run = content["entries"][name]["runs"].get(seed) or {}
+    text = ((run.get("evaluation") or {}).get("withstood") or {}).get(figure)
+    return None if text is None else unpacked(text, content["data"]["images"])
+
+
+def alarms_of(run: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kinds of a run's alarms, each with the epochs it went off in."""
+    epochs: dict[str, list[int]] = {}
+    for alarm in run.get("alarms") or ():
+        epochs.setdefault(alarm["kind"], []).append(alarm["epoch"])
+    spans = {kind: (min(of), max(of)) for kind, of in epochs.items()}
+    return tuple(f"{kind} (epoch {f'{a}' if a == b else f'{a} to {b}'})" for kind, (a, b) in spans.items())
+
+
+def amount(number: float | None) -> str:
+    """A large number in few characters."""
+    if number is None:
+        return "-"
+    for size, sign in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{sign}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds, minutes or hours."""
+    if seconds is None:
+        return "-"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return (
+        f"{seconds / 60:.1f} min" if seconds < 600 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+    )
