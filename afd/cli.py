@@ -1,4 +1,4 @@
-"""The commands ``afd train | evaluate | bench | curves | info`` (or ``python -m afd``).
+"""The commands ``afd train | evaluate | compare | bench | curves | info`` (or ``python -m afd``).
 
 A mistake ends in one line and exit status 2. Each command imports what it needs, when it is asked for.
 """
@@ -49,10 +49,27 @@ def train(words: Sequence[str]) -> Work:
 
 def evaluate(words: Sequence[str]) -> Work:
     """Attack a trained classifier, look for self-deception, and write a report."""
+    from afd.deprecated import compared_words
+
+    if (moved := compared_words(words)) is not None:
+        return compare(moved)
     from afd.evaluation.command import EvaluateConfig, run
     from afd.options import parsed
 
     return partial(run, parsed(EvaluateConfig, "evaluate", words, evaluate.__doc__))
+
+
+def compare(words: Sequence[str]) -> Work:
+    """Put finished results side by side: figures, differences over the same images, and a report."""
+    from afd.experiments.compared_results import ResultsConfig, compare_results
+    from afd.options import parsed
+
+    config = parsed(ResultsConfig, "compare", words, compare.__doc__)
+    return partial(_compare, compare_results, config)
+
+
+def _compare(compare_results: Any, config: Any) -> None:
+    compare_results(config.results, config.out, config.overwrite)
 
 
 def bench(words: Sequence[str]) -> Work:
@@ -107,7 +124,7 @@ def info(words: Sequence[str]) -> Work:
 
 
 NAME = re.compile(r"^[a-z]+(_[a-z]+)+(?= is )")  # of an argument, at the beginning of an error
-COMMANDS = {"train": train, "evaluate": evaluate, "bench": bench, "curves": curves, "info": info}
+COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "bench": bench, "curves": curves, "info": info}
 
 
 def benchmarks() -> Any:

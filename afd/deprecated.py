@@ -23,6 +23,7 @@ WITHOUT_EFFECT = {  # of `afd train --method natural`, which took every option o
 
 
 ATTACK_SETTINGS = {"piece": "chunk_size", "look": "validate", "fold": "fold_batchnorm"}
+BENCH_OPTIONS = {"rounds": "repeats", "compare": "since"}
 METHOD_SETTINGS = {"discriminator_rounds": "discriminator_steps"}
 # settings of methods that checkpoints of earlier days do not have, with what was done then
 ADDED = {"nesterov": False, "decay_norms": True}
@@ -92,10 +93,26 @@ def bench_words(words: Sequence[str]) -> list[str]:
         name, options = "methods", ["--methods=afd", *options]
     for i, word in enumerate(options):
         option, equals, value = word.partition("=")
-        if option == "--rounds" or (option == "rounds" and equals):
-            options[i] = option.replace("rounds", "repeats") + equals + value
-            _old(f"{option} is now {option.replace('rounds', 'repeats')}")
+        new = BENCH_OPTIONS.get(option.removeprefix("--"))
+        if new is not None and (option.startswith("--") or equals):
+            renamed = f"--{new}" if option.startswith("--") else new
+            options[i] = f"{renamed}{equals}{value}"
+            _old(f"{option} is now {renamed}")
     return [name, *options] if words else []
+
+
+def compared_words(words: Sequence[str]) -> list[str] | None:
+    """The words of ``afd compare`` that those of ``afd evaluate --compare`` are now; None where they do not compare."""
+    if not any(word.partition("=")[0] == "--compare" for word in words):
+        return None
+    _old("afd evaluate --compare is now afd compare --results")
+    return [_with_option(word, "--compare", "--results") for word in words]
+
+
+def _with_option(word: str, old: str, new: str) -> str:
+    """A word with an option by its new name."""
+    option, equals, value = word.partition("=")
+    return f"{new}{equals}{value}" if option == old else word
 
 
 # --- Settings -------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ SHORTER = (  # added to a command that begins so
     ("afd train natural", "--limit 60 --epochs 1 --width 2 --batch-size 32"),
     ("afd train", QUICK),
     ("torchrun", QUICK),
-    ("afd evaluate --compare", ""),
+    ("afd compare --results", ""),
     ("afd evaluate", "--images 10"),
     ("afd bench attacks --attack apgd", "--batch 8 --steps 6 --repeats 1"),
     ("afd bench attacks", "--batch 8 --steps 1 --repeats 1"),

@@ -96,7 +96,7 @@ def test_every_option_of_a_benchmark_has_a_help_line(work, capsys):
     helped = " ".join(re.sub(r"[│\n]", " ", capsys.readouterr().out).split())
     sources = [inspect.getsource(one) for one in work.__mro__ if issubclass(one, Benchmark)]
     offered = [field for field in dataclasses.fields(work) if "Suppress" not in str(field.type)]
-    assert {"device", "out", "compare"} <= {field.name for field in offered}
+    assert {"device", "out", "since"} <= {field.name for field in offered}
     for field in offered:
         found = (re.search(rf'^    {field.name}: .*\n    """(.+?)"""', source, re.M | re.S) for source in sources)
         match = next(filter(None, found), None)
@@ -107,7 +107,7 @@ def test_every_option_of_a_benchmark_has_a_help_line(work, capsys):
 def test_no_command_shows_the_commands(capsys):
     assert main([]) == 2
     told = capsys.readouterr().err
-    assert told.startswith("afd: error: the command is missing; allowed are train, evaluate, bench, curves, info (")
+    assert told.startswith("afd: error: the command is missing; allowed are train, evaluate, compare, bench, curves, ")
     with pytest.raises(SystemExit) as shown:
         main(["--help"])
     assert not shown.value.code
@@ -126,7 +126,7 @@ def test_no_command_shows_the_commands(capsys):
         (["discriminator", "--against", "x"], "afd: error: against is 'x'; allowed are plain, parametrized"),
         (["methods", "--schedules", "never"], "afd: error: schedules is 'never'; allowed are simultaneous, "),
         (["agreement", "--data", ".", "--peer", "nobody"], "afd: error: peer is 'nobody'; allowed are"),
-        (["discriminator", "--compare", "pyproject.toml"], "afd: error: pyproject.toml is not JSON"),
+        (["discriminator", "--since", "pyproject.toml"], "afd: error: pyproject.toml is not JSON"),
     ],
 )
 def test_a_mistake_in_a_benchmark_is_one_line(arguments, message, capsys, monkeypatch):
@@ -152,8 +152,8 @@ def test_a_mistake_in_a_benchmark_is_one_line(arguments, message, capsys, monkey
         (["--out", "x" * 300], "File name too long"),
         (["--out", "loop"], "out is loop: Too many levels of symbolic links"),
         (["--out", "pipe"], "out is pipe, which is a device or pipe"),
-        (["--compare", "pipe"], "compare is pipe, which is a device or pipe"),
-        (["--compare", "a\0b"], "a path has no null byte"),
+        (["--since", "pipe"], "since is pipe, which is a device or pipe"),
+        (["--since", "a\0b"], "a path has no null byte"),
     ],
 )
 def test_a_mistake_in_a_benchmark_is_found_before_anything_begins(arguments, message, tmp_path, capsys, monkeypatch):

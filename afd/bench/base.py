@@ -54,7 +54,7 @@ class Benchmark(ABC):
     """cpu or cuda."""
     out: Path | None = None
     """JSON file; a PNG goes beside it. Default: benchmarks/results/<what>-<device>.json."""
-    compare: Path | None = None
+    since: Path | None = None
     """JSON of an earlier run on this device: says what changed beyond noise."""
 
     @abstractmethod
@@ -110,7 +110,7 @@ def run(benchmark: Benchmark, console: Console) -> Document:
     device = device_named(benchmark.device)
     settings = benchmark.repeats, benchmark.settings
     document = Document.here(benchmark.name, device, *settings, {}, benchmark.packages)
-    old = earlier(benchmark.compare, document) if benchmark.compare else None
+    old = earlier(benchmark.since, document) if benchmark.since else None
     out = benchmark.file(device)
     with ExitStack() as stack:
         stack.callback(remove_empty, missing(out.parent))

@@ -123,7 +123,7 @@ def read(path: Path, benchmark: str | None = None) -> Document:
     Raises:
         DocumentError: it is missing, no such document, of another version, or of another benchmark.
     """
-    check_source("compare", path)
+    check_source("since", path)
     try:
         found = json.loads(path.read_text())
     except OSError as error:

@@ -21,22 +21,16 @@ from afd.evaluation.confirm import confirmed_in_words
 from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.measure import check_numbers
 from afd.evaluation.model import Model, from_factory
-from afd.evaluation.outcome import read_results
-from afd.evaluation.plots import plot_sweeps
 from afd.evaluation.protocol import named
 from afd.evaluation.report import (
     Table,
     advised,
     ball_name,
-    comparison,
     percent,
-    table_1,
-    table_2,
     tables_of,
-    union_table,
 )
-from afd.evaluation.store import REPORT, TABLES, Output, check_folder, comparison_folder
-from afd.files import check_path, check_source, write_whole
+from afd.evaluation.store import REPORT, Output, check_folder
+from afd.files import check_path, check_source
 from afd.installation import needed_by
 from afd.metrics import spanned
 from afd.presets import PRESETS
@@ -87,8 +81,6 @@ class EvaluateConfig:
     """paper: a second checkpoint or function, on which transfer (black-box) attacks are made."""
     transfer_model: str = ""
     """As --model, for the network of --transfer-from."""
-    compare: tuple[Path, ...] = ()
-    """Folders of finished evaluations to put side by side, beside the published figures; no model then."""
     batch_size: int = 250
     """Images that are attacked together."""
     seed: int = 0
@@ -130,10 +122,7 @@ def run(config: EvaluateConfig, console: Console | None = None) -> None:
     output = Output(config.out, config.overwrite)
     try:
         with on_signals(_halt):
-            if config.compare:
-                compare(config, console or Console())
-            else:
-                _evaluate(config, output, console or Console())
+            _evaluate(config, output, console or Console())
     except KeyboardInterrupt as stop:
         raise EvaluationStoppedError(getattr(stop, "number", signal.SIGINT), output.status()) from None
 
@@ -176,7 +165,7 @@ def _check(config: EvaluateConfig) -> None:
     """Raises InputError where options do not go together."""
     if not config.checkpoint:
         told = f"model is {config.model}, but checkpoint is missing" if config.model else "model is missing"
-        raise InputError(f"{told}; name a checkpoint or package.module:function, or folders with --compare")
+        raise InputError(f"{told}; name a checkpoint or package.module:function")
     for name, spec in (("checkpoint", config.checkpoint), ("transfer-from", config.transfer_from)):
         if spec:
             check_source(name, spec)
@@ -190,25 +179,6 @@ def _check(config: EvaluateConfig) -> None:
         raise InputError(f"precision is {config.precision}, but reference is set; pyautoattack runs in float32")
     if config.overwrite and config.out is None:
         raise InputError("overwrite is set, but out is not; the numbered folders are never overwritten")
-
-
-def compare(config: EvaluateConfig, console: Console) -> None:
-    """Puts finished evaluations side by side: tables 1 and 2, curves, and a report."""
-    if config.checkpoint:
-        raise InputError(f"model is {config.checkpoint!r}, but compare takes folders of finished evaluations only")
-    found = [read_results(path) for path in config.compare]
-    names = {one["data"]["name"] for one in found}
-    if len(names) > 1:
-        raise InputError(f"compare names evaluations of {', '.join(sorted(names))}; all must be of one data set")
-    of_union = union_table(found)
-    tables = [table_1(found), table_2(found), *([] if of_union is None else [of_union])]
-    with comparison_folder(config.out, overwrite=config.overwrite) as out:
-        plot_sweeps(out / "curves.png", found)
-        write_whole(out / REPORT, comparison(found, out, tables))
-        write_whole(out / TABLES, "\n".join(f"{table.title}\n\n{table.markdown()}\n" for table in tables))
-    for table in tables:
-        present_table(table, console)
-    console.print(f"{out}/{REPORT} written", soft_wrap=True, markup=False, highlight=False)
 
 
 def load(spec: str, device: torch.device, function: str = "") -> Model:

@@ -383,11 +383,11 @@ def read_results(path: Path) -> dict[str, Any]:
     Raises:
         ResultsError: there are none, or they are of another version.
     """
-    check_source("compare", path)
+    check_source("results", path)
     file = path / RESULTS if path.is_dir() else path
-    check_source("compare", file)
+    check_source("results", file)
     if not file.is_file():
-        raise ResultsError(f"{path} holds no {RESULTS}; compare takes folders that afd evaluate has finished")
+        raise ResultsError(f"{path} holds no {RESULTS}; --results takes what afd evaluate or afd compare has finished")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

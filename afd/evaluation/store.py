@@ -175,6 +175,8 @@ STATE = "state"
 REPORT = "report.html"
 TABLES = "tables.md"
 COMPARISONS = Path("runs/comparisons")
+# what lies in a comparison's folder at last, of evaluations or of methods, and in that of one that was killed
+FINISHED, UNFINISHED = (TABLES, "table.md"), {"curves.png", "compare.png", "table.csv", REPORT}
 WRITTEN = (RESULTS, "curves.png", "divergence.png", "examples.png", REPORT)  # the first says that all are there
 
 _T = TypeVar("_T")
@@ -290,9 +292,11 @@ def comparison_folder(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
             return
         check_folder(out)
         lock(out, stack)
-        if contents(out) - {"curves.png", REPORT} and not overwrite:  # these alone: a comparison that was killed
-            held = "a finished" if {RESULTS, TABLES} & contents(out) else "something else than an"
+        if contents(out) - UNFINISHED and not overwrite:
+            held = "a finished" if {RESULTS, *FINISHED} & contents(out) else "something else than an"
             raise FolderError(f"out is {out}, which holds {held} evaluation; name another folder, or pass --overwrite")
+        for name in (*FINISHED, *UNFINISHED):
+            (out / name).unlink(missing_ok=True)
         discard(out)
         yield out
 

@@ -52,8 +52,8 @@ def write_all(folder: Path, content: Content) -> None:
     """
     plot(folder / PICTURE, content)
     write_whole(folder / FIGURES_CSV, as_csv(content))
-    write_whole(folder / MARKDOWN, as_markdown(content))
     write_whole(folder / REPORT, as_page(content, folder))
+    write_whole(folder / MARKDOWN, as_markdown(content))
 
 
 # --- Words ------------------------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def facts_of(content: Content) -> dict[str, str]:
         "machine": told(content.get("machine")),
         "versions": told(content.get("versions")),
         "commit": told(content.get("commit")),
-        "again": "`afd compare --config table.toml`",
+        "again": content.get("again", "`afd compare --config table.toml`"),
     }
     return {name: fact for name, fact in facts.items() if fact}
 

@@ -57,7 +57,7 @@ def test_measures_prints_and_records(bench, tmp_path):
 def test_a_radius_of_ones_own_and_a_comparison_with_an_earlier_run(bench, tmp_path):
     made, _ = bench(norm="L2", attack="pgd", eps=0.125, repeats=5)
     assert [(case.settings["norm"], case.settings["eps"]) for case in made.cases.values()] == [("L2", 0.125)]
-    assert "since 2" in bench(norm="L2", eps=0.125, repeats=5, compare=tmp_path / "b.json")[1]
+    assert "since 2" in bench(norm="L2", eps=0.125, repeats=5, since=tmp_path / "b.json")[1]
 
 
 def test_a_missing_baseline_is_named_with_its_pip_line(bench, monkeypatch):

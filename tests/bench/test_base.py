@@ -68,7 +68,7 @@ def test_an_error_leaves_what_was_measured_which_can_be_compared_with(tmp_path, 
         run(Three(seen=[], out=out, fails=True), console)
     left = read(out)
     assert (list(left.cases), left.finished) == (["first", "second"], False)
-    run(Three(seen=[], out=out, compare=out), console)
+    run(Three(seen=[], out=out, since=out), console)
     shown = " ".join(console.export_text().split())
     assert "a run that was cut off: what it had measured by then" in shown
     assert shown.count("within noise") == 2
@@ -123,9 +123,9 @@ def test_words_are_read_as_the_options_are_annotated():
     def read(*words):
         return built((AttackBench, KernelBench, MethodsBench), words)
 
-    bench = read("attacks", "shape=3,224,224", "eps=0.5", "batch=64", "model=a.b:c", "compare=x/y.json")
+    bench = read("attacks", "shape=3,224,224", "eps=0.5", "batch=64", "model=a.b:c", "since=x/y.json")
     assert (bench.name, bench.shape, bench.eps, bench.batch) == ("attacks", (3, 224, 224), 0.5, 64)
-    assert (bench.model, bench.compare, bench.out, bench.steps) == ("a.b:c", Path("x/y.json"), None, 20)
+    assert (bench.model, bench.since, bench.out, bench.steps) == ("a.b:c", Path("x/y.json"), None, 20)
     assert read("methods", "case=small", "case=resnet18").case == "resnet18", "the last counts"
     assert read("attacks", "model=a=b").model == "a=b"
 

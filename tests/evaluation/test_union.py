@@ -192,7 +192,7 @@ def test_any_checkpoint_is_evaluated_in_balls_that_are_named_and_compared(robust
     (tmp_path / "plain" / "results.json").write_text(json.dumps(plain))
     capsys.readouterr()
     folders = [str(tmp_path / name) for name in ("three", "one", "plain")]
-    assert main(["evaluate", "--compare", *folders, "--out", str(tmp_path / "compared")]) == 0
+    assert main(["compare", "--results", *folders, "--out", str(tmp_path / "compared")]) == 0
     table = union_table([three, one, plain])
     assert table.head == ("method", "clean", "L∞ ε = 0.12", "L2 ε = 0.5", "L1 ε = 1.5", "union")
     assert table.rows[1][2] == table.rows[1][4] == "-"

@@ -1,0 +1,345 @@
+"""The report of a comparison: its figures are those of compare.json, wherever they are shown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from comparisons import ALARM, comparison, entry, run, waiting
+from rich.console import Console
+
+from afd.experiments import comparison_picture, comparison_report, comparison_rows
+from afd.experiments.comparison_rows import Figure, amount, duration, points_of, rows_of
+from afd.metrics import interval, packed, paired_interval
+
+SHARES = ("clean", "pgd-40", "autoattack", "transfer", "worst")
+
+
+@pytest.fixture
+def content():
+    """One of each: a reference, one that is as good, one that failed its checks, three seeds, a failed, a waiting one."""
+    entries = {
+        "natural": entry("natural", [(0.99, 0.0)], seconds=60.0),
+        "at": entry("at", [(0.98, 0.90), (0.975, 0.89), (0.985, 0.91)], transfer=0.95),
+        "trades": entry("trades", [(0.98, 0.901)]),
+        "afd-wgan": entry("afd-wgan", [(0.97, 0.85), (0.96, 0.86)], method="afd", verdict="fail", seconds=600.0),
+        "fgsm-rs": entry("fgsm-rs", [(0.97, 0.80)], verdict="warn", alarms=[ALARM, ALARM | {"epoch": 6}]),
+        "mart": waiting("mart", "failed", "the loss is not finite"),
+        "llr": waiting("llr"),
+    }
+    return comparison(entries, seeds=[0, 1, 2])
+
+
+def printed(content, width=100):
+    console = Console(width=width, file=io.StringIO(), force_terminal=False)
+    comparison_report.present(content, console)
+    return console.file.getvalue()
+
+
+def table(content):
+    return list(csv.DictReader(io.StringIO(comparison_report.as_csv(content))))
+
+
+def named(content, name):
+    return next(row for row in rows_of(content) if row.name.removesuffix(" †") == name)
+
+
+# --- Rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_come_with_their_intervals(content):
+    found = named(content, "trades").figure("autoattack")
+    share = content["entries"]["trades"]["runs"]["0"]["evaluation"]["autoattack"]
+    assert found == Figure(share, *interval(1000 * share, 1000))
+
+
+def test_differences_are_those_of_the_same_images(content):
+    """trades and the reference differ in few images, whatever each one's own interval."""
+    runs = content["entries"]
+    mine, theirs = (runs[name]["runs"]["0"]["evaluation"] for name in ("trades", "at"))
+    row = named(content, "trades")
+    found = row.differences["autoattack"]
+    assert found.value == pytest.approx(mine["autoattack"] - theirs["autoattack"])
+    assert found.low <= found.value <= found.high
+    own = row.figure("autoattack")
+    assert found.high - found.low < 0.2 * (own.high - own.low)
+    assert named(content, "natural").differences["autoattack"].clear
+    assert not named(content, "trades").differences["clean"].clear
+    assert not named(content, "at, seed 0").differences
+
+
+def test_a_mean_is_paired_over_the_seeds_that_both_have(content):
+    bits = comparison_rows._withstood
+    a, b = (torch.stack([bits(content, name, seed, "clean") for seed in "01"]) for name in ("afd-wgan", "at"))
+    found = named(content, "afd-wgan, mean of 2 seeds").differences["clean"]
+    means = a.double().mean(0), b.double().mean(0)
+    assert found.value == pytest.approx(float((means[0] - means[1]).mean()))
+    assert (found.low, found.high) == pytest.approx(paired_interval(*means))
+    content["entries"]["at"]["runs"] = {"7": content["entries"]["at"]["runs"]["0"]}
+    assert not named(content, "afd-wgan, mean of 2 seeds").differences
+
+
+def test_a_mean_has_the_deviation_and_the_range_of_its_seeds(content):
+    shares = [one["evaluation"]["autoattack"] for one in content["entries"]["at"]["runs"].values()]
+    found = named(content, "at, mean of 3 seeds").figure("autoattack")
+    assert (found.low, found.high) == (min(shares), max(shares))
+    assert found.value == pytest.approx(sum(shares) / 3)
+    assert found.deviation == pytest.approx(float(torch.tensor(shares, dtype=torch.float64).std()))
+
+
+def test_a_reference_that_failed_leaves_no_differences(content):
+    content["reference"] = "mart"
+    assert not any(row.differences for row in rows_of(content))
+
+
+def test_what_no_seed_has_is_no_mean(content):
+    assert named(content, "afd-wgan, mean of 2 seeds").figure("transfer") is None
+    assert named(content, "at, mean of 3 seeds").figure("transfer") is not None
+
+
+# --- Everywhere ------------------------------------------------------------------------------------------------------
+
+
+def test_the_csv_is_compare_json_again(content):
+    lines = table(content)
+    assert len(lines) == sum(len(one["runs"]) for one in content["entries"].values())
+    for line in lines:
+        made = content["entries"][line["entry"]]
+        found = made["runs"][line["seed"]]
+        assert (line["state"], line["error"]) == (found["state"], found["error"] or "")
+        for name in SHARES:
+            value = (found["evaluation"] or {}).get(name)
+            assert line[name.replace("-", "_")] == ("" if value is None else repr(value))
+        assert line["passes"] == ("" if made["passes"] is None else repr(made["passes"]))
+        assert line["best_robust"] == repr(found["measured"]["best"]["robust"] if found["measured"] else "").strip("'")
+    failed = {line["entry"]: line["failed_checks"] for line in lines if line["verdict"] == "fail"}
+    assert failed == {"afd-wgan": "Square beats white-box"}
+    trades = next(line for line in lines if line["entry"] == "trades")
+    assert float(trades["autoattack_difference"]) == named(content, "trades").differences["autoattack"].value
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_terminal_shows_every_figure_in_its_width(content, width):
+    shown = printed(content, width)
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" in shown  # in intervals alone: no figure is cut short
+    for row in rows_of(content):
+        for name in SHARES:
+            if row.figure(name):
+                assert f"{100 * row.figure(name).value:.2f}" in shown
+    words = " ".join(shown.split())
+    assert "failed: the loss is not finite" in re.sub(r"(?<=\S) {2,}", " ", words)
+    assert "fail: Square" in words
+    assert "catastrophic" in words
+    assert "waiting" in words
+
+
+def test_markdown_has_a_row_of_each_and_marks_what_is_clear(content):
+    text = comparison_report.as_markdown(content)
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("| entry | clean"))
+    rows = [line for line in lines if line.startswith("| ") and line.count(" | ") == head.count(" | ")]
+    assert len(rows) == 2 + len(rows_of(content))
+    natural = next(line for line in rows if line.startswith("| natural "))
+    assert re.search(r"\| \*\*-8\d\.\d\d \\\* \(-9\d\.\d\d to -8\d\.\d\d\)\*\* \|", natural)
+    assert "afd-wgan, seed 1 †" in text
+    assert "† Checks for self-deception failed" in text
+    assert "54,000 to train on, 6,000 to choose by, the first 1,000 of the test images to attack" in text
+    assert "5m of `at` at 1,190 images a second: 120M passes of an image, for every entry" in text
+
+
+def test_what_is_not_finished_says_so_everywhere(content, tmp_path):
+    content["finished"] = False
+    comparison_report.write_all(tmp_path, content)
+    progress = "9 of 10 runs are done or have failed"
+    assert f"**Not finished: {progress}.**" in (tmp_path / "table.md").read_text()
+    assert f"Not finished: {progress}." in (tmp_path / "report.html").read_text()
+    assert f"(not finished: {progress})" in " ".join(printed(content).split())
+    assert "(not finished)" in comparison_picture.draw(content).get_suptitle()
+
+
+def test_a_comparison_of_which_nothing_is_done_has_a_report(tmp_path):
+    content = comparison({"at": waiting("at"), "llr": waiting("llr", "trained")}, finished=False)
+    comparison_report.write_all(tmp_path, content)
+    assert {path.name for path in tmp_path.iterdir()} == {"table.md", "table.csv", "compare.png", "report.html"}
+    assert "trained, not attacked yet" in printed(content)
+    comparison_report.write_all(tmp_path, comparison({}, finished=False))
+
+
+def test_balls_of_a_union_are_all_named():
+    content = comparison({"at": waiting("at")}, ball={"union": {"Linf": "8/255", "L2": "0.5"}})
+    assert "in the union of L∞ ε = 8/255, L2 ε = 0.5" in comparison_report.as_markdown(content)
+
+
+# --- The page --------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Notes links, anchors and pictures, and that every element is closed in its turn."""
+
+    EMPTY = ("meta", "br", "img")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.links, self.anchors, self.pictures, self.text = [], [], set(), [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.open += [] if tag in self.EMPTY else [tag]
+        self.links += [found["href"]] if "href" in found else []
+        self.anchors |= {found["id"]} if "id" in found else set()
+        self.pictures += [found["src"]] if "src" in found else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_whole_and_leads_to_what_is_there(content, tmp_path):
+    there = tmp_path / "trades" / "seed-0"
+    (there / "evaluation").mkdir(parents=True)
+    (there / "evaluation" / "report.html").write_text("")
+    (there / "curves.png").write_bytes(b"")
+    comparison_report.write_all(tmp_path, content)
+    page = Page((tmp_path / "report.html").read_text())
+    files = [link for link in page.links if not link.startswith("#")]
+    assert files == ["trades/seed-0/curves.png", "trades/seed-0/evaluation/report.html"]
+    assert all((tmp_path / link).is_file() for link in files)
+    assert {link[1:] for link in page.links if link.startswith("#")} <= page.anchors
+    assert all(source.startswith("data:image/png;base64,") for source in page.pictures)
+    for row in rows_of(content):
+        assert row.name in page.text
+    words = " ".join(page.text.split())
+    assert "afd compare --config table.toml" in words
+    assert "Alarm: catastrophic overfitting in epoch 4: one step 99%, many 2%; more steps help" in words
+    assert "26 passes for each image, 6 epochs, of 54,000 images, 8.4M passes in all" in words
+    assert "failed: the loss is not finite" in words
+
+
+def test_names_are_text_and_never_markup(tmp_path):
+    name = "<b>[bold]a|b*_`&"
+    made = entry(name, [(0.9, 0.5)]) | {"words": "at --x '<i>'"}
+    content = comparison({"at": entry("at", [(0.9, 0.4)]), name: made})
+    comparison_report.write_all(tmp_path, content)
+    text = (tmp_path / "report.html").read_text()
+    assert "<b>[bold]" not in text
+    assert "<i>" not in text
+    assert name in Page(text).text
+    assert name in "".join(printed(content).split())
+    line = next(line for line in (tmp_path / "table.md").read_text().splitlines() if "bold" in line)
+    assert re.sub(r"\\(.)", r"\1", re.split(r"(?<!\\)\|", line)[1]).strip() == name
+    assert table(content)[1]["entry"] == name
+
+
+# --- The picture -----------------------------------------------------------------------------------------------------
+
+
+def points(picture):
+    """The points of the closest panel, by entry."""
+    return {one.get_gid(): one for one in picture.axes[-1].collections if one.get_gid()}
+
+
+def spread(count):
+    """Entries close together, and natural training far away."""
+    generator = torch.Generator().manual_seed(5)
+    entries = {"natural": entry("natural", [(0.99, 0.0)], seconds=50.0)}
+    for number in range(count):
+        clean, attacked = torch.rand(2, generator=generator).tolist()
+        made = [(0.97 + 0.02 * clean, 0.86 + 0.04 * attacked)]
+        entries[f"method-{number}"] = entry(f"method-{number}", made, seconds=100.0 + 10 * number)
+    return comparison(entries, reference="natural")
+
+
+def test_points_lie_where_the_figures_are_and_are_as_large_as_the_cost(content):
+    content["entries"].pop("natural")
+    picture = comparison_picture.draw(content)
+    assert len(picture.axes) == 1
+    drawn = points(picture)
+    assert drawn.keys() == {"at", "trades", "afd-wgan", "fgsm-rs"}
+    for row in points_of(content):
+        found = row.figure("clean"), row.figure("autoattack")
+        assert drawn[row.entry].get_offsets()[0].tolist() == pytest.approx([100 * one.value for one in found])
+    assert drawn["afd-wgan"].get_sizes()[0] > drawn["at"].get_sizes()[0] > 0
+
+
+def test_failed_checks_are_hollow(content):
+    hollow = {name for name, one in points(comparison_picture.draw(content)).items() if not len(one.get_facecolors())}
+    assert hollow == {"afd-wgan"}
+
+
+def test_sizes_are_in_the_order_of_cost():
+    drawn = points(comparison_picture.draw(spread(6)))
+    sizes = [drawn[f"method-{number}"].get_sizes()[0] for number in range(6)]
+    assert sizes == sorted(set(sizes))
+
+
+def test_without_every_time_passes_are_the_cost(content):
+    content["entries"]["at"]["runs"]["0"]["seconds"] = None
+    content["entries"]["trades"]["runs"]["0"]["seconds"] = None
+    content["entries"]["trades"]["passes"] = 4e6
+    picture = comparison_picture.draw(content)
+    drawn = points(picture)
+    assert drawn["trades"].get_sizes()[0] < drawn["at"].get_sizes()[0]
+    assert "4M passes" in {text.get_text() for text in picture.legends[0].get_texts()}
+
+
+def test_what_lies_far_away_does_not_squeeze_the_others():
+    picture = comparison_picture.draw(spread(19))
+    whole, close = picture.axes
+    assert whole.get_ylim()[0] < 0
+    assert close.get_ylim()[0] > 80
+    assert "natural" not in points(picture)
+    assert [text.get_text() for text in whole.texts] == ["natural"]
+
+
+def test_names_of_twenty_entries_cover_neither_each_other_nor_points():
+    picture = comparison_picture.draw(spread(19))
+    close = picture.axes[-1]
+    boxes = [text.get_window_extent() for text in close.texts]
+    assert len(boxes) == 19
+    for number, one in enumerate(boxes):
+        assert close.bbox.x0 <= one.x0 <= one.x1 <= close.bbox.x1
+        assert close.bbox.y0 <= one.y0 <= one.y1 <= close.bbox.y1
+        assert not any(one.overlaps(other) for other in boxes[:number])
+        for point in points(picture).values():
+            assert not one.contains(*close.transData.transform(point.get_offsets()[0]))
+
+
+# --- Words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(None, "-"), (0.4, "0 s"), (59, "59 s"), (90, "1.5 min"), (1800, "30 min"), (7200, "2.0 h")],
+)
+def test_durations_are_short(seconds, said):
+    assert duration(seconds) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(None, "-"), (12, "12"), (54000, "54k"), (8.4e6, "8.4M"), (1.2e9, "1.2G")]
+)
+def test_amounts_are_short(number, said):
+    assert amount(number) == said
+
+
+def test_a_run_of_few_images_is_as_uncertain_as_it_is():
+    made = comparison({"at": {**entry("at", []), "runs": {"0": run("f", 9, 1.0, 1.0)}}}, images=9)
+    found = rows_of(made)[0].figure("autoattack")
+    assert (found.value, found.high) == (1.0, pytest.approx(1.0))
+    assert found.low < 0.71
+    assert (
+        packed(torch.ones(9, dtype=torch.bool))
+        == made["entries"]["at"]["runs"]["0"]["evaluation"]["withstood"]["worst"]
+    )
+    assert Path(comparison_report.__file__).parent.joinpath("templates", "methods.html").is_file()
