@@ -173,10 +173,6 @@ def _cpu(value: Any) -> Any:
 PARENT = Path("runs/evaluations")
 STATE = "state"
 REPORT = "report.html"
-TABLES = "tables.md"
-COMPARISONS = Path("runs/comparisons")
-# what lies in a comparison's folder at last, of evaluations or of methods, and in that of one that was killed
-FINISHED, UNFINISHED = (TABLES, "table.md"), {"curves.png", "compare.png", "table.csv", REPORT}
 WRITTEN = (RESULTS, "curves.png", "divergence.png", "examples.png", REPORT)  # the first says that all are there
 
 _T = TypeVar("_T")
@@ -275,30 +271,6 @@ class Output:
                 stack.push(attempt.pop_all())
                 return folder
         return numbered(self.parent, stack)
-
-
-@contextmanager
-def comparison_folder(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
-    """The folder of a comparison, `out` or the next in `COMPARISONS`; its tables are written last.
-
-    Raises:
-        FolderError: it holds something else, and `overwrite` is not set; or another process uses it.
-    """
-    with ExitStack() as stack:
-        if out is None:
-            folder = numbered(COMPARISONS, stack)
-            yield folder
-            point_to(folder)
-            return
-        check_folder(out)
-        lock(out, stack)
-        if contents(out) - UNFINISHED and not overwrite:
-            held = "a finished" if {RESULTS, *FINISHED} & contents(out) else "something else than an"
-            raise FolderError(f"out is {out}, which holds {held} evaluation; name another folder, or pass --overwrite")
-        for name in (*FINISHED, *UNFINISHED):
-            (out / name).unlink(missing_ok=True)
-        discard(out)
-        yield out
 
 
 def check_folder(out: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from typing import Any
 from afd.attacks.ball import NORMS
 from afd.errors import InputError
 from afd.evaluation.command import present_table
-from afd.evaluation.outcome import ResultsError, read_results
+from afd.evaluation.outcome import RESULTS, ResultsError, read_results
 from afd.evaluation.plots import plot_sweeps
 from afd.evaluation.report import Results, Table, comparison, table_1, table_2, union_table
-from afd.evaluation.store import REPORT, TABLES, comparison_folder
-from afd.experiments.comparison_report import present, told, write_all
+from afd.evaluation.store import REPORT, check_folder, contents, discard, lock, numbered
+from afd.experiments.comparison_report import FIGURES_CSV, MARKDOWN, PICTURE, present, told, write_all
 from afd.experiments.comparison_rows import Content, Difference
-from afd.files import check_path, check_source, write_whole
+from afd.files import FolderError, check_path, check_source, point_to, write_whole
 from afd.installation import needed_by
 from afd.metrics import paired_interval, unpacked
 
@@ -31,6 +32,10 @@ with needed_by("afd compare"):
     from rich.console import Console
 
 COMPARISON, FORMAT, VERSION = "compare.json", "afd-comparison", 1
+TABLES = "tables.md"
+COMPARISONS = Path("runs/comparisons")
+# what lies in a comparison's folder at last, of evaluations or of methods, and in that of one that was killed
+FINISHED, UNFINISHED = (TABLES, MARKDOWN), {"curves.png", PICTURE, FIGURES_CSV, REPORT}
 PARTS = ("finished", "data", "ball", "network", "budget", "reference", "seeds", "entries")
 
 
@@ -70,6 +75,8 @@ def compare_results(folders: Sequence[Path], out: Path | None, overwrite: bool, 
         check_path("out", out)
         if (out / COMPARISON).exists():
             raise InputError(f"out is {out}, which holds the runs of a comparison; name another folder")
+        if out.resolve() in {folder.resolve() for folder in folders}:
+            raise InputError(f"out is {out}, which is one of the results; name another folder")
     kinds = [_is_comparison(folder) for folder in folders]
     if any(kinds) and not all(kinds):
         one, other = folders[kinds.index(True)], folders[kinds.index(False)]
@@ -77,6 +84,30 @@ def compare_results(folders: Sequence[Path], out: Path | None, overwrite: bool, 
     written = (_comparisons if all(kinds) else _evaluations)(list(folders), out, overwrite, console)
     console.print(f"{written}/{REPORT} written", soft_wrap=True, markup=False, highlight=False)
     return written
+
+
+@contextmanager
+def comparison_folder(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
+    """The folder of a comparison, `out` or the next in `COMPARISONS`; its tables are written last.
+
+    Raises:
+        FolderError: it holds something else, and `overwrite` is not set; or another process uses it.
+    """
+    with ExitStack() as stack:
+        if out is None:
+            folder = numbered(COMPARISONS, stack)
+            yield folder
+            point_to(folder)
+            return
+        check_folder(out)
+        lock(out, stack)
+        if contents(out) - UNFINISHED and not overwrite:
+            held = "a finished" if {RESULTS, *FINISHED} & contents(out) else "something else than an"
+            raise FolderError(f"out is {out}, which holds {held} evaluation; name another folder, or pass --overwrite")
+        for name in (*FINISHED, *UNFINISHED):
+            (out / name).unlink(missing_ok=True)
+        discard(out)
+        yield out
 
 
 def _is_comparison(folder: Path) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ with needed_by("the picture of a comparison"):
     from matplotlib.figure import Figure as Picture
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
-    from matplotlib.transforms import Bbox
 
 FAMILIES = {  # what a point's colour says: of whose kind a method is
     "natural": ("#7a7f87", ("natural",)),
@@ -194,6 +193,9 @@ def _mark(text: str, edge: str, inside: str, size: float) -> Line2D:
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 
+Point = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Box:
     """A rectangle on the page, in pixels."""
@@ -203,115 +205,139 @@ class Box:
     right: float
     high: float
 
+    @classmethod
+    def around(cls, point: Point, radius: float) -> Box:
+        """The square about a circle."""
+        x, y = point
+        return cls(x - radius, y - radius, x + radius, y + radius)
+
     def shared(self, other: Box) -> float:
         """The area of what both cover."""
         across = min(self.right, other.right) - max(self.left, other.left)
         upwards = min(self.high, other.high) - max(self.low, other.low)
         return across * upwards if across > 0 and upwards > 0 else 0.0
 
-    def outside(self, frame: Bbox) -> float:
+    def beyond(self, frame: Box) -> float:
         """By how many pixels it leaves a frame."""
-        over = (frame.x0 - self.left, self.right - frame.x1, frame.y0 - self.low, self.high - frame.y1)
-        return sum(max(0.0, float(one)) for one in over)
+        over = (frame.left - self.left, self.right - frame.right, frame.low - self.low, self.high - frame.high)
+        return sum(max(0.0, one) for one in over)
+
+    def nearest(self, point: Point) -> Point:
+        """Its place nearest to a point."""
+        return min(max(point[0], self.left), self.right), min(max(point[1], self.low), self.high)
+
+    def away(self, point: Point) -> float:
+        """Its distance from a point, 0 within."""
+        return math.dist(self.nearest(point), point)
+
+    def crossed(self, line: tuple[Point, Point]) -> bool:
+        """Whether a line goes through it, as far as 16 of its points tell."""
+        (x, y), (to_x, to_y) = line
+        if not (min(x, to_x) <= self.right and max(x, to_x) >= self.left):
+            return False
+        if not (min(y, to_y) <= self.high and max(y, to_y) >= self.low):
+            return False
+        return any(not self.away((x + (to_x - x) * part / 16, y + (to_y - y) * part / 16)) for part in range(16))
+
+
+@dataclass
+class Panel:
+    """What a name in a panel must not cover, in pixels.
+
+    Attributes:
+        frame: of the panel.
+        centres: of its points, by entry.
+        radii: of these.
+        bars: of all intervals.
+        leader: distance from a point's edge, beyond which a line leads to its name.
+        names: that stand already.
+        lines: that lead to some of these.
+    """
+
+    frame: Box
+    centres: dict[str, Point]
+    radii: dict[str, float]
+    bars: list[Box]
+    leader: float
+    names: list[Box] = field(default_factory=list)
+    lines: list[tuple[Point, Point]] = field(default_factory=list)
+
+    def room(self, entry: str) -> float:
+        """How far the nearest points are."""
+        return sum(sorted(math.dist(self.centres[entry], one) for one in self.centres.values())[:4])
+
+    def line(self, entry: str, box: Box) -> tuple[Point, Point] | None:
+        """That leads from a point to its name; None where they stand close together."""
+        (x, y), radius, distance = self.centres[entry], self.radii[entry], box.away(self.centres[entry])
+        if distance <= radius + self.leader:
+            return None
+        end = box.nearest((x, y))
+        return (x + radius / distance * (end[0] - x), y + radius / distance * (end[1] - y)), end
+
+    def cost(self, entry: str, box: Box) -> float:
+        """What speaks against a place for a name: what it covers, what its line crosses, strangers, distance."""
+        wide = Box(box.left - 2, box.low - 1, box.right + 2, box.high + 1)
+        discs = {name: Box.around(one, self.radii[name]) for name, one in self.centres.items()}
+        away = {name: box.away(one) for name, one in self.centres.items()}
+        cost = away[entry] + 1e4 * box.beyond(self.frame)
+        cost += 50 * sum(wide.shared(one) for one in (*self.names, *discs.values()))
+        cost += 12 * sum(wide.shared(one) > 0 for one in self.bars)
+        cost += 20 * sum(one < away[entry] for one in away.values())
+        cost += 400 * sum(wide.crossed(one) for one in self.lines)
+        if (line := self.line(entry, box)) is not None:
+            others = [one for name, one in discs.items() if name != entry and one.away(self.centres[entry])]
+            cost += 400 * sum(one.crossed(line) for one in (*self.names, *others))
+            cost += 300 * sum(_cross(line, one) for one in self.lines)
+        return cost
+
+    def place(self, entry: str, width: float, height: float) -> Box:
+        """The best place for a name of that size, of many around its point."""
+        return min(self._places(entry, width, height), key=lambda box: self.cost(entry, box))
+
+    def _places(self, entry: str, width: float, height: float) -> Iterator[Box]:
+        x, y = self.centres[entry]
+        for distance, angle in AROUND:
+            gap = self.radii[entry] + distance * height * 0.55
+            across, upwards = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+            left = x + gap * across + (0.5 * across - 0.5) * width
+            low = y + gap * upwards + (0.5 * upwards - 0.5) * height
+            yield Box(left, low, left + width, low + height)
 
 
 def _name(axes: Axes, named: Sequence[Row], drawn: Sequence[Row], sizes: dict[str, float]) -> None:
-    """Writes names beside points: the most crowded first, each at the place near by that covers least."""
-    scale = axes.figure.dpi / 72
-    centres = {row.entry: tuple(axes.transData.transform(_place(row))) for row in drawn}
-    radii = {row.entry: math.sqrt(sizes[row.entry] / math.pi) * scale for row in drawn}
-    taken = [
-        Box(x - radii[entry], y - radii[entry], x + radii[entry], y + radii[entry]) for entry, (x, y) in centres.items()
-    ]
-    bars = [bar for row in drawn for bar in _bars(axes, row)]
-    lines: list[tuple[tuple[float, float], tuple[float, float]]] = []
-    for row in sorted(named, key=lambda row: sum(math.dist(centres[row.entry], one) for one in _nearest(row, centres))):
-        text = axes.text(0, 0, row.entry, fontsize=9, zorder=5)
+    """Writes names beside points, the most crowded first."""
+    scale, frame = axes.figure.dpi / 72, axes.bbox
+    panel = Panel(
+        Box(frame.x0, frame.y0, frame.x1, frame.y1),
+        {row.entry: tuple(axes.transData.transform(_place(row))) for row in drawn},
+        {row.entry: math.sqrt(sizes[row.entry] / math.pi) * scale for row in drawn},
+        [bar for row in drawn for bar in _bars(axes, row)],
+        LEADER * scale,
+    )
+    back = axes.transData.inverted()
+    for row in sorted(named, key=lambda row: panel.room(row.entry)):
+        text = axes.text(0, 0, row.entry, fontsize=9, zorder=5, verticalalignment="bottom")
         extent = text.get_window_extent()
-        width, height = extent.width, extent.height
-        x, y = centres[row.entry]
-        best = min(
-            _places(x, y, radii[row.entry], width, height),
-            key=lambda found: _cost(found, (x, y), taken, bars, lines, axes.bbox) + _astray(found, row.entry, centres),
-        )
-        end = _nearest_in(best, x, y)
-        if math.dist(end, (x, y)) > radii[row.entry] + LEADER * scale:
-            lines.append(((x, y), end))
-            along = radii[row.entry] / math.dist(end, (x, y))
-            edge = (x + along * (end[0] - x), y + along * (end[1] - y))
-            ends = [axes.transData.inverted().transform(one) for one in (edge, end)]
-            axes.plot(*zip(*ends, strict=True), color="0.35", linewidth=0.7, zorder=2.5, scalex=False, scaley=False)
-        text.set_position(tuple(axes.transData.inverted().transform((best.left, best.low))))
-        text.set_verticalalignment("bottom")
-        taken.append(best)
-
-
-def _nearest(row: Row, centres: dict[str, Any]) -> Iterable[tuple[float, float]]:
-    others = (place for name, place in centres.items() if name != row.entry)
-    return sorted(others, key=lambda place: math.dist(place, centres[row.entry]))[:3]
-
-
-def _astray(box: Box, entry: str, centres: dict[str, Any]) -> float:
-    """What speaks against a place that is nearer to the points of others than to its own."""
-    away = {name: math.dist(_nearest_in(box, *one), one) for name, one in centres.items()}
-    return 20.0 * sum(one < away[entry] for one in away.values())
-
-
-def _places(x: float, y: float, radius: float, width: float, height: float) -> Iterable[Box]:
-    """Where a name may stand: around its point, nearest first."""
-    for distance, angle in AROUND:
-        gap = radius + distance * height * 0.55
-        cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        left = x + gap * cosine + (0.5 * cosine - 0.5) * width
-        low = y + gap * sine + (0.5 * sine - 0.5) * height
-        yield Box(left, low, left + width, low + height)
-
-
-def _cost(
-    box: Box,
-    point: tuple[float, float],
-    taken: Sequence[Box],
-    bars: Sequence[Box],
-    lines: Sequence[tuple[tuple[float, float], tuple[float, float]]],
-    frame: Bbox,
-) -> float:
-    """What speaks against a place: names and points covered, bars crossed, its leader crossing things, distance."""
-    end = _nearest_in(box, *point)
-    wide = Box(box.left - 2, box.low - 1, box.right + 2, box.high + 1)
-    covered = sum(wide.shared(one) for one in taken)
-    crossed = sum(wide.shared(one) > 0 for one in bars)
-    over = sum(_between(point, end, one) for one in taken if not _holds(one, point))
-    leaders = sum(_cross(point, end, *line) for line in lines)
-    through = sum(_between(*line, wide) for line in lines)
-    far = math.dist(end, point)
-    return 50 * covered + 1e4 * box.outside(frame) + 12 * crossed + 400 * over + 300 * leaders + 400 * through + far
+        box = panel.place(row.entry, extent.width, extent.height)
+        text.set_position(tuple(back.transform((box.left, box.low))))
+        panel.names.append(box)
+        if (line := panel.line(row.entry, box)) is not None:
+            panel.lines.append(line)
+            ends = zip(*back.transform(line), strict=True)
+            axes.plot(*ends, color="0.35", linewidth=0.7, zorder=2.5, scalex=False, scaley=False)
 
 
 def _bars(axes: Axes, row: Row) -> list[Box]:
-    (x, y), (across, upwards) = _place(row), _ends(row)
-    (left, low), (right, high) = axes.transData.transform([(across[0], upwards[0]), (across[1], upwards[1])])
-    x, y = axes.transData.transform((x, y))
+    x, y = axes.transData.transform(_place(row))
+    (left, low), (right, high) = axes.transData.transform(list(zip(*_ends(row), strict=True)))
     return [Box(left, y - 1, right, y + 1), Box(x - 1, low, x + 1, high)]
 
 
-def _nearest_in(box: Box, x: float, y: float) -> tuple[float, float]:
-    return min(max(x, box.left), box.right), min(max(y, box.low), box.high)
+def _cross(one: tuple[Point, Point], other: tuple[Point, Point]) -> bool:
+    """Whether two lines cross."""
 
-
-def _holds(box: Box, point: tuple[float, float]) -> bool:
-    return box.left <= point[0] <= box.right and box.low <= point[1] <= box.high
-
-
-def _between(start: tuple[float, float], end: tuple[float, float], box: Box) -> bool:
-    """Whether a line touches a box, as far as 16 of its points tell."""
-    steps = [(start[0] + (end[0] - start[0]) * i / 16, start[1] + (end[1] - start[1]) * i / 16) for i in range(16)]
-    return any(_holds(box, one) for one in steps)
-
-
-def _cross(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float], d: tuple[float, float]) -> bool:
-    """Whether the lines from a to b and from c to d cross."""
-
-    def side(p: tuple[float, float], q: tuple[float, float], r: tuple[float, float]) -> float:
+    def side(p: Point, q: Point, r: Point) -> float:
         return (q[0] - p[0]) * (r[1] - p[1]) - (q[1] - p[1]) * (r[0] - p[0])
 
+    (a, b), (c, d) = one, other
     return side(a, b, c) * side(a, b, d) < 0 and side(c, d, a) * side(c, d, b) < 0

@@ -166,6 +166,16 @@ def test_old_words_mean_what_they_meant(name, repeats, monkeypatch, capsys):
     assert capsys.readouterr().err.count("repeats is 0; it must be") == 2
 
 
+@pytest.mark.parametrize("words", [["--compare", "pyproject.toml"], ["--compare=pyproject.toml"]])
+def test_compare_of_earlier_days_is_since(words, monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    with pytest.warns(OldSpellingWarning, match="^--compare is now --since$"):
+        assert main(["bench", "attacks", *words]) == 2
+    assert "pyproject.toml is not JSON" in capsys.readouterr().err
+    with pytest.warns(OldSpellingWarning, match="^compare is now since$"):
+        assert deprecated.bench_words(["attacks", "compare=x"]) == ["attacks", "since=x"]
+
+
 def test_what_timed_afd_alone_times_afd_alone():
     with pytest.warns(OldSpellingWarning):
         words = deprecated.bench_words(["step", "schedules=alternating"])

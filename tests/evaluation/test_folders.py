@@ -17,7 +17,8 @@ from afd.evaluation.attacks import Epsilon, ascending
 from afd.evaluation.folder import FolderError, evaluate_to_folder
 from afd.evaluation.model import Model, UnusableModelError
 from afd.evaluation.outcome import read_results
-from afd.evaluation.store import Output, StateError, agreed, comparison_folder
+from afd.evaluation.store import Output, StateError, agreed
+from afd.experiments.compared_results import comparison_folder
 from afd.files import FolderLock
 from afd.runtime import Group
 
