@@ -150,13 +150,14 @@ def _point(axes: Axes, row: Row, content: Content, size: float) -> None:
 
 
 def _limits(axes: Axes, rows: Sequence[Row], *, whole: bool) -> None:
-    """All of these points and some room for names; `whole` bars, too, or what falls within."""
+    """All of these points, and room for names; `whole` bars, or what falls within, but no less than one of them."""
     limits: tuple[Callable[[float, float], Any], ...] = (axes.set_xlim, axes.set_ylim)
     for axis, limit in enumerate(limits):
         found = [(_place(row)[axis], *_ends(row)[axis]) for row in rows]
         if found:
             low, high = (min(map(min, found)), max(map(max, found))) if whole else _range(one[0] for one in found)
-            room = (0.1 if whole else 0.2) * max(high - low, 1.0)
+            usual = statistics.median(one[2] - one[1] for one in found)  # lest what is no difference look like one
+            room = max((0.1 if whole else 0.2) * max(high - low, 1.0), (usual - (high - low)) / 2)
             limit(low - room, high + room)
 
 
@@ -176,7 +177,7 @@ def _legend(picture: Picture, points: Sequence[Row], content: Content, of_what: 
     )
     told = {}
     for cost, size in (costs[0], costs[len(costs) // 2], costs[-1]) if costs else ():
-        told[duration(cost) if of_what == "time" else f"{amount(cost)} passes"] = size
+        told[f"{duration(cost)} of training" if of_what == "time" else f"{amount(cost)} passes"] = size
     marks += [_mark(text, "0.55", "0.85", math.sqrt(size)) for text, size in told.items()]
     if marks:
         picture.legend(

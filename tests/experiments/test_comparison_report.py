@@ -301,6 +301,15 @@ def test_what_lies_far_away_does_not_squeeze_the_others():
     assert [text.get_text() for text in whole.texts] == ["natural"]
 
 
+def test_a_difference_within_the_bars_does_not_look_large():
+    picture = comparison_picture.draw(
+        comparison({"at": entry("at", [(0.98, 0.9)]), "mart": entry("mart", [(0.98, 0.902)])})
+    )
+    low, high = picture.axes[0].get_ylim()
+    ends = interval(900, 1000)
+    assert high - low > 0.9 * 100 * (ends[1] - ends[0])
+
+
 def test_names_of_twenty_entries_cover_neither_each_other_nor_points():
     picture = comparison_picture.draw(spread(19))
     close = picture.axes[-1]
