@@ -27,7 +27,7 @@ BENCH_OPTIONS = {"rounds": "repeats", "compare": "since"}
 METHOD_SETTINGS = {"discriminator_rounds": "discriminator_steps"}
 # settings of methods that checkpoints of earlier days do not have, with what was done then
 ADDED = {"nesterov": False, "decay_norms": True}
-ADDED_TO_AFD: dict[str, float] = {"adversarial_weight": 0.0}
+ADDED_TO_AFD: dict[str, float] = {"adversarial_weight": 0.0, "divergence_weight": 0.0}
 
 
 class OldSpellingWarning(DeprecationWarning):

@@ -4,7 +4,8 @@ Players: features F_θ, classifier C_φ, discriminator D_ψ. With x' an attacked
 
     (θ, φ) ← (θ, φ) - α ∇L_C        ψ ← ψ - β ∇L_D        θ ← θ - γ ∇L_F
 
-where L_C is the cross-entropy on x (and, if so weighted, on x'); the steps are in `afd.methods.game`.
+where L_C is the cross-entropy on x (and, if so weighted, on x', and the divergence of both); the steps are in
+`afd.methods.game`.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from torch.optim import Optimizer
 
 from afd.attacks import PGDSettings
 from afd.attacks.settings import AttackSettings
-from afd.errors import number, one_of, whole
+from afd.errors import InputError, number, one_of, whole
 from afd.execution import Execution, Wrap, as_torch_starts, feature_dtype
 from afd.methods.base import unwrapped
-from afd.methods.game import AFDStep, AlternatingStep, GameLoss, GameSettings, JointSGDStep, SimultaneousStep
+from afd.methods.game import AFDStep, AlternatingStep, GameLoss, GameSettings, JointStep, SimultaneousStep
 from afd.methods.inputs import as_split
 from afd.methods.optimizers import optimizer_for
 from afd.methods.supervised import Optimized
 from afd.nn import ProjectionDiscriminator, Split
 
-SCHEDULES = ("simultaneous", "alternating")
+SCHEDULES = ("simultaneous", "alternating", "joint")
 
 
 def _dcgan_discriminator(natural: Tensor, attacked: Tensor) -> Tensor:
@@ -76,7 +77,8 @@ class AFD(GameSettings):
 
     Attributes:
         loss: of the game between discriminator and features: "dcgan", "wgan" or "hinge".
-        schedule: "simultaneous" (the paper's Algorithm 1) or "alternating" (the authors' released code).
+        schedule: "simultaneous" (the paper's Algorithm 1), "alternating" (the authors' released code), or "joint": one
+            optimizer of θ and φ on L_C + (γ/α) L_F. With SGD that is the simultaneous one; with Adam it is not.
         lr: learning rate α, of features and classifier on the cross-entropy.
         lr_discriminator: learning rate β, of the discriminator.
         lr_features: learning rate γ, of the features against the discriminator.
@@ -84,6 +86,8 @@ class AFD(GameSettings):
         optimizers: as in `Optimized`; the players are "task" (θ, φ on L_C), "discriminator" and "features" (θ on L_F).
         label_smoothing: of L_C.
         adversarial_weight: λ, of a cross-entropy on x' in L_C = CE(x) + λ CE(x'); 0, as in the paper, leaves it out.
+        divergence_weight: μ, of TRADES' divergence in L_C = CE(x) + μ KL(p(x) ‖ p(x')), whose gradient flows into both
+            sides (Zhang et al. 2019); 0, as in the paper, leaves it out.
         discriminator_steps: the features answer the discriminator in every so many steps (1: each).
         penalty: weight λ of the gradient penalty in L_D; 0 leaves it out.
         hidden: width of the discriminator; by default that of the features.
@@ -94,10 +98,11 @@ class AFD(GameSettings):
     """
 
     loss: Literal["dcgan", "wgan", "hinge"] = "wgan"
-    schedule: Literal["simultaneous", "alternating"] = "simultaneous"
+    schedule: Literal["simultaneous", "alternating", "joint"] = "simultaneous"
     lr_discriminator: float = 0.1
     lr_features: float = 0.5
     adversarial_weight: float = 0.0
+    divergence_weight: float = 0.0
     discriminator_steps: int = 1
     penalty: float = 0.0
     hidden: int | None = None
@@ -118,9 +123,13 @@ class AFD(GameSettings):
         super().__post_init__()
         game_loss(self.loss)
         one_of("schedule", self.schedule, SCHEDULES)
-        for name in ("lr_discriminator", "lr_features", "adversarial_weight", "penalty"):
+        for name in ("lr_discriminator", "lr_features", "adversarial_weight", "divergence_weight", "penalty"):
             number(name, getattr(self, name), 0.0)
         whole("discriminator_steps", self.discriminator_steps, 1)
+        if self.schedule == "joint" and "features" in self.optimizers:
+            raise InputError(
+                "optimizers has the key 'features', but schedule is 'joint', where θ has one optimizer, that of 'task'"
+            )
 
     @property
     def game(self) -> GameLoss:
@@ -153,7 +162,9 @@ class AFD(GameSettings):
         if self.schedule == "simultaneous":
             own = {"task", "features"} & self.optimizers.keys()
             one_rule = self.optimizer == "sgd" and self.clip is None and not own
-            kind = JointSGDStep if one_rule else SimultaneousStep
+            kind = JointStep if one_rule else SimultaneousStep
+        elif self.schedule == "joint":
+            kind = JointStep
         return kind(self, model, execution, wrap(passes), wrap(discriminator))
 
     def optimizer_of(self, player: str, parameters: Iterable[nn.Parameter]) -> Optimizer:

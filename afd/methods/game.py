@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from afd.errors import InputError, ModelError
 from afd.execution import Execution, alone, unsynchronised
 from afd.methods.base import Batch, Part, Step, of_each, parts
-from afd.methods.optimizers import reaching, take_step, trainable
+from afd.methods.optimizers import Gradients, reaching, take_step, trainable
 from afd.methods.supervised import Optimized
 from afd.nn import Split
 from afd.nn.modes import statistics_kept
@@ -57,6 +58,7 @@ class GameSettings(Optimized):
 
     lr_features: float
     adversarial_weight: float
+    divergence_weight: float
     discriminator_steps: int
     penalty: float
 
@@ -125,28 +127,48 @@ class AFDStep(Step):
         """L_C as far as it is of x."""
         return reaching(self.settings.cross_entropy(logits, part.y))
 
+    @property
+    def task_asks_for_attacked(self) -> bool:
+        """Whether L_C is of x', too."""
+        return asked(self.settings.adversarial_weight) or asked(self.settings.divergence_weight)
+
     def gather_task(self, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
         """Adds the gradients of L_C; returns detached features of x, the loss, and those of x', if L_C is of it too."""
-        if not asked(self.settings.adversarial_weight):
+        if not self.task_asks_for_attacked:
             with self.gathering(self.passes, part):
-                return *self._task(part), None
+                z, _, task = self._task(part)
+            return z, task, None
         with unsynchronised(self.passes):  # the backward through x' averages both
-            z, task = self._task(part)
+            z, logits, task = self._task(part)
         with self.gathering(self.passes, part):
-            z_adv, logits = self.passes(part.attacked)
-            adversarial = self.adversarial_loss(logits, part)
-            self.backward(adversarial, part, self.theta_phi)
-        return z, task + adversarial.detach(), z_adv.detach()
+            z_adv, attacked = self.passes(part.attacked)
+            task = task + self.attacked_loss(logits, attacked, part)
+            self.backward(task, part, self.theta_phi)
+        return z, task.detach(), z_adv.detach()
 
-    def _task(self, part: Part) -> tuple[Tensor, Tensor]:
+    def _task(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
+        """Features of x, detached, logits, and L_C as far as it is of x.
+
+        With their graphs, where a term is of x and x'; else the gradients are added here, and both come detached.
+        """
         z, logits = self.passes(part.x)
         task, self.features_learn = self.task_loss(logits, part), z.requires_grad
+        if asked(self.settings.divergence_weight):
+            return z.detach(), logits, task
         self.backward(task, part, self.theta_phi)
-        return z.detach(), task.detach()
+        return z.detach(), logits.detach(), task.detach()
 
-    def adversarial_loss(self, logits: Tensor, part: Part) -> Tensor:
-        """λ CE of the logits of x'."""
-        return self.settings.adversarial_weight * self.settings.cross_entropy(logits, of_each(part.classes, logits))
+    def attacked_loss(self, logits: Tensor, attacked: Tensor, part: Part) -> Tensor:
+        """What L_C has beside the cross-entropy of x: λ CE of the logits of x', and μ KL(p(x) ‖ p(x')) of both."""
+        found = attacked.new_zeros(())
+        if asked(self.settings.adversarial_weight):
+            classes = of_each(part.classes, attacked)
+            found = found + self.settings.adversarial_weight * self.settings.cross_entropy(attacked, classes)
+        if asked(self.settings.divergence_weight):
+            log_p = of_each(logits.log_softmax(1), attacked)
+            apart = F.kl_div(attacked.log_softmax(1), log_p, reduction="batchmean", log_target=True)
+            found = found + self.settings.divergence_weight * apart
+        return found
 
     def judge(self, z: Tensor, z_adv: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """Scores of natural and attacked features, in the pass of the discriminator that its update rests on.
@@ -210,23 +232,6 @@ def asked(weight: float | Tensor) -> bool:
     return isinstance(weight, Tensor) or weight > 0
 
 
-class Gradients:
-    """A second set of `.grad` for some parameters, so that two losses can gather gradients apart."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
-        self.others: list[Tensor | None] = [None] * len(parameters)
-
-    def forget(self) -> None:
-        """Lets go of the other set, which a step that broke off may have left."""
-        self.others = [None] * len(self.parameters)
-
-    def swap(self) -> None:
-        """Exchanges the parameters' `.grad` with the other set."""
-        for i, parameter in enumerate(self.parameters):
-            parameter.grad, self.others[i] = self.others[i], parameter.grad
-
-
 def weighted(part: Part, losses: Iterator[Tensor] | Sequence[Tensor]) -> Tensor:
     """A part's losses as what they add to the batch's, in one detached tensor."""
     return part.share * torch.stack([loss.detach() for loss in losses])
@@ -286,10 +291,11 @@ class SimultaneousStep(AFDStep):
         return part.share * grad_features, discriminator, features
 
 
-class JointSGDStep(SimultaneousStep):
-    """SGD of one momentum: the two updates of θ equal one optimizer on L_C + (γ/α)·L_F, which is how they are done.
+class JointStep(SimultaneousStep):
+    """One optimizer of (θ, φ) on L_C + (γ/α)·L_F, beside that of ψ: the schedule "joint".
 
-    The schedules scale α and γ alike, so their ratio stays.
+    With SGD of one momentum it equals the simultaneous updates, and is how those are done. The schedules scale α and γ
+    alike, so their ratio stays.
     """
 
     def own_optimizer(self) -> None:
@@ -307,23 +313,22 @@ class JointSGDStep(SimultaneousStep):
         if not self.features_answer:
             return super().gather(part)
         with unsynchronised(self.passes):  # the backward through x' averages both
-            z, task = self._task(part)
+            z, clean, task = self._task(part)
         with self.gathering(self.passes, part):
             # the logits come along, so that the classifier, whose gradient was gathered above, does not count as unused
             z_adv, logits = self.passes(part.attacked)
             grad_features, *game = self.gather_discriminator(z, z_adv.detach(), part)
             share = self.settings.lr_features / self.settings.lr
-            if asked(self.settings.adversarial_weight):
-                adversarial = self.adversarial_loss(logits, part)
-                task = task + adversarial.detach()
-                self.backward_both(z_adv, share * grad_features, adversarial, part)
+            if self.task_asks_for_attacked:
+                task = task + self.attacked_loss(clean, logits, part)
+                self.backward_both(z_adv, share * grad_features, task, part)
             else:
                 self.backward_features(z_adv, share * grad_features, logits)
         return weighted(part, [task, *game])
 
-    def backward_both(self, z_adv: Tensor, grad_features: Tensor, adversarial: Tensor, part: Part) -> None:
-        """Adds the gradients of L_F and of λ CE, both of x', in one pass."""
-        roots, gradients = [adversarial], [torch.full_like(adversarial, part.share)]
+    def backward_both(self, z_adv: Tensor, grad_features: Tensor, loss: Tensor, part: Part) -> None:
+        """Adds the gradients of L_F and of a loss, both of x', in one pass."""
+        roots, gradients = [loss], [torch.full_like(loss, part.share)]
         if z_adv.requires_grad:
             roots, gradients = [*roots, z_adv], [*gradients, grad_features]
         torch.autograd.backward(roots, gradients, inputs=self.theta_phi)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -192,3 +192,20 @@ class GradientNorms:
         found = float(self.largest)
         self.largest.zero_()
         return found
+
+
+class Gradients:
+    """A second set of `.grad` for some parameters, so that two losses can gather gradients apart."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self.others: list[Tensor | None] = [None] * len(parameters)
+
+    def forget(self) -> None:
+        """Lets go of the other set, which a step that broke off may have left."""
+        self.others = [None] * len(self.parameters)
+
+    def swap(self) -> None:
+        """Exchanges the parameters' `.grad` with the other set."""
+        for i, parameter in enumerate(self.parameters):
+            parameter.grad, self.others[i] = self.others[i], parameter.grad

@@ -10,7 +10,7 @@ from torch import nn
 from afd.attacks import APGDSettings, MIMSettings, PGDSettings
 from afd.errors import InputError, InputTypeError
 from afd.methods import AFD, AT, AWP, MART, TRADES, Free, NormPenalty, Wrapper
-from afd.methods.game import JointSGDStep, SimultaneousStep
+from afd.methods.game import JointStep, SimultaneousStep
 from afd.methods.ramps import Ramp, check_ramps
 from afd.nn import FeatureClassifier, split
 
@@ -123,13 +123,13 @@ def test_a_weighted_loss_of_attacked_images_is_the_same_by_one_optimizer_and_by_
     settings = {"attack": ATTACK, "hidden": 4, "lr": 0.05, "lr_features": 0.02, "adversarial_weight": 0.5}
     own = {"task": sgd(0.05, 1e-4), "features": sgd(0.02, 0.0)}
     one, several = AFD(**settings), AFD(**settings, optimizers=own)
-    assert [type(method.build(network())) for method in (one, several)] == [JointSGDStep, SimultaneousStep]
+    assert [type(method.build(network())) for method in (one, several)] == [JointStep, SimultaneousStep]
     assert apart(trained(one, 4), trained(several, 4)) < 1e-12
 
 
 def test_a_clipped_game_clips_each_optimizers_gradient():
     assert type(AFD(clip=0.1, attack=ATTACK).build(network())) is SimultaneousStep
-    assert type(AFD(attack=ATTACK).build(network())) is JointSGDStep
+    assert type(AFD(attack=ATTACK).build(network())) is JointStep
 
 
 # --- Balls, ramps, arguments ----------------------------------------------------------------------------------------

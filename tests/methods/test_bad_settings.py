@@ -60,6 +60,13 @@ from afd.nn import FeatureClassifier
         (NuAT, {"weight": -1.0}, "weight is -1.0"),
         (NuAT, {"micro_batches": 2}, "micro_batches is 2, but the losses of NuAT couple the rows of a batch"),
         (AFD, {"adversarial_weight": -1.0}, "adversarial_weight is -1.0"),
+        (AFD, {"divergence_weight": -1.0}, "divergence_weight is -1.0"),
+        (AFD, {"schedule": "both"}, "schedule is 'both'; allowed are simultaneous, alternating, joint"),
+        (
+            AFD,
+            {"schedule": "joint", "optimizers": {"features": torch.optim.SGD}},
+            "optimizers has the key 'features', but schedule is 'joint', where θ has one optimizer, that of 'task'",
+        ),
         (JARN, {"beta": -1.0}, "beta is -1.0"),
         (JARN, {"gamma": float("nan")}, "gamma is nan"),
         (JARN, {"eps": -0.1}, "eps is -0.1"),

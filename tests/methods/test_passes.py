@@ -43,6 +43,9 @@ PASSES = {  # forwards, backwards to the input, backwards to the weights, in a s
     "afd with a loss of attacked images": (AFD(adversarial_weight=0.5), (12, 12, 2)),
     "afd alternating": (AFD(schedule="alternating"), (13, 12, 2)),
     "afd with Adam and a loss of attacked images": (AFD.adam(adversarial_weight=0.5), (13, 13, 3)),
+    "afd with a divergence": (AFD(divergence_weight=1.0), (12, 12, 2)),
+    "afd joint, by Adam": (AFD.adam(schedule="joint", divergence_weight=1.0, adversarial_weight=0.5), (12, 12, 2)),
+    "afd alternating with a divergence": (AFD(schedule="alternating", divergence_weight=1.0), (14, 13, 3)),
     "afd, features silent": (AFD(discriminator_steps=5), (12, 11, 1)),
     "afd, features silent, with a loss of attacked images": (
         AFD(discriminator_steps=5, adversarial_weight=0.5), (12, 12, 2)),

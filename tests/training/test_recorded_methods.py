@@ -44,6 +44,7 @@ METHODS = {
     "trades+awp": AWP(TRADES(lr=0.05, attack=PGDSettings(loss="kl", init="gaussian", **PGD_2)), gamma=0.05),
     "free+awp": AWP(Free(lr=0.05, eps=0.1), weight_decay_at="original"),
     "afd, adversarial": AFD(lr=0.05, hidden=4, adversarial_weight=0.5, attack=PGDSettings(**PGD_2)),
+    "afd, divergence": AFD(lr=0.05, hidden=4, divergence_weight=1.0, attack=PGDSettings(**PGD_2)),
     "afd alternating, adversarial": AFD(
         lr=0.05, hidden=4, adversarial_weight=0.5, schedule="alternating", attack=PGDSettings(**PGD_2)
     ),

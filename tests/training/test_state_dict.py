@@ -24,6 +24,14 @@ METHODS = {
     "afd, adversarial": AFD(
         lr=0.05, hidden=4, adversarial_weight=0.5, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2)
     ),
+    "afd, joint": AFD.adam(
+        schedule="joint",
+        lr=0.01,
+        hidden=4,
+        adversarial_weight=0.5,
+        divergence_weight=1.0,
+        attack=PGDSettings(eps=0.1, alpha=0.05, steps=2),
+    ),
     "trades": TRADES(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, loss="kl", init="gaussian")),
     "mart": MART(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, init="gaussian")),
     "alp": ALP(lr=0.05, attack=PGDSettings(eps=0.1, alpha=0.05, steps=2, targeted=True)),
