@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -167,6 +168,31 @@ def spanned(ends: Sequence[float]) -> str:
     """An interval of shares as percentages."""
     low, high = (100 * end for end in ends)
     return f"{low:.2f} to {high:.2f}"
+
+
+def packed(withstood: Tensor) -> str:
+    """One bit an image, as hexadecimal digits; `unpacked` reads it.
+
+    Args:
+        withstood: bool [N].
+    """
+    return np.packbits(withstood.cpu().numpy()).tobytes().hex()
+
+
+def unpacked(text: str, images: int) -> Tensor:
+    """What `packed` wrote of so many images, bool [N].
+
+    Raises:
+        InputError: it is of another number of images, or not hexadecimal.
+    """
+    try:
+        held = bytes.fromhex(text)
+    except ValueError as error:
+        raise InputError(f"the images that were withstood are {text[:20]!r}…, which is not hexadecimal") from error
+    if len(held) != -(-images // 8):
+        raise InputError(f"the images that were withstood are {8 * len(held)} at most; there are {images}")
+    bits = np.unpackbits(np.frombuffer(held, dtype=np.uint8), count=images)
+    return torch.from_numpy(bits.astype(bool))
 
 
 def _made(factory: Callable[[float], Attack], eps: float) -> Attack:

@@ -33,7 +33,7 @@ FLOORS = (
     {"data", "nn"},
     {"execution"},
     {"attacks"},
-    {"metrics"},
+    {"metrics", "passes"},
     {"methods"},
     {"presets"},
     {"config", "checkpoint"},
