@@ -1,4 +1,4 @@
-"""The commands ``afd train | evaluate | bench | curves | info`` (or ``python -m afd``).
+"""The commands ``afd train | evaluate | compare | bench | curves | info`` (or ``python -m afd``).
 
 A mistake ends in one line and exit status 2. Each command imports what it needs, when it is asked for.
 """
@@ -55,6 +55,13 @@ def evaluate(words: Sequence[str]) -> Work:
     return partial(run, parsed(EvaluateConfig, "evaluate", words, evaluate.__doc__))
 
 
+def compare(words: Sequence[str]) -> Work:
+    """Train several methods at one cost, measure them alike, and put them into one table."""
+    from afd.comparing import comparison_asked
+
+    return comparison_asked(words, compare.__doc__)
+
+
 def bench(words: Sequence[str]) -> Work:
     """Measure attacks, kernels and training steps beside what else does the same work."""
     with installation.needed_by("afd bench"):
@@ -107,7 +114,7 @@ def info(words: Sequence[str]) -> Work:
 
 
 NAME = re.compile(r"^[a-z]+(_[a-z]+)+(?= is )")  # of an argument, at the beginning of an error
-COMMANDS = {"train": train, "evaluate": evaluate, "bench": bench, "curves": curves, "info": info}
+COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "bench": bench, "curves": curves, "info": info}
 
 
 def benchmarks() -> Any:
