@@ -144,13 +144,15 @@ class StepCosts:
         images = passes * whole / least
         if images < whole:
             raise BudgetError(least)
-        cost = self._of(images)
+        cost = best = self._of(images)
         for _ in range(ROUNDS):
             assert cost.passes is not None
             if abs(cost.passes - passes) < cost.passes / (cost.epochs * cost.epoch_images):
-                break
-            cost = self._of(max(whole, passes * cost.epochs * cost.epoch_images / cost.passes))
-        return cost
+                return cost
+            images = max(whole, images * passes / cost.passes)
+            cost = self._of(images)
+            best = min(best, cost, key=lambda one: abs((one.passes or 0.0) - passes))
+        return best
 
     def _of(self, images: float) -> Cost:
         epochs = max(1, round(images / len(self.images)))

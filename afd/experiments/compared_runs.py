@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -208,12 +209,13 @@ class Comparing:
                 self.evaluate(name, seed, config)
             except StoppedError as stopped:
                 raise stopped.advised(GO_ON) from None
-            except (AfdError, RuntimeError, MemoryError) as error:
+            except Exception as error:  # of somebody's own method, too: the others go on
                 if not (isinstance(error, AfdError) or out_of_memory(error)):
-                    raise
+                    traceback.print_exc()
                 run.update({"state": "failed", "error": in_a_line(error)})
-                say(self.console, f"{name}, seed {seed} has failed: {in_a_line(error)}")
+                say(self.console, f"{name}, seed {seed} has failed: {run['error']}")
                 self.record.write()
+        self._tell_without_transfer()
 
     def config_of(self, name: str, seed: int) -> TrainConfig:
         """An entry's run of a seed, as `afd train` takes it."""
@@ -269,6 +271,24 @@ class Comparing:
                     self.models = {seed: load(str(path), self.device)}
                 return self.models[seed]
         return None
+
+    def _tell_without_transfer(self) -> None:
+        """Says which were measured before there was a natural model to transfer attacks from."""
+        without = [
+            f"{name} (seed {seed})"
+            for name, entry in self.record.entries.items()
+            for seed, run in entry["runs"].items()
+            if entry["method"] != TRANSFERRED
+            and run["state"] == "done"
+            and run["evaluation"]["transfer"] is None
+            and self._surrogate(int(seed)) is not None
+        ]
+        if without:
+            say(
+                self.console,
+                f"measured before {TRANSFERRED} was there, and so without attacks from it: {', '.join(without)}; the "
+                "same command measures again what has no folder 'evaluation'",
+            )
 
     def _still_there(self, config: TrainConfig) -> bool:
         """Whether what the record calls done lies in its folder."""
