@@ -60,16 +60,10 @@ def evaluate(words: Sequence[str]) -> Work:
 
 
 def compare(words: Sequence[str]) -> Work:
-    """Put finished results side by side: figures, differences over the same images, and a report."""
-    from afd.experiments.compared_results import ResultsConfig, compare_results
-    from afd.options import parsed
+    """Train several methods at one cost, measure them alike, and put them into one table."""
+    from afd.comparing import comparison_asked
 
-    config = parsed(ResultsConfig, "compare", words, compare.__doc__)
-    return partial(_compare, compare_results, config)
-
-
-def _compare(compare_results: Any, config: Any) -> None:
-    compare_results(config.results, config.out, config.overwrite)
+    return comparison_asked(words, compare.__doc__)
 
 
 def bench(words: Sequence[str]) -> Work:

@@ -220,6 +220,7 @@ MODULES = {  # that were moved, by their names within afd
     "attacks.mim": "attacks.pgd",
     "attacks.watch": "attacks.diagnostics",
     "bench.agreement": "bench.attacks",
+    "bench.passes": "passes",
     "bench.report": "bench.results",
     "data.augment": "data.images",
     "data.items": "data.images",

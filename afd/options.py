@@ -137,13 +137,13 @@ def train_config(words: Sequence[str], described_as: str | None) -> TrainConfig:
     if name is None and words and not words[0].startswith("-"):
         classes_of(words[0])  # which says that there is none, and which there are
     words = deprecated.train_words(words, name)
-    base = _base(words, name)
+    base = base_of(words, name)
     if last_value(words, "seeds") is not None:
         if last_value(words, "seed") is not None:
             raise UsageError("seed and seeds are both given; name one of the two")
         base = dataclasses.replace(base, seed=0)  # that of the file
     try:
-        found = parsed(_kind(base), "train", words, _said(described_as))
+        found = parsed(options_of(base), "train", words, _said(described_as))
     except UsageError as error:
         stray = re.match(r"Unrecognized options: ([^-\s,;][^\s,;]*)", str(error))
         if stray is not None:
@@ -180,7 +180,7 @@ def _flags(kind: type[Any]) -> Iterator[str]:
     return (one.name for one in dataclasses.fields(kind) if hints[one.name] is bool)
 
 
-def _base(words: Sequence[str], name: str | None) -> TrainConfig:
+def base_of(words: Sequence[str], name: str | None) -> TrainConfig:
     """What holds where no option says otherwise: the file's run, else the data set's and the method's defaults."""
     file = last_value(words, "config")
     base = TrainConfig() if file is None else TrainConfig.read(Path(file))
@@ -249,7 +249,7 @@ def last_value(words: Sequence[str], option: str) -> str | None:
 # --- Classes for the parser -----------------------------------------------------------------------------------------
 
 
-def _kind(base: TrainConfig) -> type[Any]:
+def options_of(base: TrainConfig) -> type[Any]:
     """A class whose fields are the options of a run like `base`, with its values as defaults."""
     assert base.method is not None
     attack, method = base.method.attack, base.method

@@ -39,7 +39,6 @@ from afd.bench.baselines import (
     ours,
 )
 from afd.bench.metering import Call, HostReads, interleaved, peak_bytes, products, tf32
-from afd.bench.passes import pass_flops
 from afd.bench.results import Candidate, Case, Column, Figure, mebibytes
 from afd.data import load
 from afd.errors import InputError, at_least, one_of, out_of_memory
@@ -48,6 +47,7 @@ from afd.evaluation.model import from_factory
 from afd.files import check_path
 from afd.nn import build_model
 from afd.ops.backend import fast_bf16
+from afd.passes import pass_flops
 
 RADII: dict[int, dict[Norm, float]] = {  # by channels: the usual ones of MNIST and of CIFAR-10
     1: {"Linf": 0.3, "L2": 2.0, "L1": 10.0},

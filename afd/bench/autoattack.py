@@ -27,7 +27,6 @@ from afd.attacks import AutoAttack, Norm, engine, external
 from afd.bench import base
 from afd.bench.base import Benchmark, Say
 from afd.bench.metering import Call, Reading, between_events, in_turn, on_cpu, products, tf32
-from afd.bench.passes import pass_flops
 from afd.bench.results import Candidate, Case, Column, Figure, Timing
 from afd.errors import InputError, one_of
 from afd.evaluation.attacks import Epsilon, check_radius
@@ -36,6 +35,7 @@ from afd.execution import Passes, channels_last
 from afd.files import check_path
 from afd.metrics import predict
 from afd.ops.backend import fast_bf16
+from afd.passes import pass_flops
 
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 WHOLE = "whole"

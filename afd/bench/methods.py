@@ -28,7 +28,6 @@ from afd.bench import base, released, released_players, released_regularized
 from afd.bench.base import Benchmark, Say
 from afd.bench.baselines import BASELINES, Request, adapted
 from afd.bench.metering import interleaved, peak_bytes
-from afd.bench.passes import counted
 from afd.bench.results import Candidate, Case, Column, Figure, mebibytes
 from afd.errors import AfdError
 from afd.methods import (
@@ -49,6 +48,7 @@ from afd.methods import (
     NuAT,
 )
 from afd.nn import FeatureClassifier, build_model
+from afd.passes import counted
 from afd.training.recording import GraphedStep
 
 NETWORKS: dict[str, tuple[str, tuple[int, int, int], int, float]] = {  # network, image, width and radius
@@ -368,6 +368,6 @@ def passes(name: str, setting: Setting, schedules: Sequence[str], among: Sequenc
         calls[f"afd {schedule}" if isinstance(method, AFD) else "afd"] = of_ours(method, small, "fp32")
     for start, call in calls.items():
         call()
-        figures = counted(call, small.model, small.x).figures
+        figures: dict[str, Figure] = {**counted(call, small.model, small.x).figures}
         found |= {one: figures for one in among if one.startswith(start)}
     return found

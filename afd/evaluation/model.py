@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from afd.attacks.engine import evaluating
 from afd.attacks.inputs import outside_inference
 from afd.data import Batches, Images
-from afd.errors import AfdError, InputError, ModelWarning, in_a_line, warn_caller
+from afd.errors import AfdError, InputError, ModelWarning, in_a_line, look_up, warn_caller
 from afd.evaluation.protocol import Protocol
 from afd.metrics import predict
 from afd.nn.classifier import unwrapped
@@ -91,6 +91,27 @@ class Given(Images):
     def images(self, index: Tensor | None = None) -> Tensor:
         """See `Images`."""
         return self.pixels.clone() if index is None else self.pixels.index_select(0, self._positions(index))
+
+
+def describe(model: Model) -> dict[str, Any]:
+    """A model in plain types."""
+    return {
+        "name": model.name,
+        "source": model.source,
+        "sha256": model.digest(),
+        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
+        "architecture": architecture(model),
+        "metadata": model.metadata,
+    }
+
+
+def architecture(model: Model) -> str:
+    """What a table calls the network."""
+    recipe = look_up(model.metadata, "network", "recipe") or look_up(model.metadata, "config", "model")
+    if isinstance(recipe, dict) and {"name", "width"} <= set(recipe):
+        smooth = "" if recipe.get("activation", "relu") == "relu" else f", {recipe['activation']}"
+        return f"{recipe['name']} (width {recipe['width']}{smooth})"
+    return type(unwrapped(model.network)).__name__
 
 
 def check_metadata(model: Model) -> None:

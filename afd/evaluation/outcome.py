@@ -16,13 +16,12 @@ from torch import Tensor
 from afd._version import __version__
 from afd.attacks.ball import NORMS
 from afd.data import Images
-from afd.errors import AfdError, InputError, look_up
+from afd.errors import AfdError, InputError
 from afd.evaluation.attacks import Epsilon, Stage
-from afd.evaluation.model import Model, divergence
+from afd.evaluation.model import Model, describe, divergence
 from afd.evaluation.protocol import Protocol
 from afd.files import check_source, write_whole
-from afd.metrics import interval
-from afd.nn.classifier import unwrapped
+from afd.metrics import interval, packed
 from afd.runtime import Group
 
 BLACK_BOX = ("noise", "square", "autoattack")  # attacks that ask for no gradient, or not for gradients alone
@@ -174,9 +173,12 @@ class Outcome:
 
         An image is lost at a radius if any attack that counts, or was transferred, fooled the model there or below.
         """
+        return {str(radius): float(self.withstands(norm, radius).double().mean()) for radius in self.radii(norm)}
+
+    def radii(self, norm: str) -> list[Epsilon]:
+        """All radii, ascending, of the stages in a norm that count."""
         stages = [stage for stage in self.protocol.stages if stage.norm == norm and stage.role == "score"]
-        radii = sorted({epsilon for stage in stages for epsilon in stage.epsilons})
-        return {str(radius): float(self.withstands(norm, radius).double().mean()) for radius in radii}
+        return sorted({epsilon for stage in stages for epsilon in stage.epsilons})
 
     def withstands(self, norm: str, radius: Epsilon) -> Tensor:
         """Whether the model is robust on each image to all that counts in a norm up to a radius, bool [N]."""
@@ -249,6 +251,18 @@ class ResultsError(AfdError):
     """A folder holds no results that this afd can read."""
 
 
+def withstood(outcome: Outcome) -> dict[str, Any]:
+    """Which images the model is right on: clean, by stage (but probes) and by norm in the worst case; `packed`."""
+    by_radius = {
+        stage.name: dict(zip(map(str, stage.epsilons), map(packed, outcome.robust(stage)), strict=True))
+        for stage in outcome.protocol.stages
+        if stage.role != "probe"
+    }
+    worst = {norm: {str(eps): packed(outcome.withstands(norm, eps)) for eps in outcome.radii(norm)} for norm in NORMS}
+    worst_case = {norm: images for norm, images in worst.items() if images}
+    return {"clean": packed(outcome.correct), "stages": by_radius, "worst_case": worst_case}
+
+
 def summarize(
     outcome: Outcome,
     *,
@@ -308,6 +322,7 @@ def summarize(
                 norm: {eps: between(share, count) for eps, share in worst.items()} for norm, worst in worst_case.items()
             },
         },
+        "withstood": withstood(outcome),
         "precision": precision,
         "union": outcome.union(),
         "checks": checks,
@@ -317,27 +332,6 @@ def summarize(
         "versions": {"afd": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"device": device_name(images.device), "system": platform.system()},
     }
-
-
-def describe(model: Model) -> dict[str, Any]:
-    """A model in plain types."""
-    return {
-        "name": model.name,
-        "source": model.source,
-        "sha256": model.digest(),
-        "parameters": sum(parameter.numel() for parameter in model.network.parameters()),
-        "architecture": architecture(model),
-        "metadata": model.metadata,
-    }
-
-
-def architecture(model: Model) -> str:
-    """What a table calls the network."""
-    recipe = look_up(model.metadata, "network", "recipe") or look_up(model.metadata, "config", "model")
-    if isinstance(recipe, dict) and {"name", "width"} <= set(recipe):
-        smooth = "" if recipe.get("activation", "relu") == "relu" else f", {recipe['activation']}"
-        return f"{recipe['name']} (width {recipe['width']}{smooth})"
-    return type(unwrapped(model.network)).__name__
 
 
 def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:

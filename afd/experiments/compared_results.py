@@ -11,7 +11,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +36,6 @@ COMPARISONS = Path("runs/comparisons")
 # what lies in a comparison's folder at last, of evaluations or of methods, and in that of one that was killed
 FINISHED, UNFINISHED = (TABLES, MARKDOWN), {"curves.png", PICTURE, FIGURES_CSV, REPORT}
 PARTS = ("finished", "data", "ball", "network", "budget", "reference", "seeds", "entries")
-
-
-@dataclass(frozen=True)
-class ResultsConfig:
-    """Which results to put side by side, and where the report goes."""
-
-    results: tuple[Path, ...] = ()
-    """Folders of finished evaluations, or of finished comparisons, to put side by side."""
-    out: Path | None = None
-    """Folder of the report. Default: a new one, runs/comparisons/0001 and so on."""
-    overwrite: bool = False
-    """Replace a report in the folder --out."""
 
 
 def compare_results(folders: Sequence[Path], out: Path | None, overwrite: bool, console: Console | None = None) -> Path:

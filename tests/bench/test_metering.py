@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from afd import passes
 from afd.attacks import PGD
-from afd.bench import kernels, metering, passes
+from afd.bench import kernels, metering
 from afd.bench.metering import Calls, CpuClock, GpuClock, HostReads, Product, in_turn, peak_bytes
 from afd.bench.op_cases import OPS, timed
 from afd.errors import out_of_memory

@@ -17,8 +17,8 @@ from afd.evaluation import accuracy, command
 from afd.evaluation import protocol as protocols
 from afd.evaluation.attacks import Epsilon
 from afd.evaluation.command import EvaluateConfig, load, name_of, trained_at
-from afd.evaluation.model import Model
-from afd.evaluation.outcome import architecture, read_results
+from afd.evaluation.model import Model, architecture
+from afd.evaluation.outcome import read_results
 from afd.methods import AFD, METHODS, Execution, Natural
 from afd.nn.networks import from_recipe, recipe_of
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights

@@ -10,13 +10,13 @@ from torch import nn
 
 from afd.attacks import PGDSettings
 from afd.bench import released_players
-from afd.bench.passes import counted
 from afd.errors import InputError, InputTypeError
 from afd.methods import AWP, JARN, Execution
 from afd.methods import jarn as ours
 from afd.methods.jarn import Adapter, ConvDiscriminator, channels_of, layers_for, standardised
 from afd.methods.ramps import Ramp, check_ramps
 from afd.nn import FeatureClassifier, build_model
+from afd.passes import counted
 
 STEPS, CLASSES, EPS = 20, 4, 0.1
 RUN = {"start_step": 5, "update_interval": 4, "beta": 1.5, "gamma": 0.7}

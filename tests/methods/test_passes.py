@@ -1,7 +1,7 @@
 """No method spends more passes than its updates need: counted for each, beside what its released flow spends.
 
 A pass counts once an image. With an attack of ten steps the fewest are: a forward and a backward to the input a step,
-and a training pass for each batch that the loss has; see `afd.bench.passes`.
+and a training pass for each batch that the loss has; see `afd.passes`.
 """
 
 import pytest
@@ -10,9 +10,9 @@ from torch import nn
 
 from afd.attacks import PGDSettings, UnionSettings
 from afd.bench import released, released_players, released_regularized
-from afd.bench.passes import Passes, UncountableError, counted
 from afd.methods import AFD, ALP, AT, AWP, FGSMRS, GAT, JARN, LLR, MART, TRADES, Free, NormPenalty, NuAT
 from afd.nn import FeatureClassifier
+from afd.passes import Passes, UncountableError, counted
 
 TRAIN = PGDSettings(batchnorm="train")
 BALLS = {"eps": 0.1, "eps_l2": 0.5, "eps_l1": 2.0}  # of which each takes ten steps

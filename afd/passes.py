@@ -21,7 +21,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from afd.attacks import engine
-from afd.bench.results import Figure
 from afd.errors import AfdError
 
 KINDS = ("forwards", "input_backwards", "weight_backwards")
@@ -51,7 +50,7 @@ class Passes:
         return self.forwards + self.input_backwards + self.weight_backwards
 
     @property
-    def figures(self) -> dict[str, Figure]:
+    def figures(self) -> dict[str, float]:
         """By name, for a document."""
         return {**{kind: getattr(self, kind) for kind in KINDS}, "cost": self.cost}
 
