@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from afd.attacks import PGD
 from afd.attacks.external import PlainLogits
 from afd.errors import InputError, InputTypeError, ModelError, ModelWarning
-from afd.metrics import accuracy, accuracy_curve
+from afd.metrics import accuracy, accuracy_curve, packed, unpacked
 
 
 class Brightest(nn.Module):
@@ -314,3 +314,23 @@ def test_other_libraries_are_shown_logits_of_float32_at_least():
 
     assert PlainLogits(Narrow().eval())(X).dtype == torch.float32
     assert PlainLogits(Brightest().eval())(X.double()).dtype == torch.float64
+
+
+# --- Images that were withstood ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", [1, 7, 8, 9, 1000])
+def test_packed_images_are_unpacked_as_they_were(images):
+    withstood = torch.rand(images, generator=torch.Generator().manual_seed(images)) < 0.3
+    assert torch.equal(unpacked(packed(withstood), images), withstood)
+    assert len(packed(withstood)) == 2 * -(-images // 8)
+
+
+def test_packed_images_come_first_bit_first():
+    assert packed(torch.tensor([True, False, False, False, False, False, False, True, True])) == "8180"
+
+
+@pytest.mark.parametrize(("text", "images"), [("81", 9), ("8180", 8), ("8", 4), ("zz", 8)])
+def test_what_was_not_packed_of_so_many_images_is_refused(text, images):
+    with pytest.raises(InputError, match="the images that were withstood are"):
+        unpacked(text, images)
