@@ -16,7 +16,7 @@ from afd import installation
 from afd.config import TrainConfig, ball_of
 from afd.errors import InputError, count, fits, in_a_line
 from afd.experiments.budget import seconds_in
-from afd.experiments.comparison import RECORD, TABLE, WRITTEN, Comparison, Entry
+from afd.experiments.comparison import RECORD, TABLE, WRITTEN, Comparison, Entry, balls_of
 from afd.files import check_path, check_target
 from afd.methods import METHODS
 from afd.methods.registry import classes_of
@@ -236,6 +236,8 @@ def made(entries: Mapping[str, str], shared: Sequence[str], **settings: Any) -> 
     for name, (method, own) in read.items():
         try:
             config = train_config([method, *_known(shared, known[name]), *own], None).settled()
+            if not by_budget:
+                config = dataclasses.replace(config, epochs=settings["epochs"])
             found[name] = Entry(shlex.join([method, *own]), _alike(config, own, timed))
         except InputError as error:
             raise type(error)(f"entry {name!r}: {error}") from error
@@ -362,10 +364,11 @@ def _alike(config: TrainConfig, own: Sequence[str], timed: TrainConfig) -> Train
 def _of_all(config: TrainConfig) -> dict[str, Any]:
     """What must be the same in all entries, by option."""
     assert config.method is not None
-    chosen, network, test = config.data, config.model, config.test
+    chosen, network = config.data, config.model
+    ball = ", ".join(f"{norm} {eps}" for norm, eps in balls_of(config).items())
     return {
         "data": chosen.name, "data-root": chosen.root, "validation": chosen.validation, "limit": chosen.limit,
         "model": network.name, "width": network.width, "activation": network.activation,
-        "normalize": network.normalize, "norm": test.norm, "eps": test.eps, "union": test.union,
-        "eval-steps": config.method.validation_attack, "device": config.device,
+        "normalize": network.normalize, "ball": ball, "eval-steps": config.method.validation_attack,
+        "device": config.device,
     }  # fmt: skip

@@ -38,6 +38,7 @@ LATER = {"seeds": (), "ramps": (), "mixup": 0.0, "cutmix": 0.0, "on_alarm": "war
 LATER_OF_MODEL = {"activation": "relu"}
 LATER_OF_TEST = {"union": None}
 LATER_OF_DATA = {"limit": None, "extra_data": None, "extra_share": None, "epoch_images": None}
+RECIPES = Path(__file__).parent / "recipes"
 GREY = 0.5  # the Linf radius from which any image may become the same grey as any other
 EXTRA_SHARE = 0.7
 Number = float  # which the command line also takes as a fraction
@@ -326,20 +327,28 @@ class TrainConfig(RunConfig):
 
     @classmethod
     def read(cls, path: Path) -> TrainConfig:
-        """The run that a TOML file describes.
+        """The run that a TOML file, or a recipe of that name, describes.
 
         Raises:
-            InputError: there is no such file, it is no TOML, or it names what there is not.
+            InputError: there is no such file or recipe, it is no TOML, or it names what there is not.
         """
         check_path("config", path)
+        named = RECIPES / f"{path}.toml"
+        if not path.exists() and len(path.parts) == 1 and named.is_file():
+            path = named
         if not path.is_file():
-            raise InputError(f"config is {path}; there is no such file")
+            raise InputError(f"config is {path}; there is no such file, and recipes are {', '.join(recipes())}")
         try:
             return cls.from_json(tomllib.loads(path.read_text()))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise InputError(f"config is {path}, which cannot be read: {in_a_line(error)}") from error
         except InputError as error:
             raise InputError(f"config is {path}: {in_a_line(error)}") from error
+
+
+def recipes() -> list[str]:
+    """Names of the runs that come with afd, each a TOML file that says what was found with it."""
+    return sorted(file.stem for file in RECIPES.glob("*.toml"))
 
 
 def ball_of(method: Method) -> TestConfig | None:

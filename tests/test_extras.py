@@ -63,7 +63,7 @@ def test_the_library_trains_and_attacks_with_torch_and_numpy_alone(tmp_path):
     assert (tmp_path / "run" / "last.pt").is_file()
 
 
-COMMANDS = ["train", "evaluate", "bench", "curves x", "info", "", "--help", "train --help"]
+COMMANDS = ["train", "evaluate", "compare --methods at", "bench", "curves x", "info", "", "--help", "train --help"]
 MODULES = ["afd.demo", "afd.bench"]
 
 

@@ -131,7 +131,8 @@ def finished(config: TrainConfig, *, whole: bool = True) -> dict[str, Any] | Non
     if kept.read_text() != config.as_toml():
         there = TrainConfig.read(kept).settled().as_json()
         other = differences(there, config.as_json(), ("out", "overwrite", "resume"))
-        raise InputError(f"{config.out} holds another run: {'; '.join(other) or f'its {RUN} is worded otherwise'}")
+        if other:
+            raise InputError(f"{config.out} holds another run: {'; '.join(other)}")
     result: dict[str, Any] = json.loads(file.read_text())
     return None if whole and result["measured"]["last"]["epoch"] != config.epochs else result
 
@@ -262,15 +263,17 @@ class Comparing:
         run.update({"state": "done", "error": None})
         self.record.write()
 
+    def _natural(self, seed: int) -> str | None:
+        """The entry of natural training whose run of a seed is finished, if there is one."""
+        naturals = (name for name, entry in self.record.entries.items() if entry["method"] == TRANSFERRED)
+        return next((name for name in naturals if self.record.run(name, seed)["state"] == "done"), None)
+
     def _surrogate(self, seed: int) -> Model | None:
-        """The natural model of a seed, if it is trained and measured."""
-        for name, entry in self.record.entries.items():
-            if entry["method"] == TRANSFERRED and self.record.run(name, seed)["state"] == "done":
-                if seed not in self.models:
-                    path = self.record.folder / name / f"seed-{seed}" / "best.pt"
-                    self.models = {seed: load(str(path), self.device)}
-                return self.models[seed]
-        return None
+        """The model of that run, which attacks are transferred from."""
+        name = self._natural(seed)
+        if name is not None and seed not in self.models:
+            self.models = {seed: load(str(self.record.folder / name / f"seed-{seed}" / "best.pt"), self.device)}
+        return None if name is None else self.models[seed]
 
     def _tell_without_transfer(self) -> None:
         """Says which were measured before there was a natural model to transfer attacks from."""
@@ -281,7 +284,7 @@ class Comparing:
             if entry["method"] != TRANSFERRED
             and run["state"] == "done"
             and run["evaluation"]["transfer"] is None
-            and self._surrogate(int(seed)) is not None
+            and self._natural(int(seed)) is not None
         ]
         if without:
             say(
@@ -293,7 +296,7 @@ class Comparing:
     def _still_there(self, config: TrainConfig) -> bool:
         """Whether what the record calls done lies in its folder."""
         assert config.out is not None
-        return finished(config) is not None and (config.out / "evaluation" / RESULTS).exists()
+        return (config.out / RESULT).exists() and (config.out / "evaluation" / RESULTS).exists()
 
     def _left(self, name: str) -> str:
         """About how long this training takes, and all that is left, as far as that can be told yet."""

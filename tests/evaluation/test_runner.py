@@ -13,10 +13,11 @@ from afd.evaluation import attacks
 from afd.evaluation.attacks import Epsilon, ascending
 from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.model import Model
-from afd.evaluation.outcome import Outcome, ShardingError
+from afd.evaluation.outcome import Outcome, ShardingError, withstood
 from afd.evaluation.protocol import Protocol, Stage, probes
 from afd.evaluation.runner import AttackFailedError, Runner
 from afd.evaluation.store import StateError, Store, saved_fingerprint
+from afd.metrics import unpacked
 from afd.runtime import Group
 
 RADII = ascending(["0.0525", "0.1025", "0.2025", "0.4025"])  # no half margin: those are multiples of 0.005
@@ -100,6 +101,19 @@ def test_accuracy_is_the_share_of_larger_margins(data, tmp_path, scope, batch_si
     assert len(set(outcome.accuracies(stage))) == 4
     assert outcome.worst_case("Linf") == pytest.approx({str(eps): robust_at(eps) for eps in RADII})
     assert outcome.worst_case("L2") == {}
+
+
+def test_it_is_told_of_each_image_whether_it_was_withstood(data, tmp_path):
+    probe = dataclasses.replace(WEAK, name="probe", role="probe")
+    found = withstood(runner(data, protocol(WEAK, PGD, probe), tmp_path).run())
+    assert torch.equal(unpacked(found["clean"], COUNT), margins() >= 0)
+    assert found["stages"].keys() == {"weak", "pgd"}
+    assert found["worst_case"].keys() == {"Linf"}
+    for eps in RADII:
+        robust = margins() > float(eps)
+        assert torch.equal(unpacked(found["stages"]["pgd"][str(eps)], COUNT), robust)
+        assert torch.equal(unpacked(found["worst_case"]["Linf"][str(eps)], COUNT), robust)
+        assert not (robust & ~unpacked(found["stages"]["weak"][str(eps)], COUNT)).any()
 
 
 def test_a_sweep_goes_on_from_what_is_left(data, tmp_path):
