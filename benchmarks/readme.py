@@ -3,7 +3,8 @@
 A table of a benchmark stands between ``<!-- bench: FILE ... -->`` and ``<!-- /bench -->``; the files lie in
 benchmarks/results and are of one benchmark; ``<!-- passes: FILE ... -->`` shows the costs that one of methods counted.
 Evaluations stand between ``<!-- table 1: FILE ... -->`` (``table 2``,
-``autoattack``) and ``<!-- /table -->``. What is between the markers is replaced, whatever it was; nothing else is.
+``autoattack``) and ``<!-- /table -->``, comparisons of methods between ``<!-- compare: FILE -->`` and
+``<!-- /compare -->``. What is between the markers is replaced, whatever it was; nothing else is.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from afd.bench.results import Candidate, Column, Document, DocumentError, Figure
 from afd.errors import AfdError
 from afd.evaluation.outcome import read_results as read_evaluation
 from afd.evaluation.report import Table, robustbench, table_1, table_2
+from afd.experiments.compared_results import read_comparison
+from afd.experiments.comparison_report import brief_table, told
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
 BLOCK = re.compile(r"(<!-- (?:bench|passes): (.+?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 EVALUATED = re.compile(r"(<!-- (table 1|table 2|autoattack): (.+?) -->\n).*?(<!-- /table -->)", re.DOTALL)
+COMPARED = re.compile(r"(<!-- compare: (\S+) -->\n).*?(<!-- /compare -->)", re.DOTALL)
 
 Rows = Iterator[tuple[str, ...]]  # the first holds the headings
 
@@ -224,6 +228,18 @@ def evaluated(kind: str, files: list[str], results: Path) -> str:
     return f"\n{table.title}:\n\n{table.markdown()}\n\n"
 
 
+def compared(file: str, results: Path) -> str:
+    """The table of a comparison of methods, and how it came about."""
+    content = read_comparison(results / file)
+    table = brief_table(content)
+    budget = content["budget"]
+    each = f", {budget['passes']:.3g} passes of an image for each" if budget["passes"] else ""
+    link = RESULTS / file
+    picture = f", [picture]({link.with_suffix('.png')})" if (ROOT / link).with_suffix(".png").exists() else ""
+    made = f"{told(content['machine'])}, torch {content['versions']['torch']}; {budget['asked']}{each}; [JSON]({link}){picture}."
+    return f"\n{table.title}:\n\n{table.markdown()}\n\n{made}\n\n"
+
+
 def autoattack(found: list[dict[str, Any]]) -> Table:
     """RobustBench's rows, one under the other."""
     first, *others = (robustbench(one) for one in found)
@@ -250,6 +266,7 @@ def renewed(text: str, results: Path = ROOT / RESULTS) -> str:
         return found[1] + rendered(found[2].split(), results, table) + found[3]
 
     text = BLOCK.sub(block, text)
+    text = COMPARED.sub(lambda found: found[1] + compared(found[2], results) + found[3], text)
     return EVALUATED.sub(lambda found: found[1] + evaluated(found[2], found[3].split(), results) + found[4], text)
 
 

@@ -9,10 +9,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import comparisons
 import pytest
 
 from afd.bench.results import Candidate, Case, Document, DocumentError, Timing
 from afd.cli import main
+from afd.evaluation.outcome import ResultsError
 from afd.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +94,26 @@ def test_evaluations_too(tables, tmp_path):
     renewed = tables.renewed(README, results)
     assert all(f"| {name}! " in renewed for name in ("natural", "AFD-WGAN", "AFD-DCGAN"))
     assert renewed.replace("!", "") == README.replace("!", "")
+
+
+def test_comparisons_too(tables, tmp_path):
+    figures = {"natural": (0.99, 0.0), "at": (0.98, 0.88), "afd": (0.98, 0.9)}
+    content = comparisons.comparison({name: comparisons.entry(name, [one]) for name, one in figures.items()})
+    (tmp_path / "compare-mine.json").write_text(json.dumps(content))
+    text = "before <!-- compare: compare-mine.json -->\nold\n<!-- /compare --> after"
+    renewed = tables.renewed(text, tmp_path)
+    assert "old" not in renewed
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in renewed.splitlines() if line[:1] == "|"]
+    assert rows[0][:4] == ["entry", "clean", "PGD-40", "AutoAttack"]
+    runs = [one["runs"]["0"]["evaluation"] for one in content["entries"].values()]
+    assert [row[:2] for row in rows[2:]] == [
+        [name, f"{100 * one['clean']:.2f}"] for name, one in zip(figures, runs, strict=True)
+    ]
+    assert all(row[3].startswith(f"{100 * one['autoattack']:.2f} (") for row, one in zip(rows[2:], runs, strict=True))
+    assert tables.renewed(renewed, tmp_path) == renewed
+    (tmp_path / "compare-mine.json").write_text(json.dumps(content | {"finished": False}))
+    with pytest.raises(ResultsError, match="is not finished"):
+        tables.renewed(text, tmp_path)
 
 
 def on_gpu(benchmark, cases, **changes):

@@ -203,10 +203,13 @@ def _withstood(results: Results) -> dict[str, str]:
 def read_comparison(folder: Path) -> dict[str, Any]:
     """What a finished comparison's compare.json holds.
 
+    Args:
+        folder: of the comparison, or the file itself, whatever it is called.
+
     Raises:
         ResultsError: it cannot be read, is of another version, or the comparison is not finished.
     """
-    file = _comparison_file(folder)
+    file = folder if folder.is_file() else _comparison_file(folder)
     check_source("results", file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

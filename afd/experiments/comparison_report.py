@@ -23,6 +23,7 @@ from afd.experiments.comparison_rows import (
     amount,
     checkpoints_of,
     duration,
+    points_of,
     rows_of,
 )
 from afd.files import write_whole
@@ -115,7 +116,7 @@ def notes_of(content: Content, rows: list[Row]) -> list[str]:
     """How to read the table."""
     images, reference = content["data"]["images"], content["reference"]
     lines = [
-        f"Below each figure its 95% interval over {images:,} images (Wilson); Δ: percentage points more than "
+        f"With figures, their 95% intervals over {images:,} images (Wilson); Δ: percentage points more than "
         f"{reference}, image by image (Bonett and Price), * where the interval excludes 0. Both tell of other images, "
         "not of other seeds."
     ]
@@ -183,6 +184,10 @@ def _lines(found: Figure | Difference | None) -> str:
     return f"{value}\n{found.span(1).replace(' to ', '…')}"
 
 
+def _percent(found: Figure | None) -> str:
+    return "-" if found is None else found.percent
+
+
 def _line(found: Figure | None) -> str:
     return "-" if found is None else f"{found.percent} ({found.span()})"
 
@@ -214,6 +219,19 @@ def table_of(content: Content, rows: list[Row]) -> Table:
         body.append((_plain(row.name), *figures, *apart, amount(row.passes), duration(row.seconds), *said))
     note = "\n".join(map(_plain, notes_of(content, rows)))
     return Table("accuracy (%)", head, tuple(body), len(body), note)
+
+
+def brief_table(content: Content) -> Table:
+    """A row for each entry, its mean where it has several seeds, of what matters most: for a page among others."""
+    rows = points_of(content)
+    head = ("entry", "clean", "PGD-40", "AutoAttack", "transfer", f"Δ AutoAttack from {content['reference']}", "checks")
+    body = []
+    for row in rows:
+        clean, pgd, attacked, transferred = (row.figure(name) for name in ("clean", "pgd-40", "autoattack", "transfer"))
+        short = (_plain(row.name), _percent(clean), _percent(pgd), _line(attacked), _percent(transferred))
+        body.append((*short, _marked(row.differences.get("autoattack")), _plain(row.checks)))
+    title = f"{title_of(content)}, accuracy (%) on {content['data']['images']:,} test images"
+    return Table(title, head, tuple(body), len(body), "\n".join(map(_plain, notes_of(content, rows))))
 
 
 def checkpoint_table(content: Content) -> Table:
