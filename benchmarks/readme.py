@@ -236,7 +236,8 @@ def compared(file: str, results: Path) -> str:
     each = f", {budget['passes']:.3g} passes of an image for each" if budget["passes"] else ""
     link = RESULTS / file
     picture = f", [picture]({link.with_suffix('.png')})" if (ROOT / link).with_suffix(".png").exists() else ""
-    made = f"{told(content['machine'])}, torch {content['versions']['torch']}; {budget['asked']}{each}; [JSON]({link}){picture}."
+    place = f"{told(content['machine'])}, torch {content['versions']['torch']}"
+    made = f"{place}; {budget['asked']}{each}; [JSON]({link}){picture}."
     return f"\n{table.title}:\n\n{table.markdown()}\n\n{made}\n\n"
 
 
