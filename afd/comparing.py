@@ -305,7 +305,10 @@ def _check_ours(holder: str, words: Sequence[str], *, by_budget: bool) -> None:
 
 def _options(method: str, words: Sequence[str]) -> set[str]:
     """The names of all options that ``afd train METHOD`` has with such words."""
-    return set(_named_in(options_of(base_of(words, method))))
+    base = base_of(words, method)
+    assert base.method is not None
+    without = {"eps_warmup"} if base.method.ball is None else set()  # which would have no effect
+    return set(_named_in(options_of(base))) - without
 
 
 def _named_in(kind: type[Any]) -> list[str]:

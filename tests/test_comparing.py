@@ -45,9 +45,11 @@ def test_own_words_are_told_from_those_of_train():
 
 def test_each_method_gets_the_shared_words_that_it_has_and_it_is_said_for_whom_one_is_left_out(monkeypatch, capsys):
     words = "--methods natural,trades+awp,free --budget 5m --data mnist --attack-steps 7 --beta 2 --weight-decay 1e-3"
+    words += " --eps-warmup 2"
     asked, out, overwrite = read(words, monkeypatch)
     assert capsys.readouterr().out == (
-        "left out where a method has no such option: --attack-steps (natural, free); --beta (natural, free)\n"
+        "left out where a method has no such option: --attack-steps (natural, free); --beta (natural, free); "
+        "--eps-warmup (natural)\n"
     )
     natural, trades, free = (entry.config for entry in asked.entries.values())
     assert list(asked.entries) == ["natural", "trades+awp", "free"]
@@ -58,7 +60,8 @@ def test_each_method_gets_the_shared_words_that_it_has_and_it_is_said_for_whom_o
     assert natural.method.weight_decay == trades.method.core.weight_decay == free.method.weight_decay == 1e-3
     assert isinstance(asked.timed.method, AT)
     assert asked.timed.method.attack.steps == 7
-    assert asked.train == "--data mnist --attack-steps 7 --beta 2 --weight-decay 1e-3"
+    assert asked.train == "--data mnist --attack-steps 7 --beta 2 --weight-decay 1e-3 --eps-warmup 2"
+    assert (natural.eps_warmup, free.eps_warmup) == (0, 2)
 
 
 def test_own_words_of_an_entry_win():

@@ -20,7 +20,7 @@ from torch import Tensor
 from afd.config import TrainConfig
 from afd.data import Images
 from afd.data.images import images_and_labels, index_in
-from afd.errors import AfdError, InputError, ModelWarning
+from afd.errors import AfdError, InputError
 from afd.experiments.train import model_for, train_batches, trainer_for
 from afd.methods.base import LOOKS
 from afd.methods.ramps import STEPS, Ramps, ramps_of
@@ -87,7 +87,9 @@ class StepCosts:
     def __init__(self, config: TrainConfig, images: Images, device: torch.device) -> None:
         self.config, self.images = config, images
         plain = replace(config, compile=False, graph=False, precision="fp32", out=None, resume=None)
-        self.trainer = throwaway(plain, images, device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself gives them
+            self.trainer = throwaway(plain, images, device)
         self.trainer.step.looks = LOOKS
         self.x, self.y, self.index = next(_batches(plain, images, device, self.trainer))
         self.found: dict[Hashable, float] = {}
@@ -129,7 +131,7 @@ class StepCosts:
             step(self.x, self.y, index=self.index, seed=done)
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ModelWarning)  # which the run itself gives
+            warnings.simplefilter("ignore")  # the run itself gives them
             taken()  # the first one builds what stays
             return counted(taken, self.trainer.model, self.x).cost
 

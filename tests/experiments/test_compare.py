@@ -351,6 +351,7 @@ def test_natural_training_that_joins_late_is_transferred_from_where_one_asks(tmp
 
 
 def test_the_file_of_a_comparison_repeats_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "images_per_second", lambda *_: 200.0)
     status, content = compared(tmp_path / "one", "--methods", "natural,at", "--budget", "1s", "--seeds", "2")
     assert status == 0
     monkeypatch.setattr(budget, "images_per_second", None)
