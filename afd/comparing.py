@@ -18,7 +18,7 @@ from afd.errors import InputError, count, fits, in_a_line
 from afd.experiments.budget import seconds_in
 from afd.experiments.comparison import RECORD, TABLE, WRITTEN, Comparison, Entry, balls_of
 from afd.files import check_path, check_target
-from afd.methods import METHODS
+from afd.methods import METHODS, registry
 from afd.methods.registry import classes_of
 from afd.options import UsageError, base_of, last_value, method_in, options_of, parsed, train_config
 
@@ -230,7 +230,7 @@ def made(entries: Mapping[str, str], shared: Sequence[str], **settings: Any) -> 
     for group in _groups(shared):
         if not any(_has(one, group[0]) for one in known.values()):
             train_config([next(iter(read.values()))[0], *group], None)  # says what is meant, perhaps
-            raise UsageError(f"none of the methods has an option {group[0]}")
+            raise UsageError(f"none of the methods takes {group[0]} from the options for all")
     _tell_left_out(shared, known)
     found = {}
     for name, (method, own) in read.items():
@@ -304,10 +304,15 @@ def _check_ours(holder: str, words: Sequence[str], *, by_budget: bool) -> None:
 
 
 def _options(method: str, words: Sequence[str]) -> set[str]:
-    """The names of all options that ``afd train METHOD`` has with such words."""
+    """The names of all options for all that ``afd train METHOD`` has with such words.
+
+    The steps of an attack are none for a method that is one of a single step: with more of them it were another.
+    """
     base = base_of(words, method)
     assert base.method is not None
     without = {"eps_warmup"} if base.method.ball is None else set()  # which would have no effect
+    if getattr(registry.made({"name": method}).attack, "steps", None) == 1:
+        without |= {"attack_steps", "alpha"}
     return set(_named_in(options_of(base))) - without
 
 
@@ -341,7 +346,7 @@ def _tell_left_out(shared: Sequence[str], known: Mapping[str, set[str]]) -> None
         if without:
             told.append(f"{group[0].partition('=')[0]} ({', '.join(without)})")
     if told:
-        print(f"left out where a method has no such option: {'; '.join(told)}")
+        print(f"left out where a method has no such option (or an attack of one step by design): {'; '.join(told)}")
 
 
 def _alike(config: TrainConfig, own: Sequence[str], timed: TrainConfig) -> TrainConfig:

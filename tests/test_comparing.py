@@ -48,7 +48,7 @@ def test_each_method_gets_the_shared_words_that_it_has_and_it_is_said_for_whom_o
     words += " --eps-warmup 2"
     asked, out, overwrite = read(words, monkeypatch)
     assert capsys.readouterr().out == (
-        "left out where a method has no such option: --attack-steps (natural, free); --beta (natural, free); "
+        "left out where a method has no such option (or an attack of one step by design): --attack-steps (natural, free); --beta (natural, free); "
         "--eps-warmup (natural)\n"
     )
     natural, trades, free = (entry.config for entry in asked.entries.values())
@@ -210,3 +210,10 @@ def test_every_option_has_a_help_line(capsys):
         assert f"--{option}" in said
     assert "Training steps alone count" in said
     assert comparing.CompareOptions.__doc__.splitlines()[0] in said
+
+
+def test_methods_of_a_single_step_keep_it(capsys):
+    words = {"at": "at", "fgsm-rs": "fgsm-rs", "gat": "gat", "own": "fgsm-rs --attack-steps 2"}
+    found = made(words, ["--data", "digits", "--attack-steps", "5"], epochs=1).entries
+    assert {name: one.config.attack.steps for name, one in found.items()} == {"at": 5, "fgsm-rs": 1, "gat": 1, "own": 2}
+    assert "one step by design): --attack-steps (fgsm-rs, gat, own)" in capsys.readouterr().out
