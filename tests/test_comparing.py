@@ -48,7 +48,8 @@ def test_each_method_gets_the_shared_words_that_it_has_and_it_is_said_for_whom_o
     words += " --eps-warmup 2"
     asked, out, overwrite = read(words, monkeypatch)
     assert capsys.readouterr().out == (
-        "left out where a method has no such option (or an attack of one step by design): --attack-steps (natural, free); --beta (natural, free); "
+        "left out where a method has no such option (or an attack of one step by design): "
+        "--attack-steps (natural, free); --beta (natural, free); "
         "--eps-warmup (natural)\n"
     )
     natural, trades, free = (entry.config for entry in asked.entries.values())
