@@ -30,7 +30,7 @@ SHORTER = (  # added to a command that begins so
     ("afd train natural", "--limit 60 --epochs 1 --width 2 --batch-size 32"),
     ("afd train", QUICK),
     ("torchrun", QUICK),
-    ("afd compare --results", ""),
+    ("afd compare --methods", "--images 10 --limit 60 --width 2 --attack-steps 1 --eval-steps 1 --batch-size 32"),
     ("afd evaluate", "--images 10"),
     ("afd bench attacks --attack apgd", "--batch 8 --steps 6 --repeats 1"),
     ("afd bench attacks", "--batch 8 --steps 1 --repeats 1"),
@@ -41,7 +41,7 @@ NOT_RUN = (
     ("make bench", "it measures for minutes, with packages that nothing else needs"),
     ("make gpu", "it needs nvcc, or a GPU"),
 )
-INSTEAD = (("epochs=20", "epochs=2"), ("--epochs 310", "--epochs 2"))  # of what is printed
+INSTEAD = (("epochs=20", "epochs=2"), ("--epochs 310", "--epochs 2"), ("--budget 5m", "--epochs 1"))  # of what is printed
 
 
 def main() -> int:
