@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from afd import installation
 from afd.config import TrainConfig, ball_of
 from afd.errors import InputError, count, fits, in_a_line
-from afd.experiments.budget import seconds_in
-from afd.experiments.comparison import RECORD, TABLE, WRITTEN, Comparison, Entry, balls_of
+from afd.experiments.comparison.budget import seconds_in
+from afd.experiments.comparison.record import RECORD, TABLE, WRITTEN, Comparison, Entry, balls_of
 from afd.files import check_path, check_target
 from afd.methods import METHODS, registry
 from afd.methods.registry import classes_of
@@ -86,7 +86,7 @@ def comparison_asked(words: Sequence[str], described: str | None) -> Work:
     for name, entry in asked.entries.items():
         for warning in entry.config.warnings():
             print(f"afd: warning: entry {name!r}: {warning}", file=sys.stderr)
-    from afd.experiments.compare import compare
+    from afd.experiments.comparison import compare
 
     installation.require("tensorboard", "afd compare")
     if asked.timed.data.name == "digits":
@@ -129,7 +129,7 @@ def _of_results(options: CompareOptions, shared: Sequence[str]) -> Work:
         raise UsageError(f"results is given, and {(others or shared)[0]} too; with it go --out and --overwrite alone")
     with installation.needed_by("afd compare"):
         from rich.console import Console
-    from afd.experiments.compared_results import compare_results
+    from afd.experiments.comparison.results import compare_results
 
     return lambda: compare_results(options.results, options.out, options.overwrite, Console())
 

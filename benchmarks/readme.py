@@ -20,8 +20,8 @@ from afd.bench.results import Candidate, Column, Document, DocumentError, Figure
 from afd.errors import AfdError
 from afd.evaluation.outcome import read_results as read_evaluation
 from afd.evaluation.report import Table, robustbench, table_1, table_2
-from afd.experiments.compared_results import read_comparison
-from afd.experiments.comparison_report import brief_table, told
+from afd.experiments.comparison.report import brief_table, told
+from afd.experiments.comparison.results import read_comparison
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")

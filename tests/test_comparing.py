@@ -9,7 +9,8 @@ from afd import comparing
 from afd.cli import main
 from afd.comparing import divided, made
 from afd.errors import InputError
-from afd.experiments import compare, compared_results
+from afd.experiments import comparison
+from afd.experiments.comparison import results
 from afd.methods import AT, TRADES, Natural
 
 PLAIN = ["--data", "digits", "--width", "2"]
@@ -18,9 +19,7 @@ PLAIN = ["--data", "digits", "--width", "2"]
 def read(words, monkeypatch):
     """The comparison that words ask for."""
     asked = []
-    monkeypatch.setattr(
-        compare, "compare", lambda comparison, out, *, overwrite: asked.append((comparison, out, overwrite))
-    )
+    monkeypatch.setattr(comparison, "compare", lambda one, out, *, overwrite: asked.append((one, out, overwrite)))
     assert main(["compare", *shlex.split(words)]) == 0
     return asked[0]
 
@@ -182,7 +181,7 @@ def test_a_mistake_in_a_file_is_one_line(table, message, capsys, tmp_path):
 
 def test_results_are_put_side_by_side(monkeypatch):
     asked = []
-    monkeypatch.setattr(compared_results, "compare_results", lambda *arguments: asked.append(arguments[:3]))
+    monkeypatch.setattr(results, "compare_results", lambda *arguments: asked.append(arguments[:3]))
     assert main(["compare", "--results", "a", "b", "--out", "o"]) == 0
     assert asked == [((Path("a"), Path("b")), Path("o"), False)]
 

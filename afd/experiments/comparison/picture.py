@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afd.experiments.comparison_rows import Content, Row, amount, duration, points_of
+from afd.experiments.comparison.rows import Content, Row, amount, duration, points_of
 from afd.installation import needed_by, save_picture
 
 with needed_by("the picture of a comparison"):

@@ -24,8 +24,8 @@ from afd.evaluation.model import Model
 from afd.evaluation.outcome import RESULTS, read_results
 from afd.evaluation.protocol import Protocol
 from afd.evaluation.store import STATE
-from afd.experiments.budget import seconds_in
-from afd.experiments.comparison import TRANSFERRED, Comparison, Record, balls_of, waiting
+from afd.experiments.comparison.budget import seconds_in
+from afd.experiments.comparison.record import TRANSFERRED, Comparison, Record, balls_of, waiting
 from afd.experiments.display import duration, read_log
 from afd.experiments.train import TEST_STEPS, AlarmError, draw, train
 from afd.installation import needed_by
@@ -175,7 +175,7 @@ def evaluated(folder: Path, model: Model, protocol: Protocol, classes: int) -> d
 
 
 @dataclass
-class Comparing:
+class Runs:
     """A comparison at work.
 
     Attributes:

@@ -23,11 +23,11 @@ from afd.data import Splits
 from afd.errors import AfdError, InputError
 from afd.evaluation.command import EvaluationStoppedError
 from afd.evaluation.store import check_folder, contents, lock, numbered
-from afd.experiments import budget
-from afd.experiments.budget import BudgetError, StepCosts, seconds_in
-from afd.experiments.compared_runs import GO_ON, Comparing, check_protocol, say
-from afd.experiments.comparison import RECORD, TABLE, WRITTEN, Comparison, Record
-from afd.experiments.comparison_report import present
+from afd.experiments.comparison import budget
+from afd.experiments.comparison.budget import BudgetError, StepCosts, seconds_in
+from afd.experiments.comparison.record import RECORD, TABLE, WRITTEN, Comparison, Record
+from afd.experiments.comparison.report import present
+from afd.experiments.comparison.runs import GO_ON, Runs, check_protocol, say
 from afd.files import FolderError, point_to, write_whole
 from afd.installation import needed_by
 from afd.passes import UncountableError
@@ -102,7 +102,7 @@ def _compare(
     record, folder = _planned(asked, place, splits, device, console), place.folder
     if out is None:
         point_to(folder)
-    work = Comparing(asked, record, splits, device, console)
+    work = Runs(asked, record, splits, device, console)
     work.run()
     present(record.content, console)
     console.print(f"{folder}/{RECORD} written", soft_wrap=True, markup=False, highlight=False)

@@ -19,14 +19,14 @@ from afd.errors import AfdError, InputError, look_up
 from afd.evaluation.attacks import Epsilon
 from afd.evaluation.command import exactly
 from afd.evaluation.outcome import device_name
-from afd.experiments.budget import Cost, seconds_in
-from afd.experiments.comparison_report import write_all
+from afd.experiments.comparison.budget import Cost, seconds_in
+from afd.experiments.comparison.report import write_all
 from afd.files import FolderError, write_whole
 from afd.installation import needed_by
 from afd.methods.registry import spelled
 from afd.runtime import commit
 
-with needed_by("afd.experiments.comparison"):
+with needed_by("afd.experiments.comparison.record"):
     import tomli_w
 
 FORMAT, VERSION = "afd-comparison", 1

@@ -21,8 +21,8 @@ from afd.evaluation.outcome import RESULTS, ResultsError, read_results
 from afd.evaluation.plots import plot_sweeps
 from afd.evaluation.report import Results, Table, comparison, table_1, table_2, union_table
 from afd.evaluation.store import REPORT, check_folder, contents, discard, lock, numbered
-from afd.experiments.comparison_report import FIGURES_CSV, MARKDOWN, PICTURE, present, told, write_all
-from afd.experiments.comparison_rows import Content, Difference
+from afd.experiments.comparison.report import FIGURES_CSV, MARKDOWN, PICTURE, present, told, write_all
+from afd.experiments.comparison.rows import Content, Difference
 from afd.files import FolderError, check_path, check_source, point_to, write_whole
 from afd.installation import needed_by
 from afd.metrics import paired_interval, unpacked

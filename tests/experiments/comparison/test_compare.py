@@ -18,8 +18,9 @@ from afd.cli import main
 from afd.comparing import made
 from afd.data import load
 from afd.evaluation.outcome import read_results
-from afd.experiments import budget, compare, compared_runs
-from afd.experiments.comparison import waiting
+from afd.experiments import comparison
+from afd.experiments.comparison import budget, runs
+from afd.experiments.comparison.record import waiting
 from afd.metrics import unpacked
 from afd.passes import counted
 from afd.training import TrainingError
@@ -94,9 +95,9 @@ def test_planned_passes_are_those_that_runs_really_take(tmp_path, monkeypatch):
         spent[here] = spent.get(here, 0.0) + took.cost * len(x)
 
     monkeypatch.setattr(Trainer, "_train_step", step)
-    monkeypatch.setattr(compared_runs.Comparing, "evaluate", lambda *_: None)
+    monkeypatch.setattr(runs.Runs, "evaluate", lambda *_: None)
     asked = made(METHODS, TINY, budget="1s", passes=passes, images=12)
-    content = compare.compare(asked, tmp_path / "out")
+    content = comparison.compare(asked, tmp_path / "out")
     assert content["budget"]["passes"] == passes
     for name, entry in content["entries"].items():
         found = spent[str(tmp_path / "out" / name / "seed-0")]
@@ -108,7 +109,7 @@ def test_planned_passes_are_those_that_runs_really_take(tmp_path, monkeypatch):
 
 def test_a_budget_is_so_many_seconds_of_adversarial_training_here(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "images_per_second", lambda *_: 100.0)
-    monkeypatch.setattr(compared_runs.Comparing, "run", lambda _: None)
+    monkeypatch.setattr(runs.Runs, "run", lambda _: None)
     status, content = compared(tmp_path / "out", "--methods", "natural,trades", "--budget", "2.5s")
     assert status == 0
     assert content["budget"] == {"asked": "2.5s", "passes": 2.5 * 100 * 5, "at_images_per_second": 100.0}
@@ -268,7 +269,7 @@ def test_whatever_was_written_last_the_same_command_ends_the_same(name, number, 
 
 
 FORKED = multiprocessing.get_context("forkserver")
-FORKED.set_forkserver_preload(["afd.cli", "afd.experiments.compare"])
+FORKED.set_forkserver_preload(["afd.cli", "afd.experiments.comparison"])
 
 
 def in_a_process(out):
@@ -305,7 +306,7 @@ def test_killed_at_random_moments_it_goes_on(undisturbed, tmp_path):
 def test_what_is_finished_is_not_done_again(undisturbed, tmp_path, monkeypatch):
     out = shutil.copytree(undisturbed, tmp_path / "out")
     for name in ("train", "evaluate_to_folder"):
-        monkeypatch.setattr(compared_runs, name, None)
+        monkeypatch.setattr(runs, name, None)
     monkeypatch.setattr(budget, "images_per_second", None)
     status, content = compared(out)
     assert status == 0
@@ -314,13 +315,13 @@ def test_what_is_finished_is_not_done_again(undisturbed, tmp_path, monkeypatch):
 
 def test_methods_and_seeds_join_a_table(undisturbed, tmp_path, monkeypatch):
     out, trained = shutil.copytree(undisturbed, tmp_path / "out"), []
-    real = compared_runs.train
+    real = runs.train
 
     def noting(config, *more, **told):
         trained.append(config.out)
         return real(config, *more, **told)
 
-    monkeypatch.setattr(compared_runs, "train", noting)
+    monkeypatch.setattr(runs, "train", noting)
     status, content = compared(out, "--methods", "natural,at,fgsm-rs", "--epochs", "2")
     assert status == 0
     assert trained == [out / "fgsm-rs" / "seed-0"]
@@ -398,7 +399,7 @@ def test_a_signal_in_training_says_how_to_go_on(undisturbed, tmp_path, capsys, m
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_an_evaluation_says_how_to_go_on(number, undisturbed, tmp_path, capsys, monkeypatch):
-    real = compared_runs.evaluate_to_folder
+    real = runs.evaluate_to_folder
 
     def signalled(model, *more, **told):
         if more[2].parent.parent.name == "at":
@@ -406,7 +407,7 @@ def test_a_signal_in_an_evaluation_says_how_to_go_on(number, undisturbed, tmp_pa
         return real(model, *more, **told)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compared_runs, "evaluate_to_folder", signalled)
+        patch.setattr(runs, "evaluate_to_folder", signalled)
         assert compared(tmp_path / "out")[0] == 128 + number
     assert (
         f"afd: {number.name}: stopped; what is finished is kept, and the same command goes" in capsys.readouterr().err
@@ -419,7 +420,7 @@ def test_a_signal_in_an_evaluation_says_how_to_go_on(number, undisturbed, tmp_pa
 
 @pytest.mark.parametrize("stage", ["train", "evaluate_to_folder"])
 def test_an_entry_that_fails_stops_no_other_and_is_tried_again(stage, undisturbed, tmp_path, capsys, monkeypatch):
-    out, real = tmp_path / "out", getattr(compared_runs, stage)
+    out, real = tmp_path / "out", getattr(runs, stage)
 
     def failing(*arguments, **told):
         folder = arguments[0].out if stage == "train" else arguments[3]
@@ -428,7 +429,7 @@ def test_an_entry_that_fails_stops_no_other_and_is_tried_again(stage, undisturbe
         return real(*arguments, **told)
 
     with monkeypatch.context() as patch:
-        patch.setattr(compared_runs, stage, failing)
+        patch.setattr(runs, stage, failing)
         status, content = compared(out)
     assert status == 1
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -467,14 +468,14 @@ def test_a_run_that_an_alarm_has_stopped_is_noted_with_what_it_came_to(tmp_path,
 
 
 def test_somebody_elses_exception_is_shown_and_noted(tmp_path, capsys, monkeypatch):
-    real = compared_runs.train
+    real = runs.train
 
     def failing(config, *more, **told):
         if config.out.parent.name == "at":
             raise ZeroDivisionError("of a method of my own")
         return real(config, *more, **told)
 
-    monkeypatch.setattr(compared_runs, "train", failing)
+    monkeypatch.setattr(runs, "train", failing)
     status, content = compared(tmp_path / "out")
     assert status == 1
     assert "Traceback" in capsys.readouterr().err
@@ -563,7 +564,7 @@ def test_passes_of_a_network_without_convolutions_are_not_guessed(capsys, tmp_pa
     monkeypatch.setattr(budget, "model_for", flat)
     words = (*WORDS[1:], "--methods", "at", "--out", str(tmp_path / "out"))
     assert "cannot be counted; name the length of all runs with --epochs" in refused(capsys, *words, "--budget", "1s")
-    monkeypatch.setattr(compared_runs.Comparing, "run", lambda _: None)
+    monkeypatch.setattr(runs.Runs, "run", lambda _: None)
     assert main(["compare", *words, "--epochs", "1"]) == 0
     assert record(tmp_path / "out")["entries"]["at"]["passes"] is None
 
@@ -576,7 +577,7 @@ def test_more_images_than_there_are_and_radii_beyond_all_images_are_refused(caps
 
 
 def test_several_processes_are_refused(capsys, monkeypatch):
-    monkeypatch.setattr(compare, "launched", lambda: True)
+    monkeypatch.setattr(comparison, "launched", lambda: True)
     assert "afd compare runs in one process" in refused(capsys, *WORDS[1:], "--methods", "at", "--epochs", "1")
 
 

@@ -12,8 +12,9 @@ import torch
 from comparisons import ALARM, comparison, entry, run, waiting
 from rich.console import Console
 
-from afd.experiments import comparison_picture, comparison_report, comparison_rows
-from afd.experiments.comparison_rows import Figure, amount, duration, points_of, rows_of
+from afd.experiments.comparison import report, rows
+from afd.experiments.comparison.picture import draw
+from afd.experiments.comparison.rows import Figure, amount, duration, points_of, rows_of
 from afd.metrics import interval, paired_interval
 
 SHARES = ("clean", "pgd-40", "autoattack", "transfer", "worst")
@@ -36,12 +37,12 @@ def content():
 
 def printed(content, width=100):
     console = Console(width=width, file=io.StringIO(), force_terminal=False)
-    comparison_report.present(content, console)
+    report.present(content, console)
     return console.file.getvalue()
 
 
 def table(content):
-    return list(csv.DictReader(io.StringIO(comparison_report.as_csv(content))))
+    return list(csv.DictReader(io.StringIO(report.as_csv(content))))
 
 
 def named(content, name):
@@ -73,7 +74,7 @@ def test_differences_are_those_of_the_same_images(content):
 
 
 def test_a_mean_is_paired_over_the_seeds_that_both_have(content):
-    bits = comparison_rows._withstood
+    bits = rows._withstood
     a, b = (torch.stack([bits(content, name, seed, "clean") for seed in "01"]) for name in ("afd-wgan", "at"))
     found = named(content, "afd-wgan, mean of 2 seeds").differences["clean"]
     means = a.double().mean(0), b.double().mean(0)
@@ -139,7 +140,7 @@ def test_the_terminal_shows_every_figure_in_its_width(content, width):
 
 
 def test_markdown_has_a_row_of_each_and_marks_what_is_clear(content):
-    text = comparison_report.as_markdown(content)
+    text = report.as_markdown(content)
     lines = text.splitlines()
     head = next(line for line in lines if line.startswith("| entry | clean"))
     rows = [line for line in lines if line.startswith("| ") and line.count(" | ") == head.count(" | ")]
@@ -154,25 +155,25 @@ def test_markdown_has_a_row_of_each_and_marks_what_is_clear(content):
 
 def test_what_is_not_finished_says_so_everywhere(content, tmp_path):
     content["finished"] = False
-    comparison_report.write_all(tmp_path, content)
+    report.write_all(tmp_path, content)
     progress = "9 of 10 runs are done or have failed"
     assert f"**Not finished: {progress}.**" in (tmp_path / "table.md").read_text()
     assert f"Not finished: {progress}." in (tmp_path / "report.html").read_text()
     assert f"(not finished: {progress})" in " ".join(printed(content).split())
-    assert "(not finished)" in comparison_picture.draw(content).get_suptitle()
+    assert "(not finished)" in draw(content).get_suptitle()
 
 
 def test_a_comparison_of_which_nothing_is_done_has_a_report(tmp_path):
     content = comparison({"at": waiting("at"), "llr": waiting("llr", "trained")}, finished=False)
-    comparison_report.write_all(tmp_path, content)
+    report.write_all(tmp_path, content)
     assert {path.name for path in tmp_path.iterdir()} == {"table.md", "table.csv", "compare.png", "report.html"}
     assert "trained, not attacked yet" in printed(content)
-    comparison_report.write_all(tmp_path, comparison({}, finished=False))
+    report.write_all(tmp_path, comparison({}, finished=False))
 
 
 def test_balls_of_a_union_are_all_named():
     content = comparison({"at": waiting("at")}, ball={"union": {"Linf": "8/255", "L2": "0.5"}})
-    assert "in the union of L∞ ε = 8/255, L2 ε = 0.5" in comparison_report.as_markdown(content)
+    assert "in the union of L∞ ε = 8/255, L2 ε = 0.5" in report.as_markdown(content)
 
 
 # --- The page --------------------------------------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def test_the_page_is_whole_and_leads_to_what_is_there(content, tmp_path):
     (there / "evaluation").mkdir(parents=True)
     (there / "evaluation" / "report.html").write_text("")
     (there / "curves.png").write_bytes(b"")
-    comparison_report.write_all(tmp_path, content)
+    report.write_all(tmp_path, content)
     page = Page((tmp_path / "report.html").read_text())
     files = [link for link in page.links if not link.startswith("#")]
     assert files == ["trades/seed-0/curves.png", "trades/seed-0/evaluation/report.html"]
@@ -229,7 +230,7 @@ def test_names_are_text_and_never_markup(tmp_path):
     name = "<b>[bold]a|b*_`&"
     made = entry(name, [(0.9, 0.5)]) | {"words": "at --x '<i>'"}
     content = comparison({"at": entry("at", [(0.9, 0.4)]), name: made})
-    comparison_report.write_all(tmp_path, content)
+    report.write_all(tmp_path, content)
     text = (tmp_path / "report.html").read_text()
     assert "<b>[bold]" not in text
     assert "<i>" not in text
@@ -261,7 +262,7 @@ def spread(count):
 
 def test_points_lie_where_the_figures_are_and_are_as_large_as_the_cost(content):
     content["entries"].pop("natural")
-    picture = comparison_picture.draw(content)
+    picture = draw(content)
     assert len(picture.axes) == 1
     drawn = points(picture)
     assert drawn.keys() == {"at", "trades", "afd-wgan", "fgsm-rs"}
@@ -272,12 +273,12 @@ def test_points_lie_where_the_figures_are_and_are_as_large_as_the_cost(content):
 
 
 def test_failed_checks_are_hollow(content):
-    hollow = {name for name, one in points(comparison_picture.draw(content)).items() if not len(one.get_facecolors())}
+    hollow = {name for name, one in points(draw(content)).items() if not len(one.get_facecolors())}
     assert hollow == {"afd-wgan"}
 
 
 def test_sizes_are_in_the_order_of_cost():
-    drawn = points(comparison_picture.draw(spread(6)))
+    drawn = points(draw(spread(6)))
     sizes = [drawn[f"method-{number}"].get_sizes()[0] for number in range(6)]
     assert sizes == sorted(set(sizes))
 
@@ -286,14 +287,14 @@ def test_without_every_time_passes_are_the_cost(content):
     content["entries"]["at"]["runs"]["0"]["seconds"] = None
     content["entries"]["trades"]["runs"]["0"]["seconds"] = None
     content["entries"]["trades"]["passes"] = 4e6
-    picture = comparison_picture.draw(content)
+    picture = draw(content)
     drawn = points(picture)
     assert drawn["trades"].get_sizes()[0] < drawn["at"].get_sizes()[0]
     assert "4M passes" in {text.get_text() for text in picture.legends[0].get_texts()}
 
 
 def test_what_lies_far_away_does_not_squeeze_the_others():
-    picture = comparison_picture.draw(spread(19))
+    picture = draw(spread(19))
     whole, close = picture.axes
     assert whole.get_ylim()[0] < 0
     assert close.get_ylim()[0] > 80
@@ -302,16 +303,14 @@ def test_what_lies_far_away_does_not_squeeze_the_others():
 
 
 def test_a_difference_within_the_bars_does_not_look_large():
-    picture = comparison_picture.draw(
-        comparison({"at": entry("at", [(0.98, 0.9)]), "mart": entry("mart", [(0.98, 0.902)])})
-    )
+    picture = draw(comparison({"at": entry("at", [(0.98, 0.9)]), "mart": entry("mart", [(0.98, 0.902)])}))
     low, high = picture.axes[0].get_ylim()
     ends = interval(900, 1000)
     assert high - low > 0.9 * 100 * (ends[1] - ends[0])
 
 
 def test_names_of_twenty_entries_cover_neither_each_other_nor_points():
-    picture = comparison_picture.draw(spread(19))
+    picture = draw(spread(19))
     close = picture.axes[-1]
     boxes = [text.get_window_extent() for text in close.texts]
     assert len(boxes) == 19

@@ -11,8 +11,8 @@ from typing import Any
 from afd.attacks.ball import NORMS
 from afd.evaluation.report import TEMPLATES, Table, data_url
 from afd.evaluation.store import REPORT
-from afd.experiments.comparison_picture import plot
-from afd.experiments.comparison_rows import (
+from afd.experiments.comparison.picture import plot
+from afd.experiments.comparison.rows import (
     ENDED,
     FIGURES,
     PAIRED,
@@ -294,7 +294,9 @@ def _columns(name: str, found: Figure | Difference | None) -> dict[str, float | 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
 
-PAGES = TEMPLATES.overlay(loader=ChoiceLoader([PackageLoader("afd.experiments"), PackageLoader("afd.evaluation")]))
+PAGES = TEMPLATES.overlay(
+    loader=ChoiceLoader([PackageLoader("afd.experiments.comparison"), PackageLoader("afd.evaluation")])
+)
 PAGES.filters = {**TEMPLATES.filters, "amount": amount, "duration": duration}
 
 

@@ -17,10 +17,10 @@ from afd import deprecated
 from afd.cli import main
 from afd.deprecated import OldSpellingWarning
 from afd.evaluation.outcome import read_results
-from afd.experiments.compared_results import compare_results, paired_table
+from afd.experiments.comparison.results import compare_results, paired_table
 from afd.metrics import packed, paired_interval
 
-SAVED = Path(__file__).parents[2] / "benchmarks" / "results"
+SAVED = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def evaluation(folder, *, clean=None, worst=None, source="autoattack-afd-wgan", **changed):
@@ -208,7 +208,7 @@ def test_other_bad_results_are_one_line(tmp_path, capsys, monkeypatch):
     assert "which is one of the results; name another" in failed(capsys, other, "--out", other, "--overwrite")
     assert (other / "results.json").exists()
     assert main(["compare"]) == 2
-    assert "results is missing; name folders" in capsys.readouterr().err
+    assert "methods is missing; name them" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 
