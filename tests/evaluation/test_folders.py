@@ -18,7 +18,7 @@ from afd.evaluation.folder import FolderError, evaluate_to_folder
 from afd.evaluation.model import Model, UnusableModelError
 from afd.evaluation.outcome import read_results
 from afd.evaluation.store import Output, StateError, agreed
-from afd.experiments.compared_results import comparison_folder
+from afd.experiments.comparison.results import comparison_folder
 from afd.files import FolderLock
 from afd.runtime import Group
 
@@ -263,8 +263,8 @@ def test_comparisons_have_folders_of_their_own(run):
     run()
     with comparison_folder(None, overwrite=False) as folder:
         (folder / "tables.md").touch()
-    assert str(folder) == "runs/comparisons/0001"
-    assert Path("runs/comparisons/latest/tables.md").exists()
+    assert str(folder) == "runs/compare/0001"
+    assert Path("runs/compare/latest/tables.md").exists()
     with pytest.raises(FolderError, match="holds a finished evaluation"), comparison_folder(folder, overwrite=False):
         pass
 
@@ -280,7 +280,7 @@ def test_comparisons_have_folders_of_their_own(run):
         other = threading.Thread(target=intrude)
         other.start()
         other.join()
-    assert said == ["runs/comparisons/0001 is in use by another run of this process; name another folder"]
+    assert said == ["runs/compare/0001 is in use by another run of this process; name another folder"]
 
 
 def test_overwrite_needs_a_folder_that_was_named(capsys, tmp_path, monkeypatch):
