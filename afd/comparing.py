@@ -16,7 +16,8 @@ from afd import installation
 from afd.config import TrainConfig, ball_of
 from afd.errors import InputError, count, fits, in_a_line
 from afd.experiments.comparison.budget import seconds_in
-from afd.experiments.comparison.record import RECORD, TABLE, WRITTEN, Comparison, Entry, balls_of
+from afd.experiments.comparison.record import RECORD, TABLE, Comparison, Entry, balls_of
+from afd.experiments.comparison.report import WRITTEN
 from afd.files import check_path, check_target
 from afd.methods import METHODS, registry
 from afd.methods.registry import classes_of
@@ -55,7 +56,7 @@ class CompareOptions:
     images: int | None = None
     """Attack the first so many test images. Default: 1000, or all where there are fewer."""
     reference: str | None = None
-    """The entry that all others are compared with, image by image. Default: at."""
+    """The entry that all others are compared with, image by image. Default: at, or the first that attacks something."""
     config: Path | None = None
     """TOML file of a comparison, such as its table.toml, which says all of it; --out and --overwrite may go with it."""
     results: tuple[Path, ...] = ()
@@ -64,7 +65,7 @@ class CompareOptions:
     """Folder of the table and of all runs. Default: a new one, runs/compare/0001 and so on. A comparison that was
     stopped goes on when it is run again."""
     overwrite: bool = False
-    """Discard another comparison that --out holds."""
+    """Discard another comparison that --out holds. The same one, to which methods may be added, is gone on with."""
 
 
 def comparison_asked(words: Sequence[str], described: str | None) -> Work:
@@ -122,16 +123,25 @@ def _named(word: str) -> str:
 
 
 def _of_results(options: CompareOptions, shared: Sequence[str]) -> Work:
-    plain = CompareOptions(results=options.results, out=options.out, overwrite=options.overwrite)
-    others = [one.name for one in dataclasses.fields(plain) if getattr(plain, one.name) != getattr(options, one.name)]
-    others += [_named(word) for word in shared if word.startswith("--")]
-    if others or shared:
-        raise UsageError(f"results is given, and {(others or shared)[0]} too; with it go --out and --overwrite alone")
+    _check_alone("results", "with it go --out and --overwrite alone", options, shared)
     with installation.needed_by("afd compare"):
         from rich.console import Console
     from afd.experiments.comparison.results import compare_results
 
     return lambda: compare_results(options.results, options.out, options.overwrite, Console())
+
+
+def _check_alone(option: str, told: str, options: CompareOptions, shared: Sequence[str]) -> None:
+    """Raises UsageError if more than a folder goes with an option that says all."""
+    allowed = (option, "out", "overwrite")
+    others = [
+        one.name
+        for one in dataclasses.fields(options)
+        if one.name not in allowed and getattr(options, one.name) != one.default
+    ]
+    others += [_named(word) for word in shared if word.startswith("--")] or shared
+    if others:
+        raise UsageError(f"{option} is given, and {others[0]} too; {told}")
 
 
 def _of_words(options: CompareOptions, shared: Sequence[str]) -> Comparison:
@@ -159,11 +169,7 @@ def _of_file(options: CompareOptions, shared: Sequence[str]) -> Comparison:
     """
     path = options.config
     assert path is not None
-    plain = CompareOptions(config=path, out=options.out, overwrite=options.overwrite)
-    others = [one.name for one in dataclasses.fields(plain) if getattr(plain, one.name) != getattr(options, one.name)]
-    others += [_named(word) for word in shared if word.startswith("--")]
-    if others or shared:
-        raise UsageError(f"config is given, and {(others or shared)[0]} too; the file says it, and --out goes with it")
+    _check_alone("config", "the file says it, and --out goes with it", options, shared)
     check_path("config", path)
     if not path.is_file():
         raise InputError(f"config is {path}; there is no such file")
@@ -205,17 +211,20 @@ def _split(name: str, words: str) -> list[str]:
 # --- Entries ----------------------------------------------------------------------------------------------------------
 
 
-def made(entries: Mapping[str, str], shared: Sequence[str], **settings: Any) -> Comparison:
+def made(
+    entries: Mapping[str, str], shared: Sequence[str], *, reference: str | None = None, **settings: Any
+) -> Comparison:
     """A comparison whose entries are words of ``afd train``.
 
     Args:
         entries: by name: METHOD and options of its own, which count where they and `shared` differ.
         shared: options for every entry whose method has them; for whom one is left out is printed.
-        settings: of `Comparison`.
+        reference: the entry that others are paired with; it is looked for when the record is there.
+        settings: of `Comparison`, besides.
 
     Raises:
-        InputError: there is no such method or option; a name is no name of a folder; an entry is of other data,
-            network or ball than the others, or says what the comparison says.
+        InputError: there is no such method or option; a name is no name of a folder; an entry differs from the others
+            in what must be the same in all, or says what the comparison says.
     """
     _check_settings(**settings)
     if not entries:
@@ -223,8 +232,8 @@ def made(entries: Mapping[str, str], shared: Sequence[str], **settings: Any) -> 
     by_budget = settings.get("epochs") is None
     if method_in(shared)[1] is not None:
         raise UsageError(f"{method_in(shared)[1]} is named beside the options for all; methods are named by --methods")
-    _check_ours("the options for all", shared, by_budget=by_budget)
-    read = {name: _words(name, words, by_budget=by_budget) for name, words in entries.items()}
+    _check_ours("the options for all", shared, (*OURS, "epoch_images") if by_budget else OURS)
+    read = {name: _words(name, words) for name, words in entries.items()}
     known = {name: _options(method, [*shared, *own]) for name, (method, own) in read.items()}
     timed = train_config(["at", *_known(shared, _options("at", shared))], None).settled()
     for group in _groups(shared):
@@ -241,15 +250,14 @@ def made(entries: Mapping[str, str], shared: Sequence[str], **settings: Any) -> 
             found[name] = Entry(shlex.join([method, *own]), _alike(config, own, timed))
         except InputError as error:
             raise type(error)(f"entry {name!r}: {error}") from error
-    return Comparison(found, timed, shlex.join(shared), **settings)
+    return Comparison(found, timed, shlex.join(shared), reference=reference, **settings)
 
 
 def _check_settings(
     budget: str | None = None, epochs: int | None = None, passes: float | None = None, seeds: Sequence[int] = (0,),
-    images: int | None = None, reference: str | None = None,
+    images: int | None = None,
 ) -> None:  # fmt: skip
-    """Raises InputError unless a comparison can be of these settings; the reference is looked for later."""
-    del reference
+    """Raises InputError unless a comparison can be of these settings."""
     if budget is None and epochs is None:
         raise UsageError("budget is missing; say what each method may cost, as --budget 5m, or name --epochs")
     if budget is not None and epochs is not None:
@@ -268,7 +276,7 @@ def _check_settings(
             raise InputError(f"one of the seeds is {seed}; it must be in [0, 2**62)")
 
 
-def _words(name: str, words: str, *, by_budget: bool) -> tuple[str, list[str]]:
+def _words(name: str, words: str) -> tuple[str, list[str]]:
     """The method of an entry, and the options of its own.
 
     Raises:
@@ -289,18 +297,17 @@ def _words(name: str, words: str, *, by_budget: bool) -> tuple[str, list[str]]:
         classes_of(method)
     except InputError as error:
         raise InputError(f"entry {name!r}: {error}") from error
-    _check_ours(f"entry {name!r}", own, by_budget=by_budget)
+    _check_ours(f"entry {name!r}", own, (*OURS, "epoch_images"))
     return method, own
 
 
-def _check_ours(holder: str, words: Sequence[str], *, by_budget: bool) -> None:
-    """Raises InputError if words say what is the comparison's to say."""
-    ours = {one.replace("_", "-"): "is the comparison's own to say" for one in OURS}
-    if by_budget:
-        ours["epoch-images"] = "follows from the budget"
-    for option, told in ours.items():
-        if any(_named(word) in (option.replace("-", "_"), f"no_{option}") for word in words if word.startswith("--")):
-            raise InputError(f"{holder} has --{option}, which {told}; leave it out there")
+def _check_ours(holder: str, words: Sequence[str], ours: Sequence[str]) -> None:
+    """Raises InputError if words have options that are the comparison's own to say."""
+    named = [_named(word) for word in words if word.startswith("--")]
+    for option in ours:
+        if option in named or f"no_{option}" in named:
+            told = option.replace("_", "-")
+            raise InputError(f"{holder} has --{told}, which is the comparison's own to say; leave it out there")
 
 
 def _options(method: str, words: Sequence[str]) -> set[str]:
@@ -353,9 +360,14 @@ def _alike(config: TrainConfig, own: Sequence[str], timed: TrainConfig) -> Train
     """An entry's run, in the ball of the comparison where its method has none.
 
     Raises:
-        InputError: it is of other data, another network or ball, or validated by another attack.
+        InputError: it differs in what must be the same in all entries, or costs more where an alarm undoes steps.
     """
     assert config.method is not None
+    if config.on_alarm == "rollback":
+        raise InputError(
+            "on-alarm is rollback, which takes undone steps once more, so that the cost is another; in a comparison it "
+            "is warn, stop or off"
+        )
     said = any(last_value(own, option) is not None for option in ("norm", "eps", "union"))
     if ball_of(config.method) is None and not said:
         config = dataclasses.replace(config, test=timed.test)
@@ -363,8 +375,8 @@ def _alike(config: TrainConfig, own: Sequence[str], timed: TrainConfig) -> Train
         there = _of_all(timed)[setting]
         if here != there and not (setting == "eval-steps" and here is None):
             raise InputError(
-                f"{setting} is {here}, and {there} for the others; data, network, ball and validation are the same "
-                "in all entries"
+                f"{setting} is {here}, and {there} for the others; data, network, first weights, ball, validation and "
+                "precision are the same in all entries"
             )
     return config
 
@@ -376,6 +388,8 @@ def _of_all(config: TrainConfig) -> dict[str, Any]:
     ball = ", ".join(f"{norm} {eps}" for norm, eps in balls_of(config).items())
     return {
         "data": chosen.name, "data-root": chosen.root, "validation": chosen.validation, "limit": chosen.limit,
+        "augment": chosen.augment, "extra-data": chosen.extra_data, "extra-share": chosen.extra_share,
+        "epoch-images": chosen.epoch_images, "weights": config.weights, "precision": config.precision,
         "model": network.name, "width": network.width, "activation": network.activation,
         "normalize": network.normalize, "ball": ball, "eval-steps": config.method.validation_attack,
         "device": config.device,

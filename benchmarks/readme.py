@@ -20,8 +20,8 @@ from afd.bench.results import Candidate, Column, Document, DocumentError, Figure
 from afd.errors import AfdError
 from afd.evaluation.outcome import read_results as read_evaluation
 from afd.evaluation.report import Table, robustbench, table_1, table_2
+from afd.experiments.comparison.record import read_finished
 from afd.experiments.comparison.report import brief_table, told
-from afd.experiments.comparison.results import read_comparison
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
@@ -230,7 +230,7 @@ def evaluated(kind: str, files: list[str], results: Path) -> str:
 
 def compared(file: str, results: Path) -> str:
     """The table of a comparison of methods, and how it came about."""
-    content = read_comparison(results / file)
+    content = read_finished(results / file)
     table = brief_table(content)
     budget = content["budget"]
     each = f", {budget['passes']:.3g} passes of an image for each" if budget["passes"] else ""

@@ -6,6 +6,10 @@ import torch
 
 from afd.metrics import packed
 
+MADE = {
+    "machine": {"device": "CPU (x86_64, 1 thread)", "system": "Linux"},
+    "versions": {"afd": "0.1.0", "torch": "2.13.0+cpu", "python": "3.11.7"}, "commit": "0123abc",
+}  # fmt: skip
 CHECK = {"name": "Square beats white-box", "verdict": "fail", "number": 0.021, "unit": "of the images", "allowed": 0.01}
 CHECK |= {"meaning": "Square, which knows no gradient, breaks what gradients leave"}
 ALARM = {"kind": "catastrophic overfitting", "epoch": 4, "told": "one step 99%, many 2%", "helps": "more steps help"}
@@ -25,13 +29,14 @@ def run(folder, images, clean, attacked, *, seed=0, verdict="pass", seconds=300.
     shares = {name: float(one.double().mean()) for name, one in right.items()}
     checks = [CHECK | {"verdict": verdict}] if verdict != "pass" else [CHECK | {"verdict": "pass", "number": 0.0}]
     return {
-        "state": "done", "error": None, "seconds": seconds, "alarms": list(alarms),
+        "state": "done", "error": None, "seconds": seconds, "alarms": list(alarms), "made": MADE,
         "measured": {
             "best": {"epoch": 5, "natural": shares["clean"], "robust": shares["pgd-40"]},
             "last": {"epoch": 6, "natural": shares["clean"] / 2, "robust": shares["pgd-40"] / 2},
         },
         "evaluation": {
-            "folder": folder, **shares, "transfer": shares.get("transfer"), "verdict": verdict, "checks": checks,
+            "folder": folder, "seconds": 60.0, **shares, "transfer": shares.get("transfer"),
+            "verdict": verdict, "checks": checks,
             "withstood": {name: packed(one) for name, one in right.items()},
         },
     }  # fmt: skip
@@ -54,7 +59,8 @@ def waiting(name, state="waiting", error=None):
     """An entry that nothing is known of yet, or that failed."""
     made = entry(name, [(1.0, 1.0)], passes=None)
     made |= {"epochs": None, "passes_per_image": None}
-    nothing = {"state": state, "error": error, "seconds": None, "alarms": [], "measured": {}, "evaluation": None}
+    nothing = {"state": state, "error": error, "seconds": None, "alarms": [], "measured": {}}
+    nothing |= {"evaluation": None, "made": None}
     return made | {"runs": {"0": nothing}}
 
 
@@ -64,8 +70,8 @@ def comparison(entries, *, images=1000, finished=True, **changed):
         "format": "afd-comparison", "version": 1, "finished": finished,
         "data": {"name": "mnist", "images": images, "classes": 10, "train": 54000, "validation": 6000},
         "ball": {"norm": "Linf", "eps": 0.3, "text": "0.3"},
-        "network": {"name": "convnet", "width": 8},
+        "network": {"name": "convnet", "width": 8, "activation": "relu", "normalize": True},
+        "train": "--data mnist --width 8",
         "budget": {"asked": "5m", "passes": 1.2e8, "at_images_per_second": 1190.0},
-        "reference": "at", "seeds": [0], "entries": entries,
-        "machine": "AMD EPYC, 1 thread", "versions": {"afd": "0.1", "torch": "2.13.0"}, "commit": "0123abc",
+        "reference": "at", "seeds": [0], "entries": entries, **MADE,
     } | changed  # fmt: skip

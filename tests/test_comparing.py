@@ -1,5 +1,8 @@
 """The words of `afd compare`: entries of words of `afd train`, alike in what they are compared on."""
 
+import dataclasses
+import inspect
+import re
 import shlex
 from pathlib import Path
 
@@ -110,7 +113,11 @@ def test_a_file_says_all(tmp_path, monkeypatch):
         ("--methods at --epochs 1 --seeds 1,1", "seeds are 1, 1; each must be named, and once"),
         ("--methods at --epochs 1 --seeds=-1", "one of the seeds is -1; it must be in [0, 2**62)"),
         ("--methods at --epochs 1 --seed 3", "the options for all has --seed, which is the comparison's own to say"),
-        ("--methods at --budget 1m --epoch-images 30", "has --epoch-images, which follows from the budget"),
+        ("--methods at --budget 1m --epoch-images 30", "has --epoch-images, which is the comparison's own to say"),
+        (
+            "--methods at --epochs 1 --on-alarm rollback",
+            "entry 'at': on-alarm is rollback, which takes undone steps once",
+        ),
         ("--methods at --epochs 1 --resume auto", "has --resume, which is the comparison's own to say"),
         ("--methods at --epochs 1 --lrr 0.1", "Unrecognized options: --lrr"),
         ("--methods natural --epochs 1 --beta 2", "Unrecognized options: --beta"),
@@ -165,6 +172,22 @@ def test_a_mistake_is_one_line(words, message, capsys, tmp_path, monkeypatch):
         ("epochs = 1\n[entries]\na = 'at --data mnist'", "entry 'a': data is mnist, and digits for the others"),
         ("epochs = 1\n[entries]\na = 'at --validation 0.2'", "entry 'a': validation is 0.2, and 0.1 for the others"),
         ("epochs = 1\n[entries]\na = 'at --eval-steps 3'", "entry 'a': eval-steps is pgd-3, and pgd-20 for the others"),
+        (
+            "epochs = 1\n[entries]\na = 'at --epoch-images 9'",
+            "entry 'a' has --epoch-images, which is the comparison's own to say",
+        ),
+        ("epochs = 1\n[entries]\na = 'at --augment True'", "entry 'a': augment is True, and False for the others"),
+        ("epochs = 1\n[entries]\na = 'at --precision bf16'", "entry 'a': precision is bf16, and fp32 for the others"),
+        ("epochs = 1\n[entries]\na = 'at --weights a.pt'", "entry 'a': weights is a.pt, and None for the others"),
+        (
+            "epochs = 1\n[entries]\na = 'at --extra-data a.npz'",
+            "entry 'a': extra-data is a.npz, and None for the others",
+        ),
+        (
+            "epochs = 1\ntrain = '--extra-data a.npz'\n[entries]\na = 'at --extra-share 0.2'",
+            "entry 'a': extra-share is 0.2, and 0.7 for the others",
+        ),
+        ("epochs = 1\n[entries]\na = 'at --on-alarm rollback'", "entry 'a': on-alarm is rollback, which takes undone"),
         ("epochs = 1\n[entries]\na = 'at --norm L2'", "entry 'a': ball is L2 0.75, and Linf 0.2 for the others"),
         (
             "epochs = 1\ntrain = '--attack union'\n[entries]\na = 'at'\nb = 'free'",
@@ -194,22 +217,20 @@ def test_a_comparison_of_nothing_is_none():
 def test_every_option_has_a_help_line(capsys):
     with pytest.raises(SystemExit):
         main(["compare", "--help"])
-    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for option in (
-        "methods",
-        "budget",
-        "epochs",
-        "seeds",
-        "images",
-        "reference",
-        "config",
-        "results",
-        "out",
-        "overwrite",
-    ):
-        assert f"--{option}" in said
-    assert "Training steps alone count" in said
-    assert comparing.CompareOptions.__doc__.splitlines()[0] in said
+    helped = " ".join(re.sub(r"[│╭╮╰╯─\n]", " ", capsys.readouterr().out).split())
+    source = inspect.getsource(comparing.CompareOptions)
+    for field in dataclasses.fields(comparing.CompareOptions):
+        match = re.search(rf'^    {field.name}: .*\n    """(.+?)"""', source, re.MULTILINE | re.DOTALL)
+        assert match, f"{field.name} has no docstring"
+        assert f"--{field.name}" in helped
+        assert " ".join(match.group(1).split())[:40] in helped
+    assert comparing.CompareOptions.__doc__.splitlines()[0] in helped
+
+
+def test_what_all_entries_share_may_be_said_for_all():
+    words = [*PLAIN, "--precision", "bf16", "--augment", "True", "--epoch-images", "40", "--on-alarm", "stop"]
+    found = made({"natural": "natural", "at": "at --batch-size 16 --ema 0.9"}, words, epochs=2).entries
+    assert {(one.config.precision, one.config.data.epoch_images) for one in found.values()} == {("bf16", 40)}
 
 
 def test_methods_of_a_single_step_keep_it(capsys):

@@ -381,7 +381,7 @@ def read_results(path: Path) -> dict[str, Any]:
     file = path / RESULTS if path.is_dir() else path
     check_source("results", file)
     if not file.is_file():
-        raise ResultsError(f"{path} holds no {RESULTS}; --results takes what afd evaluate or afd compare has finished")
+        raise ResultsError(f"{path} holds no {RESULTS}")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -25,8 +25,8 @@ from afd.evaluation.command import EvaluationStoppedError
 from afd.evaluation.store import check_folder, contents, lock, numbered
 from afd.experiments.comparison import budget
 from afd.experiments.comparison.budget import BudgetError, StepCosts, seconds_in
-from afd.experiments.comparison.record import RECORD, TABLE, WRITTEN, Comparison, Record
-from afd.experiments.comparison.report import present
+from afd.experiments.comparison.record import PARENT, RECORD, TABLE, Comparison, Record
+from afd.experiments.comparison.report import WRITTEN, present
 from afd.experiments.comparison.runs import GO_ON, Runs, check_protocol, say
 from afd.files import FolderError, point_to, write_whole
 from afd.installation import needed_by
@@ -37,8 +37,6 @@ from afd.training.signals import on_signals
 
 with needed_by("afd compare"):
     from rich.console import Console
-
-PARENT = Path("runs/compare")
 
 
 class FailedError(AfdError):
@@ -63,7 +61,7 @@ def compare(
     Args:
         asked: what to compare.
         out: folder of it all. None: that of this very comparison in ``runs/compare``, unfinished, or a new one there.
-        overwrite: discard what `out` holds, unless it is this comparison, unfinished.
+        overwrite: discard what `out` holds, if it is another comparison; this very one is gone on with.
         console: where to print; by default the terminal.
 
     Raises:
@@ -106,11 +104,19 @@ def _compare(
     work.run()
     present(record.content, console)
     console.print(f"{folder}/{RECORD} written", soft_wrap=True, markup=False, highlight=False)
-    failed = [
-        f"{name} (seed {seed}): {run['error']}"
+    left = {
+        (name, seed): run
         for name, entry in record.entries.items()
         for seed, run in entry["runs"].items()
-        if run["state"] == "failed"
+        if run["state"] != "done"
+    }
+    others = [f"{name} (seed {seed})" for name, seed in left if name not in asked.entries]
+    if others:
+        say(console, f"not asked for this time, and not finished: {', '.join(others)}")
+    failed = [
+        f"{name} (seed {seed}): {run['error']}"
+        for (name, seed), run in left.items()
+        if name in asked.entries and run["state"] == "failed"
     ]
     if failed:
         raise FailedError(f"failed: {'; '.join(failed)}; the same command tries them again")
@@ -147,8 +153,7 @@ def _place(asked: Comparison, test: int, out: Path | None, overwrite: bool, stac
         if record is None or not overwrite:
             raise
         return Place(out, discarded=record)
-    done = overwrite and record is not None and record.content["finished"]
-    return Place(out, discarded=record) if done else Place(out, record)
+    return Place(out, record)
 
 
 def _check_same(out: Path, record: Record | None, asked: Comparison, test: int) -> None:
@@ -199,32 +204,28 @@ def _planned(asked: Comparison, place: Place, splits: Splits, device: torch.devi
     Raises:
         InputError: an entry cannot be trained on the data, or the budget is less than an epoch of it.
     """
-    record, speed = place.record, None
+    record, speed = place.record, None  # which is timed where no file or record says the passes
     known = () if record is None else record.entries
     new = {name: entry for name, entry in asked.entries.items() if name not in known}
     steps = {name: _steps(name, entry.config, splits, device) for name, entry in new.items()}
-    seconds = 0.0 if asked.budget is None else seconds_in(asked.budget)
     if asked.epochs is None and asked.passes is None:
-        reference = _steps("at", asked.timed, splits, device)
+        at = _countable("at", asked, _steps("at", asked.timed, splits, device))
+        cost = budget.cost_of(asked.timed, splits.train, at).per_image
+        assert cost is not None
+        seconds = seconds_in(str(asked.budget))
         speed = budget.images_per_second(asked.timed, splits.train, device, seconds)
-        cost = None if reference is None else budget.cost_of(asked.timed, splits.train, reference).per_image
-        if cost is None:
-            raise InputError(
-                f"budget is {asked.budget}, but passes of the network {asked.timed.model.name} cannot be counted; name "
-                "the length of all runs with --epochs instead"
-            )
         asked = dataclasses.replace(asked, passes=seconds * speed * cost)
         say(console, f"{asked.budget} of at are {asked.passes:.4g} passes here, at {speed:,.0f} images/s")
     costs = {}
     for name, entry in new.items():
-        one = steps[name]
-        if asked.passes is None or one is None:
-            costs[name] = budget.cost_of(entry.config, splits.train, one)
+        if asked.passes is None:
+            costs[name] = budget.cost_of(entry.config, splits.train, steps[name])
             continue
         try:
-            costs[name] = one.within(asked.passes)
+            costs[name] = _countable(name, asked, steps[name]).within(asked.passes)
         except BudgetError as error:
-            raise budget.too_small(name, error, asked.passes, seconds) from error
+            measured = None if speed is None else seconds_in(str(asked.budget))
+            raise budget.too_small(name, error, asked.passes, measured) from error
     if place.discarded is not None:
         _discard(place.discarded)
     if record is None:
@@ -235,6 +236,20 @@ def _planned(asked: Comparison, place: Place, splits: Splits, device: torch.devi
     write_whole(place.folder / TABLE, asked.as_toml(record.content))
     record.write()
     return record
+
+
+def _countable(name: str, asked: Comparison, steps: StepCosts | None) -> StepCosts:
+    """The same steps, of an entry that a budget can be given to.
+
+    Raises:
+        InputError: nobody can count what they cost.
+    """
+    if steps is None:
+        raise InputError(
+            f"budget is {asked.budget}, but passes of {name} with the network {asked.timed.model.name} cannot be "
+            "counted; name the length of all runs with --epochs instead"
+        )
+    return steps
 
 
 def _steps(name: str, config: TrainConfig, splits: Splits, device: torch.device) -> StepCosts | None:

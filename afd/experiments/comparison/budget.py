@@ -136,7 +136,9 @@ class StepCosts:
             return counted(taken, self.trainer.model, self.x).cost
 
     def within(self, passes: float) -> Cost:
-        """The run that costs so many, to a batch or so: whole epochs, of nearly as many images as there are.
+        """The run that costs so many, to a batch or so: in as many epochs as leave each nearest to all images once.
+
+        1.4 epochs' worth are one epoch of 1.4 times as many images as there are; three quarters are the least.
 
         Raises:
             BudgetError: they are fewer than one epoch takes.
@@ -247,16 +249,18 @@ def images_per_second(config: TrainConfig, images: Images, device: torch.device,
     return 1 / statistics.median(found)
 
 
-def too_small(entry: str, error: BudgetError, passes: float, seconds: float) -> InputError:
+def too_small(entry: str, error: BudgetError, passes: float, seconds: float | None) -> InputError:
     """What is said of a budget that does not buy an entry an epoch.
 
     Args:
         entry: which.
         error: that was found.
         passes: that the budget is.
-        seconds: likewise.
+        seconds: likewise, where that was measured here and now.
     """
     told = f"the budget of {passes:.3g} passes is less than one epoch of {entry!r}, which takes {error.needed:.3g}"
+    if seconds is None:  # measured at another time, elsewhere perhaps
+        return InputError(told)
     wanted = seconds * error.needed / passes
     needed = f"{math.ceil(wanted / 60)}m" if wanted > 600 else f"{math.ceil(wanted)}s"
     return InputError(f"{told}: that needs a budget of {needed} here")

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afd.experiments.comparison.rows import Content, Row, amount, duration, points_of
+from afd.experiments.comparison.rows import Content, Row, amount, ball_of, points_of
+from afd.experiments.display import duration
 from afd.installation import needed_by, save_picture
 
 with needed_by("the picture of a comparison"):
@@ -79,10 +80,9 @@ def draw(content: Content) -> Picture:
         close.text(0.5, 0.5, "no entry is done yet", transform=close.transAxes, ha="center")
     _legend(picture, points, content, of_what, sizes)
     data, told = content["data"], "" if content["finished"] else " (not finished)"
-    ball = content["ball"].get("text") or ", ".join(f"{a} {b}" for a, b in content["ball"].get("union", {}).items())
-    bars = "bars: 95%" + (" (of several seeds: their range)" if any(row.seed is None for row in points) else "")
-    bars += ", as far as there is room"
-    picture.suptitle(f"{data['name']}, ε = {ball}, {data['images']:,} test images{told}; {bars}", fontsize=11)
+    bars = "bars: 95% over images, as far as there is room"
+    title = f"{data['name']}, {ball_of(content)}, {data['images']:,} test images{told}; {bars}"
+    picture.suptitle(title, fontsize=11)
     picture.draw_without_rendering()  # so that sizes of text and axes are known
     picture.set_layout_engine("none")
     if zoomed:

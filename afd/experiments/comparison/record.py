@@ -15,13 +15,13 @@ from afd._version import __version__
 from afd.attacks.union import balls_in
 from afd.config import TrainConfig
 from afd.data import Splits
-from afd.errors import AfdError, InputError, look_up
+from afd.errors import InputError, look_up
 from afd.evaluation.attacks import Epsilon
 from afd.evaluation.command import exactly
-from afd.evaluation.outcome import device_name
+from afd.evaluation.outcome import ResultsError, device_name
 from afd.experiments.comparison.budget import Cost, seconds_in
 from afd.experiments.comparison.report import write_all
-from afd.files import FolderError, write_whole
+from afd.files import check_source, write_whole
 from afd.installation import needed_by
 from afd.methods.registry import spelled
 from afd.runtime import commit
@@ -31,7 +31,8 @@ with needed_by("afd.experiments.comparison.record"):
 
 FORMAT, VERSION = "afd-comparison", 1
 RECORD, TABLE = "compare.json", "table.toml"
-WRITTEN = ("table.md", "table.csv", "compare.png", "report.html")  # of the record, whenever something is finished
+PARTS = ("finished", "data", "ball", "network", "budget", "reference", "seeds", "entries")
+PARENT = Path("runs/compare")  # of the folders that nobody named
 IMAGES = 1000  # test images that are attacked where nobody says how many
 REFERENCE = "at"
 TRANSFERRED = "natural"  # the method whose models attacks are transferred from
@@ -100,7 +101,7 @@ class Comparison:
     @property
     def asked(self) -> str:
         """The budget in words."""
-        return str(self.budget) if self.epochs is None else f"{self.epochs} epochs"
+        return str(self.budget) if self.epochs is None else f"{self.epochs} epoch{'s' * (self.epochs != 1)}"
 
     def completed(self, content: Mapping[str, Any] | None, test: int) -> Comparison:
         """The same with what was not said as it is in a record, or else by default.
@@ -141,18 +142,27 @@ class Comparison:
             "images": (content["data"]["images"], self.images),
             "reference": (content["reference"], self.reference),
         }
-        if self.epochs is None and not content["budget"]["asked"].endswith("epochs"):
+        epochs = _epochs_in(content["budget"]["asked"])
+        if self.epochs is None and epochs is None:
             if seconds_in(content["budget"]["asked"]) == seconds_in(str(self.budget)):
                 del here["budget"]
             here["passes"] = content["budget"]["passes"], self.passes
+        elif self.epochs == epochs:
+            del here["budget"]
         for name, entry in self.entries.items():
             if name in content["entries"]:
                 here[f"entry {name!r}"] = content["entries"][name]["words"], entry.words
         told = [f"{name} is {there!r} there and {now!r} here" for name, (there, now) in here.items() if there != now]
         if not told:  # of all that words may leave to defaults
-            facts = (("ball", ball_of(self.timed)), ("network", network_of(self.timed)))
+            facts = (("ball", _ball_as_json(self.timed)), ("network", _network_of(self.timed)))
             told = [f"{name} is {content[name]} there and {now} here" for name, now in facts if content[name] != now]
         return told
+
+
+def _epochs_in(asked: str) -> int | None:
+    """Those of a budget in words; None of a time."""
+    number, _, unit = asked.partition(" ")
+    return int(number) if unit.startswith("epoch") else None
 
 
 def balls_of(config: TrainConfig) -> dict[Any, Epsilon]:
@@ -168,7 +178,7 @@ def _radius(text: str) -> Epsilon:
     return exactly(float(Epsilon.of(text)))
 
 
-def ball_of(config: TrainConfig) -> dict[str, Any]:
+def _ball_as_json(config: TrainConfig) -> dict[str, Any]:
     """The same in plain types."""
     balls = balls_of(config)
     if config.test.union is not None:
@@ -177,13 +187,45 @@ def ball_of(config: TrainConfig) -> dict[str, Any]:
     return {"norm": norm, "eps": float(eps), "text": str(eps)}
 
 
-def network_of(config: TrainConfig) -> dict[str, Any]:
+def _network_of(config: TrainConfig) -> dict[str, Any]:
     """The network of a settled run, in plain types."""
     return {one: getattr(config.model, one) for one in ("name", "width", "activation", "normalize")}
 
 
-class RecordError(AfdError):
-    """A folder's compare.json cannot be read."""
+def content_of(file: Path) -> dict[str, Any]:
+    """What a compare.json holds, whatever the file is called.
+
+    Raises:
+        ResultsError: it cannot be read, is of another version, or lacks something.
+    """
+    check_source("results", file)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResultsError(f"{file} cannot be read: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ResultsError(f"{file} is not the result of afd compare")
+    if content.get("version") != VERSION:
+        raise ResultsError(f"{file} has version {content.get('version')}; this afd reads {VERSION}")
+    if lacking := [part for part in PARTS if part not in content]:
+        raise ResultsError(f"{file} is damaged: it lacks {', '.join(lacking)}")
+    return content
+
+
+def read_finished(folder: Path) -> dict[str, Any]:
+    """What a finished comparison's compare.json holds.
+
+    Args:
+        folder: of the comparison, or the file itself.
+
+    Raises:
+        ResultsError: it cannot be read, or the comparison is not finished.
+    """
+    check_source("results", folder)
+    content = content_of(folder / RECORD if folder.is_dir() else folder)
+    if not content["finished"]:
+        raise ResultsError(f"{folder} holds a comparison that is not finished; run it to its end first")
+    return content
 
 
 class Record:
@@ -200,7 +242,6 @@ class Record:
     @classmethod
     def begun(cls, folder: Path, asked: Comparison, splits: Splits, speed: float | None, device: Any) -> Record:
         """One in which nothing is done yet, of a completed comparison; not written yet."""
-        versions = {"afd": __version__, "torch": torch.__version__, "python": platform.python_version()}
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -212,15 +253,15 @@ class Record:
                 "train": len(splits.train),
                 "validation": len(splits.validation),
             },
-            "ball": ball_of(asked.timed),
-            "network": network_of(asked.timed),
+            "ball": _ball_as_json(asked.timed),
+            "network": _network_of(asked.timed),
             "train": asked.train,
             "budget": {"asked": asked.asked, "passes": asked.passes, "at_images_per_second": speed},
             "reference": asked.reference,
             "seeds": [],
             "entries": {},
             "machine": {"device": device_name(device), "system": platform.system()},
-            "versions": versions,
+            "versions": {"afd": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "commit": commit(),
         }
         return cls(folder, content)
@@ -230,23 +271,9 @@ class Record:
         """That of a folder; None where there is none.
 
         Raises:
-            RecordError: it cannot be read, or is of another version.
+            ResultsError: as of `content_of`.
         """
-        path = folder / RECORD
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except NotADirectoryError:
-            raise FolderError(f"out is {folder}, which is no folder") from None
-        except (OSError, ValueError) as error:
-            raise RecordError(f"{path} cannot be read: {error}") from error
-        kind = (found.get("format"), found.get("version")) if isinstance(found, dict) else (None, None)
-        if kind != (FORMAT, VERSION):
-            raise RecordError(
-                f"{path} is of format {kind[0]!r}, version {kind[1]!r}; this afd reads {FORMAT} {VERSION}"
-            )
-        return cls(folder, found)
+        return cls(folder, content_of(folder / RECORD)) if (folder / RECORD).exists() else None
 
     @property
     def entries(self) -> dict[str, Any]:
@@ -294,5 +321,6 @@ class Record:
 
 
 def waiting() -> dict[str, Any]:
-    """What is known of a run that has not begun."""
-    return {"state": "waiting", "error": None, "seconds": None, "alarms": [], "measured": {}, "evaluation": None}
+    """What is known of a run that has not begun; `made`: on what machine, by which versions and commit it was done."""
+    nothing: dict[str, Any] = {"seconds": None, "alarms": [], "measured": {}, "evaluation": None, "made": None}
+    return {"state": "waiting", "error": None, **nothing}

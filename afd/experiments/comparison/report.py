@@ -8,24 +8,26 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from afd.attacks.ball import NORMS
 from afd.evaluation.report import TEMPLATES, Table, data_url
 from afd.evaluation.store import REPORT
 from afd.experiments.comparison.picture import plot
 from afd.experiments.comparison.rows import (
     ENDED,
     FIGURES,
+    MADE,
     PAIRED,
+    PGD,
     Content,
     Difference,
     Figure,
     Row,
     amount,
+    ball_of,
     checkpoints_of,
-    duration,
     points_of,
     rows_of,
 )
+from afd.experiments.display import duration
 from afd.files import write_whole
 from afd.installation import needed_by
 
@@ -37,6 +39,7 @@ with needed_by("the report of a comparison"):
     from rich.text import Text
 
 MARKDOWN, FIGURES_CSV, PICTURE = "table.md", "table.csv", "compare.png"
+WRITTEN = (MARKDOWN, FIGURES_CSV, PICTURE, REPORT)  # whenever something is finished
 FAILED = "† Checks for self-deception failed: the figures of this row are not evidence of robustness."
 CHECKPOINTS = ("best", "last", "EMA")
 
@@ -74,14 +77,6 @@ def unfinished(content: Content) -> str:
     return f"{sum(state in ENDED for state in runs)} of {len(runs)} runs are done or have failed"
 
 
-def ball_of(content: Content) -> str:
-    """What attacks were bounded by."""
-    ball = content["ball"]
-    if "union" in ball:
-        return "in the union of " + ", ".join(f"{NORMS[norm].sign} ε = {eps}" for norm, eps in ball["union"].items())
-    return f"{NORMS[ball['norm']].sign} ε = {ball['text']}"
-
-
 def facts_of(content: Content) -> dict[str, str]:
     """How the figures came about."""
     data, budget = content["data"], content["budget"]
@@ -97,12 +92,31 @@ def facts_of(content: Content) -> dict[str, str]:
         "budget": f"{budget.get('asked')}{measured}{each}",
         "reference": content["reference"],
         "seeds": ", ".join(map(str, content["seeds"])),
-        "machine": told(content.get("machine")),
-        "versions": told(content.get("versions")),
-        "commit": told(content.get("commit")),
+        "options for all": f"`{content['train']}`" if content.get("train") else "",
+        **{name: told(content.get(name)) for name in MADE},
+        "made otherwise": "; ".join(made_otherwise(content)),
         "again": content.get("again", "`afd compare --config table.toml`"),
     }
     return {name: fact for name, fact in facts.items() if fact}
+
+
+def made_otherwise(content: Content) -> list[str]:
+    """The runs that another machine, version or commit has made than the comparison's, and what is other of it."""
+    found: dict[str, list[str]] = {}
+    for name, entry in content["entries"].items():
+        for seed, run in entry["runs"].items():
+            made = run.get("made") or {}  # which records of before do not have
+            other = [_other(kind, made[kind], content.get(kind)) for kind in MADE if made.get(kind)]
+            if text := ", ".join(filter(None, other)):
+                found.setdefault(text, []).append(f"{name} (seed {seed})")
+    return [f"{', '.join(runs)}: {text}" for text, runs in found.items()]
+
+
+def _other(kind: str, here: Any, there: Any) -> str:
+    """What of a fact is other in a run than in the whole comparison."""
+    if not (isinstance(here, Mapping) and isinstance(there, Mapping)):
+        return "" if here == there else f"{kind} {told(here)}"
+    return told({name: one for name, one in here.items() if one != there.get(name)})
 
 
 def told(value: Any) -> str:
@@ -120,13 +134,17 @@ def notes_of(content: Content, rows: list[Row]) -> list[str]:
         f"{reference}, image by image (Bonett and Price), * where the interval excludes 0. Both tell of other images, "
         "not of other seeds."
     ]
-    compared = sum(len(row.differences) for row in rows)
+    compared = sum(len(row.differences) for row in points_of(content))
     if compared > 1:
-        lines.append(f"Of {compared} differences, one in twenty would exclude 0 by chance alone.")
+        lines.append(
+            f"If there were no difference at all, about one in twenty of these {compared} (one for each entry and "
+            "figure) would exclude 0."
+        )
     if any(row.seed is None for row in rows):
         lines.append(
-            "Means: ± the standard deviation over seeds, and below it the range; Δ is of the mean of each image over "
-            "the seeds that both have."
+            "Means over seeds have the interval over images, and besides, as 'seeds', the least and the largest of the "
+            "seeds and ± their standard deviation; Δ is of the mean of each image over the seeds that both have, and "
+            "its 'seeds' are the differences of each of these."
         )
     if any(row.verdict == "fail" for row in rows):
         lines.append(FAILED)
@@ -144,18 +162,22 @@ def present(content: Content, console: Console) -> None:
     for row in rows:
         if row.told:
             continue
-        figures = (_lines(row.figure(name)) for name in FIGURES)
-        grid.add_row(Text(row.name), *figures, style="bold" if row.seed is None else "")
+        known = [row.figure(name) for name in FIGURES]
+        grid.add_row(Text(row.name), *map(_lines, known), style="bold" if row.seed is None else "")
+        if row.seed is None:
+            grid.add_row("  seeds", *map(_seeds, known))
     console.print(grid)
     grid = _grid(f"from {content['reference']}", "Δ clean", "Δ AutoAttack", "passes", "time")
     grid.add_column("checks and alarms", overflow="fold")
     for row in rows:
-        found = (_lines(row.differences.get(name)) for name in PAIRED)
+        found = [row.differences.get(name) for name in PAIRED]
         said = "; ".join([row.told or row.checks, *row.alarms])
-        grid.add_row(Text(row.name), *found, amount(row.passes), duration(row.seconds), Text(said))
+        grid.add_row(Text(row.name), *map(_lines, found), amount(row.passes), row.time, Text(said))
+        if any(one is not None and one.seeds for one in found):
+            grid.add_row("  seeds", *map(_seeds, found))
     console.print()
     console.print(grid)
-    grid = _grid("checkpoint", "", "epoch", "clean", "PGD-40")
+    grid = _grid("checkpoint", "", "epoch", "clean", FIGURES[PGD])
     for name, checkpoint, epoch, clean, robust in checkpoints_of(content):
         grid.add_row(Text(name), checkpoint, str(epoch), *(_line(one) for one in (clean, robust)))
     if grid.rows:
@@ -177,19 +199,23 @@ def _grid(first: str, *head: str, title: str | None = None) -> Grid:
 
 
 def _lines(found: Figure | Difference | None) -> str:
-    """A figure, and below it its interval, or its deviation and range."""
+    """A figure, and below it its interval over images."""
+    return "-" if found is None else f"{found.text}\n{found.span(1).replace(' to ', '…')}"
+
+
+def _seeds(found: Figure | Difference | None) -> str:
+    """The deviation over seeds, and below it their range."""
+    if found is None or not found.seeds:
+        return "-"
+    return f"±{100 * found.deviation:.2f}\n{found.range(1).replace(' to ', '…')}"
+
+
+def _line(found: Figure | Difference | None) -> str:
+    """A figure with its interval over images, and its seeds, where it is of several."""
     if found is None:
         return "-"
-    value = found.percent.replace(" ±", "\n±") if isinstance(found, Figure) else found.points
-    return f"{value}\n{found.span(1).replace(' to ', '…')}"
-
-
-def _percent(found: Figure | None) -> str:
-    return "-" if found is None else found.percent
-
-
-def _line(found: Figure | None) -> str:
-    return "-" if found is None else f"{found.percent} ({found.span()})"
+    seeds = f"; seeds {found.range()}, ± {100 * found.deviation:.2f}" if found.seeds else ""
+    return f"{found.text} ({found.span()}{seeds})"
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -216,7 +242,7 @@ def table_of(content: Content, rows: list[Row]) -> Table:
         figures = (_line(row.figure(name)) for name in FIGURES)
         apart = (_marked(row.differences.get(name)) for name in PAIRED)
         said = (_plain(row.told or row.checks), _plain(", ".join(row.alarms) or "-"))
-        body.append((_plain(row.name), *figures, *apart, amount(row.passes), duration(row.seconds), *said))
+        body.append((_plain(row.name), *figures, *apart, amount(row.passes), row.time, *said))
     note = "\n".join(map(_plain, notes_of(content, rows)))
     return Table("accuracy (%)", head, tuple(body), len(body), note)
 
@@ -224,12 +250,12 @@ def table_of(content: Content, rows: list[Row]) -> Table:
 def brief_table(content: Content) -> Table:
     """A row for each entry, its mean where it has several seeds, of what matters most: for a page among others."""
     rows = points_of(content)
-    head = ("entry", "clean", "PGD-40", "AutoAttack", "transfer", f"Δ AutoAttack from {content['reference']}", "checks")
+    shown = {name: text for name, text in FIGURES.items() if name != "worst"}
+    head = ("entry", *shown.values(), f"Δ AutoAttack from {content['reference']}", "checks")
     body = []
     for row in rows:
-        clean, pgd, attacked, transferred = (row.figure(name) for name in ("clean", "pgd-40", "autoattack", "transfer"))
-        short = (_plain(row.name), _percent(clean), _percent(pgd), _line(attacked), _percent(transferred))
-        body.append((*short, _marked(row.differences.get("autoattack")), _plain(row.checks)))
+        figures = (_line(row.figure(name)) for name in shown)
+        body.append((_plain(row.name), *figures, _marked(row.differences.get("autoattack")), _plain(row.checks)))
     title = f"{title_of(content)}, accuracy (%) on {content['data']['images']:,} test images"
     return Table(title, head, tuple(body), len(body), "\n".join(map(_plain, notes_of(content, rows))))
 
@@ -240,13 +266,13 @@ def checkpoint_table(content: Content) -> Table:
         (_plain(name), checkpoint, str(epoch), _line(clean), _line(robust))
         for name, checkpoint, epoch, clean, robust in checkpoints_of(content)
     ]
-    return Table("checkpoints", ("entry", "checkpoint", "epoch", "clean", "PGD-40"), tuple(body), len(body))
+    return Table("checkpoints", ("entry", "checkpoint", "epoch", "clean", FIGURES[PGD]), tuple(body), len(body))
 
 
 def _marked(found: Difference | None) -> str:
     if found is None:
         return "-"
-    text = f"{found.points.replace('*', chr(92) + '*')} ({found.span()})"
+    text = _line(found).replace("*", "\\*")
     return f"**{text}**" if found.clear else text
 
 
@@ -258,16 +284,22 @@ def _plain(text: str) -> str:
 
 
 def as_csv(content: Content) -> str:
-    """A line for each entry and seed, under a head; shares in [0, 1], unrounded, empty where nothing was measured."""
+    """A line for each entry and seed, and for the mean of several; shares in [0, 1], empty where nothing was measured.
+
+    `low` and `high` are the interval over images, `least` and `largest` the range over seeds, which only a mean has.
+    """
     out, lines = io.StringIO(), []
     for row in rows_of(content):
-        if row.seed is None:
-            continue
         entry = content["entries"][row.entry]
-        run = entry["runs"][row.seed]
+        run = {} if row.seed is None else entry["runs"][row.seed]
+        made = {name: content.get(name) for name in MADE} if row.seed is not None else {}
+        made |= run.get("made") or {}
+        versions = made.get("versions")
         line: dict[str, Any] = {
-            "entry": row.entry, "seed": row.seed, "state": row.state, "error": run.get("error"),
-            "method": entry["method"], "words": entry["words"],
+            "entry": row.entry, "seed": row.seed or "mean", "state": row.state, "error": run.get("error"),
+            "method": entry["method"], "words": entry["words"], "words_for_all": content.get("train"),
+            "machine": told(made.get("machine")), "commit": made.get("commit"),
+            "torch": versions.get("torch") if isinstance(versions, Mapping) else versions,
         }  # fmt: skip
         for name in FIGURES:
             line |= _columns(name.replace("-", "_"), row.figure(name))
@@ -287,9 +319,10 @@ def as_csv(content: Content) -> str:
 
 
 def _columns(name: str, found: Figure | Difference | None) -> dict[str, float | None]:
-    if found is None:
-        return dict.fromkeys((name, f"{name}_low", f"{name}_high"))
-    return {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
+    least, largest = (min(found.seeds), max(found.seeds)) if found is not None and found.seeds else (None, None)
+    values = (None, None, None) if found is None else (found.value, found.low, found.high)
+    columns = (name, *(f"{name}_{end}" for end in ("low", "high", "least", "largest")))
+    return dict(zip(columns, (*values, least, largest), strict=True))
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -314,7 +347,7 @@ def as_page(content: Content, folder: Path) -> str:
         checkpoints=checkpoints, kept=kept, notes=notes_of(content, rows), cost=cost_of,
         numbers={name: number for number, name in enumerate(content["entries"])},
         links=lambda name, seed: links(content, name, seed, folder), png=lambda name: data_url(folder / name),
-        FIGURES=FIGURES, PAIRED=PAIRED,
+        FIGURES=FIGURES, PAIRED=PAIRED, PGD=PGD,
     )  # fmt: skip
 
 

@@ -6,10 +6,9 @@ finished comparisons (of `afd compare`) of the same settings.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ from typing import Any
 from afd.attacks.ball import NORMS
 from afd.errors import InputError
 from afd.evaluation.command import present_table
-from afd.evaluation.outcome import RESULTS, ResultsError, read_results
+from afd.evaluation.outcome import RESULTS, read_results
 from afd.evaluation.plots import plot_sweeps
 from afd.evaluation.report import Results, Table, comparison, table_1, table_2, union_table
 from afd.evaluation.store import REPORT, check_folder, contents, discard, lock, numbered
+from afd.experiments.comparison.record import PARENT, RECORD, read_finished
 from afd.experiments.comparison.report import FIGURES_CSV, MARKDOWN, PICTURE, present, told, write_all
-from afd.experiments.comparison.rows import Content, Difference
+from afd.experiments.comparison.rows import MADE, Content, Difference, ball_of
 from afd.files import FolderError, check_path, check_source, point_to, write_whole
 from afd.installation import needed_by
 from afd.metrics import paired_interval, unpacked
@@ -30,12 +30,9 @@ from afd.metrics import paired_interval, unpacked
 with needed_by("afd compare"):
     from rich.console import Console
 
-COMPARISON, FORMAT, VERSION = "compare.json", "afd-comparison", 1
 TABLES = "tables.md"
-COMPARISONS = Path("runs/comparisons")
 # what lies in a comparison's folder at last, of evaluations or of methods, and in that of one that was killed
 FINISHED, UNFINISHED = (TABLES, MARKDOWN), {"curves.png", PICTURE, FIGURES_CSV, REPORT}
-PARTS = ("finished", "data", "ball", "network", "budget", "reference", "seeds", "entries")
 
 
 def compare_results(folders: Sequence[Path], out: Path | None, overwrite: bool, console: Console | None = None) -> Path:
@@ -46,7 +43,7 @@ def compare_results(folders: Sequence[Path], out: Path | None, overwrite: bool, 
 
     Args:
         folders: of finished evaluations (or their results.json), or of finished comparisons; not of both kinds.
-        out: folder to write to; None for the next of runs/comparisons.
+        out: folder to write to; None for the next of runs/compare.
         overwrite: replace a report in `out`.
         console: where to print; by default the terminal.
 
@@ -60,7 +57,7 @@ def compare_results(folders: Sequence[Path], out: Path | None, overwrite: bool, 
         raise InputError("results is missing; name folders that afd evaluate or afd compare has finished")
     if out is not None:
         check_path("out", out)
-        if (out / COMPARISON).exists():
+        if (out / RECORD).exists():
             raise InputError(f"out is {out}, which holds the runs of a comparison; name another folder")
         if out.resolve() in {folder.resolve() for folder in folders}:
             raise InputError(f"out is {out}, which is one of the results; name another folder")
@@ -75,22 +72,23 @@ def compare_results(folders: Sequence[Path], out: Path | None, overwrite: bool, 
 
 @contextmanager
 def comparison_folder(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
-    """The folder of a comparison, `out` or the next in `COMPARISONS`; its tables are written last.
+    """The folder of a comparison, `out` or the next in `PARENT`; its tables are written last.
 
     Raises:
         FolderError: it holds something else, and `overwrite` is not set; or another process uses it.
     """
     with ExitStack() as stack:
         if out is None:
-            folder = numbered(COMPARISONS, stack)
+            folder = numbered(PARENT, stack)
             yield folder
             point_to(folder)
             return
         check_folder(out)
         lock(out, stack)
         if contents(out) - UNFINISHED and not overwrite:
-            held = "a finished" if {RESULTS, *FINISHED} & contents(out) else "something else than an"
-            raise FolderError(f"out is {out}, which holds {held} evaluation; name another folder, or pass --overwrite")
+            known = {RESULTS: "a finished evaluation", **dict.fromkeys(FINISHED, "a table of results")}
+            held = next((told for name, told in known.items() if name in contents(out)), "something else")
+            raise FolderError(f"out is {out}, which holds {held}; name another folder, or pass --overwrite")
         for name in (*FINISHED, *UNFINISHED):
             (out / name).unlink(missing_ok=True)
         discard(out)
@@ -99,21 +97,17 @@ def comparison_folder(out: Path | None, *, overwrite: bool) -> Iterator[Path]:
 
 def _is_comparison(folder: Path) -> bool:
     check_source("results", folder)
-    return _comparison_file(folder).is_file()
-
-
-def _comparison_file(folder: Path) -> Path:
-    return folder if folder.name == COMPARISON else folder / COMPARISON
+    return (folder if folder.name == RECORD else folder / RECORD).is_file()
 
 
 def _refuse_other(what: str, folders: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> None:
     """Raises InputError, naming folder, setting and both values, where settings are not those of the first folder."""
     for folder, found in zip(folders[1:], settings[1:], strict=True):
         for name, value in settings[0].items():
-            if found[name] != value:
+            if found[name] != value and None not in (found[name], value):
                 raise InputError(
-                    f"results names {what} of other settings: {name} is {told(found[name])} in {folder}, and "
-                    f"{told(value)} in {folders[0]}"
+                    f"results names {what} of other settings: {name} is {told(found[name]) or 'nothing'} in {folder}, "
+                    f"and {told(value) or 'nothing'} in {folders[0]}"
                 )
 
 
@@ -168,7 +162,7 @@ def paired_table(results: Sequence[Results]) -> Table | None:
             count = first["data"]["count"]
             a, b = unpacked(mine[figure], count).double(), unpacked(theirs[figure], count).double()
             apart = Difference(float((a - b).mean()), *paired_interval(a, b))
-            rows.append((one["subject"]["name"], figure, apart.points, apart.span()))
+            rows.append((one["subject"]["name"], figure, apart.text, apart.span()))
     if not rows:
         return None
     title = f"Percentage points more than {first['subject']['name']}, on the same {first['data']['count']} images"
@@ -200,34 +194,8 @@ def _withstood(results: Results) -> dict[str, str]:
 # --- Comparisons ------------------------------------------------------------------------------------------------------
 
 
-def read_comparison(folder: Path) -> dict[str, Any]:
-    """What a finished comparison's compare.json holds.
-
-    Args:
-        folder: of the comparison, or the file itself, whatever it is called.
-
-    Raises:
-        ResultsError: it cannot be read, is of another version, or the comparison is not finished.
-    """
-    file = folder if folder.is_file() else _comparison_file(folder)
-    check_source("results", file)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ResultsError(f"{file} is not the result of afd compare")
-    if content.get("version") != VERSION:
-        raise ResultsError(f"{file} has version {content.get('version')}; this afd reads {VERSION}")
-    if lacking := [part for part in PARTS if part not in content]:
-        raise ResultsError(f"{file} is damaged: it lacks {', '.join(lacking)}")
-    if not content["finished"]:
-        raise ResultsError(f"{folder} holds a comparison that is not finished; run it to its end first")
-    return content
-
-
 def _comparisons(folders: list[Path], out: Path | None, overwrite: bool, console: Console) -> Path:
-    found = [read_comparison(folder) for folder in folders]
+    found = [read_finished(folder) for folder in folders]
     _refuse_other("comparisons", folders, [_settings(one) for one in found])
     with comparison_folder(out, overwrite=overwrite) as written:
         content = merged(found, folders, written)
@@ -245,29 +213,32 @@ def _settings(content: Content) -> dict[str, Any]:
         "images": data["images"],
         "training images": data["train"],
         "validation images": data["validation"],
-        "ball": content["ball"].get("union") or {name: content["ball"][name] for name in ("norm", "text")},
+        "ball": ball_of(content),
         "network": content["network"],
         "budget": budget["asked"] if passes is None else f"{passes:g} passes",
+        "options for all": content.get("train"),  # of all entries, where that was written down
     }
 
 
 def merged(found: Sequence[Content], folders: Sequence[Path], out: Path) -> dict[str, Any]:
     """Comparisons of the same settings as one, in the form of compare.json, with paths from `out`."""
-    homes = [folder.parent if folder.name == COMPARISON else folder for folder in folders]
+    homes = [folder.parent if folder.name == RECORD else folder for folder in folders]
     places = [(number, name) for number, one in enumerate(found) for name in one["entries"]]
     names = _distinct([name for _, name in places], [homes[number] for number, _ in places])
     known = dict(zip(places, names, strict=True))
     entries = {}
     for (number, name), new in known.items():
         entry, home = found[number]["entries"][name], homes[number]
-        runs = {seed: _moved(run, home, out) for seed, run in entry["runs"].items()}
+        made = {name: found[number].get(name) for name in MADE}
+        runs = {
+            seed: {**_moved(run, home, out), "made": run.get("made") or made} for seed, run in entry["runs"].items()
+        }
         entries[new] = {**entry, "runs": runs, "folder": os.path.relpath(home / entry.get("folder", name), out)}
     return {
         **found[0],
         "entries": entries,
         "reference": known.get((0, found[0]["reference"]), found[0]["reference"]),
         "seeds": list(dict.fromkeys(seed for one in found for seed in one["seeds"])),
-        **{part: _all(one.get(part) for one in found) for part in ("machine", "versions", "commit")},
         "again": f"`afd compare --results {' '.join(map(str, folders))}`",
     }
 
@@ -277,8 +248,3 @@ def _moved(run: Mapping[str, Any], home: Path, out: Path) -> dict[str, Any]:
     if evaluation is None:
         return dict(run)
     return {**run, "evaluation": {**evaluation, "folder": os.path.relpath(home / evaluation["folder"], out)}}
-
-
-def _all(facts: Iterable[Any]) -> str:
-    """Facts of several comparisons, each once."""
-    return "; ".join(dict.fromkeys(filter(None, map(told, facts))))

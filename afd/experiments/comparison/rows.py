@@ -1,7 +1,6 @@
 """What a comparison of methods found, row by row: figures with their intervals, differences from the reference, costs.
 
-Everything that shows a comparison (`comparison_report`, `comparison_picture`) shows these rows, made of what
-compare.json holds.
+Everything that shows a comparison (`report`, `picture`) shows these rows, made of what compare.json holds.
 """
 
 from __future__ import annotations
@@ -14,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from afd.attacks.ball import NORMS
+from afd.experiments.display import duration
+from afd.experiments.train import TEST_STEPS
 from afd.metrics import interval, paired_interval, unpacked
 
 Content = Mapping[str, Any]  # of compare.json
-FIGURES = {
-    "clean": "clean", "pgd-40": "PGD-40", "autoattack": "AutoAttack", "transfer": "transfer", "worst": "worst case",
+PGD, TRANSFER = f"pgd-{TEST_STEPS}", "transfer"  # stages, beside those of AutoAttack
+FIGURES = {  # in compare.json, and in words
+    "clean": "clean", PGD: PGD.upper(), "autoattack": "AutoAttack", TRANSFER: "transfer", "worst": "worst case",
 }  # fmt: skip
 PAIRED = ("clean", "autoattack")  # figures whose difference from the reference is told
 ENDED = ("done", "failed")
+MADE = ("machine", "versions", "commit")  # facts of a comparison, and of each run of it
 
 
 @dataclass(frozen=True)
@@ -30,14 +34,15 @@ class Figure:
 
     Attributes:
         value: in [0, 1].
-        low, high: 95% interval over images; of a mean over several seeds, the least and the largest of them.
-        deviation: over the seeds; None of a single one.
+        low, high: 95% interval over images; that of a mean is Wilson's, too, which for shares of hits is no narrower
+            than it should be.
+        seeds: what each of several seeds has; none of a single one.
     """
 
     value: float
     low: float
     high: float
-    deviation: float | None = None
+    seeds: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, share: float | None, images: int) -> Figure | None:
@@ -45,22 +50,31 @@ class Figure:
         return None if share is None else cls(share, *interval(share * images, images))
 
     @classmethod
-    def mean(cls, shares: Sequence[float | None]) -> Figure | None:
-        """Over seeds; None unless all have one."""
+    def mean(cls, shares: Sequence[float | None], images: int) -> Figure | None:
+        """Over seeds, of so many images; None unless all have one."""
         known = [share for share in shares if share is not None]
         if not known or len(known) < len(shares):
             return None
-        return cls(statistics.fmean(known), min(known), max(known), statistics.stdev(known) if len(known) > 1 else 0.0)
+        value = statistics.fmean(known)
+        return cls(value, *interval(value * images, images), tuple(known))
 
     @property
-    def percent(self) -> str:
-        """The share, or the mean and the deviation, as percentages."""
-        spread = "" if self.deviation is None else f" ± {100 * self.deviation:.2f}"
-        return f"{100 * self.value:.2f}{spread}"
+    def deviation(self) -> float:
+        """The standard deviation over several seeds."""
+        return statistics.stdev(self.seeds)
+
+    @property
+    def text(self) -> str:
+        """The share, or the mean over seeds, as a percentage."""
+        return f"{100 * self.value:.2f}"
 
     def span(self, digits: int = 2) -> str:
-        """The interval, or the range, as percentages."""
+        """The interval over images, as percentages."""
         return f"{100 * self.low:.{digits}f} to {100 * self.high:.{digits}f}"
+
+    def range(self, digits: int = 2) -> str:
+        """The least and the largest of several seeds, as percentages."""
+        return f"{100 * min(self.seeds):.{digits}f} to {100 * max(self.seeds):.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -69,12 +83,14 @@ class Difference:
 
     Attributes:
         value: share of images more that the entry gets right, in [-1, 1].
-        low, high: with 95% confidence.
+        low, high: 95% interval over images, paired.
+        seeds: the difference of each of several seeds; none of a single one.
     """
 
     value: float
     low: float
     high: float
+    seeds: tuple[float, ...] = ()
 
     @property
     def clear(self) -> bool:
@@ -82,13 +98,22 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     @property
-    def points(self) -> str:
+    def deviation(self) -> float:
+        """The standard deviation over several seeds."""
+        return statistics.stdev(self.seeds)
+
+    @property
+    def text(self) -> str:
         """In percentage points; a star says that the interval excludes 0."""
         return f"{100 * self.value:+.2f}{' *' if self.clear else ''}"
 
     def span(self, digits: int = 2) -> str:
-        """The interval, in percentage points."""
+        """The interval over images, in percentage points."""
         return f"{100 * self.low:+.{digits}f} to {100 * self.high:+.{digits}f}"
+
+    def range(self, digits: int = 2) -> str:
+        """The least and the largest of several seeds, in percentage points."""
+        return f"{100 * min(self.seeds):+.{digits}f} to {100 * max(self.seeds):+.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +128,8 @@ class Row:
         told: what there is to say of a run that is not done.
         figures: by the names of `FIGURES`; None where not measured.
         differences: from the reference, by those of `PAIRED`; empty for the reference itself.
-        passes: images that passed the network in training; None where nobody knows.
+        passes: of an image through the network in all of its training, as `budget.Cost` has them; None where nobody
+            can count them.
         seconds: of training, on the wall; None before it is done.
         verdict: of the checks, "" before they are made.
         failed: names of the checks that failed.
@@ -137,6 +163,11 @@ class Row:
         named = self.failed or self.warned
         return (f"{self.verdict}: {', '.join(named)}" if named else self.verdict) or "-"
 
+    @property
+    def time(self) -> str:
+        """How long training took, in words."""
+        return "-" if self.seconds is None else duration(self.seconds)
+
     def figure(self, name: str) -> Figure | None:
         """One of them."""
         return self.figures.get(name)
@@ -161,6 +192,14 @@ def points_of(content: Content) -> list[Row]:
         if row.state == "done" and (row.entry not in best or row.seed is None):
             best[row.entry] = row
     return [row for row in best.values() if row.figure("clean") and row.figure("autoattack")]
+
+
+def ball_of(content: Content) -> str:
+    """What attacks were bounded by, in words."""
+    ball = content["ball"]
+    if "union" in ball:
+        return "the union of " + ", ".join(f"{NORMS[norm].sign} ε = {eps}" for norm, eps in ball["union"].items())
+    return f"{NORMS[ball['norm']].sign} ε = {ball['text']}"
 
 
 def checkpoints_of(content: Content) -> list[tuple[str, str, int, Figure | None, Figure | None]]:
@@ -193,13 +232,13 @@ def _row(content: Content, name: str, seed: str) -> Row:
 
 
 def _mean(content: Content, name: str, seeds: Sequence[str], single: Sequence[Row]) -> Row:
-    entry = content["entries"][name]
+    entry, images = content["entries"][name], content["data"]["images"]
     runs, rows = [entry["runs"][seed] for seed in seeds], [row for row in single if row.seed in seeds]
     verdicts = [row.verdict for row in rows]
     known = [run["seconds"] for run in runs if run.get("seconds") is not None]
     return Row(
         entry=name, seed=None, seeds=len(seeds),
-        figures={figure: Figure.mean([run["evaluation"].get(figure) for run in runs]) for figure in FIGURES},
+        figures={figure: Figure.mean([run["evaluation"].get(figure) for run in runs], images) for figure in FIGURES},
         differences=differences(content, name, seeds),
         passes=entry.get("passes"), seconds=statistics.fmean(known) if known else None,
         verdict=next((one for one in ("fail", "warn", "pass") if one in verdicts), ""),
@@ -227,7 +266,9 @@ def differences(content: Content, name: str, seeds: Sequence[str]) -> dict[str, 
         ]
         if pairs:
             a, b = (torch.stack(of).double().mean(0) for of in zip(*pairs, strict=True))
-            found[figure] = Difference(float((a - b).sum()) / images, *paired_interval(a, b))
+            each = [float((mine.double() - theirs.double()).sum()) / images for mine, theirs in pairs]
+            several = tuple(each) if len(each) > 1 else ()
+            found[figure] = Difference(float((a - b).sum()) / images, *paired_interval(a, b), several)
     return found
 
 
@@ -255,15 +296,3 @@ def amount(number: float | None) -> str:
         if number >= size:
             return f"{number / size:.3g}{sign}"
     return f"{number:.0f}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds, minutes or hours."""
-    if seconds is None:
-        return "-"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return (
-        f"{seconds / 60:.1f} min" if seconds < 600 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
-    )

@@ -26,6 +26,7 @@ from afd.evaluation.protocol import Protocol
 from afd.evaluation.store import STATE
 from afd.experiments.comparison.budget import seconds_in
 from afd.experiments.comparison.record import TRANSFERRED, Comparison, Record, balls_of, waiting
+from afd.experiments.comparison.rows import PGD, TRANSFER
 from afd.experiments.display import duration, read_log
 from afd.experiments.train import TEST_STEPS, AlarmError, draw, train
 from afd.installation import needed_by
@@ -36,7 +37,6 @@ from afd.training.signals import StoppedError
 with needed_by("afd compare"):
     from rich.console import Console
 
-PGD, TRANSFER = f"pgd-{TEST_STEPS}", "transfer"  # stages, beside those of AutoAttack
 RESULT, RUN = "result.json", "run.toml"
 GO_ON = "the same command goes on from there"
 
@@ -260,6 +260,9 @@ class Runs:
             )  # fmt: skip
             assert results is not None
         run["evaluation"] = outcome_of(results, folder.relative_to(self.record.folder))
+        trained = finished(config)
+        assert trained is not None
+        run["made"] = {name: results[name] for name in ("machine", "versions")} | {"commit": trained["commit"]}
         run.update({"state": "done", "error": None})
         self.record.write()
 
@@ -279,7 +282,7 @@ class Runs:
         """Says which were measured before there was a natural model to transfer attacks from."""
         without = [
             f"{name} (seed {seed})"
-            for name, entry in self.record.entries.items()
+            for name, entry in self._asked.items()
             for seed, run in entry["runs"].items()
             if entry["method"] != TRANSFERRED
             and run["state"] == "done"
@@ -298,24 +301,33 @@ class Runs:
         assert config.out is not None
         return (config.out / RESULT).exists() and (config.out / "evaluation" / RESULTS).exists()
 
+    @property
+    def _asked(self) -> dict[str, Any]:
+        """What is known of the entries that are asked for; the record may have others."""
+        return {name: self.record.entries[name] for name in self.asked.entries}
+
     def _left(self, name: str) -> str:
-        """About how long this training takes, and all that is left, as far as that can be told yet."""
-        entries, runs = self.record.entries, self.record.runs()
-        seconds = sum(run["seconds"] for run in runs if run["seconds"])
+        """About how long this training takes, and all that is left to do, as far as that can be told yet."""
+        entries, known = self._asked, self.record.runs()
+        seconds = sum(run["seconds"] for run in known if run["seconds"])
         passes = sum(
-            entry["passes"] or 0.0 for entry in entries.values() for run in entry["runs"].values() if run["seconds"]
+            entry["passes"] or 0.0
+            for entry in self.record.entries.values()
+            for run in entry["runs"].values()
+            if run["seconds"]
         )
         of_pass = seconds / passes if passes else self._of_pass()
         if of_pass is None or any(entry["passes"] is None for entry in entries.values()):
             return ""
         own = entries[name]["passes"] * of_pass
-        tests = [run["evaluation"]["seconds"] for run in runs if run["evaluation"] is not None]
+        tests = [run["evaluation"]["seconds"] for run in known if run["evaluation"] is not None]
         test = sum(tests) / len(tests) if tests else 0.0
+        states = {one: [run["state"] for run in entry["runs"].values()] for one, entry in entries.items()}
         training = sum(
-            entry["passes"] * of_pass * sum(run["state"] in ("waiting", "failed") for run in entry["runs"].values())
-            for entry in entries.values()
+            entries[one]["passes"] * of_pass * sum(state in ("waiting", "failed") for state in found)
+            for one, found in states.items()
         )
-        left = training + test * sum(run["state"] != "done" for run in runs)
+        left = training + test * sum(state != "done" for found in states.values() for state in found)
         without = "" if tests else ", attacks on the test images not counted yet"
         return f": training takes about {duration(own)}; left in all: about {duration(left)}{without}"
 

@@ -54,6 +54,8 @@ def told(content):
     plain = json.loads(json.dumps(content)) | {"commit": None}
     for run in runs_of(plain).values():
         run["seconds"] = None
+        if run["made"] is not None:
+            run["made"]["commit"] = None
         if run["evaluation"] is not None:
             run["evaluation"]["seconds"] = None
     return plain
@@ -122,22 +124,23 @@ def test_a_budget_is_so_many_seconds_of_adversarial_training_here(tmp_path, monk
     assert content["budget"]["passes"] == 1250.0
 
 
-def test_the_speed_of_a_run_is_measured_in_time(monkeypatch):
+@pytest.mark.parametrize(
+    ("seconds", "asked", "steps"),
+    [(0.5, 100.0, 10), (0.5, 900.0, 10), (0.1, 40.0, 20), (0.5, 40.0, 6), (20.0, 100.0, 6)],
+)
+def test_a_speed_is_measured_in_a_twentieth_of_the_budget_or_a_few_steps(seconds, asked, steps, monkeypatch):
     config = made({"at": "at"}, TINY, epochs=1).timed
     images = load("digits").limited(60).train
-    started = time.perf_counter()
-    speed = budget.images_per_second(config, images, torch.device("cpu"), 2.0)
-    assert time.perf_counter() - started < 5
-    slow = Trainer._build_step
+    clock, taken = Clock(monkeypatch), []
+    build = Trainer._build_step
 
-    def build(self):
-        slow(self)
-        quick = self.step.update
-        self.step.update = lambda batch: (time.sleep(0.1), quick(batch))[1]
+    def timed(self):
+        build(self)
+        self.step.update = lambda _: taken.append(clock.taking(seconds, lambda: None)())
 
-    monkeypatch.setattr(Trainer, "_build_step", build)
-    slowed = budget.images_per_second(config, images, torch.device("cpu"), 2.0)
-    assert slowed == pytest.approx(30 / (0.1 + 30 / speed), rel=0.3)
+    monkeypatch.setattr(Trainer, "_build_step", timed)
+    assert budget.images_per_second(config, images, torch.device("cpu"), asked) == pytest.approx(30 / seconds)
+    assert len(taken) == pytest.approx(steps, abs=1)
 
 
 @pytest.mark.parametrize(
@@ -193,18 +196,31 @@ def test_the_bits_of_each_image_agree_with_the_shares(undisturbed):
             assert not (bits["worst"] & ~bits[name]).any()
 
 
+class Clock:
+    """A clock that goes on only where it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def taking(self, seconds, real):
+        """What takes so many seconds, and nothing else does."""
+
+        def timed(*arguments):
+            self.now += seconds
+            return real(*arguments)
+
+        return timed
+
+
 def test_seconds_are_those_of_the_training_steps(tmp_path, monkeypatch):
-    real = Trainer._train_step
-
-    def slow(*arguments):
-        time.sleep(0.02)
-        real(*arguments)
-
-    monkeypatch.setattr(Trainer, "_train_step", slow)
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(Trainer, "_train_step", clock.taking(3.0, Trainer._train_step))
+    monkeypatch.setattr(Trainer, "_validate", clock.taking(1000.0, Trainer._validate))
     out = tmp_path / "out"
     assert main(["compare", *DATA, "--images", "12", "--methods", "free", "--epochs", "2", "--out", str(out)]) == 0
-    content = record(out)
-    assert 2 * 2 * 4 * 0.02 < content["entries"]["free"]["runs"]["0"]["seconds"] < 3
+    # two epochs of two batches, each of which is stepped on four times
+    assert record(out)["entries"]["free"]["runs"]["0"]["seconds"] == pytest.approx(2 * 2 * 4 * 3.0)
 
 
 def test_a_union_is_judged_in_all_its_balls(tmp_path):
@@ -337,6 +353,79 @@ def test_methods_and_seeds_join_a_table(undisturbed, tmp_path, monkeypatch):
     assert content["entries"]["at"]["runs"]["4"]["measured"] != content["entries"]["at"]["runs"]["0"]["measured"]
     before = told(record(undisturbed))["entries"]
     assert all(told(content)["entries"][name]["runs"]["0"] == before[name]["runs"]["0"] for name in before)
+
+
+def test_overwrite_keeps_what_is_finished_of_this_very_comparison(undisturbed, tmp_path, monkeypatch):
+    out, trained, real = shutil.copytree(undisturbed, tmp_path / "out"), [], runs.train
+
+    def noting(config, *more, **told):
+        trained.append(config.out)
+        return real(config, *more, **told)
+
+    monkeypatch.setattr(runs, "train", noting)
+    before = record(out)["entries"]
+    status, content = compared(out, "--methods", "natural,at,fgsm-rs", "--epochs", "2", "--overwrite")
+    assert status == 0
+    assert trained == [out / "fgsm-rs" / "seed-0"]
+    assert {name: content["entries"][name] for name in before} == before
+
+
+def test_what_is_not_asked_for_fails_no_command(undisturbed, tmp_path, capsys):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    content = record(out)
+    content["entries"]["natural"]["runs"]["0"] = waiting() | {"state": "failed", "error": "the disk was full"}
+    (out / "compare.json").write_text(json.dumps(content))
+    status, content = compared(out, "--methods", "at", "--epochs", "2")
+    assert status == 0
+    said = capsys.readouterr().out
+    assert "not asked for this time, and not finished: natural (seed 0)\n" in said
+    assert content["entries"]["natural"]["runs"]["0"]["state"] == "failed"
+
+
+def test_what_is_left_is_of_what_is_asked_for(undisturbed, tmp_path, capsys):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    content = record(out)
+    for entry in content["entries"].values():
+        entry["runs"]["0"]["seconds"] = 60.0 * entry["passes"]  # a minute a pass
+        entry["runs"]["0"]["evaluation"]["seconds"] = 3600.0
+    content["entries"]["natural"]["runs"]["0"] = waiting()
+    (out / "compare.json").write_text(json.dumps(content))
+    assert compared(out, "--methods", "at,fgsm-rs", "--epochs", "2")[0] == 0
+    # two epochs of 60 images of fgsm-rs, of 5 passes each as at, and one evaluation
+    assert "[2/2] fgsm-rs, seed 0: training takes about 10 h 00 min; left in all: about 11 h 00 min" in (
+        capsys.readouterr().out
+    )
+
+
+def test_each_run_says_where_it_was_made(undisturbed, tmp_path, monkeypatch):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    content = record(undisturbed)
+    where = {name: content[name] for name in ("machine", "versions", "commit")}
+    assert all(run["made"] == where for run in runs_of(content).values())
+    monkeypatch.setattr("afd.experiments.train.commit", lambda: "fedcba9")
+    monkeypatch.setattr("afd.evaluation.outcome.device_name", lambda _: "Imaginary H200")
+    status, content = compared(out, "--methods", "natural,at,fgsm-rs", "--epochs", "2")
+    assert status == 0
+    made_here = content["entries"]["fgsm-rs"]["runs"]["0"]["made"]
+    assert (made_here["commit"], made_here["machine"]["device"]) == ("fedcba9", "Imaginary H200")
+    assert content["entries"]["at"]["runs"]["0"]["made"] == where
+    assert "- made otherwise: fgsm-rs (seed 0): device Imaginary H200, commit fedcba9" in (out / "table.md").read_text()
+
+
+def test_a_record_of_before_is_gone_on_with(undisturbed, tmp_path):
+    """Which said "1 epochs", and nothing of who made a run."""
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    content = record(out)
+    content["budget"]["asked"] = "2 epochs"
+    for run in runs_of(content).values():
+        del run["made"]
+    (out / "compare.json").write_text(json.dumps(content))
+    assert compared(out)[0] == 0
+    asked = made({"at": "at"}, TINY, epochs=1, images=12, reference="at")
+    content |= {"budget": {"asked": "1 epochs", "passes": None}, "entries": {}}
+    assert asked.asked == "1 epoch"
+    assert asked.completed(content, 60).differences(content) == []
+    assert "budget is '3 epochs' there" in asked.differences(content | {"budget": {"asked": "3 epochs"}})[0]
 
 
 def test_natural_training_that_joins_late_is_transferred_from_where_one_asks(tmp_path, capsys):
@@ -546,6 +635,10 @@ def test_a_budget_of_less_than_an_epoch_says_what_would_be_needed(capsys, tmp_pa
     assert "the budget of 300 passes is less than one epoch of 'mart', which takes 480" in told
     assert "that needs a budget of 10s here" in told
     assert not (tmp_path / "out").exists()
+    table = f"budget = '6s'\npasses = 300.0\ntrain = '{' '.join(TINY)}'\n[entries]\nmart = 'mart'\n"
+    (tmp_path / "table.toml").write_text(table)  # measured somewhere else
+    told = refused(capsys, "--config", str(tmp_path / "table.toml"), "--out", str(tmp_path / "out"))
+    assert told.endswith("the budget of 300 passes is less than one epoch of 'mart', which takes 480\n")
 
 
 def test_a_method_that_cannot_run_on_the_data_is_found_before_anything_is_trained(capsys, tmp_path):
@@ -564,6 +657,10 @@ def test_passes_of_a_network_without_convolutions_are_not_guessed(capsys, tmp_pa
     monkeypatch.setattr(budget, "model_for", flat)
     words = (*WORDS[1:], "--methods", "at", "--out", str(tmp_path / "out"))
     assert "cannot be counted; name the length of all runs with --epochs" in refused(capsys, *words, "--budget", "1s")
+    table = f"budget = '1s'\npasses = 1e6\ntrain = '{' '.join(TINY)}'\n[entries]\nat = 'at'\n"
+    (tmp_path / "table.toml").write_text(table)  # where it could be counted
+    said = refused(capsys, "--config", str(tmp_path / "table.toml"), "--out", str(tmp_path / "out"))
+    assert "budget is 1s, but passes of at with the network convnet cannot be counted" in said
     monkeypatch.setattr(runs.Runs, "run", lambda _: None)
     assert main(["compare", *words, "--epochs", "1"]) == 0
     assert record(tmp_path / "out")["entries"]["at"]["passes"] is None

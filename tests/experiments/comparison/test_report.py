@@ -13,8 +13,8 @@ from comparisons import ALARM, comparison, entry, run, waiting
 from rich.console import Console
 
 from afd.experiments.comparison import report, rows
-from afd.experiments.comparison.picture import draw
-from afd.experiments.comparison.rows import Figure, amount, duration, points_of, rows_of
+from afd.experiments.comparison.picture import BAR, draw
+from afd.experiments.comparison.rows import Figure, amount, points_of, rows_of
 from afd.metrics import interval, paired_interval
 
 SHARES = ("clean", "pgd-40", "autoattack", "transfer", "worst")
@@ -84,12 +84,72 @@ def test_a_mean_is_paired_over_the_seeds_that_both_have(content):
     assert not named(content, "afd-wgan, mean of 2 seeds").differences
 
 
-def test_a_mean_has_the_deviation_and_the_range_of_its_seeds(content):
+def test_a_mean_has_an_interval_over_images_and_the_range_of_its_seeds(content):
     shares = [one["evaluation"]["autoattack"] for one in content["entries"]["at"]["runs"].values()]
     found = named(content, "at, mean of 3 seeds").figure("autoattack")
-    assert (found.low, found.high) == (min(shares), max(shares))
     assert found.value == pytest.approx(sum(shares) / 3)
+    assert (found.low, found.high) == interval(1000 * found.value, 1000)
+    assert (min(found.seeds), max(found.seeds)) == (min(shares), max(shares))
     assert found.deviation == pytest.approx(float(torch.tensor(shares, dtype=torch.float64).std()))
+    assert named(content, "trades").figure("autoattack").seeds == ()
+
+
+def test_seeds_that_agree_leave_the_uncertainty_of_the_images():
+    """A range over seeds is none over images: of equal seeds it is a point, and the interval is not."""
+    made = comparison({"at": entry("at", [(0.9, 0.5)] * 2), "mart": entry("mart", [(0.9, 0.6), (0.9, 0.4)])})
+    at, mart = (points_of(made)[number].figure("autoattack") for number in (0, 1))
+    assert at.high - at.low > 0.05
+    assert mart.value == pytest.approx(at.value, abs=0.03)
+    assert max(mart.seeds) - min(mart.seeds) > 0.15 > mart.high - mart.low
+
+
+def test_a_difference_of_means_has_those_of_its_seeds(content):
+    bits = rows._withstood
+    found = named(content, "afd-wgan, mean of 2 seeds").differences["autoattack"]
+    for seed, apart in zip("01", found.seeds, strict=True):
+        a, b = (bits(content, name, seed, "autoattack").double() for name in ("afd-wgan", "at"))
+        assert apart == pytest.approx(float((a - b).mean()))
+    assert found.value == pytest.approx(sum(found.seeds) / 2)
+    del content["entries"]["at"]["runs"]["1"]  # one pair is left, and that is no range
+    assert named(content, "afd-wgan, mean of 2 seeds").differences["autoattack"].seeds == ()
+
+
+def test_interval_and_seeds_of_a_mean_are_told_apart_everywhere(content, tmp_path):
+    row = named(content, "afd-wgan, mean of 2 seeds")
+    found, apart = row.figure("autoattack"), row.differences["autoattack"]
+    for one, form in ((found, ".2f"), (apart, "+.2f")):
+        low, high, least, most = (
+            f"{100 * value:{form}}" for value in (one.low, one.high, min(one.seeds), max(one.seeds))
+        )
+        told = f"({low} to {high}; seeds {least} to {most}, ± {100 * one.deviation:.2f})"
+        assert told in report.as_markdown(content)
+        assert told in report.brief_table(content).markdown()
+        report.write_all(tmp_path, content)
+        words = Page((tmp_path / "report.html").read_text()).text
+        assert f"{low} to {high}seeds {least} to {most}, ± {100 * one.deviation:.2f}" in words  # a line break between
+    (line,) = (line for line in table(content) if line["entry"] == "afd-wgan" and line["seed"] == "mean")
+    for name, one in (("autoattack", found), ("autoattack_difference", apart)):
+        ends = [one.low, one.high, min(one.seeds), max(one.seeds)]
+        assert [float(line[f"{name}_{end}"]) for end in ("low", "high", "least", "largest")] == ends
+    lines = printed(content).splitlines()
+    mean = next(number for number, text in enumerate(lines) if text.startswith("afd-wgan, mean of 2"))
+    (seeds,) = (number for number in range(mean, mean + 4) if lines[number].startswith("  seeds"))
+    assert f"±{100 * found.deviation:.2f}" in lines[seeds]
+    assert f"{100 * min(found.seeds):.1f}…{100 * max(found.seeds):.1f}" in lines[seeds + 1]
+    assert f"{100 * found.low:.1f}…{100 * found.high:.1f}" in lines[mean + 1]
+
+
+def test_the_bars_of_a_mean_are_its_interval(content):
+    content["entries"] = {name: content["entries"][name] for name in ("at", "trades")}
+    found = points_of(content)[0].figure("autoattack")
+    bars = [line.get_ydata() for line in draw(content).axes[-1].lines if line.get_alpha() == BAR["alpha"]]
+    assert any(list(ends) == pytest.approx([100 * found.low, 100 * found.high]) for ends in bars)
+
+
+def test_chance_is_counted_once_for_each_entry_and_figure(content):
+    notes = " ".join(report.notes_of(content, rows_of(content)))
+    # natural, trades, afd-wgan and fgsm-rs, clean and under AutoAttack
+    assert "If there were no difference at all, about one in twenty of these 8 (one for each entry" in notes
 
 
 def test_a_reference_that_failed_leaves_no_differences(content):
@@ -107,6 +167,8 @@ def test_what_no_seed_has_is_no_mean(content):
 
 def test_the_csv_is_compare_json_again(content):
     lines = table(content)
+    means, lines = ([line for line in lines if (line["seed"] == "mean") == mean] for mean in (True, False))
+    assert [line["entry"] for line in means] == ["at", "afd-wgan"]
     assert len(lines) == sum(len(one["runs"]) for one in content["entries"].values())
     for line in lines:
         made = content["entries"][line["entry"]]
@@ -153,6 +215,30 @@ def test_markdown_has_a_row_of_each_and_marks_what_is_clear(content):
     assert "5m of `at` at 1,190 images a second: 120M passes of an image, for every entry" in text
 
 
+def test_words_for_all_are_told(content, tmp_path):
+    report.write_all(tmp_path, content)
+    assert "- options for all: `--data mnist --width 8`" in (tmp_path / "table.md").read_text()
+    assert "options for all" in Page((tmp_path / "report.html").read_text()).text
+    assert {line["words_for_all"] for line in table(content)} == {"--data mnist --width 8"}
+    del content["train"]  # as in records of before
+    assert "options for all" not in report.as_markdown(content)
+
+
+def test_runs_that_were_made_otherwise_are_named_with_what_is_other(content):
+    assert "made otherwise" not in report.as_markdown(content)
+    newer = content["versions"] | {"torch": "2.14.0"}
+    for seed in "01":
+        content["entries"]["afd-wgan"]["runs"][seed]["made"] = content["entries"]["at"]["runs"]["0"]["made"] | {
+            "commit": "fedcba9", "versions": newer,
+        }  # fmt: skip
+    del content["entries"]["trades"]["runs"]["0"]["made"]  # as in records of before
+    line = "- made otherwise: afd-wgan (seed 0), afd-wgan (seed 1): torch 2.14.0, commit fedcba9"
+    assert line in report.as_markdown(content).splitlines()
+    told = {(one["entry"], one["seed"]): (one["torch"], one["commit"]) for one in table(content)}
+    assert told["afd-wgan", "0"] == ("2.14.0", "fedcba9")
+    assert told["trades", "0"] == told["at", "0"] == ("2.13.0+cpu", "0123abc")
+
+
 def test_what_is_not_finished_says_so_everywhere(content, tmp_path):
     content["finished"] = False
     report.write_all(tmp_path, content)
@@ -173,7 +259,8 @@ def test_a_comparison_of_which_nothing_is_done_has_a_report(tmp_path):
 
 def test_balls_of_a_union_are_all_named():
     content = comparison({"at": waiting("at")}, ball={"union": {"Linf": "8/255", "L2": "0.5"}})
-    assert "in the union of L∞ ε = 8/255, L2 ε = 0.5" in report.as_markdown(content)
+    assert "the union of L∞ ε = 8/255, L2 ε = 0.5" in report.as_markdown(content)
+    assert "the union of L∞ ε = 8/255, L2 ε = 0.5" in draw(content).get_suptitle()
 
 
 # --- The page --------------------------------------------------------------------------------------------------------
@@ -265,6 +352,7 @@ def test_points_lie_where_the_figures_are_and_are_as_large_as_the_cost(content):
     picture = draw(content)
     assert len(picture.axes) == 1
     drawn = points(picture)
+    assert picture.get_suptitle().startswith("mnist, L∞ ε = 0.3, 1,000 test images; bars: 95% over images")
     assert drawn.keys() == {"at", "trades", "afd-wgan", "fgsm-rs"}
     for row in points_of(content):
         found = row.figure("clean"), row.figure("autoattack")
@@ -323,14 +411,6 @@ def test_names_of_twenty_entries_cover_neither_each_other_nor_points():
 
 
 # --- Words -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [(None, "-"), (0.4, "0 s"), (59, "59 s"), (90, "1.5 min"), (1800, "30 min"), (7200, "2.0 h")],
-)
-def test_durations_are_short(seconds, said):
-    assert duration(seconds) == said
 
 
 @pytest.mark.parametrize(

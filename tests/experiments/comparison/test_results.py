@@ -135,7 +135,10 @@ def test_evaluations_of_other_images_are_refused(tmp_path, capsys, changed, told
 
 
 def test_comparisons_are_put_into_one_table(tmp_path):
-    first, two = made("natural", "at"), made("at", "trades", machine="Xeon", seeds=[0, 1])
+    first, two = made("natural", "at"), made("at", "trades", seeds=[0, 1])
+    two["machine"] = two["machine"] | {"device": "Xeon"}
+    for made_there in two["entries"].values():
+        del made_there["runs"]["0"]["made"]  # as in records of before
     one, other = saved(tmp_path / "one", first), saved(tmp_path / "other", two)
     report = other / "trades" / "seed-0" / "evaluation" / "report.html"
     report.parent.mkdir(parents=True)
@@ -144,7 +147,8 @@ def test_comparisons_are_put_into_one_table(tmp_path):
     text = (tmp_path / "deeper" / "out" / "table.md").read_text()
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
     assert rows[2:6] == ["natural", "at (one)", "at (other)", "trades"]
-    assert "AMD EPYC, 1 thread; Xeon" in text
+    assert "- machine: device CPU (x86_64, 1 thread), system Linux" in text
+    assert "- made otherwise: at (other) (seed 0), trades (seed 0): device Xeon" in text
     assert "seeds: 0, 1" in text
     assert f"afd compare --results {one} {other}" in text
     assert "more than at (one)" in " ".join(shown.split())
@@ -158,6 +162,19 @@ def test_comparisons_are_put_into_one_table(tmp_path):
     }  # fmt: skip
 
 
+def test_records_that_do_not_say_the_options_for_all_are_put_beside_others(tmp_path):
+    first, two = made("at"), made("trades")
+    del two["train"]
+    side_by_side([saved(tmp_path / "one", first), saved(tmp_path / "other", two)], tmp_path / "out")
+    assert "| trades | " in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_without_a_folder_it_stands_where_comparisons_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert side_by_side([saved(tmp_path / "one", made("at"))], None)
+    assert (tmp_path / "runs" / "compare" / "0001" / "table.md").exists()
+
+
 def test_a_single_comparison_is_shown_as_it_was(tmp_path):
     one = saved(tmp_path / "one", made("at", "trades"))
     side_by_side([one / "compare.json"], tmp_path / "out")
@@ -169,10 +186,12 @@ def test_a_single_comparison_is_shown_as_it_was(tmp_path):
     [
         (
             {"ball": {"norm": "Linf", "eps": 0.2, "text": "0.2"}},
-            "ball is norm Linf, text 0.2 in {other}, and",
+            "ball is L∞ ε = 0.2 in {other}, and L∞ ε = 0.3 in {one}",
         ),
         ({"images": 500}, "images is 500 in {other}, and 1000 in {one}"),
-        ({"network": {"name": "lenet"}}, "network is lenet in {other}, and convnet, width 8 in {one}"),
+        ({"network": {"name": "lenet"}}, "network is lenet in {other}, and convnet, width 8, activation relu"),
+        ({"train": "--data mnist --ema 0.9"}, "options for all is --data mnist --ema 0.9 in {other}, and --data mnist"),
+        ({"train": ""}, "options for all is nothing in {other}, and --data mnist --width 8 in {one}"),
         ({"budget": {"asked": "5m", "passes": 1e8}}, "budget is 1e+08 passes in {other}, and 1.2e+08 passes in {one}"),
         ({"budget": {"asked": "12 epochs", "passes": None}}, "budget is 12 epochs in {other}, and 1.2e+08 passes"),
     ],
@@ -199,8 +218,8 @@ def test_other_bad_results_are_one_line(tmp_path, capsys, monkeypatch):
     assert "is damaged: it lacks budget" in failed(capsys, damaged)
     assert "is not the result of afd compare" in failed(capsys, saved(tmp_path / "odd", {}))
     (damaged / "compare.json").write_text("{")
-    assert "is not JSON" in failed(capsys, damaged)
-    assert "holds no results.json; --results takes what afd evaluate or afd" in failed(capsys, tmp_path)
+    assert "compare.json cannot be read" in failed(capsys, damaged)
+    assert failed(capsys, tmp_path) == f"afd: error: {tmp_path} holds no results.json\n"
     os.mkfifo(tmp_path / "pipe")
     assert "results is pipe, which is a device or pipe" in failed(capsys, "pipe")
     assert "File name too long" in failed(capsys, "x" * 300)
@@ -214,9 +233,11 @@ def test_other_bad_results_are_one_line(tmp_path, capsys, monkeypatch):
 
 def test_a_report_is_replaced_only_where_that_is_asked_for(tmp_path, capsys):
     one, out = saved(tmp_path / "one", made("at")), tmp_path / "out"
+    other = evaluation(tmp_path / "other")
     words = ["compare", "--results", str(one), "--out", str(out)]
     assert main(words) == 0
-    assert "holds a finished evaluation; name another folder, or pass --overwrite" in failed(capsys, one, "--out", out)
+    assert "holds a table of results; name another folder, or pass --overwrite" in failed(capsys, one, "--out", out)
+    assert f"{other}, which holds a finished evaluation; name" in failed(capsys, one, "--out", other)
     (out / "table.md").unlink()  # as a kill leaves it
     assert main(words) == 0
     assert main([*words, "--overwrite"]) == 0
