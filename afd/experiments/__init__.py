@@ -1,1 +1,1 @@
-"""What commands run, above training and evaluation: `train` and `curves`."""
+"""What commands run, above training and evaluation: runs of one or several seeds, and comparisons of methods."""
