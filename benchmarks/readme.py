@@ -21,7 +21,7 @@ from afd.errors import AfdError
 from afd.evaluation.outcome import read_results as read_evaluation
 from afd.evaluation.report import Table, robustbench, table_1, table_2
 from afd.experiments.comparison.record import read_finished
-from afd.experiments.comparison.report import brief_table, told
+from afd.experiments.comparison.report import brief_table, made_otherwise, told
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
@@ -237,7 +237,9 @@ def compared(file: str, results: Path) -> str:
     link = RESULTS / file
     picture = f", [picture]({link.with_suffix('.png')})" if (ROOT / link).with_suffix(".png").exists() else ""
     place = f"{told(content['machine'])}, torch {content['versions']['torch']}"
-    made = f"{place}; {budget['asked']}{each}; [JSON]({link}){picture}."
+    words = f"; options for all: `{content['train']}`" if content.get("train") else ""
+    otherwise = "".join(f"; {one}" for one in made_otherwise(content))
+    made = f"{place}; {budget['asked']}{each}{words}{otherwise}; [JSON]({link}){picture}."
     return f"\n{table.title}:\n\n{table.markdown()}\n\n{made}\n\n"
 
 

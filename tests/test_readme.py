@@ -16,6 +16,7 @@ from afd.bench.results import Candidate, Case, Document, DocumentError, Timing
 from afd.cli import main
 from afd.evaluation.outcome import ResultsError
 from afd.methods import METHODS
+from afd.metrics import interval
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -106,10 +107,12 @@ def test_comparisons_too(tables, tmp_path):
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in renewed.splitlines() if line[:1] == "|"]
     assert rows[0][:4] == ["entry", "clean", "PGD-40", "AutoAttack"]
     runs = [one["runs"]["0"]["evaluation"] for one in content["entries"].values()]
-    assert [row[:2] for row in rows[2:]] == [
-        [name, f"{100 * one['clean']:.2f}"] for name, one in zip(figures, runs, strict=True)
-    ]
-    assert all(row[3].startswith(f"{100 * one['autoattack']:.2f} (") for row, one in zip(rows[2:], runs, strict=True))
+    assert [row[0] for row in rows[2:]] == list(figures)
+    for column, name in ((1, "clean"), (2, "pgd-40"), (3, "autoattack")):
+        for row, one in zip(rows[2:], runs, strict=True):
+            low, high = (100 * end for end in interval(1000 * one[name], 1000))
+            assert row[column] == f"{100 * one[name]:.2f} ({low:.2f} to {high:.2f})"
+    assert "; options for all: `--data mnist --width 8`; [JSON](" in renewed
     assert tables.renewed(renewed, tmp_path) == renewed
     (tmp_path / "compare-mine.json").write_text(json.dumps(content | {"finished": False}))
     with pytest.raises(ResultsError, match="is not finished"):

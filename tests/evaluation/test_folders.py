@@ -265,7 +265,7 @@ def test_comparisons_have_folders_of_their_own(run):
         (folder / "tables.md").touch()
     assert str(folder) == "runs/compare/0001"
     assert Path("runs/compare/latest/tables.md").exists()
-    with pytest.raises(FolderError, match="holds a finished evaluation"), comparison_folder(folder, overwrite=False):
+    with pytest.raises(FolderError, match="holds a table of results"), comparison_folder(folder, overwrite=False):
         pass
 
     def intrude():
