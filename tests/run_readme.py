@@ -41,7 +41,11 @@ NOT_RUN = (
     ("make bench", "it measures for minutes, with packages that nothing else needs"),
     ("make gpu", "it needs nvcc, or a GPU"),
 )
-INSTEAD = (("epochs=20", "epochs=2"), ("--epochs 310", "--epochs 2"), ("--budget 5m", "--epochs 1"))  # of what is printed
+INSTEAD = (
+    ("epochs=20", "epochs=2"),
+    ("--epochs 310", "--epochs 2"),
+    ("--budget 5m", "--epochs 1"),
+)  # of what is printed
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ import math
 import sys
 import tomllib
 import warnings
+from pathlib import Path
 
 import pytest
 import toy_methods
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from afd import methods
 from afd.attacks import APGDSettings, FGSMSettings, MIMSettings, PGDSettings, UnionSettings
 from afd.cli import main
-from afd.config import TestConfig, TrainConfig
+from afd.config import RECIPES, TestConfig, TrainConfig, recipes
 from afd.deprecated import OldSpellingWarning
 from afd.errors import InputError
 from afd.methods import AFD, AT, FGSMRS, METHODS, TRADES, WRAPPERS, Natural
@@ -141,7 +142,8 @@ def test_every_option_of_a_method_and_its_attack_has_a_help_line_and_its_own_nam
         ("at --attack-start-scale -1", "attack-start-scale is -1"),
         ("at+toy_methods:Perturbed+toy_methods:Perturbed", "of which two have a setting 'gamma'"),
         ("at --lr 0", "lr is 0"),
-        ("at --config nowhere.toml", "config is nowhere.toml; there is no such file"),
+        ("at --config nowhere.toml", "config is nowhere.toml; there is no such file, and recipes are mnist-afd-joint"),
+        ("--config mnist-nothing", "config is mnist-nothing; there is no such file, and recipes are mnist-afd-joint"),
     ],
 )
 def test_a_mistake_is_one_line(words, message, capsys):
@@ -273,6 +275,26 @@ def test_a_file_of_nothing_is_one_line(text, message, tmp_path, capsys):
     told = capsys.readouterr().err.splitlines()
     assert message in told[-1]
     assert told[-1].startswith(f"afd: error: config is {tmp_path / 'run.toml'}")
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_a_recipe_is_a_run_of_that_name_and_says_what_was_found_with_it(name, tmp_path, monkeypatch):
+    text = (RECIPES / f"{name}.toml").read_text()
+    assert text.startswith(f"# afd train --config {name}\n# ")
+    config = asked(f"--config {name} --epochs 7")
+    assert config.settled() == dataclasses.replace(TrainConfig.read(RECIPES / f"{name}.toml"), epochs=7).settled()
+    assert TrainConfig.from_json(config.settled().as_json()).settled() == config.settled()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("epochs = 2")  # a file of one's own goes before
+    assert TrainConfig.read(Path(name)).epochs == 2
+
+
+def test_the_recipe_of_a_joint_game_on_mnist():
+    method = asked("--config mnist-afd-joint").method
+    attack = PGDSettings(eps=0.3, steps=5)
+    rates = {"lr": 0.003, "lr_features": 0.0006, "lr_discriminator": 0.003, "weight_decay": 0.0}
+    game = {"schedule": "joint", "loss": "dcgan", "divergence_weight": 1.0}
+    assert method == AFD(optimizer="adam", attack=attack, validation_attack="pgd-10", **rates, **game)
 
 
 def test_options_change_what_a_file_says(tmp_path):

@@ -1,4 +1,4 @@
-"""Searches: ``python -m search STUDY TRIALS [CHANGES]`` in benchmarks, STUDY one of at, trades and game.
+"""Searches: ``python -m search STUDY TRIALS [CHANGES]`` in benchmarks, STUDY at, trades or game; it wants optuna 5.
 
 Each trial trains a small network on MNIST for as many passes, and is judged by what APGD-CE, targeted APGD and Square,
 each on what the others leave, leave of 1,000 validation images; test images are never looked at. CHANGES is a list of
@@ -28,8 +28,8 @@ from afd.attacks import APGD, PGDSettings, Square
 from afd.bench.results import device_name
 from afd.data import Batches, MixedBatches
 from afd.methods import AT, TRADES, Execution
-from afd.methods.stepping import AWP
 from afd.nn import build_model
+from afd.passes import counted
 from afd.training import EpochReport, Trainer
 from afd.training.schedules import SCHEDULES
 from search.game import Game, GameAWP
@@ -41,7 +41,7 @@ HOPELESS = 0.5  # robust accuracy below which a trial ends after its third epoch
 GAMMA = 0.003  # of AWP
 
 BASE = {
-    "eps_warmup": 0.3, "ema": None, "batch_size": 64, "normalize": True, "attack_steps": 5, "lr": 3e-3,
+    "eps_warmup": 0.3, "batch_size": 64, "normalize": True, "attack_steps": 5, "lr": 3e-3,
     "weight_decay": 1e-7,
 }  # fmt: skip
 BASES: dict[str, dict[str, Any]] = {
@@ -59,8 +59,8 @@ def shared(trial: optuna.Trial) -> tuple[dict[str, Any], dict[str, Any]]:
     """What every study tries: settings of the method, and of the run."""
     number, one_of = trial.suggest_float, trial.suggest_categorical
     run = {
-        "eps_warmup": number("eps_warmup", 0.0, 0.6), "ema": one_of("ema", [None, 0.99, 0.998]),
-        "batch": one_of("batch_size", [64, 128]), "normalize": one_of("normalize", [True, False]),
+        "eps_warmup": number("eps_warmup", 0.0, 0.6), "batch": one_of("batch_size", [64, 128]),
+        "normalize": one_of("normalize", [True, False]),
     }  # fmt: skip
     attack = PGDSettings(eps=EPS, steps=one_of("attack_steps", [3, 5, 7, 10]))
     rates = {"lr": number("lr", 5e-4, 1e-2, log=True), "weight_decay": number("weight_decay", 1e-7, 1e-3, log=True)}
@@ -68,17 +68,20 @@ def shared(trial: optuna.Trial) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def at(trial: optuna.Trial) -> tuple[Any, dict[str, Any]]:
+    """A trial of adversarial training: the method, and settings of `trained`."""
     method, run = shared(trial)
     return AT(**method, label_smoothing=trial.suggest_categorical("label_smoothing", [0.0, 0.1])), run
 
 
 def trades(trial: optuna.Trial) -> tuple[Any, dict[str, Any]]:
+    """A trial of TRADES, likewise."""
     method, run = shared(trial)
     method["attack"] = replace(method["attack"], loss=trial.suggest_categorical("attack_loss", ["kl", "ce"]))
     return TRADES(**method, beta=trial.suggest_float("beta", 0.5, 8, log=True)), run
 
 
 def game(trial: optuna.Trial) -> tuple[Any, dict[str, Any]]:
+    """A trial of the game, likewise."""
     method, run = shared(trial)
     number, one_of = trial.suggest_float, trial.suggest_categorical
     if one_of("optimizer", ["adam", "sgd"]) == "sgd":
@@ -100,15 +103,15 @@ def game(trial: optuna.Trial) -> tuple[Any, dict[str, Any]]:
 STUDIES = {"at": at, "trades": trades, "game": game}
 
 
-def passes_of(method: Any) -> int:
-    """Passes that each image takes in a step."""
-    outside = {AT: 3, TRADES: 7, Game: 6}[type(method.core)]
-    again = (outside if isinstance(method.core, AT) else 6) if isinstance(method, AWP) else 0
-    return 2 * method.attack.steps + outside + again
+def passes_of(method: Any) -> float:
+    """Passes that each image takes in a step, counted."""
+    model, x = build_model("convnet", (1, 28, 28), 10, WIDTH), torch.rand(8, 1, 28, 28)
+    step, y = method.build(model), torch.arange(8)
+    return counted(lambda: step(x, y), model, x).cost
 
 
 def trained(
-    splits: data.Splits, method: Any, each: Any, *, batch: int, eps_warmup: float, ema: float | None, normalize: bool
+    splits: data.Splits, method: Any, each: Any, *, batch: int, eps_warmup: float, normalize: bool
 ) -> nn.Module:
     """A network that was trained for `PASSES`; `each` is told of every epoch."""
     torch.manual_seed(0)
@@ -119,7 +122,7 @@ def trained(
     held = Batches(splits.validation.take(torch.arange(500)), 500)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            model, method, epochs=EPOCHS, schedule=SCHEDULES["one-cycle"], eps_warmup=eps_warmup * EPOCHS, ema=ema,
+            model, method, epochs=EPOCHS, schedule=SCHEDULES["one-cycle"], eps_warmup=eps_warmup * EPOCHS,
             execution=Execution("auto"), folder=folder, overwrite=True, on_alarm="off",
         )  # fmt: skip
         trainer.callbacks = [lambda report: each(report) if isinstance(report, EpochReport) else None]
@@ -147,6 +150,7 @@ def left(splits: data.Splits, model: nn.Module) -> list[float]:
 
 @torch.no_grad()
 def seen_right(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Where the model is right, bool [N]."""
     return torch.cat([model(one).argmax(1) == label for one, label in zip(x.split(500), y.split(500), strict=True)])
 
 
