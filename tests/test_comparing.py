@@ -10,7 +10,8 @@ import pytest
 
 from afd import comparing
 from afd.cli import main
-from afd.comparing import divided, made
+from afd.comparing import divided
+from afd.entries import made
 from afd.errors import InputError
 from afd.experiments import comparison
 from afd.experiments.comparison import results

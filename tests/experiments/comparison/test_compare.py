@@ -15,8 +15,8 @@ import torch
 from few_attacks import DATA, TINY, weaken
 
 from afd.cli import main
-from afd.comparing import made
 from afd.data import load
+from afd.entries import made
 from afd.evaluation.outcome import read_results
 from afd.experiments import comparison
 from afd.experiments.comparison import budget, runs
