@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from afd import installation
-from afd.entries import grouped, made, named, split
+from afd.entries import grouped, made, option_in, split
 from afd.errors import InputError, fits, in_a_line
-from afd.experiments.comparison.record import Comparison
+from afd.experiments.comparison.record import Comparison, Record
 from afd.files import check_path, check_target
 from afd.options import UsageError, parsed
 
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 SETTINGS: dict[str, Any] = {  # of a table.toml
     "budget": str | None, "epochs": int | None, "passes": float | None, "seeds": tuple[int, ...], "images": int | None,
     "reference": str | None, "train": str,
+}  # fmt: skip
+EXAMPLES = {
+    "budget": '"5m"', "epochs": "12", "passes": "1.2e8", "seeds": "[0, 1, 2]", "images": "1000", "reference": '"at"',
+    "train": '"--width 8"',
 }  # fmt: skip
 
 
@@ -34,12 +39,14 @@ class CompareOptions:
     """
 
     methods: str = ""
-    """Methods of afd train, as natural,at,trades+awp: an entry of the table for each. Those that are named later join
-    the table in --out. Variants of a method have names and options in --config."""
+    """Methods of afd train, as natural,at,trades+awp: an entry of the table for each. They are natural, at, trades,
+    mart, alp, fgsm-rs, free, norm-penalty, llr, gat, nuat, jarn and afd, a wrapper behind them (+awp), and
+    package.module:Class. Those that are named later join the table in --out. Variants of a method have names and
+    options in --config."""
     budget: str | None = None
     """Time that adversarial training (at) may take here, such as 5m, 300s or 1h30m. It is measured once, as passes of
-    the network, and all entries get as many of these, so that all train at the same cost. Training steps alone count:
-    neither validation nor the attacks on the test images."""
+    the network, and all entries get as many of these, so that all train at the same cost. Training steps count, but
+    neither validation nor the attacks on the test images do."""
     epochs: int | None = None
     """So many epochs for all entries instead of --budget."""
     seeds: tuple[int, ...] = ()
@@ -47,7 +54,8 @@ class CompareOptions:
     images: int | None = None
     """Attack the first so many test images. Default: 1000, or all where there are fewer."""
     reference: str | None = None
-    """The entry that all others are compared with, image by image. Default: at, or the first that attacks something."""
+    """The entry that all others are compared with, image by image. Default: that of the comparison in --out; in a new
+    one the entry called at, or the first that attacks something where none is called so."""
     config: Path | None = None
     """TOML file of a comparison, such as its table.toml, which says all of it; --out and --overwrite may go with it."""
     results: tuple[Path, ...] = ()
@@ -91,7 +99,7 @@ def divided(words: Sequence[str]) -> tuple[list[str], list[str]]:
     ours = {one.name for one in dataclasses.fields(CompareOptions)}
     own, shared = list[str](), list[str]()
     for group in grouped(words):
-        name = named(group[0])
+        name = option_in(group[0])
         known = name in ours or group[0] in ("-h", "--help") or name.removeprefix("no_") in ours
         (own if known else shared).extend(group)
     return own, shared
@@ -114,7 +122,7 @@ def _check_alone(option: str, told: str, options: CompareOptions, shared: Sequen
         for one in dataclasses.fields(options)
         if one.name not in allowed and getattr(options, one.name) != one.default
     ]
-    others += [named(word) for word in shared if word.startswith("--")] or shared
+    others += [option_in(word) for word in shared if word.startswith("--")] or shared
     if others:
         raise UsageError(f"{option} is given, and {others[0]} too; {told}")
 
@@ -131,8 +139,8 @@ def _of_words(options: CompareOptions, shared: Sequence[str]) -> Comparison:
         raise UsageError(f"methods names {twice[0]} twice; variants of a method have names of their own in --config")
     entries = {name.replace(":", "."): name for name in names}
     return made(
-        entries, shared, budget=options.budget, epochs=options.epochs, seeds=options.seeds or (0,),
-        images=options.images, reference=options.reference,
+        entries, shared, joins=_already(options.out, shared), budget=options.budget, epochs=options.epochs,
+        seeds=options.seeds or (0,), images=options.images, reference=options.reference,
     )  # fmt: skip
 
 
@@ -153,12 +161,12 @@ def _of_file(options: CompareOptions, shared: Sequence[str]) -> Comparison:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"config is {path}, which cannot be read: {in_a_line(error)}") from error
     try:
-        return _of_table(found)
+        return _of_table(found, options.out)
     except InputError as error:
         raise InputError(f"config is {path}: {error}") from error
 
 
-def _of_table(found: Mapping[str, Any]) -> Comparison:
+def _of_table(found: Mapping[str, Any], out: Path | None) -> Comparison:
     table: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in found.items()}
     entries = table.pop("entries", None)
     if not isinstance(entries, Mapping):
@@ -167,10 +175,19 @@ def _of_table(found: Mapping[str, Any]) -> Comparison:
         if name not in SETTINGS:
             raise InputError(f"a comparison has no setting {name!r}; it has {', '.join(SETTINGS)} and [entries]")
         if not fits(value, SETTINGS[name]):
-            raise InputError(f"{name} is {value!r}, a {type(value).__name__}; it must be like those of a table.toml")
+            raise InputError(f"{name} is {found[name]!r}; it must be as in {name} = {EXAMPLES[name]}")
     for name, words in entries.items():
         if not isinstance(words, str):
             raise InputError(f"entry {name!r} is {words!r}; it must be words of afd train, such as 'trades --beta 1'")
     if table.get("passes") is not None and table.get("budget") is None:
         raise InputError("passes is given without the budget that it was measured of")
-    return made(entries, split("train", table.pop("train", "")), **{"seeds": (0,), **table})
+    shared = split("train", table.pop("train", ""))
+    return made(entries, shared, joins=_already(out, shared), **{"seeds": (0,), **table})
+
+
+def _already(out: Path | None, shared: Sequence[str]) -> dict[str, str]:
+    """The words of the entries, by name, of a comparison with these words for all that a folder holds."""
+    record = None if out is None else Record.read(out)
+    if record is None or record.content.get("train") != shlex.join(shared):
+        return {}
+    return {name: entry["words"] for name, entry in record.entries.items()}

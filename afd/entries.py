@@ -7,7 +7,8 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Any, get_type_hints
+from difflib import get_close_matches
+from typing import Any, get_args, get_type_hints
 
 from afd.config import TrainConfig, ball_of
 from afd.errors import InputError, count
@@ -19,18 +20,25 @@ from afd.methods.registry import classes_of
 from afd.options import UsageError, base_of, last_value, method_in, options_of, train_config
 
 NAME = re.compile(r"[A-Za-z0-9+._-]+")  # of an entry, and so of its folder
+LONGEST = 100  # of these names
 # options of `afd train` that are the comparison's own
 OURS = ("seed", "seeds", "epochs", "out", "overwrite", "config", "resume")
 
 
 def made(
-    entries: Mapping[str, str], shared: Sequence[str], *, reference: str | None = None, **settings: Any
+    entries: Mapping[str, str],
+    shared: Sequence[str],
+    *,
+    joins: Mapping[str, str] | None = None,
+    reference: str | None = None,
+    **settings: Any,
 ) -> Comparison:
     """A comparison whose entries are words of ``afd train``.
 
     Args:
         entries: by name: METHOD and options of its own, which count where they and `shared` differ.
-        shared: options for every entry whose method has them; for whom one is left out is printed.
+        shared: options for every entry whose method has them.
+        joins: words of the entries, by name, that these join; what one of them takes may be said for all.
         reference: the entry that others are paired with; it is looked for when the record is there.
         settings: of `Comparison`, besides.
 
@@ -44,15 +52,21 @@ def made(
     by_budget = settings.get("epochs") is None
     if method_in(shared)[1] is not None:
         raise UsageError(f"{method_in(shared)[1]} is named beside the options for all; methods are named by --methods")
-    _check_ours("the options for all", shared, (*OURS, "epoch_images") if by_budget else OURS)
+    _check_ours("the options for all have", shared, (*OURS, "epoch_images") if by_budget else OURS)
     read = {name: _words(name, words) for name, words in entries.items()}
+    _check_apart(read)
+    if reference is not None and reference not in {**(joins or {}), **read}:
+        names = ", ".join({**(joins or {}), **read})
+        raise InputError(f"reference is {reference!r}; allowed are the entries {names}")
     known = {name: _options(method, [*shared, *own]) for name, (method, own) in read.items()}
-    timed = train_config(["at", *_known(shared, _options("at", shared))], None).settled()
+    of_at = _options("at", shared)
+    timed = train_config(["at", *_known(shared, of_at)], None).settled()
+    others = {name: _words(name, words) for name, words in (joins or {}).items()}
+    taking = [*known.values(), of_at, *(_options(method, [*shared, *own]) for method, own in others.values())]
     for group in grouped(shared):
-        if not any(_has(one, group[0]) for one in known.values()):
+        if not any(_has(one, group[0]) for one in taking):
             train_config([next(iter(read.values()))[0], *group], None)  # says what is meant, perhaps
             raise UsageError(f"none of the methods takes {group[0]} from the options for all")
-    _tell_left_out(shared, known)
     found = {}
     for name, (method, own) in read.items():
         try:
@@ -62,7 +76,8 @@ def made(
             found[name] = Entry(shlex.join([method, *own]), _alike(config, own, timed))
         except InputError as error:
             raise type(error)(f"entry {name!r}: {error}") from error
-    return Comparison(found, timed, shlex.join(shared), reference=reference, **settings)
+    left_out = _left_out(shared, known)
+    return Comparison(found, timed, shlex.join(shared), reference=reference, left_out=left_out, **settings)
 
 
 def _check_settings(
@@ -88,6 +103,14 @@ def _check_settings(
             raise InputError(f"one of the seeds is {seed}; it must be in [0, 2**62)")
 
 
+def _check_apart(names: Iterable[str]) -> None:
+    """Raises InputError if two names are one where a file system takes small letters for large ones."""
+    known: dict[str, str] = {}
+    for name in names:
+        if (other := known.setdefault(name.lower(), name)) != name:
+            raise InputError(f"entries are called {other!r} and {name!r}, which some file systems take for one name")
+
+
 def _words(name: str, words: str) -> tuple[str, list[str]]:
     """The method of an entry, and the options of its own.
 
@@ -96,30 +119,45 @@ def _words(name: str, words: str) -> tuple[str, list[str]]:
     """
     if not NAME.fullmatch(name) or name.startswith("."):
         raise InputError(f"an entry is called {name!r}; names of entries have letters, digits, and any of + - . _")
-    if name in (RECORD, TABLE, *WRITTEN):
+    if len(name) > LONGEST:
+        raise InputError(f"an entry is called {name[:20]!r}..., {len(name)} letters; at most {LONGEST} are allowed")
+    if name.lower() in (RECORD, TABLE, *WRITTEN):
         raise InputError(f"an entry is called {name!r}, which is a file of the comparison's; call it otherwise")
     own, method = method_in(split(f"entry {name!r}", words))
     if method is None:
         word = own[0] if own and not own[0].startswith("-") else ""
         raise InputError(
             f"the method of entry {name!r} is {word!r}; allowed are {', '.join(METHODS)}, with a wrapper as at+awp, "
-            "and package.module:Class"
+            f"and package.module:Class{_perhaps(word)}"
         )
     try:
         classes_of(method)
     except InputError as error:
         raise InputError(f"entry {name!r}: {error}") from error
-    _check_ours(f"entry {name!r}", own, (*OURS, "epoch_images"))
+    _check_ours(f"entry {name!r} has", own, (*OURS, "epoch_images"))
     return method, own
 
 
-def _check_ours(holder: str, words: Sequence[str], ours: Sequence[str]) -> None:
+def _perhaps(word: str) -> str:
+    """What somebody may have meant by the name of no method: a choice of one of its settings, or another name."""
+    method, _, choice = word.partition("-")
+    if method in METHODS:
+        for setting, hint in get_type_hints(METHODS[method]).items():
+            if choice in get_args(hint):
+                words = f"{method} --{setting.replace('_', '-')} {choice}"
+                return f'; perhaps you meant an entry of --config, {word} = "{words}"'
+    near = get_close_matches(word, METHODS, 1)
+    return f"; perhaps you meant {near[0]}" if near else ""
+
+
+def _check_ours(holds: str, words: Sequence[str], ours: Sequence[str]) -> None:
     """Raises InputError if words have options that are the comparison's own to say."""
-    named = [named(word) for word in words if word.startswith("--")]
+    said = [option_in(word) for word in words if word.startswith("--")]
     for option in ours:
-        if option in named or f"no_{option}" in named:
+        if option in said or f"no_{option}" in said:
+            instead = "name --seeds instead" if option == "seed" else "leave it out there"
             told = option.replace("_", "-")
-            raise InputError(f"{holder} has --{told}, which is the comparison's own to say; leave it out there")
+            raise InputError(f"{holds} --{told}, which is the comparison's own to say; {instead}")
 
 
 def _options(method: str, words: Sequence[str]) -> set[str]:
@@ -148,7 +186,7 @@ def _names_in(kind: type[Any]) -> list[str]:
 
 
 def _has(options: set[str], word: str) -> bool:
-    name = named(word)
+    name = option_in(word)
     return name in options or name.removeprefix("no_") in options
 
 
@@ -157,15 +195,14 @@ def _known(shared: Sequence[str], options: set[str]) -> list[str]:
     return [word for group in grouped(shared) if _has(options, group[0]) for word in group]
 
 
-def _tell_left_out(shared: Sequence[str], known: Mapping[str, set[str]]) -> None:
-    """Prints for whom an option is left out."""
-    told = []
-    for group in grouped(shared):
-        without = [name for name, options in known.items() if not _has(options, group[0])]
-        if without:
-            told.append(f"{group[0].partition('=')[0]} ({', '.join(without)})")
-    if told:
-        print(f"left out where a method has no such option (or an attack of one step by design): {'; '.join(told)}")
+def _left_out(shared: Sequence[str], known: Mapping[str, set[str]]) -> dict[str, tuple[str, ...]]:
+    """The entries that an option for all is left out for, by option."""
+    names = (group[0] for group in grouped(shared))
+    found = {
+        name.partition("=")[0]: tuple(entry for entry, options in known.items() if not _has(options, name))
+        for name in names
+    }
+    return {name: entries for name, entries in found.items() if entries}
 
 
 def _alike(config: TrainConfig, own: Sequence[str], timed: TrainConfig) -> TrainConfig:
@@ -222,7 +259,7 @@ def grouped(words: Iterable[str]) -> list[list[str]]:
     return found
 
 
-def named(word: str) -> str:
+def option_in(word: str) -> str:
     """The name of an option, as a field has it."""
     return word.partition("=")[0].removeprefix("--").replace("-", "_")
 

@@ -2,11 +2,14 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from comparisons import comparison as content
+from comparisons import entry
 
 from afd import comparing
 from afd.cli import main
@@ -15,7 +18,7 @@ from afd.entries import made
 from afd.errors import InputError
 from afd.experiments import comparison
 from afd.experiments.comparison import results
-from afd.methods import AT, TRADES, Natural
+from afd.methods import AT, METHODS, TRADES, Natural
 
 PLAIN = ["--data", "digits", "--width", "2"]
 
@@ -46,15 +49,16 @@ def test_own_words_are_told_from_those_of_train():
     assert shared == ["--lr", "0.1", "--graph", "--milestones", "0.5", "0.8", "--weights", "a.pt"]
 
 
-def test_each_method_gets_the_shared_words_that_it_has_and_it_is_said_for_whom_one_is_left_out(monkeypatch, capsys):
+def test_each_method_gets_the_shared_words_that_it_has_and_it_is_known_for_whom_one_is_left_out(monkeypatch, capsys):
     words = "--methods natural,trades+awp,free --budget 5m --data mnist --attack-steps 7 --beta 2 --weight-decay 1e-3"
     words += " --eps-warmup 2"
     asked, out, overwrite = read(words, monkeypatch)
-    assert capsys.readouterr().out == (
-        "left out where a method has no such option (or an attack of one step by design): "
-        "--attack-steps (natural, free); --beta (natural, free); "
-        "--eps-warmup (natural)\n"
-    )
+    assert capsys.readouterr().out == ""  # it is said when they join a table
+    assert asked.left_out == {
+        "--attack-steps": ("natural", "free"), "--beta": ("natural", "free"), "--eps-warmup": ("natural",)
+    }  # fmt: skip
+    assert asked.told_left_out(["natural"]) == "--attack-steps (natural); --beta (natural); --eps-warmup (natural)"
+    assert asked.told_left_out(["trades+awp"]) == ""
     natural, trades, free = (entry.config for entry in asked.entries.values())
     assert list(asked.entries) == ["natural", "trades+awp", "free"]
     assert (asked.budget, asked.epochs, asked.seeds, asked.images, asked.reference) == ("5m", None, (0,), None, None)
@@ -103,6 +107,12 @@ def test_a_file_says_all(tmp_path, monkeypatch):
         ("--methods natural,,at --epochs 1", "methods is 'natural,,at', of which one is empty"),
         ("--methods at,trades,at --epochs 1", "methods names at twice; variants of a method have names of their own"),
         ("--methods at,foo --epochs 1", "the method of entry 'foo' is 'foo'; allowed are natural, at, trades"),
+        (
+            "--methods afd-wgan --epochs 1",
+            'Class; perhaps you meant an entry of --config, afd-wgan = "afd --loss wgan"',
+        ),
+        ("--methods trade --epochs 1", "Class; perhaps you meant trades"),
+        ("--methods natural --epochs 1 --attack-steps 2 --beta 2", "Unrecognized options: --beta"),
         ("--methods at+foo --epochs 1", "the method of entry 'at+foo' is 'at+foo'; allowed are"),
         ("--methods a:b --epochs 1", "entry 'a.b': method is 'a:b', which cannot be imported"),
         ("--methods at", "budget is missing; say what each method may cost, as --budget 5m, or name --epochs"),
@@ -113,13 +123,16 @@ def test_a_file_says_all(tmp_path, monkeypatch):
         ("--methods at --epochs 1 --images 0", "images is 0; it must be a finite number >= 1"),
         ("--methods at --epochs 1 --seeds 1,1", "seeds are 1, 1; each must be named, and once"),
         ("--methods at --epochs 1 --seeds=-1", "one of the seeds is -1; it must be in [0, 2**62)"),
-        ("--methods at --epochs 1 --seed 3", "the options for all has --seed, which is the comparison's own to say"),
-        ("--methods at --budget 1m --epoch-images 30", "has --epoch-images, which is the comparison's own to say"),
+        (
+            "--methods at --epochs 1 --seed 3",
+            "the options for all have --seed, which is the comparison's own to say; name",
+        ),
+        ("--methods at --budget 1m --epoch-images 30", "have --epoch-images, which is the comparison's own to say"),
         (
             "--methods at --epochs 1 --on-alarm rollback",
             "entry 'at': on-alarm is rollback, which takes undone steps once",
         ),
-        ("--methods at --epochs 1 --resume auto", "has --resume, which is the comparison's own to say"),
+        ("--methods at --epochs 1 --resume auto", "have --resume, which is the comparison's own to say"),
         ("--methods at --epochs 1 --lrr 0.1", "Unrecognized options: --lrr"),
         ("--methods natural --epochs 1 --beta 2", "Unrecognized options: --beta"),
         ("--methods at --epochs 1 --graph trades", "trades is named beside the options for all"),
@@ -146,7 +159,11 @@ def test_a_mistake_is_one_line(words, message, capsys, tmp_path, monkeypatch):
         ("epochs = 1", "[entries] is missing; it has a line for each"),
         ("epochs = 1\n[entries]", "entries is empty; a comparison needs at least one"),
         ("budgets = 1\n[entries]\na = 'at'", "a comparison has no setting 'budgets'; it has budget, epochs, passes"),
-        ("epochs = 'x'\n[entries]\na = 'at'", "epochs is 'x', a str"),
+        ("epochs = 'x'\n[entries]\na = 'at'", "epochs is 'x'; it must be as in epochs = 12"),
+        ("epochs = 1\nseeds = [0.5]\n[entries]\na = 'at'", "seeds is [0.5]; it must be as in seeds = [0, 1, 2]"),
+        ("epochs = 1\nreference = 'z'\n[entries]\na = 'at'", "reference is 'z'; allowed are the entries a"),
+        ("epochs = 1\n[entries]\nat = 'at'\nAT = 'at'", "entries are called 'at' and 'AT', which some file systems"),
+        (f"epochs = 1\n[entries]\n{'a' * 101} = 'at'", "'..., 101 letters; at most 100 are allowed"),
         ("epochs = 1\npasses = 3\n[entries]\na = 'at'", "passes is given without the budget"),
         ("budget = '1m'\npasses = -3.0\n[entries]\na = 'at'", "passes is -3.0; it must be a number above 0"),
         ("epochs = 1\n[entries]\na = 3", "entry 'a' is 3; it must be words of afd train"),
@@ -234,8 +251,30 @@ def test_what_all_entries_share_may_be_said_for_all():
     assert {(one.config.precision, one.config.data.epoch_images) for one in found.values()} == {("bf16", 40)}
 
 
-def test_methods_of_a_single_step_keep_it(capsys):
+def test_methods_of_a_single_step_keep_it():
     words = {"at": "at", "fgsm-rs": "fgsm-rs", "gat": "gat", "own": "fgsm-rs --attack-steps 2"}
-    found = made(words, ["--data", "digits", "--attack-steps", "5"], epochs=1).entries
+    asked = made(words, ["--data", "digits", "--attack-steps", "5"], epochs=1)
+    found = asked.entries
     assert {name: one.config.attack.steps for name, one in found.items()} == {"at": 5, "fgsm-rs": 1, "gat": 1, "own": 2}
-    assert "one step by design): --attack-steps (fgsm-rs, gat, own)" in capsys.readouterr().out
+    assert asked.left_out == {"--attack-steps": ("fgsm-rs", "gat", "own")}
+
+
+def test_what_adversarial_training_or_an_entry_there_takes_may_be_said_for_those_that_join(
+    tmp_path, monkeypatch, capsys
+):
+    words = [*PLAIN, "--attack-steps", "2"]
+    asked = made({"natural": "natural"}, words, epochs=1)
+    assert asked.timed.method.attack.steps == 2
+    assert asked.left_out == {"--attack-steps": ("natural",)}
+    there = content({"trades": entry("trades", [(1.0, 1.0)])}, train="--data digits --beta 2")
+    (tmp_path / "compare.json").write_text(json.dumps(there))
+    words = f"--methods natural --epochs 1 --data digits --beta 2 --out {tmp_path}"
+    assert read(words, monkeypatch)[0].left_out == {"--beta": ("natural",)}
+    assert "Unrecognized options: --beta" in refused(words.replace("--beta 2", "--beta 3"), capsys)
+
+
+def test_help_names_every_method(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    named = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert set(METHODS) <= named

@@ -232,6 +232,8 @@ def _planned(asked: Comparison, place: Place, splits: Splits, device: torch.devi
         record = Record.begun(place.folder, asked, splits, speed, device)
     for name, entry in new.items():
         record.add(name, entry, costs[name])
+    if left_out := asked.told_left_out(new):
+        say(console, f"left out where a method has no such option (or an attack of one step by design): {left_out}")
     record.has_seeds(asked.seeds)
     write_whole(place.folder / TABLE, asked.as_toml(record.content))
     record.write()

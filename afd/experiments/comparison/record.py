@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ class Comparison:
         seeds: of which each entry has a run.
         images: of the test split, the first so many, that are attacked; None for 1000, or all where there are fewer.
         reference: the entry that others are paired with; None for "at", or the first one that attacks.
+        left_out: entries whose method has no such option, by the option of `train`.
     """
 
     entries: Mapping[str, Entry]
@@ -82,6 +83,7 @@ class Comparison:
     seeds: tuple[int, ...] = (0,)
     images: int | None = None
     reference: str | None = None
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def as_toml(self, content: Mapping[str, Any]) -> str:
         """A file that ``afd compare --config`` repeats this by, with what a record has found since."""
@@ -97,6 +99,11 @@ class Comparison:
             "entries": {name: one["words"] for name, one in content["entries"].items()},
         }
         return f"# afd compare --config table.toml repeats this comparison\n{tomli_w.dumps(table)}"
+
+    def told_left_out(self, entries: Collection[str]) -> str:
+        """Which options for all these entries do without, in words; "" where they take all of them."""
+        found = {option: [name for name in names if name in entries] for option, names in self.left_out.items()}
+        return "; ".join(f"{option} ({', '.join(names)})" for option, names in found.items() if names)
 
     @property
     def asked(self) -> str:
@@ -149,7 +156,9 @@ class Comparison:
             here["passes"] = content["budget"]["passes"], self.passes
         elif self.epochs == epochs:
             del here["budget"]
+        spelled_there = {name.lower(): name for name in content["entries"]}
         for name, entry in self.entries.items():
+            here[f"the name of entry {name!r}"] = spelled_there.get(name.lower(), name), name
             if name in content["entries"]:
                 here[f"entry {name!r}"] = content["entries"][name]["words"], entry.words
         told = [f"{name} is {there!r} there and {now!r} here" for name, (there, now) in here.items() if there != now]
