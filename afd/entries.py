@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
@@ -61,10 +61,8 @@ def made(
     known = {name: _options(method, [*shared, *own]) for name, (method, own) in read.items()}
     of_at = _options("at", shared)
     timed = train_config(["at", *_known(shared, of_at)], None).settled()
-    others = {name: _words(name, words) for name, words in (joins or {}).items()}
-    taking = [*known.values(), of_at, *(_options(method, [*shared, *own]) for method, own in others.values())]
     for group in grouped(shared):
-        if not any(_has(one, group[0]) for one in taking):
+        if not any(_has(one, group[0]) for one in (*known.values(), of_at, *_options_there(joins or {}, shared))):
             train_config([next(iter(read.values()))[0], *group], None)  # says what is meant, perhaps
             raise UsageError(f"none of the methods takes {group[0]} from the options for all")
     found = {}
@@ -193,6 +191,14 @@ def _has(options: set[str], word: str) -> bool:
 def _known(shared: Sequence[str], options: set[str]) -> list[str]:
     """Those of the words for all that a method has options for."""
     return [word for group in grouped(shared) if _has(options, group[0]) for word in group]
+
+
+def _options_there(entries: Mapping[str, str], shared: Sequence[str]) -> Iterator[set[str]]:
+    """Those of entries of words."""
+    for name, words in entries.items():
+        own, method = method_in(split(f"entry {name!r}", words))
+        if method is not None:
+            yield _options(method, [*shared, *own])
 
 
 def _left_out(shared: Sequence[str], known: Mapping[str, set[str]]) -> dict[str, tuple[str, ...]]:

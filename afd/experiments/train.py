@@ -276,8 +276,9 @@ def saying_how_to_go_on(trainer: Trainer, folder: Path) -> Iterator[None]:
             hint = f"{SMALLER_RATES}; " if isinstance(error, ModelError) else ""
             error.args = (f"{error}; {hint}{go_on()}",)
         raise
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"what is not in a checkpoint is lost; {go_on()}") from None
+    except KeyboardInterrupt as interrupt:  # whose class may know the signal
+        interrupt.args = (f"what is not in a checkpoint is lost; {go_on()}",)
+        raise
 
 
 def begin_with(model: FeatureClassifier, path: Path) -> None:

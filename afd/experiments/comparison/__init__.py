@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import signal
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from afd import data
 from afd.config import TrainConfig
 from afd.data import Splits
-from afd.errors import AfdError, InputError
+from afd.errors import AfdError, InputError, in_a_line
 from afd.evaluation.command import EvaluationStoppedError
 from afd.evaluation.store import check_folder, contents, lock, numbered
 from afd.experiments.comparison import budget
@@ -178,7 +179,9 @@ def _unfinished(asked: Comparison, test: int, stack: ExitStack) -> Iterator[Reco
             try:
                 lock(folder, attempt)
                 record = Record.read(folder)
-                if record is None or record.content["finished"] or record.entries.keys() != asked.entries.keys():
+                if record is None or record.entries.keys() != asked.entries.keys():
+                    continue
+                if all(run["state"] == "done" for run in record.runs()):
                     continue
                 _check_same(folder, record, asked, test)
             except AfdError:  # another one, or another process goes on with it
@@ -216,7 +219,7 @@ def _planned(asked: Comparison, place: Place, splits: Splits, device: torch.devi
         speed = budget.images_per_second(asked.timed, splits.train, device, seconds)
         asked = dataclasses.replace(asked, passes=seconds * speed * cost)
         say(console, f"{asked.budget} of at are {asked.passes:.4g} passes here, at {speed:,.0f} images/s")
-    costs = {}
+    costs, short = {}, dict[str, BudgetError]()
     for name, entry in new.items():
         if asked.passes is None:
             costs[name] = budget.cost_of(entry.config, splits.train, steps[name])
@@ -224,12 +227,16 @@ def _planned(asked: Comparison, place: Place, splits: Splits, device: torch.devi
         try:
             costs[name] = _countable(name, asked, steps[name]).within(asked.passes)
         except BudgetError as error:
-            measured = None if speed is None else seconds_in(str(asked.budget))
-            raise budget.too_small(name, error, asked.passes, measured) from error
+            short[name] = error
+    if asked.passes is not None and short:
+        longest = max(short, key=lambda name: short[name].needed)
+        measured = None if speed is None else seconds_in(str(asked.budget))
+        raise budget.too_small(longest, short[longest], asked.passes, measured) from short[longest]
     if place.discarded is not None:
         _discard(place.discarded)
     if record is None:
         record = Record.begun(place.folder, asked, splits, speed, device)
+    record.without_unbegun(asked.entries)
     for name, entry in new.items():
         record.add(name, entry, costs[name])
     if left_out := asked.told_left_out(new):
@@ -266,3 +273,8 @@ def _steps(name: str, config: TrainConfig, splits: Splits, device: torch.device)
         return None
     except AfdError as error:
         raise InputError(f"entry {name!r} cannot be trained on {config.data.name}: {error}") from error
+    except Exception as error:  # of somebody's own method
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{Path(where.filename).name}, line {where.lineno}"
+        told = f"{type(error).__name__} in {place}: {in_a_line(error)}"
+        raise InputError(f"entry {name!r} cannot be trained on {config.data.name}: {told}") from error

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from afd.experiments.comparison.rows import Content, Row, amount, ball_of, points_of
+from afd.experiments.comparison.rows import Content, Row, amount, ball_of, ended, points_of
 from afd.experiments.display import duration
 from afd.installation import needed_by, save_picture
 
@@ -35,6 +35,8 @@ SMALLEST, LARGEST = 30.0, 260.0  # area of a point, in square points
 FAR = 4.0  # usual distances from the middle, beyond which an entry lies apart from the others
 LEAST_SPREAD = 0.02  # that such a distance is taken for, at least
 BAR: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.4}
+GUESSING = "X"  # the mark of an entry whose clean accuracy is at chance
+OUTERMOST = (-2.0, 102.0)  # percent that an axis shows
 LEADER = 4.0  # points from a point's edge, beyond which a line leads to its name
 AROUND = [(radius, angle) for radius in (0.9, 1.5, 2.3, 3.3, 4.5, 6.0, 8.0) for angle in range(0, 360, 20)]
 
@@ -79,7 +81,7 @@ def draw(content: Content) -> Picture:
     if not points:
         close.text(0.5, 0.5, "no entry is done yet", transform=close.transAxes, ha="center")
     _legend(picture, points, content, of_what, sizes)
-    data, told = content["data"], "" if content["finished"] else " (not finished)"
+    data, told = content["data"], "" if ended(content) else " (not finished)"
     bars = "bars: 95% over images, as far as there is room"
     title = f"{data['name']}, {ball_of(content)}, {data['images']:,} test images{told}; {bars}"
     picture.suptitle(title, fontsize=11)
@@ -146,7 +148,10 @@ def _point(axes: Axes, row: Row, content: Content, size: float) -> None:
     axes.plot(across, [y, y], color=colour, zorder=2, **BAR)
     axes.plot([x, x], upwards, color=colour, zorder=2, **BAR)
     inside = "none" if row.verdict == "fail" else (colour, 0.75)
-    axes.scatter([x], [y], s=size, facecolors=inside, edgecolors=colour, linewidths=1.6, zorder=3, gid=row.entry)
+    axes.scatter(
+        [x], [y], s=size, marker=GUESSING if row.at_chance else "o", facecolors=inside, edgecolors=colour,
+        linewidths=1.6, zorder=3, gid=row.entry,
+    )  # fmt: skip
 
 
 def _limits(axes: Axes, rows: Sequence[Row], *, whole: bool) -> None:
@@ -158,7 +163,7 @@ def _limits(axes: Axes, rows: Sequence[Row], *, whole: bool) -> None:
             low, high = (min(map(min, found)), max(map(max, found))) if whole else _range(one[0] for one in found)
             usual = statistics.median(one[2] - one[1] for one in found)  # lest what is no difference look like one
             room = max((0.1 if whole else 0.2) * max(high - low, 1.0), (usual - (high - low)) / 2)
-            limit(low - room, high + room)
+            limit(max(low - room, OUTERMOST[0]), min(high + room, OUTERMOST[1]))
 
 
 def _range(values: Iterable[float]) -> tuple[float, float]:
@@ -172,12 +177,15 @@ def _legend(picture: Picture, points: Sequence[Row], content: Content, of_what: 
     marks = [_mark(name, colour, colour, 8) for name, colour in families]
     if any(row.verdict == "fail" for row in points):
         marks.append(_mark("checks failed", "0.3", "white", 8))
+    if any(row.at_chance for row in points):
+        marks.append(_mark("clean accuracy at chance", "0.3", "0.3", 8, GUESSING))
     costs = sorted(
         {(row.seconds if of_what == "time" else row.passes) or 0.0: sizes[row.entry] for row in points}.items()
     )
     told = {}
     for cost, size in (costs[0], costs[len(costs) // 2], costs[-1]) if costs else ():
-        told[f"{duration(cost)} of training" if of_what == "time" else f"{amount(cost)} passes"] = size
+        if cost >= 1:  # a second, or a pass
+            told[f"{duration(cost)} of training" if of_what == "time" else f"{amount(cost)} passes"] = size
     marks += [_mark(text, "0.55", "0.85", math.sqrt(size)) for text, size in told.items()]
     if marks:
         picture.legend(
@@ -185,9 +193,9 @@ def _legend(picture: Picture, points: Sequence[Row], content: Content, of_what: 
         )
 
 
-def _mark(text: str, edge: str, inside: str, size: float) -> Line2D:
+def _mark(text: str, edge: str, inside: str, size: float, marker: str = "o") -> Line2D:
     return Line2D(
-        [], [], linestyle="", marker="o", markersize=size, markeredgecolor=edge, markerfacecolor=inside, label=text
+        [], [], linestyle="", marker=marker, markersize=size, markeredgecolor=edge, markerfacecolor=inside, label=text
     )
 
 

@@ -21,6 +21,7 @@ from afd.evaluation.command import exactly
 from afd.evaluation.outcome import ResultsError, device_name
 from afd.experiments.comparison.budget import Cost, seconds_in
 from afd.experiments.comparison.report import write_all
+from afd.experiments.comparison.rows import ENDED, ended
 from afd.files import check_source, write_whole
 from afd.installation import needed_by
 from afd.methods.registry import spelled
@@ -232,7 +233,7 @@ def read_finished(folder: Path) -> dict[str, Any]:
     """
     check_source("results", folder)
     content = content_of(folder / RECORD if folder.is_dir() else folder)
-    if not content["finished"]:
+    if not ended(content):
         raise ResultsError(f"{folder} holds a comparison that is not finished; run it to its end first")
     return content
 
@@ -302,6 +303,14 @@ class Record:
             "runs": {},
         }
 
+    def without_unbegun(self, asked: Collection[str]) -> None:
+        """Forgets entries that are not asked for any more and of which nothing has begun, as of one mistyped."""
+        begun = {path.name for path in self.folder.iterdir()}
+        for name, entry in list(self.entries.items()):
+            waits = all(run["state"] == "waiting" for run in entry["runs"].values()) and name not in begun
+            if waits and name not in (*asked, self.content["reference"]):
+                del self.entries[name]
+
     def has_seeds(self, seeds: tuple[int, ...]) -> None:
         """Gives each entry a run of each of these seeds, beside those that it has."""
         self.content["seeds"] = sorted({*self.content["seeds"], *seeds})
@@ -324,7 +333,7 @@ class Record:
         Raises:
             FileError: one cannot be written.
         """
-        self.content["finished"] = all(run["state"] == "done" for run in self.runs())
+        self.content["finished"] = all(run["state"] in ENDED for run in self.runs())
         write_whole(self.folder / RECORD, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
         write_all(self.folder, self.content)
 

@@ -24,6 +24,7 @@ from afd.experiments.comparison.rows import (
     amount,
     ball_of,
     checkpoints_of,
+    ended,
     points_of,
     rows_of,
 )
@@ -71,7 +72,7 @@ def title_of(content: Content) -> str:
 
 def unfinished(content: Content) -> str:
     """How far a comparison is that is not finished, in words; "" for one that is."""
-    if content["finished"]:
+    if ended(content):
         return ""
     runs = [run["state"] for entry in content["entries"].values() for run in entry["runs"].values()]
     return f"{sum(state in ENDED for state in runs)} of {len(runs)} runs are done or have failed"
@@ -306,7 +307,8 @@ def as_csv(content: Content) -> str:
         for name in PAIRED:
             line |= _columns(f"{name}_difference", row.differences.get(name))
         line |= {name: entry.get(name) for name in ("passes", "passes_per_image", "epochs", "epoch_images")}
-        line |= {"seconds": row.seconds, "verdict": row.verdict, "failed_checks": "; ".join(row.failed)}
+        line |= {"seconds": row.seconds, "at_chance": row.at_chance, "verdict": row.verdict}
+        line |= {"failed_checks": "; ".join(row.failed)}
         line |= {"warned_checks": "; ".join(row.warned), "alarms": "; ".join(row.alarms)}
         for name in CHECKPOINTS:
             one = (run.get("measured") or {}).get(name) or {}

@@ -61,6 +61,9 @@ def compare_results(folders: Sequence[Path], out: Path | None, overwrite: bool, 
             raise InputError(f"out is {out}, which holds the runs of a comparison; name another folder")
         if out.resolve() in {folder.resolve() for folder in folders}:
             raise InputError(f"out is {out}, which is one of the results; name another folder")
+    homes = [(folder.parent if folder.suffix == ".json" else folder).resolve() for folder in folders]
+    if twice := next((one for number, one in enumerate(homes) if one in homes[:number]), None):
+        raise InputError(f"results names {folders[homes.index(twice)]} twice; name each folder once")
     kinds = [_is_comparison(folder) for folder in folders]
     if any(kinds) and not all(kinds):
         one, other = folders[kinds.index(True)], folders[kinds.index(False)]

@@ -135,6 +135,7 @@ class Row:
         failed: names of the checks that failed.
         warned: names of those that warned.
         alarms: what went wrong in training, a kind each with its epochs.
+        chance: the share of images that guessing gets right.
     """
 
     entry: str
@@ -150,6 +151,13 @@ class Row:
     failed: tuple[str, ...] = ()
     warned: tuple[str, ...] = ()
     alarms: tuple[str, ...] = ()
+    chance: float = 0.0
+
+    @property
+    def at_chance(self) -> bool:
+        """Whether clean accuracy is no more than guessing has, as far as the images tell."""
+        clean = self.figure("clean")
+        return clean is not None and clean.low <= self.chance
 
     @property
     def name(self) -> str:
@@ -159,9 +167,10 @@ class Row:
 
     @property
     def checks(self) -> str:
-        """The verdict, and what failed or else warned."""
+        """The verdict, and what failed or else warned; whether it is of a model that guesses."""
         named = self.failed or self.warned
-        return (f"{self.verdict}: {', '.join(named)}" if named else self.verdict) or "-"
+        told = f"{self.verdict}: {', '.join(named)}" if named else self.verdict
+        return f"{told}; clean accuracy is at chance" if told and self.at_chance else told or "-"
 
     @property
     def time(self) -> str:
@@ -171,6 +180,12 @@ class Row:
     def figure(self, name: str) -> Figure | None:
         """One of them."""
         return self.figures.get(name)
+
+
+def ended(content: Content) -> bool:
+    """Whether each run of a comparison is done or has failed."""
+    runs = [run for entry in content["entries"].values() for run in entry["runs"].values()]
+    return bool(content["finished"]) or (bool(runs) and all(run["state"] in ENDED for run in runs))
 
 
 def rows_of(content: Content) -> list[Row]:
@@ -227,7 +242,7 @@ def _row(content: Content, name: str, seed: str) -> Row:
         figures={figure: Figure.of(evaluation.get(figure), images) for figure in FIGURES},
         differences=differences(content, name, [seed]),
         passes=entry.get("passes"), seconds=run.get("seconds"), verdict=evaluation.get("verdict", ""),
-        failed=failed, warned=warned, alarms=alarms_of(run),
+        failed=failed, warned=warned, alarms=alarms_of(run), chance=1 / content["data"]["classes"],
     )  # fmt: skip
 
 
@@ -245,6 +260,7 @@ def _mean(content: Content, name: str, seeds: Sequence[str], single: Sequence[Ro
         failed=tuple(dict.fromkeys(check for row in rows for check in row.failed)),
         warned=tuple(dict.fromkeys(check for row in rows for check in row.warned)),
         alarms=tuple(dict.fromkeys(alarm for row in rows for alarm in row.alarms)),
+        chance=1 / content["data"]["classes"],
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from afd.evaluation.outcome import read_results
 from afd.experiments import comparison
 from afd.experiments.comparison import budget, runs
 from afd.experiments.comparison.record import waiting
+from afd.methods import Natural
 from afd.metrics import unpacked
 from afd.passes import counted
 from afd.training import TrainingError
@@ -487,6 +489,20 @@ def test_a_signal_in_training_says_how_to_go_on(undisturbed, tmp_path, capsys, m
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_trainer_hears_of_it_keeps_its_number(number, tmp_path, capsys, monkeypatch):
+    real = Trainer._build_step
+
+    def signalled(self):
+        if self.config is not None and self.config["out"] is not None:
+            os.kill(os.getpid(), number)
+        real(self)
+
+    monkeypatch.setattr(Trainer, "_build_step", signalled)
+    assert compared(tmp_path / "out")[0] == 128 + number
+    assert f"afd: {number.name}: stopped; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_in_an_evaluation_says_how_to_go_on(number, undisturbed, tmp_path, capsys, monkeypatch):
     real = runs.evaluate_to_folder
 
@@ -525,8 +541,10 @@ def test_an_entry_that_fails_stops_no_other_and_is_tried_again(stage, undisturbe
         "afd: failed: natural (seed 0): the loss 'task' became nan; the same command tries them again"
     )
     assert {name: run["state"] for (name, _), run in runs_of(content).items()} == {"natural": "failed", "at": "done"}
-    assert not content["finished"]
+    assert content["finished"]  # as far as it goes
     assert content["entries"]["at"]["runs"]["0"]["evaluation"]["transfer"] is None
+    assert main(["compare", "--results", str(out), "--out", str(tmp_path / "table")]) == 0
+    assert "failed: the loss 'task' became nan" in (tmp_path / "table" / "table.md").read_text()
     shutil.rmtree(out / "at" / "seed-0" / "evaluation")
     status, content = compared(out)
     assert status == 0
@@ -570,6 +588,45 @@ def test_somebody_elses_exception_is_shown_and_noted(tmp_path, capsys, monkeypat
     assert "Traceback" in capsys.readouterr().err
     assert content["entries"]["at"]["runs"]["0"]["error"] == "of a method of my own"
     assert content["entries"]["natural"]["runs"]["0"]["state"] == "done"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken(Natural):
+    """Whose step raises."""
+
+    def losses(self, model, batch):
+        return {"task": (1 // 0) * model(batch.x).sum()}
+
+
+def test_a_method_whose_step_raises_is_named_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    words = (*WORDS[1:], "--methods", f"natural,{__name__}:Broken", "--epochs", "1", "--out", str(out))
+    told = refused(capsys, *words)
+    assert f"entry '{__name__}.Broken' cannot be trained on digits: ZeroDivisionError in test_compare.py, line" in told
+    assert told.endswith(": integer division or modulo by zero\n")
+    assert not (out / "compare.json").exists()
+
+
+def test_without_a_folder_what_failed_is_tried_again_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*WORDS, "--methods", "natural", "--epochs", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train", lambda *_, **__: 1 / 0)
+        assert main(words) == 1
+    assert main(words) == 0
+    assert record(Path("runs/compare/0001"))["entries"]["natural"]["runs"]["0"]["state"] == "done"
+
+
+def test_an_entry_that_never_began_and_is_not_asked_for_leaves_the_record(undisturbed, tmp_path):
+    out = shutil.copytree(undisturbed, tmp_path / "out")
+    content = record(out)
+    content["entries"] |= {"x" * 300: {**content["entries"]["at"], "runs": {"0": waiting()}}}
+    (out / "compare.json").write_text(json.dumps(content | {"finished": False}))
+    status, content = compared(out, "--methods", "at", "--epochs", "2")
+    assert status == 0
+    assert content["finished"]
+    assert list(content["entries"]) == ["natural", "at"]  # which is not asked for, but there
+    assert "x" * 300 not in (out / "table.toml").read_text()
 
 
 # --- What cannot be ---------------------------------------------------------------------------------------------------

@@ -365,6 +365,34 @@ def test_failed_checks_are_hollow(content):
     assert hollow == {"afd-wgan"}
 
 
+def test_a_model_at_chance_is_told_from_a_robust_one(content):
+    content["entries"]["mart"] = entry("mart", [(0.11, 0.1)])
+    assert named(content, "mart").checks == "pass; clean accuracy is at chance"
+    assert not named(content, "trades").at_chance
+    assert next(row for row in table(content) if row["entry"] == "mart")["at_chance"] == "True"
+    legend = [one.get_text() for one in draw(content).legends[0].get_texts()]
+    assert "clean accuracy at chance" in legend
+
+
+def test_axes_show_no_more_than_shares_can_be(content):
+    for axes in draw(content).axes:
+        for low, high in (axes.get_xlim(), axes.get_ylim()):
+            assert -2 <= low < high <= 102
+
+
+def test_costs_of_nothing_are_not_in_the_legend(content):
+    for one in content["entries"].values():
+        for found in one["runs"].values():
+            found["seconds"] = 0.0
+    assert not any("of training" in one.get_text() for one in draw(content).legends[0].get_texts())
+
+
+def test_a_comparison_of_runs_that_are_done_or_failed_is_finished(content):
+    del content["entries"]["llr"]
+    content["finished"] = False  # as records of before said
+    assert report.unfinished(content) == ""
+
+
 def test_sizes_are_in_the_order_of_cost():
     drawn = points(draw(spread(6)))
     sizes = [drawn[f"method-{number}"].get_sizes()[0] for number in range(6)]

@@ -210,6 +210,7 @@ def test_other_bad_results_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, other = saved(tmp_path / "one", made("at")), evaluation(tmp_path / "other")
     assert f"results names a comparison, {one}, and an evaluation, {other}; all must be" in failed(capsys, other, one)
+    assert f"results names {one} twice; name each folder once" in failed(capsys, one, one / "compare.json")
     unfinished = saved(tmp_path / "half", comparison({"at": waiting("at")}, finished=False))
     assert f"{unfinished} holds a comparison that is not finished" in failed(capsys, unfinished)
     newer = saved(tmp_path / "newer", made("at") | {"version": 2})
