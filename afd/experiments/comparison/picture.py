@@ -290,7 +290,7 @@ class Panel:
         away = {name: box.away(one) for name, one in self.centres.items()}
         cost = away[entry] + 1e4 * box.beyond(self.frame)
         cost += 50 * sum(wide.shared(one) for one in (*self.names, *discs.values()))
-        cost += 12 * sum(wide.shared(one) > 0 for one in self.bars)
+        cost += 30 * sum(wide.shared(one) > 0 for one in self.bars)
         cost += 20 * sum(one < away[entry] for one in away.values())
         cost += 400 * sum(wide.crossed(one) for one in self.lines)
         if (line := self.line(entry, box)) is not None:

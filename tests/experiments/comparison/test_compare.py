@@ -489,15 +489,8 @@ def test_a_signal_in_training_says_how_to_go_on(undisturbed, tmp_path, capsys, m
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_before_the_trainer_hears_of_it_keeps_its_number(number, tmp_path, capsys, monkeypatch):
-    real = Trainer._build_step
-
-    def signalled(self):
-        if self.config is not None and self.config["out"] is not None:
-            os.kill(os.getpid(), number)
-        real(self)
-
-    monkeypatch.setattr(Trainer, "_build_step", signalled)
+def test_a_signal_beside_the_training_loop_keeps_its_number(number, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("afd.experiments.train._measured", lambda *_: os.kill(os.getpid(), number))
     assert compared(tmp_path / "out")[0] == 128 + number
     assert f"afd: {number.name}: stopped; " in capsys.readouterr().err
 
