@@ -322,8 +322,10 @@ def test_compare_puts_models_side_by_side_with_the_published(folder, tmp_path, c
     assert main(both) == 0
     text = (out / "tables.md").read_text(encoding="utf-8")
     clean = f"{100 * results['clean']:.2f}"
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| AFD-WGAN")]
+    published, _, paired = text.partition("Percentage points more than natural, on the same 6 images")
+    rows = [line.split(" | ") for line in published.splitlines() if line.startswith("| AFD-WGAN")]
     assert len(rows) == 2
+    assert "| AFD-WGAN | clean | " in paired
     assert rows[0][1] == clean
     assert "-" not in rows[0][1:]
     assert len(rows[1]) == 9
@@ -331,7 +333,7 @@ def test_compare_puts_models_side_by_side_with_the_published(folder, tmp_path, c
     for path in ("curves.png", "report.html"):
         assert (out / path).exists()
     assert main(both) == 2
-    assert "holds a finished evaluation" in capsys.readouterr().err
+    assert "holds a table of results" in capsys.readouterr().err
     (out / "tables.md").unlink()  # as a kill leaves it
     assert main(both) == 0
     assert (out / "tables.md").read_text(encoding="utf-8") == text
