@@ -114,6 +114,7 @@ def test_comparisons_too(tables, tmp_path):
             assert row[column] == f"{100 * one[name]:.2f} ({low:.2f} to {high:.2f})"
     assert "; options for all: `--data mnist --width 8`; [JSON](" in renewed
     assert tables.renewed(renewed, tmp_path) == renewed
+    content["entries"]["afd"] = comparisons.waiting("afd")
     (tmp_path / "compare-mine.json").write_text(json.dumps(content | {"finished": False}))
     with pytest.raises(ResultsError, match="is not finished"):
         tables.renewed(text, tmp_path)
