@@ -202,6 +202,9 @@ def load(spec: str, device: torch.device, function: str = "") -> Model:
     return Model(name_of(rebuilt), str(rebuilt.path), rebuilt.network, rebuilt.discriminator, rebuilt.metadata)
 
 
+OF_ATTACKED = {"adversarial_weight": "CE(x')", "divergence_weight": "KL"}  # terms that the paper's AFD does not have
+
+
 def name_of(rebuilt: Rebuilt) -> str:
     """What tables call a model: the method that trained it, else its file."""
     method = look_up(rebuilt.metadata, "config", "method") or look_up(rebuilt.metadata, "run", "method")
@@ -210,7 +213,10 @@ def name_of(rebuilt: Rebuilt) -> str:
         return rebuilt.path.stem
     if name.lower() == "natural":
         return "natural"
-    return f"AFD-{loss.upper()}" if name.lower() == "afd" and isinstance(loss, str) else name
+    if name.lower() != "afd" or not isinstance(loss, str):
+        return name
+    terms = [told for weight, told in OF_ATTACKED.items() if look_up(method, weight)]
+    return " + ".join([f"AFD-{loss.upper()}", *terms])
 
 
 def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:

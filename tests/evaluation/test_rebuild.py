@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -439,6 +440,19 @@ def test_a_checkpoint_of_earlier_attacks_may_be_begun_with_and_not_gone_on_with(
 
 
 # --- What a checkpoint says -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"loss": "wgan", "adversarial_weight": 0.0, "divergence_weight": 0.0}, "AFD-WGAN"),
+        ({"loss": "wgan", "adversarial_weight": 0.5}, "AFD-WGAN + CE(x')"),
+        ({"loss": "dcgan", "adversarial_weight": 0.5, "divergence_weight": 1.0}, "AFD-DCGAN + CE(x') + KL"),
+    ],
+)
+def test_an_afd_with_terms_that_the_papers_has_not_is_called_so(settings, name):
+    metadata = {"config": {"method": {"name": "afd", **settings}}}
+    assert name_of(SimpleNamespace(metadata=metadata, path=Path("best.pt"))) == name
 
 
 def test_names_and_radii_follow_the_run(tmp_path):
