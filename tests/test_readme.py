@@ -93,7 +93,7 @@ def test_evaluations_too(tables, tmp_path):
         changed["subject"]["name"] += "!"
         (results / name).write_text(json.dumps(changed))
     renewed = tables.renewed(README, results)
-    assert all(f"| {name}! " in renewed for name in ("natural", "AFD-WGAN", "AFD-DCGAN"))
+    assert all(f"| {name}! " in renewed for name in ("natural", "at", "trades", "AFD-WGAN", "AFD-DCGAN"))
     assert renewed.replace("!", "") == README.replace("!", "")
 
 
