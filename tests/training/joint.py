@@ -64,8 +64,12 @@ METHODS = {
     "adversarial-separate": AFD.adam(loss="dcgan", lr=1e-2, lr_features=1e-2, adversarial_weight=0.5, **GAME),
     "adversarial-alternating": AFD(schedule="alternating", adversarial_weight=0.5, micro_batches=2, **GAME),
     "divergence": AFD(divergence_weight=1.0, adversarial_weight=0.5, **GAME),
-    "divergence-joint": AFD.adam(schedule="joint", lr=1e-2, lr_features=1e-2, divergence_weight=1.0, **GAME),
-    "divergence-separate": AFD.adam(lr=1e-2, lr_features=1e-2, divergence_weight=1.0, micro_batches=2, **GAME),
+    "divergence-joint": AFD.adam(
+        loss="dcgan", schedule="joint", lr=1e-2, lr_features=1e-2, divergence_weight=1.0, **GAME
+    ),
+    "divergence-separate": AFD.adam(
+        loss="dcgan", lr=1e-2, lr_features=1e-2, divergence_weight=1.0, micro_batches=2, **GAME
+    ),
     "divergence-alternating": AFD(schedule="alternating", divergence_weight=1.0, **GAME),
     **{
         f"union-{choice}": AT(lr=0.05, attack=UnionSettings(**BALLS, choice=choice), validation_attack="pgd-2")
