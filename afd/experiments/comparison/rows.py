@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,13 +29,12 @@ MADE = ("machine", "versions", "commit")  # facts of a comparison, and of each r
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A share of images, or the mean of one over seeds.
+class Estimate:
+    """A number with its interval over images and, where it is a mean over seeds, what each of these has.
 
     Attributes:
-        value: in [0, 1].
-        low, high: 95% interval over images; that of a mean is Wilson's, too, which for shares of hits is no narrower
-            than it should be.
+        value: of all seeds together.
+        low, high: 95% interval over images.
         seeds: what each of several seeds has; none of a single one.
     """
 
@@ -43,6 +42,36 @@ class Figure:
     low: float
     high: float
     seeds: tuple[float, ...] = ()
+
+    sign: ClassVar[str] = ""  # "+" where it may be either way
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation over several seeds."""
+        return statistics.stdev(self.seeds)
+
+    @property
+    def text(self) -> str:
+        """The value, times 100."""
+        return self._percent(self.value)
+
+    def span(self, digits: int = 2) -> str:
+        """The interval over images, times 100."""
+        return f"{self._percent(self.low, digits)} to {self._percent(self.high, digits)}"
+
+    def range(self, digits: int = 2) -> str:
+        """The least and the largest of several seeds, times 100."""
+        return f"{self._percent(min(self.seeds), digits)} to {self._percent(max(self.seeds), digits)}"
+
+    def _percent(self, number: float, digits: int = 2) -> str:
+        return f"{100 * number:{self.sign}.{digits}f}"
+
+
+class Figure(Estimate):
+    """A share of images in [0, 1], or the mean of one over seeds.
+
+    The interval of a mean is Wilson's, too, which for shares of hits is no narrower than it should be.
+    """
 
     @classmethod
     def of(cls, share: float | None, images: int) -> Figure | None:
@@ -58,39 +87,11 @@ class Figure:
         value = statistics.fmean(known)
         return cls(value, *interval(value * images, images), tuple(known))
 
-    @property
-    def deviation(self) -> float:
-        """The standard deviation over several seeds."""
-        return statistics.stdev(self.seeds)
 
-    @property
-    def text(self) -> str:
-        """The share, or the mean over seeds, as a percentage."""
-        return f"{100 * self.value:.2f}"
+class Difference(Estimate):
+    """The share of images, in [-1, 1], that an entry gets right more than the reference; its interval is paired."""
 
-    def span(self, digits: int = 2) -> str:
-        """The interval over images, as percentages."""
-        return f"{100 * self.low:.{digits}f} to {100 * self.high:.{digits}f}"
-
-    def range(self, digits: int = 2) -> str:
-        """The least and the largest of several seeds, as percentages."""
-        return f"{100 * min(self.seeds):.{digits}f} to {100 * max(self.seeds):.{digits}f}"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Between an entry and the reference on the same images.
-
-    Attributes:
-        value: share of images more that the entry gets right, in [-1, 1].
-        low, high: 95% interval over images, paired.
-        seeds: the difference of each of several seeds; none of a single one.
-    """
-
-    value: float
-    low: float
-    high: float
-    seeds: tuple[float, ...] = ()
+    sign = "+"
 
     @property
     def clear(self) -> bool:
@@ -98,22 +99,9 @@ class Difference:
         return self.low > 0 or self.high < 0
 
     @property
-    def deviation(self) -> float:
-        """The standard deviation over several seeds."""
-        return statistics.stdev(self.seeds)
-
-    @property
     def text(self) -> str:
         """In percentage points; a star says that the interval excludes 0."""
-        return f"{100 * self.value:+.2f}{' *' if self.clear else ''}"
-
-    def span(self, digits: int = 2) -> str:
-        """The interval over images, in percentage points."""
-        return f"{100 * self.low:+.{digits}f} to {100 * self.high:+.{digits}f}"
-
-    def range(self, digits: int = 2) -> str:
-        """The least and the largest of several seeds, in percentage points."""
-        return f"{100 * min(self.seeds):+.{digits}f} to {100 * max(self.seeds):+.{digits}f}"
+        return f"{super().text}{' *' if self.clear else ''}"
 
 
 @dataclass(frozen=True)
