@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from types import FunctionType, TracebackType
 from typing import Any
 
 import torch
@@ -144,8 +144,17 @@ def _end_group() -> None:
     for one in reducing:
         for name in REDUCING:
             vars(one).pop(name, None)
+    _forget_defaults()
     dist.destroy_process_group()
     gc.collect()  # of what else holds it, if nobody holds that
+
+
+def _forget_defaults() -> None:
+    """Collectives of torch that were imported while the group lived hold it as a default; for none, they ask which."""
+    module = sys.modules.get("torch.distributed.nn.functional")
+    for one in () if module is None else vars(module).values():
+        if isinstance(one, FunctionType) and one.__defaults__:
+            one.__defaults__ = tuple(None if isinstance(value, dist.ProcessGroup) else value for value in one.__defaults__)
 
 
 def _of_a_connection(error: BaseException) -> bool:

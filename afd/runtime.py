@@ -10,6 +10,7 @@ import inspect
 import os
 import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,7 +159,8 @@ class Agreement:
 
     def __init__(self, group: Group) -> None:
         self._alone = group.size == 1
-        self._group = None if self._alone else dist.new_group(backend="gloo")
+        # torch holds it until the processes part; a thread of its own must not outlive that (`afd.processes`)
+        self._group = None if self._alone else weakref.ref(dist.new_group(backend="gloo"))
         self._asked: tuple[Any, Tensor] | None = None
 
     def on(self, number: int) -> int:
@@ -166,7 +168,8 @@ class Agreement:
         if self._alone:
             return number
         before, numbers = self._asked, torch.tensor(number, device="cpu")
-        self._asked = (dist.all_reduce(numbers, dist.ReduceOp.MAX, self._group, async_op=True), numbers)
+        assert self._group is not None
+        self._asked = (dist.all_reduce(numbers, dist.ReduceOp.MAX, self._group(), async_op=True), numbers)
         if before is None:
             return 0
         before[0].wait()

@@ -28,6 +28,12 @@ settings.register_profile("brief", settings.get_profile("afd"), max_examples=3) 
 settings.load_profile(os.environ.get("AFD_HYPOTHESIS", "afd"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """The weights and images that a test draws are the same each time, fixtures of its room among them."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Each device that the ops serve; the CUDA cases carry the gpu mark."""

@@ -321,8 +321,8 @@ def test_validation_calls_after_each_batch_and_may_be_ended_there():
 
 def test_a_real_terminal_shows_losses_speed_and_time_left_before_the_first_report(tmp_path):
     pty = pytest.importorskip("pty")
-    words = [sys.executable, "-m", "afd", "train", "--width", "4", "--attack-steps", "1", "--eval-steps", "40"]
-    words += ["--epochs", "12", "--batch-size", "64", "--log-every", "100000", "--out", str(tmp_path / "run")]
+    words = [sys.executable, "-m", "afd", "train", "--width", "4", "--attack-steps", "40", "--eval-steps", "40"]
+    words += ["--epochs", "3", "--batch-size", "64", "--log-every", "100000", "--out", str(tmp_path / "run")]
     leader, follower = pty.openpty()
     child = subprocess.Popen(
         words, stdout=follower, stderr=follower, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"}
@@ -340,7 +340,7 @@ def test_a_real_terminal_shows_losses_speed_and_time_left_before_the_first_repor
     assert child.wait() == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.decode())
     before = text[: text.index("natural ")]
-    assert re.search(r"1/12  training .*\d+/21", before)
+    assert re.search(r"1/3  training .*\d+/21", before)
     assert re.search(r"task \d\.\d+  discriminator", text)
     assert re.search(r"images/s", before)
     assert re.search(r"left: epoch \d+ s, all epochs \d+ (s|min)", text)
@@ -354,7 +354,8 @@ def test_under_torchrun_one_process_shows(tmp_path):
         "import sys, torch\n"
         "from torch import nn\n"
         "from afd.methods import Natural\n"
-        "from afd.training import Trainer, distributed\n"
+        "from afd import processes\n"
+        "from afd.training import Trainer\n"
         "class Told:\n"
         "    def began(self, work, *others): self.moved(work)\n"
         "    def moved(self, what): print(f'{self.rank} {what}\\n', end='', flush=True)\n"
@@ -363,8 +364,9 @@ def test_under_torchrun_one_process_shows(tmp_path):
         "Told.rank = trainer.group.rank\n"
         "trainer.fit(batches, batches)\n"
         "del trainer\n"
-        "distributed.leave()\n"
+        "processes.leave()\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.splitlines() == ["0 training", "0 16", "0 16", "0 validation", "0 8", "0 8"], ran.stderr[-2000:]

@@ -1,5 +1,7 @@
 """What the processes of `test_failing_processes.py` run under torchrun: one trainer, and one thing that goes wrong."""
 
+import atexit
+import importlib
 import os
 import signal
 import sys
@@ -11,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from afd import runtime
+from afd import processes, runtime
 from afd.attacks import PGDSettings
 from afd.methods import AFD, Natural
 from afd.training import Trainer
@@ -110,9 +112,21 @@ def goes_wrong(what):
     trainer(method, epochs=2, log_every=2).fit(*loaders)
 
 
+def group_is_gone():
+    """Threads of a group that outlive it may abort the process, now and then only (see `afd.processes`)."""
+    left = [name for task in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := task.read_text().strip())]
+    if left:
+        print(f"outlive the group: {left}", file=sys.stderr, flush=True)
+        os._exit(9)
+
+
 def ends_well(how):
     """Ends as `how` says, after training that went well."""
     sys.setswitchinterval(1000.0)  # other threads get the interpreter only where this one waits for something
+    if how == "joined by itself":  # before anybody asks afd; torch's collectives then know the group as their default
+        torch.distributed.init_process_group("gloo")
+        importlib.import_module("torch.distributed.nn.functional")
+    atexit.register(group_is_gone)
     runtime.join()
     if how == "several trainers":
         for method in (GAME, Natural()):
@@ -127,7 +141,8 @@ def ends_well(how):
         sys.kept.fit(sampled(**lasting), DataLoader(DATA, 8))
     torch.distributed.all_reduce(torch.ones(1))
     if how == "leave()":
-        runtime.leave()
+        processes.leave()
+        group_is_gone()
     if how == "an error":
         raise ValueError("the script's own")
     if how == "its own status":

@@ -253,9 +253,8 @@ class Runs:
         protocol = measured_by(config, transfer=surrogate is not None)
         results = evaluated(folder, model, protocol, self.splits.test.num_classes)
         if results is None:
-            precision = "fp32" if config.precision == "fp32" else "auto"
-            results = evaluate_to_folder(
-                model, self.splits.test, protocol, folder, surrogate=surrogate, precision=precision, overwrite=True,
+            results = evaluate_to_folder(  # in float32, whatever the runs were trained in, as published figures are
+                model, self.splits.test, protocol, folder, surrogate=surrogate, precision="fp32", overwrite=True,
                 console=self.console,
             )  # fmt: skip
             assert results is not None
