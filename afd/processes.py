@@ -154,7 +154,11 @@ def _forget_defaults() -> None:
     module = sys.modules.get("torch.distributed.nn.functional")
     for one in () if module is None else vars(module).values():
         if isinstance(one, FunctionType) and one.__defaults__:
-            one.__defaults__ = tuple(None if isinstance(value, dist.ProcessGroup) else value for value in one.__defaults__)
+            one.__defaults__ = tuple(_but_groups(value) for value in one.__defaults__)
+
+
+def _but_groups(value: Any) -> Any:
+    return None if isinstance(value, dist.ProcessGroup) else value
 
 
 def _of_a_connection(error: BaseException) -> bool:
