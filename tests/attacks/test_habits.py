@@ -160,7 +160,7 @@ NO_STEPS = {
 def test_nan_at_the_images_is_an_error_that_names_all_of_them(kind):
     x, y = batch()
     x[:, 0, 0, 0] = torch.tensor([0.1, 0.9, 0.1, 0.9])
-    settings = {} if "L1" in kind else {"eps": 0.05}
+    settings = {"eps": 0.3 if "L1" in kind else 0.05}  # no start takes 0.9 to 0.5
     for early_wrong in (y, (y + 1) % 5):
         with pytest.raises(ModelError, match="NaN logits, first seen in step 0, for 2 of 4 samples: 0, 2"):
             (KINDS | NO_STEPS)[kind](Spoilt(0.5), **settings)(x, early_wrong)
