@@ -38,6 +38,7 @@ with needed_by("afd compare"):
     from rich.console import Console
 
 RESULT, RUN = "result.json", "run.toml"
+PRECISION = "fp32"  # of all measurements, whatever the runs were trained in, as of published figures
 GO_ON = "the same command goes on from there"
 
 
@@ -167,7 +168,7 @@ def evaluated(folder: Path, model: Model, protocol: Protocol, classes: int) -> d
         return None
     results = read_results(folder)
     expected = json.loads(json.dumps(protocol.for_classes(classes).as_json()))  # as it is read back
-    same = results["protocol"] == expected and "withstood" in results
+    same = results["protocol"] == expected and "withstood" in results and results["precision"]["asked"] == PRECISION
     return results if same and results["subject"]["sha256"] == model.digest() else None
 
 
@@ -253,8 +254,8 @@ class Runs:
         protocol = measured_by(config, transfer=surrogate is not None)
         results = evaluated(folder, model, protocol, self.splits.test.num_classes)
         if results is None:
-            results = evaluate_to_folder(  # in float32, whatever the runs were trained in, as published figures are
-                model, self.splits.test, protocol, folder, surrogate=surrogate, precision="fp32", overwrite=True,
+            results = evaluate_to_folder(
+                model, self.splits.test, protocol, folder, surrogate=surrogate, precision=PRECISION, overwrite=True,
                 console=self.console,
             )  # fmt: skip
             assert results is not None

@@ -430,6 +430,20 @@ def test_a_record_of_before_is_gone_on_with(undisturbed, tmp_path):
     assert "budget is '3 epochs' there" in asked.differences(content | {"budget": {"asked": "3 epochs"}})[0]
 
 
+def test_what_was_trained_in_any_precision_is_measured_in_float32(tmp_path):
+    words = ["--methods", "at", "--epochs", "1", "--precision", "auto"]
+    folder = tmp_path / "at" / "seed-0" / "evaluation"
+    status, first = compared(tmp_path, *words)
+    assert status == 0
+    assert read_results(folder)["precision"] == {"asked": "fp32", "attacks": "fp32", "confirmed": None}
+    found = read_results(folder) | {"precision": {"asked": "auto", "attacks": "bf16", "confirmed": 12}}
+    (folder / "results.json").write_text(json.dumps(found))  # as of a version that measured otherwise, not noted yet
+    first["entries"]["at"]["runs"]["0"].update(state="trained", evaluation=None)
+    (tmp_path / "compare.json").write_text(json.dumps(first))
+    assert compared(tmp_path, *words)[0] == 0
+    assert read_results(folder)["precision"]["asked"] == "fp32"
+
+
 def test_natural_training_that_joins_late_is_transferred_from_where_one_asks(tmp_path, capsys):
     out = tmp_path / "out"
     compared(out, "--methods", "at", "--epochs", "1")
