@@ -28,7 +28,8 @@ from afd.config import DataConfig, TrainConfig
 from afd.data import Batches
 from afd.evaluation import accuracy_curve
 from afd.evaluation.plots import plot_curves
-from afd.experiments.train import TEST_STEPS, test_attack, train
+from afd.experiments.assembly import test_attack
+from afd.experiments.train import TEST_STEPS, train
 from afd.files import check_writable
 from afd.installation import needed_by, require
 from afd.methods import AFD, Natural

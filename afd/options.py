@@ -26,12 +26,13 @@ from afd.attacks import ATTACKS, NORMS, AttackSettings, UnionSettings
 from afd.attacks.settings import SIZES
 from afd.attacks.union import RADIUS_IN
 from afd.config import DataConfig, ModelConfig, RunConfig, TestConfig, TrainConfig, ball_of
+from afd.data import check_data
 from afd.errors import InputError, fraction, unboxed, whole_number
 from afd.installation import needed_by
 from afd.methods import METHODS, WRAPPERS, Method
 from afd.methods.optimizers import OPTIMIZERS
 from afd.methods.registry import attack_of, attributes, classes_of, described, known, made, options, spelled
-from afd.presets import another, method_for
+from afd.presets import another, kind_of, method_for
 
 with needed_by("the command afd"):
     import tyro as tyro
@@ -184,9 +185,7 @@ def base_of(words: Sequence[str], name: str | None) -> TrainConfig:
     """What holds where no option says otherwise: the file's run, else the data set's and the method's defaults."""
     file = last_value(words, "config")
     base = TrainConfig() if file is None else TrainConfig.read(Path(file))
-    data = last_value(words, "data") or base.data.name
-    if data not in get_args(get_type_hints(DataConfig)["name"]):
-        return dataclasses.replace(base, method=base.method or made({"name": name or "afd"}))  # the parser names it
+    data = _data_of(words, base)
     own, norm, eps = base.method, last_value(words, "norm"), last_value(words, "eps")
     optimizer, attack = last_value(words, "optimizer"), last_value(words, "attack")
     if own is None or name not in (None, spelled(own)):
@@ -217,6 +216,13 @@ def base_of(words: Sequence[str], name: str | None) -> TrainConfig:
             "eps-l2, eps-l1"
         )
     return dataclasses.replace(base, method=own, test=ball_of(own) or base.test)
+
+
+def _data_of(words: Sequence[str], base: TrainConfig) -> str:
+    """Under what name `PRESETS` has the data set that the words name; the parser says what is wrong with a size."""
+    size = last_value(words, "image-size")
+    side = int(size) if size is not None and size.isdecimal() else base.data.image_size
+    return kind_of(check_data(last_value(words, "data") or base.data.name), side)
 
 
 def _radii(words: Sequence[str]) -> dict[str, float | None]:

@@ -47,22 +47,41 @@ PRESETS = {
     "mnist": Preset("convnet", width=16, eps=0.3, epochs=10, augment=False),
     "cifar10": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True, weight_decay=5e-4),
     "cifar100": Preset("resnet18", width=64, eps=8 / 255, epochs=300, augment=True, weight_decay=5e-4),
+    # of files: as CIFAR, and as ImageNet (RobustBench's radius; the decay of Salman et al. 2020)
+    "small files": Preset("resnet18", width=64, eps=8 / 255, epochs=100, augment=True, weight_decay=5e-4),
+    "large files": Preset("resnet50", width=64, eps=4 / 255, epochs=100, augment=True, weight_decay=1e-4),
 }
+SMALL = 64  # pixels of a side, up to which images are cropped after padding
 
 
-# Radii that are usual besides: MNIST's of Tramèr & Boneh (2019), CIFAR's of RobustBench and Croce & Hein (2021); those
-# of digits are ours, so that a network that knows one ball alone is hurt in each
+def kind_of(data: str, image_size: int | None = None) -> str:
+    """Under what name `PRESETS` has a data set: its own, or that of files of such a size.
+
+    Args:
+        data: its name, or ``folder:PATH`` or ``shards:PATTERN``.
+        image_size: side of the images, where it is named.
+    """
+    if data in PRESETS:
+        return data
+    return "large files" if image_size is not None and image_size > SMALL else "small files"
+
+
+# Radii that are usual besides: MNIST's of Tramèr & Boneh (2019), CIFAR's of RobustBench and Croce & Hein (2021); for
+# large files ImageNet's (Croce & Hein 2022); those of digits are ours, so that a network that knows one ball alone is
+# hurt in each
 RADII = {
     ("digits", "L2"): 0.75, ("digits", "L1"): 2.0,
     ("mnist", "L2"): 2.0, ("mnist", "L1"): 10.0,
     ("cifar10", "L2"): 0.5, ("cifar10", "L1"): 12.0,
     ("cifar100", "L2"): 0.5, ("cifar100", "L1"): 12.0,
+    ("small files", "L2"): 0.5, ("small files", "L1"): 12.0,
+    ("large files", "L2"): 2.0, ("large files", "L1"): 255.0,
 }  # fmt: skip
 
 
 def width_for(data: str, model: str | None) -> int:
     """The width of a network that none was named for: the data set's for the paper's two, its own for any other."""
-    own = None if model is None else own_width(model)
+    own = None if model is None or ":" in model else own_width(model)
     return PRESETS[data].width if own is None else own
 
 

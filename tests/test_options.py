@@ -16,12 +16,13 @@ from afd import methods
 from afd.attacks import APGDSettings, FGSMSettings, MIMSettings, PGDSettings, UnionSettings
 from afd.cli import main
 from afd.config import RECIPES, TestConfig, TrainConfig, recipes
+from afd.data import NAMES
 from afd.deprecated import OldSpellingWarning
 from afd.errors import InputError
 from afd.methods import AFD, AT, FGSMRS, METHODS, TRADES, WRAPPERS, Natural
 from afd.methods.registry import described, made, spelled
 from afd.options import method_in, train_config
-from afd.presets import PRESETS, method_for, radius
+from afd.presets import method_for, radius
 
 DIGITS = PGDSettings(eps=0.2)
 BALLS = {"eps": 0.2, "eps_l2": 0.75, "eps_l1": 2.0}  # that digits ask for
@@ -226,7 +227,7 @@ def test_a_description_of_nothing_is_named(description, message):
 
 @given(
     st.sampled_from(["natural", "at", "afd", "at+toy_methods:Perturbed"]),
-    st.sampled_from(list(PRESETS)),
+    st.sampled_from(NAMES),
     st.sampled_from(["pgd", "apgd", "fgsm", "mim"]),
     st.floats(1e-4, 0.49),
     st.floats(1e-9, 10.0),
@@ -260,7 +261,7 @@ def test_a_file_may_say_fractions_and_little(tmp_path):
         ('method = "at"', "method is 'at'; it must be a table"),
         ('[method]\nname = "at"\nlr = "fast"', "lr is 'fast', a str; the method at has a float there"),
         ("[method]\nname = 3", "the method's name is 3"),
-        ('[data]\nname = "nope"', "name is 'nope'"),
+        ('[data]\nname = "nope"', "data is 'nope'"),
         ('epochs = "two"', "epochs is 'two', a str"),
         ("epochs = 1.5", "epochs is 1.5, a float"),
         ('compile = "x"', "compile is 'x', a str"),

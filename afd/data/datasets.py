@@ -166,6 +166,18 @@ READERS: dict[str, Callable[..., tuple[Images, Images]]] = {
 }
 
 NAMES = ("digits", *READERS)
+FILES = ("folder:", "shards:")  # how data in somebody's own files are named
+
+
+def check_data(name: str) -> str:
+    """The name of data, found to be one.
+
+    Raises:
+        InputError: it is none.
+    """
+    if name not in NAMES and not (name.startswith(FILES) and name.partition(":")[2]):
+        raise InputError(f"data is {name!r}; allowed are {', '.join(NAMES)}, folder:PATH, shards:PATTERN")
+    return name
 
 
 @dataclass(frozen=True)

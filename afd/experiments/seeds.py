@@ -11,11 +11,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from afd import data
 from afd.config import TrainConfig
 from afd.data import Splits
 from afd.errors import AfdError
 from afd.experiments import train as experiment
+from afd.experiments.assembly import splits_for
 from afd.experiments.folder import run_folder
 from afd.experiments.train import Measured
 from afd.files import write_whole
@@ -56,7 +56,7 @@ def train_seeds(config: TrainConfig, console: Console | None = None, splits: Spl
         if config.overwrite and group.leads:
             file.unlink(missing_ok=True)
         if splits is None:
-            splits = data.load(config.data.name, config.data.root, validation=config.data.validation)
+            splits = splits_for(config)
         found, stopped = BySeed(), list[str]()
         for seed in config.seeds:
             one = dataclasses.replace(config, seed=seed, seeds=(), out=folder / f"seed-{seed}")

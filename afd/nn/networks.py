@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from afd.errors import one_of, whole
+from afd.errors import InputError, one_of, whole
 from afd.nn.classifier import FeatureClassifier
 from afd.nn.encoders import VGG, ConvNet, Encoder, PreActResNet, ResNet18, WideResNet
 
@@ -17,6 +17,24 @@ ModelName = Literal[
     "vgg19-bn",
 ]  # fmt: skip
 MODELS: tuple[str, ...] = get_args(ModelName)
+
+
+SOURCES = ("timm", "torchvision", "hf")  # of networks that are not afd's own
+
+
+def check_model(name: str) -> str:
+    """The name of a network, found to be one: of `MODELS`, ``timm:NAME`` and such, or ``package.module:function``.
+
+    Raises:
+        InputError: it is none.
+    """
+    source, _, rest = name.partition(":")
+    if name not in MODELS and not (source and rest):
+        raise InputError(
+            f"model is {name!r}; allowed are {', '.join(MODELS)}, {', '.join(f'{one}:NAME' for one in SOURCES)} and "
+            "package.module:function"
+        )
+    return name
 
 
 def own_width(name: str) -> int | None:

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from afd import data
 from afd.config import TrainConfig
 from afd.data import Splits
 from afd.errors import AfdError, InputError, in_a_line
 from afd.evaluation.command import EvaluationStoppedError
 from afd.evaluation.store import check_folder, contents, lock, numbered
+from afd.experiments.assembly import splits_for
 from afd.experiments.comparison import budget
 from afd.experiments.comparison.budget import BudgetError, StepCosts, seconds_in
 from afd.experiments.comparison.record import PARENT, RECORD, TABLE, Comparison, Record
@@ -90,8 +90,7 @@ def _compare(
     asked: Comparison, out: Path | None, overwrite: bool, console: Console, stack: ExitStack
 ) -> dict[str, Any]:
     device = device_named(asked.timed.device)
-    chosen = asked.timed.data
-    splits = data.load(chosen.name, chosen.root, validation=chosen.validation).limited(chosen.limit)
+    splits = splits_for(asked.timed)
     place = _place(asked, len(splits.test), out, overwrite, stack)
     asked = asked.completed(None if place.record is None else place.record.content, len(splits.test))
     assert asked.images is not None

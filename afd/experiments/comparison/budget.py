@@ -21,7 +21,7 @@ from afd.config import TrainConfig
 from afd.data import Images
 from afd.data.images import images_and_labels, index_in
 from afd.errors import AfdError, InputError
-from afd.experiments.train import model_for, train_batches, trainer_for
+from afd.experiments.assembly import model_for, train_batches, trainer_for
 from afd.methods.base import LOOKS
 from afd.methods.ramps import STEPS, Ramps, ramps_of
 from afd.passes import counted

@@ -1,8 +1,4 @@
-"""What a training run is made of, as frozen dataclasses: the CLI reads them, a checkpoint keeps them.
-
-Fields that are None take the data set's value from `PRESETS`; `TrainConfig.settled` fills them in. Attribute docstrings
-are the CLI's help lines.
-"""
+"""A training run as a frozen dataclass of its parts: the CLI reads it, a checkpoint and ``run.toml`` keep it."""
 
 from __future__ import annotations
 
@@ -12,157 +8,43 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
-from afd.attacks import NORMS, AttackSettings, Norm, PGDSettings, UnionSettings
+from afd.attacks import NORMS, AttackSettings, UnionSettings
 from afd.attacks.union import words_of
+from afd.config.parts import DataConfig, ModelConfig, RunConfig, TestConfig
+from afd.data import check_data
 from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, in_words, without_fractions
 from afd.files import check_path, check_target
 from afd.installation import needed_by
 from afd.methods import Method
 from afd.methods.ramps import check_ramps, ramps_of
 from afd.methods.registry import described, made
-from afd.nn.encoders import Activation
-from afd.nn.networks import ModelName
-from afd.presets import PRESETS, method_for, radius, width_for
+from afd.nn.networks import check_model
+from afd.presets import PRESETS, kind_of, method_for, radius, width_for
 
 with needed_by("afd.config"):
     import tomli_w
-    from tyro.conf import arg
+
+__all__ = ["DataConfig", "ModelConfig", "RunConfig", "TestConfig", "TrainConfig", "ball_of", "recipes"]
 
 PATHS = ("out", "weights", "root", "extra_data")
 PARTS = ("data", "model", "method", "test")
 OUTCOME = ("out", "overwrite", "resume")
 # settings that checkpoints of the time when there were none lack, and what that means: left out where they say no more
-LATER = {"seeds": (), "ramps": (), "mixup": 0.0, "cutmix": 0.0, "on_alarm": "warn"}
-LATER_OF_MODEL = {"activation": "relu"}
+LATER = {
+    "seeds": (), "ramps": (), "mixup": 0.0, "cutmix": 0.0, "on_alarm": "warn", "checkpoint_activations": False,
+    "layer_decay": None,
+}  # fmt: skip
+LATER_OF_MODEL = {"activation": "relu", "input_stats": None, "new_head": None, "freeze": (), "drop_path": 0.0}
 LATER_OF_TEST = {"union": None}
-LATER_OF_DATA = {"limit": None, "extra_data": None, "extra_share": None, "epoch_images": None}
-RECIPES = Path(__file__).parent / "recipes"
+LATER_OF_DATA = {
+    "limit": None, "extra_data": None, "extra_share": None, "epoch_images": None, "test_share": None,
+    "image_size": None, "resize": None, "resolutions": (), "crop_scale": None, "workers": None, "bad_images": "error",
+}  # fmt: skip
+RECIPES = Path(__file__).parents[1] / "recipes"
 GREY = 0.5  # the Linf radius from which any image may become the same grey as any other
 EXTRA_SHARE = 0.7
-Number = float  # which the command line also takes as a fraction
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Which images, from where, and how they are served."""
-
-    name: Annotated[Literal["digits", "mnist", "cifar10", "cifar100"], arg(name="data")] = "digits"
-    """Data set; digits ships with scikit-learn, the others are files."""
-    root: Annotated[Path | None, arg(name="data-root")] = None
-    """Folder of the data files; by default a cache folder, filled from the network."""
-    validation: Number = 0.1
-    """Share of the training images kept apart to choose the best checkpoint."""
-    limit: int | None = None
-    """Use at most so many images of each part (training, validation, test), drawn class by class. Default: all."""
-    batch_size: int = 128
-    """Images a batch."""
-    augment: bool | None = None
-    """Random crop with padding 4 and horizontal flip. Default: for CIFAR only."""
-    extra_data: Path | None = None
-    """More images to train on: an .npz file, or a folder with a folder of PNG or JPEG files for each class."""
-    extra_share: Number | None = None
-    """Share of each batch that is images of --extra-data. Default: 0.7 (Wang et al. 2023, with 1M generated ones)."""
-    epoch_images: int | None = None
-    """Images of an epoch, extra ones included. Default: the number of training images, without extra ones."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Which network."""
-
-    name: Annotated[ModelName | None, arg(name="model")] = None
-    """Network. Default: convnet for digits and MNIST, resnet18 for CIFAR."""
-    width: int | None = None
-    """Filters of the first layer. Default for convnet and resnet18: 32 for digits, 16 for MNIST (as in the paper), 64
-    for CIFAR; for others their paper's, 16 for WideResNets (whose factor comes on top), else 64."""
-    activation: Activation = "relu"
-    """Nonlinearity of the network; softplus has beta 1."""
-    normalize: bool = True
-    """Scale features to length 1 before classifier and discriminator see them."""
-
-
-@dataclass(frozen=True)
-class TestConfig:
-    """The ball in which PGD tests the trained network: that of the method's attack, where it has one."""
-
-    norm: Norm = "Linf"
-    """Norm of the ball."""
-    eps: Number | None = None
-    """Radius of the ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR; in L2 0.75, 2 and 0.5; in L1 2, 10 and 12."""
-    union: str | None = None
-    """Balls in whose union it is tested instead, such as Linf=8/255,L2=0.5,L1=12."""
-
-    def pgd(self, steps: int, seed: int) -> PGDSettings:
-        """The test itself; in a union an image counts as robust if it withstands the attack in every ball."""
-        if self.union is not None:
-            return UnionSettings.written(self.union).pgd(steps, seed)
-        assert self.eps is not None
-        return PGDSettings(norm=self.norm, eps=self.eps, steps=steps, seed=seed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How a run goes, whatever is trained."""
-
-    epochs: int | None = None
-    """Passes over the training images. Default: 60 digits, 10 MNIST, 300 CIFAR; divided by a method's repeats."""
-    lr_schedule: Literal["step", "cosine", "one-cycle"] = "step"
-    """How all learning rates change over the run."""
-    milestones: tuple[Number, ...] = (0.5, 5 / 6)
-    """step: shares of the epochs after which the rates fall to a tenth (the paper's CIFAR: 150 and 250 of 300)."""
-    lr_warmup: Number = 0.0
-    """Epochs in which all learning rates grow linearly to what the schedule says."""
-    eps_warmup: Number = 0.0
-    """Epochs in which the training attack grows to its full radius."""
-    ramps: tuple[str, ...] = ()
-    """Numbers that go linearly to their own value, as NAME=FIRST:EPOCHS: beta=0:5 attack.eps=0:10 attack.steps=2:20."""
-    ema: Number | None = None
-    """Decay a step of an exponential average of the weights, which is then validated and tested. Default: none."""
-    ema_warmup: bool = True
-    """Let the decay grow to --ema: min(ema, (1 + t) / (10 + t)) after t steps."""
-    ema_buffers: Literal["averaged", "copied", "recomputed"] = "averaged"
-    """BatchNorm statistics of the average: averaged like its weights, copied from the model, or recomputed over the
-    training images before each validation."""
-    mixup: Number = 0.0
-    """Mixup of training images and labels: the alpha of its Beta distribution; 0 for none. With --cutmix, either at
-    half the time."""
-    cutmix: Number = 0.0
-    """CutMix of training images and labels: the alpha of its Beta distribution, usually 1; 0 for none."""
-    precision: Literal["fp32", "bf16", "auto"] = "fp32"
-    """Arithmetic of the network in attack and training; auto: bf16 where the device multiplies it in hardware."""
-    compile: bool = False
-    """Run the training passes through torch.compile."""
-    sync_batchnorm: bool = False
-    """BatchNorm statistics over the batches of all processes (CUDA only)."""
-    graph: bool = False
-    """Capture the whole step, attack and optimizer steps included, in one CUDA graph and replay it. What a model's code
-    reads outside of its tensors and attributes (a closure, a global, Python's random numbers) stays as captured."""
-    seed: int = 0
-    """Of initial weights, batch order, augmentation and attack starts."""
-    seeds: tuple[int, ...] = ()
-    """Several, as 0,1,2: a run for each of them, in --out's seed-0 and so on, and a table of all."""
-    device: str = "auto"
-    """torch device; auto takes CUDA where there is one."""
-    out: Path | None = None
-    """Folder for checkpoints, weights and logs. Default: the next numbered one, runs/0001 and so on; runs/latest leads
-    to the newest."""
-    overwrite: bool = False
-    """Discard the run that --out holds."""
-    resume: str | None = None
-    """Go on from a checkpoint: auto (the newest whole one in --out, by default in runs/latest, if there is one) or its
-    file. --epochs may be more than before."""
-    weights: Path | None = None
-    """Begin with these weights: a checkpoint, or a file that holds a state_dict, such as a run's model.pt."""
-    save_every: int = 0
-    """Steps between checkpoints within an epoch; there is always one at its end."""
-    log_every: int = 50
-    """Steps between lines of the log."""
-    on_alarm: Literal["warn", "stop", "rollback", "off"] = "warn"
-    """What is done where training goes wrong: collapses, hides its gradients, stays at chance, or has gradients that
-    explode. stop: after that epoch, with exit status 3; rollback: to the last good epoch, and on with a stronger attack
-    or a smaller rate; off: nobody looks."""
 
 
 @dataclass(frozen=True)
@@ -181,16 +63,17 @@ class TrainConfig(RunConfig):
         Raises:
             InputError: a number out of its range, or no radius for such a ball.
         """
-        preset = PRESETS[self.data.name]
-        method = method_for(self.data.name) if self.method is None else self.method
+        kind = kind_of(self.data.name, self.data.image_size)
+        preset = PRESETS[kind]
+        method = method_for(kind) if self.method is None else self.method
         test = ball_of(method) or self.test
         share = None if self.data.extra_data is None else EXTRA_SHARE
         if test.eps is None and test.union is None:
-            test = dataclasses.replace(test, eps=radius(self.data.name, test.norm))
+            test = dataclasses.replace(test, eps=radius(kind, test.norm))
         config = dataclasses.replace(
             self,
             data=_filled(self.data, augment=preset.augment, extra_share=share),
-            model=_filled(self.model, name=preset.model, width=width_for(self.data.name, self.model.name)),
+            model=_filled(self.model, name=preset.model, width=width_for(kind, self.model.name)),
             method=method,
             test=test,
             # a batch that is repeated is passed so many times (Shafahi et al. 2019 divide likewise)
@@ -201,6 +84,9 @@ class TrainConfig(RunConfig):
 
     def _check(self) -> None:
         data, model = self.data, self.model
+        check_data(data.name)
+        assert model.name is not None
+        check_model(model.name)
         if self.ema is not None and not 0 <= self.ema < 1:
             raise InputError(f"ema is {self.ema}; it must be in [0, 1)")
         self._check_paths()
