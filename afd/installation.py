@@ -24,9 +24,20 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "afd-torch"  # what pip calls this library
 EXTRAS = {  # modules, by the extra that brings them
-    "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch", "tomli_w", "jinja2", "PIL"),
+    "train": (
+        "tyro",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+        "sklearn",
+        "pooch",
+        "tomli_w",
+        "jinja2",
+        "PIL",
+        "simplejpeg",
+    ),
     "evaluate": ("foolbox", "pyautoattack"),
-}
+}  # fmt: skip
 # what pip calls a module, where that is not its name
 PACKAGES = {"sklearn": "scikit-learn", "tomli_w": "tomli-w", "PIL": "pillow"}
 EXTRA_OF = {module: extra for extra, modules in EXTRAS.items() for module in modules}

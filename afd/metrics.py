@@ -18,7 +18,7 @@ from afd.attacks.base import GradientAttack
 from afd.attacks.engine import evaluating, judged
 from afd.attacks.external import BOUNDS, attacked_by, inside
 from afd.attacks.inputs import check_form, largest_label, rows_of
-from afd.data.images import images_and_labels
+from afd.data.items import images_and_labels
 from afd.errors import InputError, InputTypeError, ModelError, ModelWarning, number, warn_caller
 from afd.nn.modes import local
 

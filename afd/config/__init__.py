@@ -13,7 +13,8 @@ from typing import Any, TypeVar, get_type_hints
 from afd.attacks import NORMS, AttackSettings, UnionSettings
 from afd.attacks.union import words_of
 from afd.config.parts import DataConfig, ModelConfig, RunConfig, TestConfig
-from afd.data import check_data
+from afd.data import NAMES, check_data
+from afd.data.sizing import Sizing, resolutions_of
 from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, in_words, without_fractions
 from afd.files import check_path, check_target
 from afd.installation import needed_by
@@ -42,6 +43,7 @@ LATER_OF_DATA = {
     "limit": None, "extra_data": None, "extra_share": None, "epoch_images": None, "test_share": None,
     "image_size": None, "resize": None, "resolutions": (), "crop_scale": None, "workers": None, "bad_images": "error",
 }  # fmt: skip
+OF_FILES = ("test_share", "image_size", "resize", "resolutions", "crop_scale", "workers", "bad_images")
 RECIPES = Path(__file__).parents[1] / "recipes"
 GREY = 0.5  # the Linf radius from which any image may become the same grey as any other
 EXTRA_SHARE = 0.7
@@ -84,7 +86,6 @@ class TrainConfig(RunConfig):
 
     def _check(self) -> None:
         data, model = self.data, self.model
-        check_data(data.name)
         assert model.name is not None
         check_model(model.name)
         if self.ema is not None and not 0 <= self.ema < 1:
@@ -101,14 +102,7 @@ class TrainConfig(RunConfig):
         assert model.width is not None
         assert self.epochs is not None
         count("batch-size", data.batch_size, 1)
-        if data.limit is not None:
-            count("limit", data.limit, 1)
-        if data.extra_share is not None and not 0 < data.extra_share < 1:
-            raise InputError(f"extra-share is {data.extra_share}; it must be a share between 0 and 1")
-        if data.extra_share is not None and data.extra_data is None:
-            raise InputError(f"extra-share is {data.extra_share}, but there is no extra-data to take a share of")
-        if data.epoch_images is not None:
-            count("epoch-images", data.epoch_images, 1)
+        self._check_data()
         count("width", model.width, 1)
         self._check_test()
         count("epochs", self.epochs, 1)
@@ -118,10 +112,47 @@ class TrainConfig(RunConfig):
             if not 0 <= seed < 2**62:
                 raise InputError(f"{name} is {seed}; it must be in [0, 2**62)")
         self._check_seeds()
-        if not 0 < data.validation < 1:
-            raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
         if any(not 0 < share <= 1 for share in self.milestones):
             raise InputError(f"milestones are {self.milestones}; each must be a share of the epochs, in (0, 1]")
+
+    def _check_data(self) -> None:
+        data = self.data
+        check_data(data.name)
+        if data.limit is not None:
+            count("limit", data.limit, 1)
+        if not 0 < data.validation < 1:
+            raise InputError(f"validation is {data.validation}; it must be a share between 0 and 1")
+        if data.extra_share is not None and not 0 < data.extra_share < 1:
+            raise InputError(f"extra-share is {data.extra_share}; it must be a share between 0 and 1")
+        if data.extra_share is not None and data.extra_data is None:
+            raise InputError(f"extra-share is {data.extra_share}, but there is no extra-data to take a share of")
+        if data.epoch_images is not None:
+            count("epoch-images", data.epoch_images, 1)
+        in_files = data.name not in NAMES
+        for name in OF_FILES:
+            if not in_files and getattr(data, name) != LATER_OF_DATA[name]:
+                told = name.replace("_", "-")
+                raise InputError(
+                    f"{told} is given, but data is {data.name}; it is for images in files (folder:, shards:)"
+                )
+        for name in ("extra_data", "epoch_images", "root"):
+            if in_files and getattr(data, name) is not None:
+                told = {"root": "data-root"}.get(name, name.replace("_", "-"))
+                raise InputError(
+                    f"{told} is given, but data is {data.name}; it is for data sets that afd knows by name"
+                )
+        if data.image_size is not None:
+            Sizing.of(data.image_size, data.resize)
+        if data.resize is not None and data.image_size is None:
+            raise InputError(f"resize is {data.resize}, but image-size is missing")
+        if data.workers is not None:
+            count("workers", data.workers, 0)
+        if data.test_share is not None and not 0 < data.test_share < 1:
+            raise InputError(f"test-share is {data.test_share}; it must be a share between 0 and 1")
+        if data.crop_scale is not None and not 0 < data.crop_scale <= 1:
+            raise InputError(f"crop-scale is {data.crop_scale}; it must be a share of an image, in (0, 1]")
+        if resolutions_of(data.resolutions) and data.image_size is None:
+            raise InputError("resolutions are given, but image-size is missing: the side that is validated and tested")
 
     def _check_test(self) -> None:
         test = self.test

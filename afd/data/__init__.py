@@ -1,4 +1,4 @@
-"""Images from files to the device: digits, MNIST and CIFAR, split once and for all, served as [0, 1] batches."""
+"""Images from files to the device, split once and for all and served as [0, 1] batches: by name, or your own."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,11 @@ from afd.data.fetch import Source, locate
 from afd.data.images import Images
 from afd.errors import DataError, InputError, one_of, whole
 from afd.installation import needed_by
+
+if TYPE_CHECKING:  # which needs what reads image files
+    from afd.data.stored import StoredImages
+
+Kind = TypeVar("Kind", "Images", "StoredImages", Any)
 
 
 def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -181,8 +187,8 @@ def check_data(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Splits:
-    """The three parts of a dataset; no image is in two.
+class Splits(Generic[Kind]):
+    """The three parts of a dataset, in memory or in files; no image is in two.
 
     Attributes:
         train: what a model learns from.
@@ -190,11 +196,11 @@ class Splits:
         test: the dataset's own test set, to report from and for nothing else.
     """
 
-    train: Images
-    validation: Images
-    test: Images
+    train: Kind
+    validation: Kind
+    test: Kind
 
-    def limited(self, limit: int | None) -> Splits:
+    def limited(self, limit: int | None) -> Splits[Kind]:
         """The same with at most so many images in each part, drawn class by class and the same everywhere.
 
         Raises:
@@ -214,7 +220,7 @@ def load(
     validation: float = 0.1,
     limit: int | None = None,
     download: bool = True,
-) -> Splits:
+) -> Splits[Images]:
     """Reads a dataset from its files, fetching them first if need be.
 
     Validation images are drawn from the training data, class by class and with a fixed seed: the same on every machine.

@@ -1,10 +1,10 @@
-"""A labelled set of images, kept as the bytes they were stored in; batches of it, and of loaders of other people."""
+"""A labelled set of images, kept as the bytes they were stored in, and batches of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,17 +108,18 @@ class Images:
         index = torch.arange(len(self), device=self.device) if index is None else self._positions(index).long()
         return load_batch(self.pixels, index, scale=self.scale)
 
-    def scaled(self, pixels: Tensor) -> Tensor:
-        """What an augmentation made of pixels of these images, of any dtype, as float32 in [0, 1]."""
-        # CUDA would turn a Python number as divisor into a multiplication by its rounded reciprocal, unlike the CPU.
-        scale = torch.full((), self.scale, dtype=torch.float32, device=self.device)
-        return pixels.to(torch.float32).div_(scale)
-
     def _positions(self, index: Tensor) -> Tensor:
         # A mask or a byte tensor would be read as positions 0 and 1, silently the wrong images.
         if index.dtype not in (torch.int64, torch.int32):
             raise InputTypeError(f"index is {index.dtype}; allowed are torch.int64 and torch.int32")
         return index.to(self.device)
+
+
+def in_unit(pixels: Tensor, scale: float) -> Tensor:
+    """Pixels of any dtype as float32, `scale` of which is 1."""
+    # CUDA would turn a Python number as divisor into a multiplication by its rounded reciprocal, unlike the CPU.
+    divisor = torch.full((), scale, dtype=torch.float32, device=pixels.device)
+    return pixels.to(torch.float32, copy=True).div_(divisor)
 
 
 def _lasting(tensor: Tensor) -> Tensor:
@@ -216,8 +217,7 @@ class Batches:
         world_size: int = 1,
         channels_last: bool = False,
     ) -> None:
-        if not isinstance(images, Images):
-            raise InputTypeError(f"images is a {type(images).__name__}; it must be an afd.data.Images")
+        self._check_images(images)
         whole("batch_size", batch_size, 1)
         whole("seed", seed, 0)
         if batch_size % world_size:
@@ -242,6 +242,11 @@ class Batches:
         self.channels_last = channels_last
         self.epoch = 0
 
+    @staticmethod
+    def _check_images(images: Any) -> None:
+        if not isinstance(images, Images):
+            raise InputTypeError(f"images is a {type(images).__name__}; it must be an afd.data.Images")
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch, at least 0, that the next iteration serves."""
         if epoch < 0:
@@ -265,15 +270,19 @@ class Batches:
         order = self._order().to(device)
         draws = None if self.augment is None else self._draws().to(device)
         for joint in torch.split(order, self.batch_size)[batch : len(self)]:
-            rows = len(joint) // self.world_size
-            index = joint[self.rank * rows : (self.rank + 1) * rows]
+            index = self._rows(joint)
             yield self._load(self.images.pixels, index, draws), self.images.labels.index_select(0, index), index
+
+    def _rows(self, joint: Tensor) -> Tensor:
+        """This process's rows of a joint batch."""
+        rows = len(joint) // self.world_size
+        return joint[self.rank * rows : (self.rank + 1) * rows]
 
     def _load(self, pixels: Tensor, index: Tensor, draws: Tensor | None) -> Tensor:
         """The images at these positions, among pixels uint8 [N, C, H, W] with draws [N], as they are served."""
         images, crop = self.images, self.augment
         if crop is not None and draws is not None and not isinstance(crop, CropAndFlip):
-            x = images.scaled(crop(pixels.index_select(0, index), draws.index_select(0, index)))
+            x = in_unit(crop(pixels.index_select(0, index), draws.index_select(0, index)), images.scale)
             return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
         padding, flip = (crop.padding, crop.flip) if isinstance(crop, CropAndFlip) else (0, False)
         return load_batch(
@@ -285,7 +294,11 @@ class Batches:
         count = len(self.images)
         if not self.shuffle:
             return torch.arange(count, device="cpu")
-        return torch.randperm(count, generator=self._generator(ORDER, self.epoch), device="cpu")
+        return self._shuffled(self._generator(ORDER, self.epoch))
+
+    def _shuffled(self, generator: torch.Generator) -> Tensor:
+        """All positions in an order drawn from a generator."""
+        return torch.randperm(len(self.images), generator=generator, device="cpu")
 
     def _draws(self) -> Tensor:
         """One draw an image for the whole epoch: which batch it falls in, and in which process, has no say."""
@@ -330,68 +343,3 @@ class Endless:
             order, draws = (one.to(self.images.device, non_blocking=True) for one in self.drawn(number))
             self.kept = (number, order, draws)
         return self.kept[1:]
-
-
-# --- Batches of other loaders ---------------------------------------------------------------------------------------
-
-
-# in the order in which they are looked for
-IMAGES, LABELS, INDEX = ("image", "images", "pixel_values"), ("label", "labels"), ("index", "indices", "idx")
-
-
-@overload
-def images_and_labels(item: Any, required: Literal[True] = True) -> tuple[Tensor, Tensor]: ...
-@overload
-def images_and_labels(item: Any, required: bool) -> tuple[Tensor, Tensor | None]: ...
-def images_and_labels(item: Any, required: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Images and labels of one batch, as tensors whose values nobody has looked at.
-
-    Args:
-        item: a tuple or list that begins with images and labels (behind them, an index and the like), or a mapping or
-            an object that has them under one of the names in `IMAGES` and one of those in `LABELS`.
-        required: whether there must be labels; else the item may also be images alone.
-
-    Raises:
-        InputTypeError: it is none of these.
-        InputError: they are on the device meta.
-    """
-    x, y = _named(item, IMAGES), _named(item, LABELS)
-    if isinstance(item, tuple | list) and (x is None or y is None):
-        x, y = (*item, None, None)[:2]
-    elif isinstance(item, Tensor) and not required:
-        x = item
-    if isinstance(x, Tensor) and (isinstance(y, Tensor) or (y is None and not required)):
-        if x.is_meta:
-            raise InputError("x is on the device meta, where tensors hold no values")
-        return x, y
-    raise InputTypeError(
-        f"the loader yields {_described(item)}; a batch must be (images, labels, ...), or a dict or an object with "
-        f"{' / '.join(map(repr, IMAGES))} and {' / '.join(map(repr, LABELS))}, both of them tensors"
-    )
-
-
-def index_in(item: Any, images: int) -> Tensor | None:
-    """Which images of the data set a batch holds, int64 [N], as far as its loader says.
-
-    Args:
-        item: as of `images_and_labels`; the index is the third of a tuple, or under one of the names in `INDEX`.
-        images: N.
-    """
-    index = item[2] if isinstance(item, tuple | list) and len(item) > 2 else _named(item, INDEX)
-    fits = isinstance(index, Tensor) and index.dtype == torch.int64 and index.shape == (images,)
-    return index if fits else None
-
-
-def _named(item: Any, names: tuple[str, ...]) -> Any:
-    if isinstance(item, Mapping):
-        return next((item[name] for name in names if name in item), None)
-    return next((getattr(item, name) for name in names if hasattr(item, name)), None)
-
-
-def _described(item: Any) -> str:
-    kind = type(item).__name__
-    if isinstance(item, Mapping):
-        return f"a {kind} with the keys {', '.join(map(str, item)) or '(none)'}"
-    if isinstance(item, tuple | list):
-        return f"a {kind} of {', '.join(type(one).__name__ for one in item[:8]) or 'nothing'}"
-    return f"a {kind}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,14 @@ import torch
 
 from afd import methods
 from afd.attacks import PGDSettings
-from afd.config import TrainConfig
-from afd.data import Batches, Images, MixedBatches, Splits, load, read_extra
+from afd.config import DataConfig, TrainConfig
+from afd.data import NAMES, Batches, Images, MixedBatches, Splits, load, read_extra
+from afd.data.files import FileSettings, load_files
 from afd.data.images import CropAndFlip
+from afd.data.sizing import SMALL, resolutions_of
+from afd.data.sources import SHOWN
+from afd.data.stored import StoredImages
+from afd.data.streaming import ResizedCropAndFlip, StreamedBatches
 from afd.errors import InputError
 from afd.methods.ramps import ramps_of
 from afd.nn import FeatureClassifier, build_model
@@ -22,16 +28,50 @@ from afd.training.trainer import Trainer
 from afd.training.weights import rebuild
 
 EVAL_BATCH = 500
+CROP_SCALE = 0.25  # light augmentation, as adversarial training from scratch wants it
 
 
-def splits_for(config: TrainConfig) -> Splits:
+def splits_for(config: TrainConfig) -> Splits[Any]:
     """The data of a settled config: training, validation and test images, no more of each than its limit.
 
     Raises:
         DataError: files are missing or damaged.
     """
     asked = config.data
-    return load(asked.name, asked.root, validation=asked.validation).limited(asked.limit)
+    if asked.name in NAMES:
+        return load(asked.name, asked.root, validation=asked.validation).limited(asked.limit)
+    return load_files(asked.name, file_settings(asked)).limited(asked.limit)
+
+
+def classes_of(images: Images | StoredImages) -> tuple[str, ...]:
+    """Names of the classes of images in files."""
+    return images.classes if isinstance(images, StoredImages) else ()
+
+
+def damaged_in(splits: Splits[Any], batches: Batches) -> tuple[str, ...]:
+    """Files that hold no whole image and were left out, before training or when they were decoded for it."""
+    parts = (splits.train, splits.validation, splits.test)
+    found = [name for part in parts if isinstance(part, StoredImages) for name in part.left_out]
+    if isinstance(batches, StreamedBatches):
+        images = batches.images
+        found += [f"{images.told(place)}: {reason}" for place, reason in sorted(batches.damaged.items())]
+    return tuple(dict.fromkeys(found))
+
+
+def damaged_lines(damaged: Sequence[str]) -> list[str]:
+    """What is printed of them."""
+    if not damaged:
+        return []
+    more = f" and {len(damaged) - SHOWN} more (result.json)" if len(damaged) > SHOWN else ""
+    return [f"left out, as they hold no whole image: {len(damaged)} files: {'; '.join(damaged[:SHOWN])}{more}"]
+
+
+def file_settings(asked: DataConfig) -> FileSettings:
+    """How images in files are split, sized and read."""
+    return FileSettings(
+        validation=asked.validation, test_share=asked.test_share, image_size=asked.image_size, resize=asked.resize,
+        bad=asked.bad_images, workers=asked.workers,
+    )  # fmt: skip
 
 
 def begin_with(model: FeatureClassifier, path: Path) -> None:
@@ -50,8 +90,11 @@ def begin_with(model: FeatureClassifier, path: Path) -> None:
     model.normalize = normalize
 
 
-def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
-    """The trainer that a settled config describes, without callbacks."""
+def trainer_for(config: TrainConfig, model: FeatureClassifier, classes: Sequence[str] = ()) -> Trainer:
+    """The trainer that a settled config describes, without callbacks; its checkpoints keep the names of the classes."""
+    told = config.as_json()
+    if classes:
+        told["data"]["classes"] = list(classes)
     assert config.method is not None
     assert config.epochs is not None
     return Trainer(
@@ -75,7 +118,7 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier) -> Trainer:
         overwrite=config.overwrite,
         save_every=config.save_every,
         resume=config.resume,
-        config=config.as_json(),
+        config=told,
         on_alarm=config.on_alarm,
     )
 
@@ -85,21 +128,19 @@ def schedule_for(config: TrainConfig) -> Schedule:
     return step(config.milestones) if config.lr_schedule == "step" else SCHEDULES[config.lr_schedule]
 
 
-def model_for(config: TrainConfig, images: Images) -> FeatureClassifier:
+def model_for(config: TrainConfig, images: Images | StoredImages) -> FeatureClassifier:
     """A fresh model of the config's kind that fits the images."""
     chosen = config.model
     assert chosen.name is not None
     assert chosen.width is not None
-    channels, height, width = images.pixels.shape[1:]
-    shape = channels, height, width
-    model = build_model(chosen.name, shape, images.num_classes, chosen.width, chosen.activation)
+    model = build_model(chosen.name, images.shape, images.num_classes, chosen.width, chosen.activation)
     model.normalize = config.model.normalize
     return model
 
 
 def train_batches(
     config: TrainConfig,
-    images: Images,
+    images: Images | StoredImages,
     device: torch.device,
     group: Group = Group(),
 ) -> Batches:
@@ -107,12 +148,15 @@ def train_batches(
     asked, size = config.data, config.data.batch_size
     settings: dict[str, Any] = {
         "seed": config.seed,
-        "augment": CropAndFlip() if asked.augment else None,
+        "augment": augmentation(asked, images.shape) if asked.augment else None,
         "device": device,
         "rank": group.rank,
         "world_size": group.size,
         "channels_last": True,
     }
+    if isinstance(images, StoredImages):
+        resolutions = resolutions_of(asked.resolutions)
+        return StreamedBatches(images, size, shuffle=True, resolutions=resolutions, **settings)
     if asked.extra_data is None and asked.epoch_images is None:
         return Batches(images, size, shuffle=True, **settings)
     extra = None if asked.extra_data is None else read_extra(asked.extra_data, images)
@@ -120,8 +164,18 @@ def train_batches(
     return MixedBatches(images, size, extra=extra, share=share, epoch_images=asked.epoch_images, **settings)
 
 
-def plain(images: Images, device: torch.device) -> Batches:
+def augmentation(asked: DataConfig, shape: tuple[int, int, int]) -> CropAndFlip | ResizedCropAndFlip:
+    """What training images of a shape go through: padded crops where they are small, parts of them beyond."""
+    side = max(shape[1:])
+    if asked.crop_scale is None and side <= SMALL:
+        return CropAndFlip()
+    return ResizedCropAndFlip(side, CROP_SCALE if asked.crop_scale is None else asked.crop_scale)
+
+
+def plain(images: Images | StoredImages, device: torch.device) -> Batches:
     """Batches to measure accuracy on."""
+    if isinstance(images, StoredImages):
+        return StreamedBatches(images, EVAL_BATCH, device=device)
     return Batches(images, EVAL_BATCH, device=device)
 
 

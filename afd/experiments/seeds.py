@@ -31,7 +31,7 @@ FIGURES = ("natural", "robust")
 BySeed = dict[int, dict[str, Measured]]
 
 
-def train_seeds(config: TrainConfig, console: Console | None = None, splits: Splits | None = None) -> BySeed:
+def train_seeds(config: TrainConfig, console: Console | None = None, splits: Splits[Any] | None = None) -> BySeed:
     """A run for each of a config's seeds, in ``seed-0`` and so on below its folder, then a table and ``seeds.json``.
 
     With ``resume="auto"`` each goes on where it was left, and one that is finished is measured again only. Under

@@ -22,6 +22,9 @@ from afd.data import Batches, Splits
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.experiments.assembly import (
     begin_with,
+    classes_of,
+    damaged_in,
+    damaged_lines,
     model_for,
     plain,
     splits_for,
@@ -70,7 +73,8 @@ class Measured:
 class Result:
     """Where a run's best checkpoint lies and what test accuracies (in [0, 1]) the model reaches.
 
-    `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA"; `alarms` what went off.
+    `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA"; `alarms` what went off;
+    `damaged` names files that held no whole image and were left out.
     """
 
     config: TrainConfig
@@ -81,10 +85,15 @@ class Result:
     robust: float
     measured: dict[str, Measured] = field(default_factory=dict)
     alarms: tuple[Alarm, ...] = ()
+    damaged: tuple[str, ...] = ()
 
 
 def train(
-    config: TrainConfig, console: Console | None = None, splits: Splits | None = None, *, advised: Path | None = None
+    config: TrainConfig,
+    console: Console | None = None,
+    splits: Splits[Any] | None = None,
+    *,
+    advised: Path | None = None,
 ) -> Result:
     """Trains as `config` says, prints as it goes, and measures its checkpoints on the test images.
 
@@ -128,7 +137,7 @@ def train(
 
 
 def _train_in(
-    folder: Path, config: TrainConfig, console: Console, splits: Splits, group: Group, device: torch.device,
+    folder: Path, config: TrainConfig, console: Console, splits: Splits[Any], group: Group, device: torch.device,
     advised: Path,
 ) -> Result:  # fmt: skip
     """`train` in a folder that is its own."""
@@ -136,7 +145,7 @@ def _train_in(
     model = model_for(config, splits.train)
     if config.weights is not None:
         begin_with(model, config.weights)
-    trainer = trainer_for(config, model.to(device))
+    trainer = trainer_for(config, model.to(device), classes_of(splits.train))
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
     name = _name(config)
@@ -147,18 +156,22 @@ def _train_in(
         first = [*discard, at_first(lambda: write_whole(folder / "run.toml", config.as_toml()))]
         trainer.callbacks = [*first, terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
         trainer.progress = terminal
-        trainer.fit(train_batches(config, splits.train, device, group), plain(splits.validation, device))
+        batches = train_batches(config, splits.train, device, group)
+        trainer.fit(batches, plain(splits.validation, device))
         group.wait()  # for the files
         measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
         if group.leads:
             save_weights(folder / "model.pt", model)
         alarms = tuple(trainer.alarms)
-        result = Result(config, model, best, **vars(measured["best"]), measured=measured, alarms=alarms)
+        damaged = damaged_in(splits, batches)
+        result = Result(
+            config, model, best, **vars(measured["best"]), measured=measured, alarms=alarms, damaged=damaged
+        )
         if group.leads:
             write_whole(folder / "result.json", _as_json(result, len(splits.test), trainer.rollbacks))
     console.print(_summary(result, len(splits.test)))
     console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
-    for line in alarm_lines(alarms, trainer.rollbacks):
+    for line in [*damaged_lines(damaged), *alarm_lines(alarms, trainer.rollbacks)]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if group.leads:
         draw(folder / "curves.png", name)
@@ -219,6 +232,7 @@ def _as_json(result: Result, images: int, rollbacks: Sequence[Mapping[str, Any]]
         **ball_as_json(config),
         "commit": commit(),
         "measured": {name: dataclasses.asdict(one) for name, one in result.measured.items()},
+        "damaged": list(result.damaged),
         "alarms": [dataclasses.asdict(alarm) for alarm in result.alarms],
         "rollbacks": [{name: back[name] for name in ("epoch", "remedy", "told")} for back in rollbacks],
     }

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from afd.attacks.inputs import outside_inference
 from afd.data import Batches
-from afd.data.images import images_and_labels, index_in
+from afd.data.items import images_and_labels, index_in
 from afd.errors import AfdError, InputError, InputTypeError, warn_caller
 from afd.methods.inputs import check_form, check_labels, check_values
 from afd.processes import LostError
@@ -22,7 +22,7 @@ from afd.training import loader_state
 Loader = Iterable[Any]
 """Any re-iterable of batches: a DataLoader, `Batches`, a list.
 
-A batch is what `afd.data.images.images_and_labels` reads: (images [N, ...] in [0, 1], labels [N] int64, ...), a dict or
+A batch is what `afd.data.items.images_and_labels` reads: (images [N, ...] in [0, 1], labels [N] int64, ...), a dict or
 an object; a training batch may have soft labels [N, K], which sum to 1 in each row, or, for a method that asks for
 none, none. Where the loader has a ``set_epoch(epoch)``, or a sampler or data set of it has, that is called before each
 pass. What a loader draws at random is drawn again when a run is resumed, as far as `loader_state` finds its generators.

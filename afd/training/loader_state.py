@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from afd.data.images import images_and_labels
+from afd.data.items import images_and_labels
 
 LONGEST = 100  # of a list or dict that is looked into; what is longer is data
 MOST = 10_000  # objects that are looked at

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from afd.attacks import Attack
 from afd.attacks.diagnostics import COULD_NOT_AIM
 from afd.attacks.inputs import outside_inference
-from afd.data.images import images_and_labels
+from afd.data.items import images_and_labels
 from afd.errors import InputError, ModelWarning, warn_caller
 from afd.methods import Method
 from afd.methods.ramps import remedied, told_of, with_stronger_attack

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from afd.data.images import images_and_labels
+from afd.data.items import images_and_labels
 from afd.errors import InputTypeError
 
 X, Y = torch.rand(4, 3), torch.arange(4)

@@ -200,7 +200,7 @@ def _discard(record: Record) -> None:
 # --- The plan ---------------------------------------------------------------------------------------------------------
 
 
-def _planned(asked: Comparison, place: Place, splits: Splits, device: torch.device, console: Console) -> Record:
+def _planned(asked: Comparison, place: Place, splits: Splits[Any], device: torch.device, console: Console) -> Record:
     """The record with all that is asked for in it, written; nothing is trained yet.
 
     Raises:
@@ -260,7 +260,7 @@ def _countable(name: str, asked: Comparison, steps: StepCosts | None) -> StepCos
     return steps
 
 
-def _steps(name: str, config: TrainConfig, splits: Splits, device: torch.device) -> StepCosts | None:
+def _steps(name: str, config: TrainConfig, splits: Splits[Any], device: torch.device) -> StepCosts | None:
     """What an entry's steps cost; None where that cannot be counted.
 
     Raises:

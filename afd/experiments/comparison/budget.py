@@ -19,7 +19,7 @@ from torch import Tensor
 
 from afd.config import TrainConfig
 from afd.data import Images
-from afd.data.images import images_and_labels, index_in
+from afd.data.items import images_and_labels, index_in
 from afd.errors import AfdError, InputError
 from afd.experiments.assembly import model_for, train_batches, trainer_for
 from afd.methods.base import LOOKS

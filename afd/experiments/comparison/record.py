@@ -250,7 +250,7 @@ class Record:
         self.folder, self.content = folder, content
 
     @classmethod
-    def begun(cls, folder: Path, asked: Comparison, splits: Splits, speed: float | None, device: Any) -> Record:
+    def begun(cls, folder: Path, asked: Comparison, splits: Splits[Any], speed: float | None, device: Any) -> Record:
         """One in which nothing is done yet, of a completed comparison; not written yet."""
         content = {
             "format": FORMAT,

@@ -190,7 +190,7 @@ class Runs:
 
     asked: Comparison
     record: Record
-    splits: Splits
+    splits: Splits[Any]
     device: torch.device
     console: Console
     models: dict[int, Model] = field(default_factory=dict)
