@@ -96,7 +96,7 @@ def test_every_command_without_its_extra_ends_in_one_line():
 NEEDY = {
     "from afd import data; data.load('digits')": "the data set digits needs scikit-learn",
     "from afd.training import tensorboard; tensorboard('x')": "the callback tensorboard needs tensorboard",
-    "from afd.experiments.train import train": "afd.config needs tomli-w",
+    "from afd.experiments.train import train": "afd.config needs tyro",
     "from afd.experiments.display import plot_curves": "the picture of learning curves needs matplotlib",
     "from afd.evaluation.folder import evaluate_to_folder": "the pictures of an evaluation needs matplotlib",
     "from afd import data; data.load('mnist')": "--data-root, or root= in Python) needs pooch",

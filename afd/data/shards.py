@@ -306,6 +306,9 @@ def _indexed(shard: str) -> dict[str, Any]:
                         sizes[key], problems[key] = (0, 0), str(error)
                 elif ending in (".cls", ".json"):
                     labels.setdefault(key, _label(shard, member.name, file.read(member.size), ending))
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # by which an archive ends
+                raise DataError(f"the shard {shard} is cut short behind {len(images)} images")
     except (OSError, tarfile.TarError, BadImageError) as error:
         if isinstance(error, DataError):
             raise

@@ -14,6 +14,7 @@ from afd import data
 from afd.attacks import NORMS, Norm
 from afd.attacks.union import RADIUS_IN, balls_in
 from afd.data import Images
+from afd.data.datasets import LIMIT_SEED, drawn_by_class
 from afd.errors import AfdError, InputError, look_up
 from afd.evaluation.attacks import Epsilon, ascending, check_radius
 from afd.evaluation.checks import VERDICTS
@@ -33,7 +34,7 @@ from afd.evaluation.store import REPORT, Output, check_folder
 from afd.files import check_path, check_source
 from afd.installation import needed_by
 from afd.metrics import spanned
-from afd.presets import PRESETS
+from afd.presets import PRESETS, kind_of
 from afd.runtime import Group, joined
 from afd.training.signals import StoppedError, on_signals
 from afd.training.weights import Rebuilt, rebuild
@@ -58,10 +59,15 @@ class EvaluateConfig:
     checkpoints that do not name their network, one of your own, and for files of weights."""
     protocol: Literal["quick", "autoattack", "paper"] = "quick"
     """quick: PGD-20 and APGD-CE; autoattack: the standard version; paper: eight attacks over their sweeps of eps."""
-    data: Literal["digits", "mnist", "cifar10", "cifar100"] | None = None
-    """Data set, whose test images are attacked. Default: what the checkpoint was trained on."""
+    data: str | None = None
+    """Data set, whose test images are attacked: digits, mnist, cifar10, cifar100, folder:PATH or shards:PATTERN.
+    Default: what the checkpoint was trained on."""
     data_root: Path | None = None
     """Folder of the data files; by default a cache folder, filled from the network."""
+    image_size: int | None = None
+    """Side of the square that the network sees of a file's image. Default: as in training."""
+    resize: int | None = None
+    """Shorter side that a file's image is brought to before. Default: as in training."""
     images: int | None = None
     """Attack the first so many test images. Default: 1000 for quick, else all."""
     norm: Norm = "Linf"
@@ -147,7 +153,7 @@ def _evaluate(config: EvaluateConfig, output: Output, console: Console) -> None:
             union = trained_in(model)
         protocol = named(
             config.protocol, data=images.name, norm=config.norm, epsilons=radii,
-            trained_at=trained_at(model, images.name), reference=config.reference, transfer=surrogate is not None,
+            trained_at=trained_at(model, images), reference=config.reference, transfer=surrogate is not None,
             union=union,
         )  # fmt: skip
         results = evaluate_to_folder(
@@ -220,35 +226,70 @@ def name_of(rebuilt: Rebuilt) -> str:
 
 
 def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
-    """The first test images of the data set that was named, or that the model was trained on."""
+    """The first test images of the data that was named, or that the model was trained on.
+
+    Of a folder or of shards, some are drawn class by class, as the first ones might be of one class.
+    """
     trained_on = look_up(model.metadata, "config", "data", "name")
     name = config.data or (trained_on if isinstance(trained_on, str) else None)
-    if name not in data.datasets.NAMES:
-        found = "does not say what it classifies" if name is None else f"was trained on {name!r}, of which afd knows no"
-        found += "" if name is None else " test images"
-        raise InputError(f"data is missing; {model.source} {found}, so name it with --data")
+    if name is None:
+        raise InputError(f"data is missing; {model.source} does not say what it classifies, so name it with --data")
+    if config.data is None and name not in data.NAMES and not name.startswith(data.FILES):
+        raise InputError(f"data is missing; {model.source} was trained on {name!r}, of which afd knows no test images, "
+                         "so name it with --data")  # fmt: skip
+    data.check_data(name)
+    if name not in data.NAMES:
+        return _test_files(config, name, model)
     known = look_up(model.metadata, "config", "data", "root") if name == trained_on else None
     root = config.data_root or (known if isinstance(known, str) else None)
     test = data.load(name, root, download=group.leads).test
+    return test.take(torch.arange(_count(config, name, len(test)), device="cpu"))
+
+
+def _count(config: EvaluateConfig, name: str, there: int) -> int:
+    """How many of a data set's test images are attacked."""
     count = config.images
     if count is None:
-        count = min(QUICK_IMAGES, len(test)) if config.protocol == "quick" else len(test)
-    if not 1 <= count <= len(test):
-        raise InputError(f"images is {count}; the test set of {name} has images 1 ... {len(test)}")
-    return test.take(torch.arange(count, device="cpu"))
+        count = min(QUICK_IMAGES, there) if config.protocol == "quick" else there
+    if not 1 <= count <= there:
+        raise InputError(f"images is {count}; the test set of {name} has images 1 ... {there}")
+    return count
+
+
+def _test_files(config: EvaluateConfig, name: str, model: Model) -> Images:
+    """Test images in files, sized as in training, of the classes that the model was trained on."""
+    from afd.data.files import FileSettings, load_files
+    from afd.data.sources import named as few
+
+    known = look_up(model.metadata, "config", "data")
+    known = known if isinstance(known, dict) else {}
+    sizes = known if config.image_size is None else {"image_size": config.image_size, "resize": config.resize}
+    asked = {one: known.get(one) for one in ("validation", "test_share")}
+    asked |= {one: sizes.get(one) for one in ("image_size", "resize")}
+    if config.resize is not None:
+        asked["resize"] = config.resize
+    found = load_files(name, FileSettings(**{one: value for one, value in asked.items() if value is not None})).test
+    theirs = known.get("classes")
+    if theirs is not None and tuple(theirs) != found.classes:
+        raise InputError(
+            f"model {model.source} was trained on the {len(theirs)} classes {few(theirs)}; {name} has "
+            f"{len(found.classes)}, {few(found.classes)}: they must be the same, in the same order"
+        )
+    count = _count(config, name, len(found))
+    return found.take(drawn_by_class(found.labels, count, LIMIT_SEED)).loaded()
 
 
 # where the metadata of a run speak of its attack: as the method's own, as one that was given to the trainer
 ATTACKS = (("method", "attack"), ("attack",))
 
 
-def trained_at(model: Model, data_name: str) -> Epsilon:
+def trained_at(model: Model, images: Images) -> Epsilon:
     """The L∞ radius that a checkpoint was trained at, or its data set's usual one."""
     for path in (("config", "test"), *((run, *attack) for run in ("config", "run") for attack in ATTACKS)):
         eps, norm = (look_up(model.metadata, *path, name) for name in ("eps", "norm"))
         if isinstance(eps, (int, float)) and 0 < eps < float("inf") and norm in (None, "Linf"):
             return exactly(float(eps))
-    return exactly(PRESETS[data_name].eps)
+    return exactly(PRESETS[kind_of(images.name, max(images.shape[1:]))].eps)
 
 
 def trained_in(model: Model) -> dict[Norm, Epsilon] | None:

@@ -93,6 +93,7 @@ def begin_with(model: FeatureClassifier, path: Path) -> None:
 def trainer_for(config: TrainConfig, model: FeatureClassifier, classes: Sequence[str] = ()) -> Trainer:
     """The trainer that a settled config describes, without callbacks; its checkpoints keep the names of the classes."""
     told = config.as_json()
+    told["data"].pop("workers", None)  # which have no say in what a run comes to
     if classes:
         told["data"]["classes"] = list(classes)
     assert config.method is not None

@@ -284,7 +284,7 @@ class ResumableLoader:
             batches = _from_batch(self.loader, served)
             if repeated:  # of the batch in progress; read again, it might be another: steps have drawn meanwhile
                 batches = chain([self.serving for _ in islice(batches, 1)], batches)
-            self.restore(now, own=False)
+            self.restore(now, own=isinstance(self.loader, Batches))  # which are where they are
         else:
             if now is not None:
                 self.restore(now)
