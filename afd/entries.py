@@ -243,11 +243,14 @@ def _of_all(config: TrainConfig) -> dict[str, Any]:
     ball = ", ".join(f"{norm} {eps}" for norm, eps in balls_of(config).items())
     return {
         "data": chosen.name, "data-root": chosen.root, "validation": chosen.validation, "limit": chosen.limit,
+        "image-size": chosen.image_size, "resize": chosen.resize, "resolutions": chosen.resolutions,
+        "crop-scale": chosen.crop_scale, "test-share": chosen.test_share, "bad-images": chosen.bad_images,
         "augment": chosen.augment, "extra-data": chosen.extra_data, "extra-share": chosen.extra_share,
         "epoch-images": chosen.epoch_images, "weights": config.weights, "precision": config.precision,
         "model": network.name, "width": network.width, "activation": network.activation,
-        "normalize": network.normalize, "ball": ball, "eval-steps": config.method.validation_attack,
-        "device": config.device,
+        "normalize": network.normalize, "input-stats": network.input_stats, "new-head": network.new_head,
+        "freeze": network.freeze, "drop-path": network.drop_path, "ball": ball,
+        "eval-steps": config.method.validation_attack, "device": config.device,
     }  # fmt: skip
 
 

@@ -166,7 +166,8 @@ def method_in(words: Sequence[str]) -> tuple[list[str], str | None]:
     for place, word in enumerate(words):
         before = words[place - 1] if place else ""
         value = before.startswith("--") and "=" not in before and before.removeprefix("--no-").strip("-") not in flags
-        if not word.startswith("-") and "=" not in word and known(word) and not value:  # beta=0:5 is a ramp
+        said = not word.startswith("-") and "=" not in word and not word[:1].isdigit()  # beta=0:5, 128:1 are no methods
+        if said and known(word) and not value:
             places.append(place)
     if len(places) > 1:
         raise UsageError(f"two methods are named, {words[places[0]]} and {words[places[1]]}; see afd train --help")

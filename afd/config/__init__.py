@@ -14,6 +14,7 @@ from afd.attacks import NORMS, AttackSettings, UnionSettings
 from afd.attacks.union import words_of
 from afd.config.parts import DataConfig, ModelConfig, RunConfig, TestConfig
 from afd.data import NAMES, check_data
+from afd.data.datasets import resolved
 from afd.data.sizing import Sizing, resolutions_of
 from afd.errors import InputError, at_least, count, fits, in_a_line, in_levels, in_words, without_fractions
 from afd.files import check_path, check_target
@@ -74,7 +75,9 @@ class TrainConfig(RunConfig):
             test = dataclasses.replace(test, eps=radius(kind, test.norm))
         config = dataclasses.replace(
             self,
-            data=_filled(self.data, augment=preset.augment, extra_share=share),
+            data=dataclasses.replace(
+                _filled(self.data, augment=preset.augment, extra_share=share), name=resolved(self.data.name)
+            ),
             model=_filled(self.model, name=preset.model, width=width_for(kind, self.model.name)),
             method=method,
             test=test,

@@ -68,6 +68,19 @@ def drawn_by_class(labels: Tensor, count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.sort(order[first]))
 
 
+def resolved(name: str) -> str:
+    """The name of data, its path written out from the root of the file system, so that it means the same everywhere."""
+    kind, _, place = name.partition(":")
+    if f"{kind}:" not in FILES or "://" in place:
+        return name
+    return f"{kind}:{Path(place).expanduser().absolute()}"
+
+
+def short(name: str) -> str:
+    """The name of data as titles have it: of files, the end of their path."""
+    return name.rstrip("/").rpartition("/")[2] if name.startswith(FILES) else name
+
+
 TEST_FRACTION = 0.2
 TEST_SEED = 2021
 

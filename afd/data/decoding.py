@@ -16,7 +16,7 @@ from afd.installation import needed_by
 
 with needed_by("reading images from files"):
     import simplejpeg
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -63,7 +63,7 @@ def size_of(file: Any) -> tuple[int, int]:
     except BadImageError:
         raise
     except Exception as error:  # whatever Pillow stumbles over in a damaged file
-        raise BadImageError(in_a_line(error)) from error
+        raise BadImageError(_told(error)) from error
 
 
 def decoded(content: bytes, least: int = 0) -> Pixels:
@@ -90,7 +90,7 @@ def decoded(content: bytes, least: int = 0) -> Pixels:
     except BadImageError:
         raise
     except Exception as error:  # whatever Pillow stumbles over in a damaged file
-        raise BadImageError(in_a_line(error)) from error
+        raise BadImageError(_told(error)) from error
 
 
 def _by_simplejpeg(content: bytes, least: int) -> Pixels | None:
@@ -102,6 +102,10 @@ def _by_simplejpeg(content: bytes, least: int) -> Pixels | None:
     except ValueError:
         return None
     return None
+
+
+def _told(error: Exception) -> str:
+    return "it is no JPEG, PNG or WebP image" if isinstance(error, UnidentifiedImageError) else in_a_line(error)
 
 
 def of_image(image: Any) -> Pixels:

@@ -24,6 +24,7 @@ class Images:
         scale: the largest value a pixel can take (255 for MNIST and CIFAR, 16 for digits); it becomes 1.0.
         num_classes: number of classes the labels are drawn from, whether or not all of them occur.
         name: the dataset's name.
+        chosen: how reports say so many of them.
 
     Raises:
         InputTypeError: a tensor has another dtype.
@@ -35,6 +36,7 @@ class Images:
     scale: float
     num_classes: int
     name: str
+    chosen: str = "the first {}"
 
     def __post_init__(self) -> None:
         if self.pixels.dtype != torch.uint8:
@@ -94,6 +96,10 @@ class Images:
         """
         index = self._positions(index)
         return replace(self, pixels=self.pixels.index_select(0, index), labels=self.labels.index_select(0, index))
+
+    def some(self, count: int) -> Images:
+        """The first so many, at most."""
+        return self.take(torch.arange(min(count, len(self)), device="cpu"))
 
     def to(self, device: torch.device | str) -> Images:
         """The same images on another device."""

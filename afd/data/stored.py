@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from afd.data.datasets import LIMIT_SEED, drawn_by_class
 from afd.data.decoding import BadImageError, Pixels, fitted
 from afd.data.images import Images
 from afd.data.sizing import Sizing
@@ -95,6 +96,11 @@ class StoredImages:
     def take(self, index: Tensor) -> StoredImages:
         """Those at these positions, in this order."""
         return replace(self, index=self.index[index.to("cpu", torch.int64)])
+
+    def some(self, count: int) -> Images:
+        """So many, at most, in memory: drawn class by class, as the first ones may be of one class."""
+        found = self.take(drawn_by_class(self.labels, count, LIMIT_SEED)).loaded()
+        return replace(found, chosen="{} (drawn class by class)") if count < len(self) else found
 
     def digest(self) -> str:
         """SHA-256 over names and labels, so that a run does not go on with other images."""

@@ -14,7 +14,6 @@ from afd import data
 from afd.attacks import NORMS, Norm
 from afd.attacks.union import RADIUS_IN, balls_in
 from afd.data import Images
-from afd.data.datasets import LIMIT_SEED, drawn_by_class
 from afd.errors import AfdError, InputError, look_up
 from afd.evaluation.attacks import Epsilon, ascending, check_radius
 from afd.evaluation.checks import VERDICTS
@@ -243,7 +242,7 @@ def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
     known = look_up(model.metadata, "config", "data", "root") if name == trained_on else None
     root = config.data_root or (known if isinstance(known, str) else None)
     test = data.load(name, root, download=group.leads).test
-    return test.take(torch.arange(_count(config, name, len(test)), device="cpu"))
+    return test.some(_count(config, name, len(test)))
 
 
 def _count(config: EvaluateConfig, name: str, there: int) -> int:
@@ -275,8 +274,7 @@ def _test_files(config: EvaluateConfig, name: str, model: Model) -> Images:
             f"model {model.source} was trained on the {len(theirs)} classes {few(theirs)}; {name} has "
             f"{len(found.classes)}, {few(found.classes)}: they must be the same, in the same order"
         )
-    count = _count(config, name, len(found))
-    return found.take(drawn_by_class(found.labels, count, LIMIT_SEED)).loaded()
+    return found.some(_count(config, name, len(found)))
 
 
 # where the metadata of a run speak of its attack: as the method's own, as one that was given to the trainer

@@ -305,7 +305,7 @@ def summarize(
         "data": {
             "name": images.name,
             "split": split,
-            "images": f"the first {count}",
+            "images": images.chosen.format(count),
             "count": count,
             "shape": list(images.shape),
             "classes": images.num_classes,

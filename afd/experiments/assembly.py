@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from afd import methods
 from afd.attacks import PGDSettings
@@ -18,9 +19,10 @@ from afd.data.sizing import SMALL, resolutions_of
 from afd.data.sources import SHOWN
 from afd.data.stored import StoredImages
 from afd.data.streaming import ResizedCropAndFlip, StreamedBatches
-from afd.errors import InputError
+from afd.errors import InputError, in_a_line
 from afd.methods.ramps import ramps_of
 from afd.nn import FeatureClassifier, build_model
+from afd.nn.modes import evaluating
 from afd.runtime import Group
 from afd.training.mixing import Mixing
 from afd.training.schedules import SCHEDULES, Schedule, step
@@ -163,6 +165,19 @@ def train_batches(
     extra = None if asked.extra_data is None else read_extra(asked.extra_data, images)
     share = asked.extra_share or 0.0
     return MixedBatches(images, size, extra=extra, share=share, epoch_images=asked.epoch_images, **settings)
+
+
+def check_resolutions(model: nn.Module, batches: Batches) -> None:
+    """Raises InputError if a network does not take images of one of the sides that they grow through."""
+    if not isinstance(batches, StreamedBatches):
+        return
+    device = next(model.parameters()).device
+    for side in dict.fromkeys(one.side for one in batches.resolutions):
+        try:
+            with evaluating(model), torch.no_grad():
+                model(torch.zeros(2, 3, side, side, device=device))
+        except Exception as error:  # the model's own
+            raise InputError(f"resolutions has {side}, which the network does not take: {in_a_line(error)}") from error
 
 
 def augmentation(asked: DataConfig, shape: tuple[int, int, int]) -> CropAndFlip | ResizedCropAndFlip:

@@ -13,6 +13,7 @@ from typing import Any
 
 from afd.config import TrainConfig
 from afd.data import Splits
+from afd.data.datasets import short
 from afd.errors import AfdError
 from afd.experiments import train as experiment
 from afd.experiments.assembly import splits_for
@@ -111,7 +112,7 @@ def _as_json(config: TrainConfig, found: BySeed, images: int) -> str:
 
 def _table(config: TrainConfig, found: BySeed) -> Table:
     assert config.method is not None
-    title = f"{config.data.name} {spelled(config.method)}: {len(found)} seeds"
+    title = f"{short(config.data.name)} {spelled(config.method)}: {len(found)} seeds"
     table = Table(title=title, title_justify="left")
     for column in ("checkpoint", "seed", "natural", f"PGD-{experiment.TEST_STEPS}"):
         table.add_column(column)

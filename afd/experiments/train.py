@@ -19,9 +19,11 @@ from afd.attacks.union import told
 from afd.checkpoint import load_checkpoint
 from afd.config import TrainConfig
 from afd.data import Batches, Splits
+from afd.data.datasets import short
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.experiments.assembly import (
     begin_with,
+    check_resolutions,
     classes_of,
     damaged_in,
     damaged_lines,
@@ -148,7 +150,7 @@ def _train_in(
     trainer = trainer_for(config, model.to(device), classes_of(splits.train))
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
-    name = _name(config)
+    name, batches = _name(config), train_batches(config, splits.train, device, group)
     assert config.epochs is not None
     best = folder / "best.pt"
     with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, advised):
@@ -156,7 +158,7 @@ def _train_in(
         first = [*discard, at_first(lambda: write_whole(folder / "run.toml", config.as_toml()))]
         trainer.callbacks = [*first, terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
         trainer.progress = terminal
-        batches = train_batches(config, splits.train, device, group)
+        check_resolutions(model, batches)
         trainer.fit(batches, plain(splits.validation, device))
         group.wait()  # for the files
         measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
@@ -298,7 +300,7 @@ def saying_how_to_go_on(trainer: Trainer, folder: Path) -> Iterator[None]:
 
 def _name(config: TrainConfig) -> str:
     assert config.method is not None
-    return f"{config.data.name} {spelled(config.method)}"
+    return f"{short(config.data.name)} {spelled(config.method)}"
 
 
 def _summary(result: Result, images: int) -> Table:

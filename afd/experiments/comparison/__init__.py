@@ -94,8 +94,7 @@ def _compare(
     place = _place(asked, len(splits.test), out, overwrite, stack)
     asked = asked.completed(None if place.record is None else place.record.content, len(splits.test))
     assert asked.images is not None
-    first = torch.arange(asked.images, device="cpu")
-    splits = dataclasses.replace(splits, test=splits.test.take(first))
+    splits = dataclasses.replace(splits, test=splits.test.some(asked.images))
     check_protocol(asked.timed, splits.test)
     record, folder = _planned(asked, place, splits, device, console), place.folder
     if out is None:
