@@ -34,7 +34,6 @@ OUTCOME = ("out", "overwrite", "resume")
 # settings that checkpoints of the time when there were none lack, and what that means: left out where they say no more
 LATER = {
     "seeds": (), "ramps": (), "mixup": 0.0, "cutmix": 0.0, "on_alarm": "warn", "checkpoint_activations": False,
-    "layer_decay": None,
 }  # fmt: skip
 LATER_OF_MODEL = {"activation": "relu", "input_stats": None, "new_head": None, "freeze": (), "drop_path": 0.0}
 LATER_OF_TEST = {"union": None}
