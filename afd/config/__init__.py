@@ -224,7 +224,9 @@ class TrainConfig(RunConfig):
         if not path.is_file():
             raise InputError(f"config is {path}; there is no such file, and recipes are {', '.join(recipes())}")
         try:
-            return cls.from_json(tomllib.loads(path.read_text()))
+            found = cls.from_json(tomllib.loads(path.read_text()))
+            check_data(found.data.name)
+            return found
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise InputError(f"config is {path}, which cannot be read: {in_a_line(error)}") from error
         except InputError as error:
