@@ -31,6 +31,7 @@ from afd.experiments.assembly import (
 )
 from afd.experiments.display import Terminal, plot_curves
 from afd.experiments.folder import check_files, discard_records, run_folder
+from afd.experiments.spent import cost_as_json, cost_lines, plan_of
 from afd.files import write_whole
 from afd.installation import needed_by
 from afd.methods.registry import spelled
@@ -70,7 +71,8 @@ class Measured:
 class Result:
     """Where a run's best checkpoint lies and what test accuracies (in [0, 1]) the model reaches.
 
-    `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA"; `alarms` what went off.
+    `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA"; `alarms` what went off;
+    `cost` hours, images seen, device, peak memory, and how far a plan was off (`afd.experiments.spent`).
     """
 
     config: TrainConfig
@@ -81,6 +83,7 @@ class Result:
     robust: float
     measured: dict[str, Measured] = field(default_factory=dict)
     alarms: tuple[Alarm, ...] = ()
+    cost: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -140,6 +143,7 @@ def _train_in(
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
     name = _name(config)
+    plan_of(config)  # which is refused now rather than at the end
     assert config.epochs is not None
     best = folder / "best.pt"
     with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, advised):
@@ -152,13 +156,13 @@ def _train_in(
         measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
         if group.leads:
             save_weights(folder / "model.pt", model)
-        alarms = tuple(trainer.alarms)
-        result = Result(config, model, best, **vars(measured["best"]), measured=measured, alarms=alarms)
+        alarms, cost = tuple(trainer.alarms), cost_as_json(trainer.spent, device, config)
+        result = Result(config, model, best, **vars(measured["best"]), measured=measured, alarms=alarms, cost=cost)
         if group.leads:
             write_whole(folder / "result.json", _as_json(result, len(splits.test), trainer.rollbacks))
     console.print(_summary(result, len(splits.test)))
     console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
-    for line in alarm_lines(alarms, trainer.rollbacks):
+    for line in (*cost_lines(cost), *alarm_lines(alarms, trainer.rollbacks)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if group.leads:
         draw(folder / "curves.png", name)
@@ -219,6 +223,7 @@ def _as_json(result: Result, images: int, rollbacks: Sequence[Mapping[str, Any]]
         **ball_as_json(config),
         "commit": commit(),
         "measured": {name: dataclasses.asdict(one) for name, one in result.measured.items()},
+        "cost": result.cost,
         "alarms": [dataclasses.asdict(alarm) for alarm in result.alarms],
         "rollbacks": [{name: back[name] for name in ("epoch", "remedy", "told")} for back in rollbacks],
     }

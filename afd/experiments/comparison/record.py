@@ -19,9 +19,10 @@ from afd.errors import InputError, look_up
 from afd.evaluation.attacks import Epsilon
 from afd.evaluation.command import exactly
 from afd.evaluation.outcome import ResultsError, device_name
-from afd.experiments.comparison.budget import Cost, seconds_in
+from afd.experiments.comparison.budget import seconds_in
 from afd.experiments.comparison.report import write_all
 from afd.experiments.comparison.rows import ENDED, ended
+from afd.experiments.costs import Cost
 from afd.files import check_source, write_whole
 from afd.installation import needed_by
 from afd.methods.registry import spelled
