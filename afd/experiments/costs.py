@@ -62,20 +62,28 @@ class StepCosts:
         images: that it is trained on.
         device: where to.
         count: how passes are counted.
+        rows: images that they are counted on.
 
     Raises:
         AfdError: the method cannot be trained so, on such images; the message says why.
         UncountableError: passes of such a network cannot be counted.
     """
 
-    def __init__(self, config: TrainConfig, images: Images, device: torch.device, count: Count = counted) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        images: Images,
+        device: torch.device,
+        count: Count = counted,
+        rows: int = COUNTED_IMAGES,
+    ) -> None:
         self.config, self.images, self.count = config, images, count
         plain = replace(config, compile=False, graph=False, precision="fp32", out=None, resume=None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the run itself gives them
             self.trainer = throwaway(plain, images, device)
         self.trainer.step.looks = LOOKS
-        self.x, self.y, self.index = next(_batches(plain, images, device, self.trainer))
+        self.x, self.y, self.index = next(_batches(plain, images, device, self.trainer, rows))
         self.found: dict[Hashable, Passes] = {}
         self.passes(1, 1)
 
@@ -139,14 +147,14 @@ def throwaway(config: TrainConfig, images: Images, device: torch.device) -> Trai
 
 
 def _batches(
-    config: TrainConfig, images: Images, device: torch.device, trainer: Trainer
+    config: TrainConfig, images: Images, device: torch.device, trainer: Trainer, rows: int
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
     """The first images of the run's first batches, mixed where it mixes them."""
     for item in train_batches(config, images, device):
         x, y = images_and_labels(item, trainer.method.labels)
         index = index_in(item, len(x))
-        x = x[:COUNTED_IMAGES]
-        y, index = (None if one is None else one[:COUNTED_IMAGES] for one in (y, index))
+        x = x[:rows]
+        y, index = (None if one is None else one[:rows] for one in (y, index))
         if trainer.mixing.active and y is not None:
             trainer.mixing.check(x, y)
             x, y = trainer.mixing(x, y, trainer.network.num_classes, seed=0)
