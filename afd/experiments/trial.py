@@ -36,7 +36,8 @@ from afd.training.data import Loader
 from afd.training.trainer import Trainer
 from afd.training.validation import shared_accuracy
 
-FEWEST_IMAGES, FASTER = 4, 4  # a trial of something slow begins with so many, and goes on with so many times more
+# a trial of something slow begins with so many, twice as many (memory grows by two), and then so many times more
+FEWEST_IMAGES, FASTER = 2, 4
 MOST_TIMES = 50
 COUNTED = 2  # images that passes are counted on
 SHARES = {"steps": 0.55, "validation": 0.15, "test": 0.15, "loading": 0.15}  # of a trial's seconds
@@ -79,7 +80,7 @@ def tried(
     Args:
         work: done on so many images.
         most: that it is meant for.
-        seconds: that there are; the first call is made whatever it takes.
+        seconds: that there are; the calls for two numbers of images are made whatever they take.
         begin: images of the first call.
         memory: asked after each number of images.
         clock: in seconds.
@@ -97,9 +98,10 @@ def tried(
             times.append(once())
         found.memory[images] = memory()
         left, each = end - clock(), times[-1] / images
-        if images == most or each * min(most, FASTER * images) > left:
+        more = min(most, FASTER * images if len(found.memory) > 1 else 2 * images)
+        if images == most or (len(found.memory) > 1 and each * more > left):
             break
-        images = most if 3 * each * most <= left else min(most, FASTER * images)
+        images = most if 3 * each * most <= left else more
     while len(times) < MOST_TIMES and clock() + times[-1] <= end:
         times.append(once())
     found.images = images

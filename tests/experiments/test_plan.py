@@ -62,7 +62,7 @@ def found(config=None, half=400 * MIB, twice=1000 * MIB, **changes):
 # --- Measuring --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("each", "images", "calls"), [(0.001, 128, 30), (0.02, 128, 4), (0.2, 16, 4), (5.0, 4, 1)])
+@pytest.mark.parametrize(("each", "images", "calls"), [(0.001, 128, 30), (0.02, 128, 4), (0.2, 16, 4), (5.0, 4, 2)])
 def test_what_is_slow_is_tried_on_fewer_images(each, images, calls):
     clock, done = Clock(), []
 
@@ -74,14 +74,14 @@ def test_what_is_slow_is_tried_on_fewer_images(each, images, calls):
     assert result.images == images
     assert result.seconds == pytest.approx(each)
     assert len(done) >= calls
-    assert clock.now - 100.0 <= max(10.0, 4 * each)  # but for the first call, whatever it takes
+    assert clock.now - 100.0 <= max(10.0, 6 * each)  # but for the first two numbers, whatever they take
 
 
 def test_the_first_call_builds_what_stays_and_is_not_counted():
     clock, done = Clock(), []
 
     def work(count):
-        clock.now += (1.0 if not done else 0.0) + 0.01 * count
+        clock.now += (1.0 if count not in done else 0.0) + 0.01 * count
         done.append(count)
 
     assert tried(work, 4, 10.0, clock=clock).seconds == pytest.approx(0.01)
@@ -252,7 +252,7 @@ def test_a_table_says_all_of_it():
     for words in (
         "digits at: 2 epochs on a device", "4 forward, 4 to the input, 1 to the weights", "18,000", "100",
         "12 s", "10 s training, 2 s validation", "44 s", "of it 20 s test", "memory, batches of 16", "600 MiB",
-        "memory, batches of 64", "of 8.0 GiB available", "checkpoints of 1000 B",
+        "memory, batches of 64", "of 8.0 GiB available", "checkpoints of 1,000 B",
     ):  # fmt: skip
         assert words in said, words
     by_hand = measured()["passes"] | {"by": "operations", "image": None}
