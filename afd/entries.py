@@ -246,8 +246,9 @@ def _of_all(config: TrainConfig) -> dict[str, Any]:
         "augment": chosen.augment, "extra-data": chosen.extra_data, "extra-share": chosen.extra_share,
         "epoch-images": chosen.epoch_images, "weights": config.weights, "precision": config.precision,
         "model": network.name, "width": network.width, "activation": network.activation,
-        "normalize": network.normalize, "ball": ball, "eval-steps": config.method.validation_attack,
-        "device": config.device,
+        "normalize": network.normalize, "input-stats": network.input_stats, "new-head": network.new_head,
+        "freeze": network.freeze, "drop-path": network.drop_path, "ball": ball,
+        "eval-steps": config.method.validation_attack, "device": config.device,
     }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ DISTRIBUTION = "afd-torch"  # what pip calls this library
 EXTRAS = {  # modules, by the extra that brings them
     "train": ("tyro", "rich", "matplotlib", "tensorboard", "sklearn", "pooch", "tomli_w", "jinja2", "PIL"),
     "evaluate": ("foolbox", "pyautoattack"),
+    "models": ("timm", "torchvision", "transformers", "safetensors"),
 }
 # what pip calls a module, where that is not its name
 PACKAGES = {"sklearn": "scikit-learn", "tomli_w": "tomli-w", "PIL": "pillow"}

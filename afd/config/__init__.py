@@ -109,6 +109,7 @@ class TrainConfig(RunConfig):
         if data.epoch_images is not None:
             count("epoch-images", data.epoch_images, 1)
         count("width", model.width, 1)
+        _check_network(model)
         self._check_test()
         count("epochs", self.epochs, 1)
         if self.overwrite and self.resume == "auto":
@@ -231,6 +232,16 @@ class TrainConfig(RunConfig):
             raise InputError(f"config is {path}, which cannot be read: {in_a_line(error)}") from error
         except InputError as error:
             raise InputError(f"config is {path}: {in_a_line(error)}") from error
+
+
+def _check_network(model: ModelConfig) -> None:
+    """Raises InputError where a setting of the network is out of its range, whatever the data."""
+    if model.new_head is not None:
+        count("new-head", model.new_head, 2)
+    if not 0 <= model.drop_path < 1:
+        raise InputError(f"drop-path is {model.drop_path}; it must be a share in [0, 1)")
+    if "" in model.freeze:
+        raise InputError("freeze has a pattern without a letter; patterns are of parameters' names, such as 'layer1.*'")
 
 
 def recipes() -> list[str]:

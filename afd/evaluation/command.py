@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from afd import data
 from afd.attacks import NORMS, Norm
@@ -20,7 +21,7 @@ from afd.evaluation.checks import VERDICTS
 from afd.evaluation.confirm import confirmed_in_words
 from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.measure import check_numbers
-from afd.evaluation.model import Model, from_factory
+from afd.evaluation.model import Model, evaluated, from_factory
 from afd.evaluation.protocol import named
 from afd.evaluation.report import (
     Table,
@@ -33,10 +34,14 @@ from afd.evaluation.store import REPORT, Output, check_folder
 from afd.files import check_path, check_source
 from afd.installation import needed_by
 from afd.metrics import spanned
-from afd.presets import PRESETS
+from afd.nn import MODELS, build_named
+from afd.nn.classifier import unwrapped
+from afd.nn.normalized import stats_in
+from afd.nn.sources import from_function, source_of
+from afd.presets import PRESETS, kind_of, width_for
 from afd.runtime import Group, joined
+from afd.training.rebuilt import Rebuilt, rebuild
 from afd.training.signals import StoppedError, on_signals
-from afd.training.weights import Rebuilt, rebuild
 
 with needed_by("afd evaluate"):
     from rich.console import Console
@@ -52,10 +57,13 @@ class EvaluateConfig:
     """One evaluation: which model, on which images, attacked how, and where the report goes."""
 
     checkpoint: Positional[str] = ""
-    """A checkpoint, a run's folder (its best.pt), or package.module:function, a function that returns a classifier."""
+    """A checkpoint, a run's folder (its best.pt), a file of weights, or package.module:function, a function that
+    returns a classifier."""
     model: str = ""
-    """package.module:function, a function that builds the network which the checkpoint's weights are loaded into. For
-    checkpoints that do not name their network, one of your own, and for files of weights."""
+    """The network that the checkpoint's weights are loaded into: package.module:function, which builds it, or a name as
+    of afd train --model. For checkpoints that do not name their network, one of your own, and for files of weights."""
+    input_stats: str = ""
+    """Mean and deviation that images are normalised by before --model sees them, as of afd train --input-stats."""
     protocol: Literal["quick", "autoattack", "paper"] = "quick"
     """quick: PGD-20 and APGD-CE; autoattack: the standard version; paper: eight attacks over their sweeps of eps."""
     data: Literal["digits", "mnist", "cifar10", "cifar100"] | None = None
@@ -140,8 +148,11 @@ def _evaluate(config: EvaluateConfig, output: Output, console: Console) -> None:
     if largest is not None:
         check_radius(largest, "Linf", values=1)
     with joined(config.device) as group:
-        model = load(config.checkpoint, group.device, config.model)
-        surrogate = load(config.transfer_from, group.device, config.transfer_model) if config.transfer_from else None
+        data_set = named_images(config, group) if config.data else None
+        model = load(config.checkpoint, group.device, config.model, data_set, config.input_stats)
+        surrogate = (
+            load(config.transfer_from, group.device, config.transfer_model, data_set) if config.transfer_from else None
+        )
         images = test_images(config, model, group)
         if union is None and radii is None and config.norm == "Linf" and config.protocol != "paper":
             union = trained_in(model)
@@ -181,25 +192,46 @@ def _check(config: EvaluateConfig) -> None:
         raise InputError("overwrite is set, but out is not; the numbered folders are never overwritten")
 
 
-def load(spec: str, device: torch.device, function: str = "") -> Model:
+def load(spec: str, device: torch.device, name: str = "", images: Images | None = None, input_stats: str = "") -> Model:
     """A model from a checkpoint or from ``package.module:function``.
 
     Args:
         spec: either of the two.
         device: where to put it.
-        function: ``package.module:function`` that builds the network of a checkpoint; "" for one that is named there.
+        name: of the network of a checkpoint, as `afd.nn.build_named` knows it; "" for one that is named there.
+        images: of the data set that was named, whose shape and classes the network is built for.
+        input_stats: as `afd.nn.normalized.stats_in` knows them, of a network that is named; "" for none.
 
     Raises:
-        InputError: a function for a function.
+        InputError: a function for a function, or a name without the images that it is built for.
         UnusableModelError, CheckpointError: it is neither, or cannot be loaded.
     """
+    if input_stats and not name:
+        raise InputError(
+            f"input-stats is {input_stats}, but model is missing; they are those of a network that is named"
+        )
     if not Path(spec).exists() and ":" in spec:
-        if function:
-            raise InputError(f"model is {function}, but {spec} is a function already; it goes with a checkpoint")
+        if name:
+            raise InputError(f"model is {name}, but {spec} is a function already; it goes with a checkpoint")
+        if source_of(spec)[0]:
+            return evaluated(_named(spec, images, input_stats), spec, device)
         return from_factory(spec, device)
-    own = from_factory(function, torch.device("cpu")).network if function else None
+    own = _named(name, images, input_stats) if name else None
     rebuilt = rebuild(Path(spec), device, own)
     return Model(name_of(rebuilt), str(rebuilt.path), rebuilt.network, rebuilt.discriminator, rebuilt.metadata)
+
+
+def _named(name: str, images: Images | None, input_stats: str) -> nn.Module:
+    """A network of that name: afd's own and a library's for the data set's images."""
+    if name not in MODELS and not source_of(name)[0] and not input_stats:
+        return from_function(name, None if images is None else images.num_classes)
+    if images is None:
+        raise InputError(f"data is missing; model {name} is built for the images of a data set, so name it with --data")
+    channels, height, width = images.shape
+    stats = stats_in(input_stats, channels) if input_stats else None
+    shape, own_width = (channels, height, width), width_for(kind_of(images.name, height), name)
+    built = build_named(name, shape, images.num_classes, width=own_width, input_stats=stats)
+    return built if name in MODELS else unwrapped(built)
 
 
 OF_ATTACKED = {"adversarial_weight": "CE(x')", "divergence_weight": "KL"}  # terms that the paper's AFD does not have
@@ -219,6 +251,11 @@ def name_of(rebuilt: Rebuilt) -> str:
     return " + ".join([f"AFD-{loss.upper()}", *terms])
 
 
+def named_images(config: EvaluateConfig, group: Group, name: str = "", root: str | None = None) -> Images:
+    """All test images of a data set, by default of that which was named."""
+    return data.load(name or str(config.data), config.data_root or root, download=group.leads).test
+
+
 def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
     """The first test images of the data set that was named, or that the model was trained on."""
     trained_on = look_up(model.metadata, "config", "data", "name")
@@ -228,8 +265,7 @@ def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
         found += "" if name is None else " test images"
         raise InputError(f"data is missing; {model.source} {found}, so name it with --data")
     known = look_up(model.metadata, "config", "data", "root") if name == trained_on else None
-    root = config.data_root or (known if isinstance(known, str) else None)
-    test = data.load(name, root, download=group.leads).test
+    test = named_images(config, group, name, known if isinstance(known, str) else None)
     count = config.images
     if count is None:
         count = min(QUICK_IMAGES, len(test)) if config.protocol == "quick" else len(test)

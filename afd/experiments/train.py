@@ -21,7 +21,6 @@ from afd.config import TrainConfig
 from afd.data import Batches, Splits
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.experiments.assembly import (
-    begin_with,
     model_for,
     plain,
     splits_for,
@@ -35,14 +34,16 @@ from afd.experiments.spent import cost_as_json, cost_lines, plan_of
 from afd.files import write_whole
 from afd.installation import needed_by
 from afd.methods.registry import spelled
-from afd.nn import FeatureClassifier
+from afd.nn import FeatureClassifier, FeatureSplit
+from afd.nn.classifier import unwrapped
 from afd.runtime import Group, commit, device_named, join
 from afd.training.alarms import Alarm, alarm_lines
 from afd.training.callbacks import Callback, Report, TrainingError, json_lines, tensorboard
+from afd.training.rebuilt import weights_in
 from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
 from afd.training.validation import shared_accuracy
-from afd.training.weights import save_weights, weights_in
+from afd.training.weights import save_weights
 
 with needed_by("afd.experiments.train"):
     from rich.console import Console
@@ -76,7 +77,7 @@ class Result:
     """
 
     config: TrainConfig
-    model: FeatureClassifier
+    model: FeatureClassifier | FeatureSplit
     checkpoint: Path
     epoch: int
     natural: float
@@ -137,8 +138,6 @@ def _train_in(
     """`train` in a folder that is its own."""
     torch.manual_seed(config.seed)
     model = model_for(config, splits.train)
-    if config.weights is not None:
-        begin_with(model, config.weights)
     trainer = trainer_for(config, model.to(device))
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
@@ -183,8 +182,9 @@ class AlarmError(AfdError):
 
 
 def _measured(
-    folder: Path, config: TrainConfig, model: FeatureClassifier, test: Batches, group: Group, terminal: Terminal
-) -> dict[str, Measured]:
+    folder: Path, config: TrainConfig, model: FeatureClassifier | FeatureSplit, test: Batches, group: Group,
+    terminal: Terminal,
+) -> dict[str, Measured]:  # fmt: skip
     """What a finished run's checkpoints reach; the model, which has the best weights, has them again afterwards."""
     best, last = folder / "best.pt", folder / "last.pt"
     (best_state, best_of), (last_state, last_of) = map(load_checkpoint, (best, last))
@@ -199,14 +199,14 @@ def _measured(
 
     def both(name: str) -> Measured:
         state, after = weights[name]
-        model.load_state_dict(state)
+        unwrapped(model).load_state_dict(state)
         attack = test_attack(config, TEST_STEPS).build(model)
         return Measured(after, measure(f"test, {name}", None), measure(f"test under PGD-{TEST_STEPS}, {name}", attack))
 
     found = {"best": both("best")}
     same = ("EMA" if "EMA" in weights else "last") if epoch == end else ""  # the best epoch's weights again
     found |= {name: found["best"] if name == same else both(name) for name in weights if name != "best"}
-    model.load_state_dict(weights["best"][0])
+    unwrapped(model).load_state_dict(weights["best"][0])
     return found
 
 
