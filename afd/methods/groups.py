@@ -140,9 +140,11 @@ def _composite(module: nn.Module) -> bool:
 
 
 def _is_stage(module: nn.Module) -> bool:
-    """Whether a module holds a chain of several blocks of one class."""
+    """Whether a module holds a chain of several blocks of one class, each of several weights."""
     chains = (list(chain) for chain in module.modules() if isinstance(chain, CHAINS) and len(chain) > 1)
     return any(
-        len({type(one) for one in chain}) == 1 and not isinstance(chain[0], CHAINS) and all(map(_composite, chain))
+        len({type(one) for one in chain}) == 1
+        and not isinstance(chain[0], CHAINS)
+        and all(sum(own.dim() > 1 for own in one.parameters()) > 1 for one in chain)
         for chain in chains
     )

@@ -108,6 +108,26 @@ def test_stages_of_blocks_are_opened_and_what_lies_between_blocks_goes_with_the_
     assert layers["2.weight"] == 5
 
 
+def test_a_block_whose_layers_are_modules_of_their_own_stays_one_block():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    class Bottleneck(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Sequential(Layer(), Layer(), Layer())
+
+    class Stage(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(Bottleneck(), Bottleneck())
+
+    layers = layers_of(model := nn.Sequential(Stage(), Stage()))
+    assert sorted(set(by_name(model, layers).values())) == [1, 2, 3, 4]
+
+
 def test_a_chain_of_plain_layers_has_one_each_with_its_norm():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     assert list(by_name(model, layers_of(model)).values()) == [1] * 4 + [2] * 4 + [3] * 2
