@@ -19,7 +19,7 @@ from typing import Any
 
 from afd.config import TrainConfig
 from afd.errors import AfdError, InputError
-from afd.experiments.folder import check_files
+from afd.experiments.folder import ROOT, check_files
 from afd.experiments.spent import PLAN, described, duration, size
 from afd.files import write_whole
 from afd.installation import needed_by
@@ -65,7 +65,8 @@ def plan(config: TrainConfig, seconds: float = SECONDS, console: Console | None 
     config = replace(config.settled(), resume=None)
     check_files(config)
     console = console or Console(emoji=False)
-    found = planned(config, trials(config, seconds))
+    with console.status(f"trying the run for about {duration(seconds)}"):
+        found = planned(config, trials(config, seconds))
     console.print(table(found))
     for line in found["advice"]:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
@@ -141,7 +142,7 @@ def planned(config: TrainConfig, found: dict[str, dict[str, Any]]) -> dict[str, 
     """What ``plan.json`` says of a settled run, by what its trials have found."""
     whole = found["batch"]
     memory = {name: one.get("memory") if one["fits"] else None for name, one in found.items()}
-    free = None if config.out is None else _free(config.out)
+    free = _free(ROOT if config.out is None else config.out)
     plain: dict[str, Any] = {
         "run": described(config),
         "commit": commit(),
@@ -234,7 +235,7 @@ def advice(config: TrainConfig, plain: dict[str, Any]) -> list[str]:
     elif not memory["fits"]["twice"] or (memory["twice"] and available and memory["twice"] > ROOM * available):
         lines.append(f"memory: a batch of {2 * config.data.batch_size} would not fit")
     disk, speed = plain["disk"], plain["speed"]
-    if disk and disk["free"] is not None and disk["run"] + disk["checkpoint"] > disk["free"]:
+    if disk and disk["run"] + disk["checkpoint"] > disk["free"]:
         lines.append(
             f"disk: checkpoints take {size(disk['run'])} of {size(disk['free'])} that are free; name another --out"
         )
@@ -290,9 +291,8 @@ def table(plain: dict[str, Any]) -> Table:
         shown.add_row(*row)
     disk = plain["disk"]
     if disk is not None:
-        free = "" if disk["free"] is None else f"of {size(disk['free'])} that are free"
         shown.add_row("disk, an epoch writes", size(disk["epoch"]), f"checkpoints of {size(disk['checkpoint'])}")
-        shown.add_row("disk, the run keeps", size(disk["run"]), free)
+        shown.add_row("disk, the run keeps", size(disk["run"]), f"of {size(disk['free'])} that are free")
     return shown
 
 

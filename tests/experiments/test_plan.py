@@ -166,7 +166,7 @@ def test_ramps_and_repeats_are_in_the_passes():
 def test_disk_is_that_of_the_checkpoints_a_run_keeps():
     disk = found()["disk"]
     assert (disk["checkpoint"], disk["epoch"], disk["run"]) == (1000, 2000, 3300)
-    assert disk["free"] is None
+    assert disk["free"] > 2**20  # where the numbered folders are
     assert found(config_of("at", "--on-alarm", "rollback"))["disk"]["run"] == 4300
 
 

@@ -10,6 +10,7 @@ from afd.attacks import PGDSettings
 from afd.errors import InputError
 from afd.methods import AFD, AT, JARN
 from afd.methods.groups import groups_of, layers_of, undecayed
+from afd.methods.optimizers import make_recordable
 from afd.nn import build_model
 from afd.training import Trainer
 from afd.training.schedules import Rates, cosine
@@ -201,6 +202,15 @@ def test_each_group_follows_the_schedule_from_its_own_rate():
         total += sum(group["lr"] for group in optimizer.param_groups)
     assert total == pytest.approx(sum(first) * sum(cosine(done / 4) for done in range(4)))
     assert rates.of_step(1) == {"task": 0.1}
+
+
+def test_rates_that_a_recorded_step_reads_are_each_groups_own():
+    optimizer = AT(lr=0.1, optimizer="adamw", layer_decay=0.5, attack=ATTACK).build(Transformer()).optimizers["task"]
+    make_recordable(optimizer, torch.device("cpu"))
+    held = [group["lr"] for group in optimizer.param_groups]
+    Rates({"task": optimizer}, cosine, steps=4).set(2)
+    assert [group["lr"] for group in optimizer.param_groups] == held  # filled, and where they were
+    assert [float(one) for one in held] == pytest.approx([0.05 * 0.5**layer for layer in range(5)])
 
 
 def test_only_the_model_has_layers_that_learn_apart():
