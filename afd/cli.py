@@ -1,4 +1,4 @@
-"""The commands ``afd train | evaluate | compare | bench | curves | info`` (or ``python -m afd``).
+"""The commands ``afd train | plan | evaluate | compare | bench | curves | info`` (or ``python -m afd``).
 
 A mistake ends in one line and exit status 2. Each command imports what it needs, when it is asked for.
 """
@@ -45,6 +45,48 @@ def train(words: Sequence[str]) -> Work:
         leave()
 
     return work
+
+
+def plan(words: Sequence[str]) -> Work:
+    """Say what a run will cost, from a minute's trial of it that leaves nothing behind but plan.json in --out."""
+    from afd.experiments.plan import SECONDS
+    from afd.experiments.plan import plan as run
+    from afd.options import train_config
+
+    words, seconds = _trial_of(words, SECONDS)
+    config = train_config(words, f"{plan.__doc__} --trial SECONDS is how long that takes, about.", "plan")
+    for warning in config.settled().warnings():
+        print(f"afd: warning: {warning}", file=sys.stderr)
+    if config.data.name == "digits":
+        installation.require("sklearn", "the data set digits")
+
+    def work() -> None:
+        run(config, seconds)
+
+    return work
+
+
+def _trial_of(words: Sequence[str], default: float) -> tuple[list[str], float]:
+    """The words but for --trial, and the seconds that it says.
+
+    Raises:
+        UsageError: they are none.
+    """
+    from afd.errors import fraction
+    from afd.options import UsageError
+
+    left, found = list(words), default
+    for place, word in reversed(list(enumerate(words))):
+        option, equals, value = word.partition("=")
+        if option != "--trial":
+            continue
+        told = value if equals else "".join(words[place + 1 : place + 2])
+        try:
+            found = fraction(told)
+        except ValueError:
+            raise UsageError(f"trial is {told!r}; it must be a number of seconds, such as 60") from None
+        del left[place : place + (1 if equals else 2)]
+    return left, found
 
 
 def evaluate(words: Sequence[str]) -> Work:
@@ -118,7 +160,15 @@ def info(words: Sequence[str]) -> Work:
 
 
 NAME = re.compile(r"^[a-z]+(_[a-z]+)+(?= is )")  # of an argument, at the beginning of an error
-COMMANDS = {"train": train, "evaluate": evaluate, "compare": compare, "bench": bench, "curves": curves, "info": info}
+COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "evaluate": evaluate,
+    "compare": compare,
+    "bench": bench,
+    "curves": curves,
+    "info": info,
+}
 
 
 def benchmarks() -> Any:

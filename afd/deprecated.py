@@ -26,7 +26,7 @@ ATTACK_SETTINGS = {"piece": "chunk_size", "look": "validate", "fold": "fold_batc
 BENCH_OPTIONS = {"rounds": "repeats", "compare": "since"}
 METHOD_SETTINGS = {"discriminator_rounds": "discriminator_steps"}
 # settings of methods that checkpoints of earlier days do not have, with what was done then
-ADDED = {"nesterov": False, "decay_norms": True}
+ADDED = {"nesterov": False, "decay_norms": True, "layer_decay": None}
 ADDED_TO_AFD: dict[str, float] = {"adversarial_weight": 0.0, "divergence_weight": 0.0}
 
 

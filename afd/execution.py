@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from afd.errors import InputError, one_of
 from afd.nn import Split
+from afd.nn.classifier import unwrapped
 from afd.nn.modes import Buffers, eager
+from afd.nn.recomputing import Recomputing
 from afd.ops import backend, checks
 from afd.python_state import snapshot
 
@@ -63,6 +65,8 @@ class Execution(Passes):
     """How training passes run: `Passes`, with convolutions laid out as images are, and more.
 
     Attributes:
+        checkpoint_activations: keep the activations of a training pass between the network's blocks only, and compute
+            the others anew in its backward (`afd.nn.recomputing`); attacks keep theirs.
         compile: run the model's passes through torch.compile.
         sync_batchnorm: BatchNorm's statistics over the batches of all processes (CUDA only).
         graph: on CUDA, have the trainer capture the whole step, attack and optimizers included, in one graph and
@@ -73,6 +77,13 @@ class Execution(Passes):
     compile: bool = False
     sync_batchnorm: bool = False
     graph: bool = False
+    checkpoint_activations: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.checkpoint_activations and (self.compile or self.graph):
+            told = f"checkpoint_activations and {'compile' if self.compile else 'graph'} are both set; choose one"
+            raise InputError(f"{told}, as what is computed anew in a backward is neither compiled nor captured")
 
     def prepare(self, model: Any) -> Any:
         """`model` in the chosen layout (where that is safe), its BatchNorm layers exchanged if so chosen.
@@ -276,6 +287,8 @@ MEANINGS = {  # of parts of torch's errors
         "the method differentiates gradients, and the model has a layer whose gradient torch cannot differentiate "
         "({reason}); attention can be, inside of torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
     ),
+    "tensors was saved during": "a pass goes another way when its activations are computed anew than at first, as "
+    "those of LLR do, by the clean batch's statistics; go without checkpoint_activations",
     "nference tensors cannot be saved": "the model holds a tensor that was made in torch.inference_mode, which no "
     "gradient goes through; make it outside of that mode",
 }
@@ -290,6 +303,7 @@ class TrainingPass(nn.Module):
         device = next(self.parameters()).device
         # a walk through all modules, so not at every pass
         self.safe = not unsafe_channels_last(self, device)
+        self.blocks = Recomputing(unwrapped(cast(nn.Module, model))) if execution.checkpoint_activations else None
 
     def forward(self, x: Tensor, with_logits: bool = True) -> tuple[Tensor, ...]:
         """(features,) or (features, logits) of images x.
@@ -297,7 +311,7 @@ class TrainingPass(nn.Module):
         What is left out is seen as unused by DistributedDataParallel, which then waits for no gradient of it.
         """
         x = self.shown(x)
-        with self.execution.autocast(x.device):
+        with self.execution.autocast(x.device), nullcontext() if self.blocks is None else self.blocks.sparing():
             outputs = self.model.features_and_logits(x)
         wide = tuple(_wide(output) for output in outputs)
         return wide if with_logits else wide[:1]

@@ -37,6 +37,7 @@ EXTRAS = {  # modules, by the extra that brings them
         "simplejpeg",
     ),
     "evaluate": ("foolbox", "pyautoattack"),
+    "models": ("timm", "torchvision", "transformers", "safetensors"),
 }  # fmt: skip
 # what pip calls a module, where that is not its name
 PACKAGES = {"sklearn": "scikit-learn", "tomli_w": "tomli-w", "PIL": "pillow"}

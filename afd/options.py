@@ -127,7 +127,7 @@ TAKEN |= {"config", "data", "data_root", "model", "attack", "eval_steps", "metho
 Options = list[tuple[str, Any, Any]]  # as of `dataclasses.make_dataclass`
 
 
-def train_config(words: Sequence[str], described_as: str | None) -> TrainConfig:
+def train_config(words: Sequence[str], described_as: str | None, command: str = "train") -> TrainConfig:
     """The run that the words of ``afd train`` describe, on top of the file that --config names.
 
     Raises:
@@ -144,7 +144,7 @@ def train_config(words: Sequence[str], described_as: str | None) -> TrainConfig:
             raise UsageError("seed and seeds are both given; name one of the two")
         base = dataclasses.replace(base, seed=0)  # that of the file
     try:
-        found = parsed(options_of(base), "train", words, _said(described_as))
+        found = parsed(options_of(base), command, words, _said(described_as, command))
     except UsageError as error:
         stray = re.match(r"Unrecognized options: ([^-\s,;][^\s,;]*)", str(error))
         if stray is not None:
@@ -353,12 +353,12 @@ def _option(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _said(described_as: str | None) -> str:
+def _said(described_as: str | None, command: str) -> str:
     methods, wrappers = ", ".join(METHODS), ", ".join(WRAPPERS)
     around = f" A wrapper goes behind it: METHOD+WRAPPER ({wrappers})." if wrappers else ""
     return (
-        f"{described_as}\n\nafd train [METHOD] [OPTIONS]: METHOD is one of {methods} (default: afd), or a class of "
-        f"your own as package.module:Class; its options are shown by afd train METHOD --help.{around}"
+        f"{described_as}\n\nafd {command} [METHOD] [OPTIONS]: METHOD is one of {methods} (default: afd), or a class of "
+        f"your own as package.module:Class; its options are shown by afd {command} METHOD --help.{around}"
     )
 
 

@@ -78,6 +78,24 @@ def counted(work: Callable[[], object], model: nn.Module, x: Tensor) -> Passes:
     return Passes(*((found.images[kind] - found.images[kind, first]) / per_image for kind in KINDS))
 
 
+def by_operations(work: Callable[[], object], model: nn.Module, x: Tensor) -> Passes:
+    """The passes that `work` takes of any model for each image of a batch x, by its operations, all told as forwards.
+
+    They are those of matrix products and convolutions, as torch counts them, divided by those of one forward. Networks
+    beside the model count, too, and a pass is a little less where the first layer's input asks for no gradient.
+
+    Raises:
+        UncountableError: the model has no such operation.
+    """
+    with FlopCounterMode(display=False) as once, torch.no_grad():
+        model(x)
+    if not once.get_total_flops():
+        raise UncountableError("the model has neither matrix products nor convolutions to count passes by")
+    with FlopCounterMode(display=False) as found:
+        work()
+    return Passes(found.get_total_flops() / once.get_total_flops(), 0.0, 0.0)
+
+
 class _Convolutions(TorchDispatchMode):
     """Counts the images that convolutions are applied to, in all, and by the shape of the weights.
 

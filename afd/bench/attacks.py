@@ -45,10 +45,12 @@ from afd.errors import InputError, at_least, one_of, out_of_memory
 from afd.evaluation.attacks import check_radius
 from afd.evaluation.model import from_factory
 from afd.files import check_path
-from afd.nn import build_model
+from afd.nn import build_model, build_named
+from afd.nn.sources import source_of
 from afd.ops.backend import fast_bf16
 from afd.passes import pass_flops
 
+CLASSES = 10  # of a library's network
 RADII: dict[int, dict[Norm, float]] = {  # by channels: the usual ones of MNIST and of CIFAR-10
     1: {"Linf": 0.3, "L2": 2.0, "L1": 10.0},
     3: {"Linf": 8 / 255, "L2": 0.5, "L1": 12.0},
@@ -76,11 +78,12 @@ class AttackBench(Benchmark):
     )
 
     model: str = "lenet"
-    """lenet, resnet18, or package.module:factory, a function that returns a classifier."""
+    """lenet, resnet18; timm:NAME, torchvision:NAME or hf:NAME, with random weights; or package.module:factory, a
+    function that returns a classifier."""
     batch: int | None = None
     """Images a batch. Default: 512 for lenet, else 128."""
     shape: tuple[int, int, int] | None = None
-    """Channels, height and width of an image, for a factory's model. Default: 3 32 32."""
+    """Channels, height and width of an image, for a model that is not one of the two. Default: 3 32 32."""
     attack: str = "pgd"
     """pgd, apgd; comma-separated."""
     norm: str = "Linf"
@@ -107,13 +110,19 @@ class AttackBench(Benchmark):
     def own(self) -> nn.Module:
         """The model of the user's factory."""
         torch.manual_seed(0)
-        return from_factory(self.model, torch.device("cpu")).network
+        if not source_of(self.model)[0]:
+            return from_factory(self.model, torch.device("cpu")).network
+        channels, height, width = self.size
+        return build_named(self.model, (channels, height, width), CLASSES).eval()
 
     @property
     def size(self) -> tuple[int, ...]:
         """The shape of an image."""
         if self.model not in MODELS and ":" not in self.model:
-            raise InputError(f"model is {self.model!r}; allowed are {', '.join(MODELS)}, and package.module:factory")
+            raise InputError(
+                f"model is {self.model!r}; allowed are {', '.join(MODELS)}, timm:NAME and such, and "
+                "package.module:factory"
+            )
         found = self.shape or (MODELS[self.model][1] if self.model in MODELS else (3, 32, 32))
         if min(found) < 1:
             raise InputError(f"shape is {'x'.join(map(str, found))}; each side must be at least 1")

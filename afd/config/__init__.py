@@ -36,7 +36,6 @@ OUTCOME = ("out", "overwrite", "resume")
 # settings that checkpoints of the time when there were none lack, and what that means: left out where they say no more
 LATER = {
     "seeds": (), "ramps": (), "mixup": 0.0, "cutmix": 0.0, "on_alarm": "warn", "checkpoint_activations": False,
-    "layer_decay": None,
 }  # fmt: skip
 LATER_OF_MODEL = {"activation": "relu", "input_stats": None, "new_head": None, "freeze": (), "drop_path": 0.0}
 LATER_OF_TEST = {"union": None}
@@ -107,6 +106,7 @@ class TrainConfig(RunConfig):
         count("batch-size", data.batch_size, 1)
         self._check_data()
         count("width", model.width, 1)
+        _check_network(model)
         self._check_test()
         count("epochs", self.epochs, 1)
         if self.overwrite and self.resume == "auto":
@@ -259,11 +259,23 @@ class TrainConfig(RunConfig):
         if not path.is_file():
             raise InputError(f"config is {path}; there is no such file, and recipes are {', '.join(recipes())}")
         try:
-            return cls.from_json(tomllib.loads(path.read_text()))
+            found = cls.from_json(tomllib.loads(path.read_text()))
+            check_data(found.data.name)
+            return found
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
             raise InputError(f"config is {path}, which cannot be read: {in_a_line(error)}") from error
         except InputError as error:
             raise InputError(f"config is {path}: {in_a_line(error)}") from error
+
+
+def _check_network(model: ModelConfig) -> None:
+    """Raises InputError where a setting of the network is out of its range, whatever the data."""
+    if model.new_head is not None:
+        count("new-head", model.new_head, 2)
+    if not 0 <= model.drop_path < 1:
+        raise InputError(f"drop-path is {model.drop_path}; it must be a share in [0, 1)")
+    if "" in model.freeze:
+        raise InputError("freeze has a pattern without a letter; patterns are of parameters' names, such as 'layer1.*'")
 
 
 def recipes() -> list[str]:

@@ -140,8 +140,6 @@ class RunConfig:
     """Arithmetic of the network in attack and training; auto: bf16 where the device multiplies it in hardware."""
     checkpoint_activations: bool = False
     """Keep the activations of a training pass between blocks only, and compute the others anew in its backward."""
-    layer_decay: Number | None = None
-    """Learning rates fall by this factor from each block of the network to the one before it. Default: all alike."""
     compile: bool = False
     """Run the training passes through torch.compile."""
     sync_batchnorm: bool = False

@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from afd import data
-from afd.attacks import NORMS, Norm
+from afd.attacks import Norm
 from afd.attacks.union import RADIUS_IN, balls_in
 from afd.data import Images
+from afd.data.files import FileSettings, load_files
+from afd.data.sources import named as few
+from afd.data.stored import StoredImages
 from afd.errors import AfdError, InputError, look_up
 from afd.evaluation.attacks import Epsilon, ascending, check_radius
-from afd.evaluation.checks import VERDICTS
-from afd.evaluation.confirm import confirmed_in_words
 from afd.evaluation.folder import evaluate_to_folder
 from afd.evaluation.measure import check_numbers
-from afd.evaluation.model import Model, from_factory
+from afd.evaluation.model import Model, evaluated, from_factory
 from afd.evaluation.protocol import named
 from afd.evaluation.report import (
-    Table,
-    advised,
-    ball_name,
-    percent,
     tables_of,
 )
 from afd.evaluation.store import REPORT, Output, check_folder
+from afd.evaluation.terminal import present, present_table
 from afd.files import check_path, check_source
 from afd.installation import needed_by
-from afd.metrics import spanned
-from afd.presets import PRESETS, kind_of
+from afd.nn import MODELS, build_named
+from afd.nn.classifier import unwrapped
+from afd.nn.normalized import stats_in
+from afd.nn.sources import from_function, source_of
+from afd.presets import PRESETS, kind_of, width_for
 from afd.runtime import Group, joined
+from afd.training.rebuilt import Rebuilt, rebuild
 from afd.training.signals import StoppedError, on_signals
-from afd.training.weights import Rebuilt, rebuild
 
 with needed_by("afd evaluate"):
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table as Grid
     from tyro.conf import Positional
 
 QUICK_IMAGES = 1000
@@ -52,10 +54,13 @@ class EvaluateConfig:
     """One evaluation: which model, on which images, attacked how, and where the report goes."""
 
     checkpoint: Positional[str] = ""
-    """A checkpoint, a run's folder (its best.pt), or package.module:function, a function that returns a classifier."""
+    """A checkpoint, a run's folder (its best.pt), a file of weights, or package.module:function, a function that
+    returns a classifier."""
     model: str = ""
-    """package.module:function, a function that builds the network which the checkpoint's weights are loaded into. For
-    checkpoints that do not name their network, one of your own, and for files of weights."""
+    """The network that the checkpoint's weights are loaded into: package.module:function, which builds it, or a name as
+    of afd train --model. For checkpoints that do not name their network, one of your own, and for files of weights."""
+    input_stats: str = ""
+    """Mean and deviation that images are normalised by before --model sees them, as of afd train --input-stats."""
     protocol: Literal["quick", "autoattack", "paper"] = "quick"
     """quick: PGD-20 and APGD-CE; autoattack: the standard version; paper: eight attacks over their sweeps of eps."""
     data: str | None = None
@@ -145,8 +150,11 @@ def _evaluate(config: EvaluateConfig, output: Output, console: Console) -> None:
     if largest is not None:
         check_radius(largest, "Linf", values=1)
     with joined(config.device) as group:
-        model = load(config.checkpoint, group.device, config.model)
-        surrogate = load(config.transfer_from, group.device, config.transfer_model) if config.transfer_from else None
+        data_set = named_images(config, group) if config.data else None
+        model = load(config.checkpoint, group.device, config.model, data_set, config.input_stats)
+        surrogate = (
+            load(config.transfer_from, group.device, config.transfer_model, data_set) if config.transfer_from else None
+        )
         images = test_images(config, model, group)
         if union is None and radii is None and config.norm == "Linf" and config.protocol != "paper":
             union = trained_in(model)
@@ -186,25 +194,48 @@ def _check(config: EvaluateConfig) -> None:
         raise InputError("overwrite is set, but out is not; the numbered folders are never overwritten")
 
 
-def load(spec: str, device: torch.device, function: str = "") -> Model:
+def load(
+    spec: str, device: torch.device, name: str = "", images: Images | StoredImages | None = None, input_stats: str = ""
+) -> Model:
     """A model from a checkpoint or from ``package.module:function``.
 
     Args:
         spec: either of the two.
         device: where to put it.
-        function: ``package.module:function`` that builds the network of a checkpoint; "" for one that is named there.
+        name: of the network of a checkpoint, as `afd.nn.build_named` knows it; "" for one that is named there.
+        images: of the data set that was named, whose shape and classes the network is built for.
+        input_stats: as `afd.nn.normalized.stats_in` knows them, of a network that is named; "" for none.
 
     Raises:
-        InputError: a function for a function.
+        InputError: a function for a function, or a name without the images that it is built for.
         UnusableModelError, CheckpointError: it is neither, or cannot be loaded.
     """
+    if input_stats and not name:
+        raise InputError(
+            f"input-stats is {input_stats}, but model is missing; they are those of a network that is named"
+        )
     if not Path(spec).exists() and ":" in spec:
-        if function:
-            raise InputError(f"model is {function}, but {spec} is a function already; it goes with a checkpoint")
+        if name:
+            raise InputError(f"model is {name}, but {spec} is a function already; it goes with a checkpoint")
+        if source_of(spec)[0]:
+            return evaluated(_named(spec, images, input_stats), spec, device)
         return from_factory(spec, device)
-    own = from_factory(function, torch.device("cpu")).network if function else None
+    own = _named(name, images, input_stats) if name else None
     rebuilt = rebuild(Path(spec), device, own)
     return Model(name_of(rebuilt), str(rebuilt.path), rebuilt.network, rebuilt.discriminator, rebuilt.metadata)
+
+
+def _named(name: str, images: Images | StoredImages | None, input_stats: str) -> nn.Module:
+    """A network of that name: afd's own and a library's for the data set's images."""
+    if name not in MODELS and not source_of(name)[0] and not input_stats:
+        return from_function(name, None if images is None else images.num_classes)
+    if images is None:
+        raise InputError(f"data is missing; model {name} is built for the images of a data set, so name it with --data")
+    channels, height, width = images.shape
+    stats = stats_in(input_stats, channels) if input_stats else None
+    shape, own_width = (channels, height, width), width_for(kind_of(images.name, height), name)
+    built = build_named(name, shape, images.num_classes, width=own_width, input_stats=stats)
+    return built if name in MODELS else unwrapped(built)
 
 
 OF_ATTACKED = {"adversarial_weight": "CE(x')", "divergence_weight": "KL"}  # terms that the paper's AFD does not have
@@ -224,57 +255,61 @@ def name_of(rebuilt: Rebuilt) -> str:
     return " + ".join([f"AFD-{loss.upper()}", *terms])
 
 
-def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
-    """The first test images of the data that was named, or that the model was trained on.
+def named_images(
+    config: EvaluateConfig, group: Group, name: str = "", trained: Mapping[str, Any] = MappingProxyType({})
+) -> Images | StoredImages:
+    """All test images of a data set, by default of that which was named.
 
-    Of a folder or of shards, some are drawn class by class, as the first ones might be of one class.
+    Args:
+        config: what was asked for.
+        group: of the processes, one of which may fetch files.
+        name: of the data.
+        trained: the data that the model was trained on, which says sizes where the words do not, and the root.
     """
-    trained_on = look_up(model.metadata, "config", "data", "name")
+    name = name or str(config.data)
+    if data.check_data(name) in data.NAMES:
+        known = trained.get("root") if name == trained.get("name") else None
+        return data.load(name, config.data_root or known, download=group.leads).test
+    sizes = trained if config.image_size is None else {"image_size": config.image_size}
+    asked = {one: trained.get(one) for one in ("validation", "test_share")}
+    asked |= {"image_size": sizes.get("image_size"), "resize": config.resize or sizes.get("resize")}
+    return _test_files(name, FileSettings(**{one: value for one, value in asked.items() if value is not None}))
+
+
+@cache  # it looks at all files
+def _test_files(name: str, settings: FileSettings) -> StoredImages:
+    return load_files(name, settings).test
+
+
+def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
+    """Test images of the data that was named, or that the model was trained on: as many as were asked for.
+
+    Of a data set that afd knows by name these are the first; of a folder or of shards, drawn class by class.
+    """
+    trained = look_up(model.metadata, "config", "data")
+    trained = trained if isinstance(trained, dict) else {}
+    trained_on = trained.get("name")
     name = config.data or (trained_on if isinstance(trained_on, str) else None)
     if name is None:
         raise InputError(f"data is missing; {model.source} does not say what it classifies, so name it with --data")
     if config.data is None and name not in data.NAMES and not name.startswith(data.FILES):
-        raise InputError(f"data is missing; {model.source} was trained on {name!r}, of which afd knows no test images, "
-                         "so name it with --data")  # fmt: skip
-    data.check_data(name)
-    if name not in data.NAMES:
-        return _test_files(config, name, model)
-    known = look_up(model.metadata, "config", "data", "root") if name == trained_on else None
-    root = config.data_root or (known if isinstance(known, str) else None)
-    test = data.load(name, root, download=group.leads).test
-    return test.some(_count(config, name, len(test)))
-
-
-def _count(config: EvaluateConfig, name: str, there: int) -> int:
-    """How many of a data set's test images are attacked."""
-    count = config.images
-    if count is None:
-        count = min(QUICK_IMAGES, there) if config.protocol == "quick" else there
-    if not 1 <= count <= there:
-        raise InputError(f"images is {count}; the test set of {name} has images 1 ... {there}")
-    return count
-
-
-def _test_files(config: EvaluateConfig, name: str, model: Model) -> Images:
-    """Test images in files, sized as in training, of the classes that the model was trained on."""
-    from afd.data.files import FileSettings, load_files
-    from afd.data.sources import named as few
-
-    known = look_up(model.metadata, "config", "data")
-    known = known if isinstance(known, dict) else {}
-    sizes = known if config.image_size is None else {"image_size": config.image_size, "resize": config.resize}
-    asked = {one: known.get(one) for one in ("validation", "test_share")}
-    asked |= {one: sizes.get(one) for one in ("image_size", "resize")}
-    if config.resize is not None:
-        asked["resize"] = config.resize
-    found = load_files(name, FileSettings(**{one: value for one, value in asked.items() if value is not None})).test
-    theirs = known.get("classes")
-    if theirs is not None and tuple(theirs) != found.classes:
+        raise InputError(
+            f"data is missing; {model.source} was trained on {name!r}, of which afd knows no test images, so name it "
+            "with --data"
+        )
+    test = named_images(config, group, name, trained)
+    theirs = trained.get("classes")
+    if theirs is not None and isinstance(test, StoredImages) and tuple(theirs) != test.classes:
         raise InputError(
             f"model {model.source} was trained on the {len(theirs)} classes {few(theirs)}; {name} has "
-            f"{len(found.classes)}, {few(found.classes)}: they must be the same, in the same order"
+            f"{len(test.classes)}, {few(test.classes)}: they must be the same, in the same order"
         )
-    return found.some(_count(config, name, len(found)))
+    count = config.images
+    if count is None:
+        count = min(QUICK_IMAGES, len(test)) if config.protocol == "quick" else len(test)
+    if not 1 <= count <= len(test):
+        raise InputError(f"images is {count}; the test set of {name} has images 1 ... {len(test)}")
+    return test.some(count)
 
 
 # where the metadata of a run speak of its attack: as the method's own, as one that was given to the trainer
@@ -305,63 +340,3 @@ def exactly(eps: float) -> Epsilon:
     """The fraction that a checkpoint's float stands for: so many 255ths if it is one of those, else its decimal."""
     levels = round(eps * 255)
     return Epsilon.of(f"{levels}/255") if levels and levels / 255 == eps else Epsilon.of(eps)
-
-
-# --- What is printed when it is done ----------------------------------------------------------------------------------
-
-COLOURS = {"pass": "green", "warn": "yellow", "fail": "red", "skipped": "dim"}
-
-
-def present(results: dict[str, Any], console: Console) -> None:
-    """Prints accuracies, the worst case, and each check with its number."""
-    data = results["data"]
-    title = f"{results['subject']['name']} on {data['images']} {data['split']} images of {data['name']}"
-    grid = Grid("attack", "norm", "accuracy (%) at each ε", title=title, title_justify="left")
-    intervals = results.get("intervals", {"clean": None, "worst_case": {}})  # those of earlier versions have none
-    grid.add_row("none", "", _figure(results["clean"], intervals["clean"]))
-    for attack in results["attacks"]:
-        if attack["role"] != "probe":
-            grid.add_row(attack["name"], NORMS[attack["norm"]].sign, _curve(attack["accuracies"]))
-    for norm, worst in results["worst_case"].items():
-        within = intervals["worst_case"].get(norm, {})
-        spans = (f"{eps}: {_figure(accuracy, within.get(eps))}" for eps, accuracy in worst.items())
-        grid.add_row("worst case", NORMS[norm].sign, "   ".join(spans), style="bold")
-    if (union := results.get("union")) is not None:
-        balls = ", ".join(map(ball_name, union["balls"]))
-        grid.add_row("all balls", "", f"{balls}: {_figure(union['accuracy'], union.get('interval'))}", style="bold")
-    console.print(grid)
-    for line in confirmed_in_words(results):
-        console.print(line, soft_wrap=True, markup=False, highlight=False)
-    signs = Grid("check", "verdict", "number", "meaning", title="Self-deception", title_justify="left")
-    for check in results["checks"]:
-        number = "-" if check["number"] is None else f"{check['number']:.4g} {check['unit']}"
-        meaning = "" if check["verdict"] == "pass" else check["meaning"]
-        colour = COLOURS[check["verdict"]]
-        signs.add_row(check["name"], f"[{colour}]{check['verdict']}[/]", number, meaning)
-    console.print(signs)
-    todo = advised(results["checks"], results["protocol"]["name"])
-    if not todo:
-        return
-    advice = Grid("check", "what to do next", title=VERDICTS[results["verdict"]], title_justify="left")
-    for name, verdict, words in todo:
-        advice.add_row(f"[{COLOURS[verdict]}]{escape(name)}[/]", escape(words))
-    console.print(advice)
-
-
-def present_table(found: Table, console: Console) -> None:
-    """Prints a table."""
-    grid = Grid(*found.head, title=found.title, title_justify="left")
-    for number, row in enumerate(found.rows):
-        grid.add_row(*row, style="bold" if number < found.ours else "dim")
-    console.print(grid)
-    if found.note:
-        console.print(found.note)
-
-
-def _figure(share: float, interval: Sequence[float] | None) -> str:
-    """A share as a percentage, with its interval where there is one."""
-    return percent(share) if interval is None else f"{percent(share)} (95%: {spanned(interval)})"
-
-
-def _curve(points: list[dict[str, Any]]) -> str:
-    return "   ".join(f"{point['text']}: {percent(point['accuracy'])}" for point in points)

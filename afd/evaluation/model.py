@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import json
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +20,8 @@ from afd.evaluation.protocol import Protocol
 from afd.metrics import predict
 from afd.nn.classifier import unwrapped
 from afd.nn.modes import local, without_wrappers
-
-
-class UnusableModelError(AfdError):
-    """A model cannot be had from what was named, or does not fit the data."""
+from afd.nn.normalized import Normalized
+from afd.nn.sources import UnusableModelError, from_function, told
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,8 @@ class Model:
     def structure(self) -> str:
         """SHA-256 over what else the model is made of: the kinds of its modules, and whether it scales its features."""
         inner = unwrapped(self.network)
-        kinds = [(name, type(module).__qualname__) for name, module in inner.named_modules()]
+        kinds: list[tuple[Any, ...]] = [(name, type(module).__qualname__) for name, module in inner.named_modules()]
+        kinds += [module.stats for module in inner.modules() if isinstance(module, Normalized)]
         scaled = getattr(without_wrappers(self.network), "normalize", None)
         return hashlib.sha256(f"{kinds} {scaled if isinstance(scaled, bool) else None}".encode()).hexdigest()
 
@@ -108,6 +104,8 @@ def describe(model: Model) -> dict[str, Any]:
 def architecture(model: Model) -> str:
     """What a table calls the network."""
     recipe = look_up(model.metadata, "network", "recipe") or look_up(model.metadata, "config", "model")
+    if isinstance(recipe, dict) and ":" in str(recipe.get("name")):
+        return str(recipe["name"])
     if isinstance(recipe, dict) and {"name", "width"} <= set(recipe):
         smooth = "" if recipe.get("activation", "relu") == "relu" else f", {recipe['activation']}"
         return f"{recipe['name']} (width {recipe['width']}{smooth})"
@@ -126,47 +124,25 @@ def from_factory(spec: str, device: torch.device) -> Model:
     """The model that ``package.module:function`` returns when called without arguments.
 
     Raises:
-        UnusableModelError: it cannot be imported, is not callable, fails, or returns no nn.Module.
+        UnusableModelError: as of `from_function`, or it cannot be put into evaluation mode there.
     """
-    module_name, _, attribute = spec.partition(":")
-    if not module_name or not attribute:
-        raise UnusableModelError(f"model is {spec!r}; a function is named as package.module:function")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # as `python -m` does: a factory may lie beside the user
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UnusableModelError(f"model {spec} cannot be imported: {in_a_line(error)}") from error
-    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is told, and is the cause
-        raise UnusableModelError(f"model {spec} cannot be imported: {_told(error)}") from error
-    try:
-        factory = getattr(module, attribute)
-    except AttributeError as error:
-        raise UnusableModelError(f"model {spec}: {module_name} has no {attribute!r}") from error
-    if not callable(factory):
-        raise UnusableModelError(
-            f"model {spec} is a {type(factory).__name__}; it must be a function that returns a model"
-        )
-    try:
-        network = factory()
-    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is told, and is the cause
-        raise UnusableModelError(f"model {spec} failed with {_told(error)}") from error
-    if not isinstance(network, nn.Module):
-        raise UnusableModelError(f"model {spec} returned a {type(network).__name__}; it must return a torch.nn.Module")
+    return evaluated(from_function(spec), spec, device)
+
+
+def evaluated(network: nn.Module, source: str, device: torch.device) -> Model:
+    """A model in evaluation mode on a device.
+
+    Raises:
+        UnusableModelError: it cannot be put there.
+    """
     training = sum(bool(getattr(module, "training", False)) for module in network.modules())
     try:
         network = network.to(device).eval()
     except (Exception, SystemExit) as error:  # its own code again, or weights that are not there
         raise UnusableModelError(
-            f"model {spec} cannot be put into evaluation mode on {device}: {_told(error)}"
+            f"model {source} cannot be put into evaluation mode on {device}: {told(error)}"
         ) from error
-    return Model(attribute, spec, network, training_modules=training)
-
-
-def _told(error: BaseException) -> str:
-    """Kind and words of an error of the user's code, in a line."""
-    kind, said = type(error).__name__, in_a_line(error)
-    return kind if said == kind else f"{kind}: {said}"
+    return Model(source.rpartition(":")[2], source, network, training_modules=training)
 
 
 def check_fit(model: Model, images: Images, sizes: Iterable[int] = (2,)) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from afd import methods
 from afd.attacks import PGDSettings
+from afd.checkpoint import CheckpointError
 from afd.config import DataConfig, TrainConfig
 from afd.data import NAMES, Batches, Images, MixedBatches, Splits, load, read_extra
 from afd.data.files import FileSettings, load_files
@@ -19,15 +20,19 @@ from afd.data.sizing import SMALL, resolutions_of
 from afd.data.sources import SHOWN
 from afd.data.stored import StoredImages
 from afd.data.streaming import ResizedCropAndFlip, StreamedBatches
-from afd.errors import InputError, in_a_line
+from afd.errors import AfdError, InputError, in_a_line
 from afd.methods.ramps import ramps_of
-from afd.nn import FeatureClassifier, build_model
+from afd.nn import FeatureClassifier, FeatureSplit, build_named, freeze
 from afd.nn.modes import evaluating
+from afd.nn.normalized import stats_in
+from afd.nn.sources import UnusableModelError, told
 from afd.runtime import Group
 from afd.training.mixing import Mixing
+from afd.training.rebuilt import held_in
 from afd.training.schedules import SCHEDULES, Schedule, step
 from afd.training.trainer import Trainer
-from afd.training.weights import rebuild
+from afd.training.weight_files import OtherHeadError, published
+from afd.training.weights import load_plainly, load_state
 
 EVAL_BATCH = 500
 CROP_SCALE = 0.25  # light augmentation, as adversarial training from scratch wants it
@@ -76,15 +81,30 @@ def file_settings(asked: DataConfig) -> FileSettings:
     )  # fmt: skip
 
 
-def begin_with(model: FeatureClassifier, path: Path) -> None:
+def begin_with(model: FeatureClassifier | FeatureSplit, path: Path, new_head: int | None = None) -> None:
     """Loads the weights of a checkpoint (the average, where there is one) or of a file that holds a state_dict.
+
+    Args:
+        model: that takes them; whether it scales features stays as it is.
+        path: the file.
+        new_head: has the model keep its own last linear layer, where it is the number of its classes; else None.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit the model.
         InputError: it is of a published network, which scales no features, and the model does.
     """
-    normalize = model.normalize
-    if rebuild(path, model=model).published and normalize:
+    held, fresh = held_in(path), new_head is not None
+    source = f"weights {held.path}"
+    try:
+        if isinstance(model, FeatureSplit):
+            load_plainly(held.weights, model, source, held.facts, fresh_head=fresh)
+            return
+        normalize = model.normalize
+        renamed = held.state is None and published(held.weights, model, source) is not None
+        load_state(held.weights, held.facts, model, source, fresh_head=fresh)
+    except OtherHeadError as error:
+        raise CheckpointError(f"{error}; --new-head {model.num_classes} gives it a fresh one") from error
+    if renamed and normalize:
         raise InputError(
             f"weights is {path}, of a network that gives its features to the last layer as they are; go on with "
             "--no-normalize, as scaled to length 1 they are another function's"
@@ -92,12 +112,12 @@ def begin_with(model: FeatureClassifier, path: Path) -> None:
     model.normalize = normalize
 
 
-def trainer_for(config: TrainConfig, model: FeatureClassifier, classes: Sequence[str] = ()) -> Trainer:
+def trainer_for(config: TrainConfig, model: FeatureClassifier | FeatureSplit, classes: Sequence[str] = ()) -> Trainer:
     """The trainer that a settled config describes, without callbacks; its checkpoints keep the names of the classes."""
-    told = config.as_json()
-    told["data"].pop("workers", None)  # which have no say in what a run comes to
+    kept = config.as_json()
+    kept["data"].pop("workers", None)  # which have no say in what a run comes to
     if classes:
-        told["data"]["classes"] = list(classes)
+        kept["data"]["classes"] = list(classes)
     assert config.method is not None
     assert config.epochs is not None
     return Trainer(
@@ -113,7 +133,11 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier, classes: Sequence
         ema_buffers=config.ema_buffers,
         mixing=Mixing(config.mixup, config.cutmix),
         execution=methods.Execution(
-            config.precision, compile=config.compile, sync_batchnorm=config.sync_batchnorm, graph=config.graph
+            config.precision,
+            compile=config.compile,
+            sync_batchnorm=config.sync_batchnorm,
+            graph=config.graph,
+            checkpoint_activations=config.checkpoint_activations,
         ),
         seed=config.seed,
         log_every=config.log_every,
@@ -121,7 +145,7 @@ def trainer_for(config: TrainConfig, model: FeatureClassifier, classes: Sequence
         overwrite=config.overwrite,
         save_every=config.save_every,
         resume=config.resume,
-        config=told,
+        config=kept,
         on_alarm=config.on_alarm,
     )
 
@@ -131,14 +155,47 @@ def schedule_for(config: TrainConfig) -> Schedule:
     return step(config.milestones) if config.lr_schedule == "step" else SCHEDULES[config.lr_schedule]
 
 
-def model_for(config: TrainConfig, images: Images | StoredImages) -> FeatureClassifier:
-    """A fresh model of the config's kind that fits the images."""
+def model_for(config: TrainConfig, images: Images | StoredImages) -> FeatureClassifier | FeatureSplit:
+    """A fresh model of the config's kind that fits the images, with the weights that it begins with.
+
+    Raises:
+        ExtraMissingError: it is of a library that is not installed.
+        UnusableModelError: there is no such model, or it does not take such images.
+        InputError: it has another number of classes than the data, or not what a setting asks for.
+        CheckpointError: the weights do not fit.
+    """
     chosen = config.model
     assert chosen.name is not None
     assert chosen.width is not None
-    model = build_model(chosen.name, images.shape, images.num_classes, chosen.width, chosen.activation)
-    model.normalize = config.model.normalize
+    channels, height, width = images.shape
+    stats = None if chosen.input_stats is None else stats_in(chosen.input_stats, channels)
+    model = build_named(
+        chosen.name, (channels, height, width), images.num_classes, width=chosen.width, activation=chosen.activation,
+        normalize=chosen.normalize, input_stats=stats, new_head=chosen.new_head, drop_path=chosen.drop_path,
+    )  # fmt: skip
+    if config.weights is not None:
+        begin_with(model, config.weights, chosen.new_head)
+    if isinstance(model, FeatureSplit):
+        _check_fit(chosen.name, model, images)
+    freeze(model.model if isinstance(model, FeatureSplit) else model, chosen.freeze)
     return model
+
+
+def _check_fit(name: str, model: FeatureSplit, images: Images | StoredImages) -> None:
+    """Tries somebody else's model on two grey images of the data's shape before anything is trained."""
+    size = "x".join(map(str, images.shape))
+    try:
+        with evaluating(model):
+            model.settle(torch.full((2, *images.shape), 0.5))
+    except AfdError as error:
+        raise UnusableModelError(f"model {name} is of no use for {images.name}'s {size} images: {error}") from error
+    except Exception as error:  # the model's own: whatever it raises is told, with its traceback
+        raise UnusableModelError(f"model {name} does not take {images.name}'s {size} images: {told(error)}") from error
+    if model.num_classes != images.num_classes:
+        raise InputError(
+            f"model {name} has {model.num_classes} classes, and {images.name} has {images.num_classes}; "
+            f"--new-head {images.num_classes} gives it a fresh last layer"
+        )
 
 
 def train_batches(

@@ -22,7 +22,6 @@ from afd.data import Batches, Splits
 from afd.data.datasets import short
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.experiments.assembly import (
-    begin_with,
     check_resolutions,
     classes_of,
     damaged_in,
@@ -36,17 +35,20 @@ from afd.experiments.assembly import (
 )
 from afd.experiments.display import Terminal, plot_curves
 from afd.experiments.folder import check_files, discard_records, run_folder
+from afd.experiments.spent import cost_as_json, cost_lines, plan_of
 from afd.files import write_whole
 from afd.installation import needed_by
 from afd.methods.registry import spelled
-from afd.nn import FeatureClassifier
+from afd.nn import FeatureClassifier, FeatureSplit
+from afd.nn.classifier import unwrapped
 from afd.runtime import Group, commit, device_named, join
 from afd.training.alarms import Alarm, alarm_lines
 from afd.training.callbacks import Callback, Report, TrainingError, json_lines, tensorboard
+from afd.training.rebuilt import weights_in
 from afd.training.signals import StoppedError
 from afd.training.trainer import Trainer
 from afd.training.validation import shared_accuracy
-from afd.training.weights import save_weights, weights_in
+from afd.training.weights import save_weights
 
 with needed_by("afd.experiments.train"):
     from rich.console import Console
@@ -76,11 +78,12 @@ class Result:
     """Where a run's best checkpoint lies and what test accuracies (in [0, 1]) the model reaches.
 
     `measured` has those of "best", "last" and, where an average of the weights was kept, "EMA"; `alarms` what went off;
-    `damaged` names files that held no whole image and were left out.
+    `damaged` names files that held no whole image and were left out; `cost` says hours, images seen, device, peak
+    memory, and how far a plan was off (`afd.experiments.spent`).
     """
 
     config: TrainConfig
-    model: FeatureClassifier
+    model: FeatureClassifier | FeatureSplit
     checkpoint: Path
     epoch: int
     natural: float
@@ -88,6 +91,7 @@ class Result:
     measured: dict[str, Measured] = field(default_factory=dict)
     alarms: tuple[Alarm, ...] = ()
     damaged: tuple[str, ...] = ()
+    cost: dict[str, Any] = field(default_factory=dict)
 
 
 def train(
@@ -145,12 +149,11 @@ def _train_in(
     """`train` in a folder that is its own."""
     torch.manual_seed(config.seed)
     model = model_for(config, splits.train)
-    if config.weights is not None:
-        begin_with(model, config.weights)
     trainer = trainer_for(config, model.to(device), classes_of(splits.train))
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
     name, batches = _name(config), train_batches(config, splits.train, device, group)
+    plan_of(config)  # which is refused now rather than at the end
     assert config.epochs is not None
     best = folder / "best.pt"
     with Terminal(console, config.epochs, name) as terminal, saying_how_to_go_on(trainer, advised):
@@ -164,16 +167,14 @@ def _train_in(
         measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
         if group.leads:
             save_weights(folder / "model.pt", model)
-        alarms = tuple(trainer.alarms)
-        damaged = damaged_in(splits, batches)
-        result = Result(
-            config, model, best, **vars(measured["best"]), measured=measured, alarms=alarms, damaged=damaged
-        )
+        alarms, cost = tuple(trainer.alarms), cost_as_json(trainer.spent, device, config)
+        found, damaged = vars(measured["best"]), damaged_in(splits, batches)
+        result = Result(config, model, best, **found, measured=measured, alarms=alarms, damaged=damaged, cost=cost)
         if group.leads:
             write_whole(folder / "result.json", _as_json(result, len(splits.test), trainer.rollbacks))
     console.print(_summary(result, len(splits.test)))
     console.print(f"checkpoint: {best}", soft_wrap=True, markup=False, highlight=False)
-    for line in [*damaged_lines(damaged), *alarm_lines(alarms, trainer.rollbacks)]:
+    for line in (*cost_lines(cost), *damaged_lines(damaged), *alarm_lines(alarms, trainer.rollbacks)):
         console.print(line, soft_wrap=True, markup=False, highlight=False)
     if group.leads:
         draw(folder / "curves.png", name)
@@ -194,8 +195,9 @@ class AlarmError(AfdError):
 
 
 def _measured(
-    folder: Path, config: TrainConfig, model: FeatureClassifier, test: Batches, group: Group, terminal: Terminal
-) -> dict[str, Measured]:
+    folder: Path, config: TrainConfig, model: FeatureClassifier | FeatureSplit, test: Batches, group: Group,
+    terminal: Terminal,
+) -> dict[str, Measured]:  # fmt: skip
     """What a finished run's checkpoints reach; the model, which has the best weights, has them again afterwards."""
     best, last = folder / "best.pt", folder / "last.pt"
     (best_state, best_of), (last_state, last_of) = map(load_checkpoint, (best, last))
@@ -210,14 +212,14 @@ def _measured(
 
     def both(name: str) -> Measured:
         state, after = weights[name]
-        model.load_state_dict(state)
+        unwrapped(model).load_state_dict(state)
         attack = test_attack(config, TEST_STEPS).build(model)
         return Measured(after, measure(f"test, {name}", None), measure(f"test under PGD-{TEST_STEPS}, {name}", attack))
 
     found = {"best": both("best")}
     same = ("EMA" if "EMA" in weights else "last") if epoch == end else ""  # the best epoch's weights again
     found |= {name: found["best"] if name == same else both(name) for name in weights if name != "best"}
-    model.load_state_dict(weights["best"][0])
+    unwrapped(model).load_state_dict(weights["best"][0])
     return found
 
 
@@ -235,6 +237,7 @@ def _as_json(result: Result, images: int, rollbacks: Sequence[Mapping[str, Any]]
         "commit": commit(),
         "measured": {name: dataclasses.asdict(one) for name, one in result.measured.items()},
         "damaged": list(result.damaged),
+        "cost": result.cost,
         "alarms": [dataclasses.asdict(alarm) for alarm in result.alarms],
         "rollbacks": [{name: back[name] for name in ("epoch", "remedy", "told")} for back in rollbacks],
     }

@@ -10,7 +10,7 @@ where L_C is the cross-entropy on x (and, if so weighted, on x', and the diverge
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -167,17 +167,14 @@ class AFD(GameSettings):
             kind = JointStep
         return kind(self, model, execution, wrap(passes), wrap(discriminator))
 
-    def optimizer_of(self, player: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """The optimizer that a player's parameters are moved by."""
+    def optimizer_of(self, player: str, module: nn.Module) -> Optimizer:
+        """The optimizer that the trainable parameters of a player's module are moved by."""
         rates = {"task": self.lr, "discriminator": self.lr_discriminator, "features": self.lr_features}
         return optimizer_for(
-            parameters,
-            self.optimizers.get(player),
-            name=self.optimizer,
+            self,
+            player,
+            module,
             lr=rates[player],
-            momentum=self.momentum,
-            nesterov=self.nesterov,
             weight_decay=self.weight_decay if player == "task" else 0.0,
-            decay_norms=self.decay_norms,
-            betas=(0.0, 0.9) if self.loss == "wgan" else (0.5, 0.999),  # of Adam
+            betas=(0.0, 0.9) if self.loss == "wgan" else (0.5, 0.999),
         )

@@ -88,8 +88,8 @@ class AFDStep(Step):
         self.loss = settings.game
         self.theta_phi, self.psi = trainable(passes), trainable(discriminator)
         self.optimizers = {
-            "task": settings.optimizer_of("task", self.theta_phi),
-            "discriminator": settings.optimizer_of("discriminator", self.psi),
+            "task": settings.optimizer_of("task", passes),
+            "discriminator": settings.optimizer_of("discriminator", discriminator),
         }
         self.features_learn = True  # whether a parameter of F is trainable, as the pass of L_C has found
 
@@ -249,7 +249,7 @@ class SimultaneousStep(AFDStep):
 
     def own_optimizer(self) -> None:
         """What the features need besides what every game has."""
-        self.optimizers["features"] = self.settings.optimizer_of("features", self.theta_phi)
+        self.optimizers["features"] = self.settings.optimizer_of("features", self.passes)
         self.gradients = Gradients(self.theta_phi)
 
     def run(self, batch: Sequence[Part]) -> Tensor:
@@ -342,7 +342,7 @@ class AlternatingStep(AFDStep):
 
     def __init__(self, settings: GameSettings, *parts: Any) -> None:
         super().__init__(settings, *parts)
-        self.optimizers["features"] = settings.optimizer_of("features", self.theta_phi)
+        self.optimizers["features"] = settings.optimizer_of("features", self.passes)
 
     def run(self, batch: Sequence[Part]) -> Tensor:
         """See `AFDStep.run`."""

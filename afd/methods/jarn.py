@@ -242,7 +242,7 @@ class JARNStep(Step):
         self.players = {"adapter": alone(adapter), "discriminator": alone(discriminator)}
         modules = {"task": passes, "adapter": adapter, "discriminator": discriminator}
         self.parameters = {player: trainable(module) for player, module in modules.items()}
-        self.optimizers = {player: settings.optimizer_of(player, own) for player, own in self.parameters.items()}
+        self.optimizers = {player: settings.optimizer_of(player, module) for player, module in modules.items()}
 
     def kind(self) -> Hashable:
         """Whether the next step regularises the model, and whether it updates the discriminator."""

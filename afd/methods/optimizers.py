@@ -11,45 +11,55 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from afd.errors import InputError, InputTypeError, number, whole
+from afd.methods.groups import groups_of
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 OPTIMIZERS = ("sgd", "adam", "adamw")
+OF_MODEL = frozenset({"task", "features"})  # players that are the model
 RATES = {"adam": {"lr": 1e-3}, "adamw": {"lr": 1e-3, "weight_decay": 0.05}}
 RECORDABLE = (SGD, Adam, AdamW)  # whose fused steps read their rate, and count, on the device
 
 
 def optimizer_for(
-    parameters: Iterable[nn.Parameter],
-    own: OptimizerFactory | None,
+    settings: Any,
+    player: str,
+    module: nn.Module,
     *,
-    name: str = "sgd",
     lr: float,
-    momentum: float,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    decay_norms: bool = True,
+    weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.999),
 ) -> Optimizer:
-    """The user's `own` optimizer, else the one called `name` with the settings it knows."""
-    if own is not None:
-        return own(parameters)
-    groups = parameters if decay_norms or not weight_decay else decayed(parameters)
-    if name == "sgd":
-        return SGD(groups, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
-    kind = AdamW if name == "adamw" else Adam
+    """The optimizer of a player: the user's own, else that of the settings.
+
+    Args:
+        settings: of the update, those of `afd.methods.supervised.Optimized`.
+        player: whose it is; the rates of the layers differ in players that are the model only.
+        module: whose trainable parameters it moves.
+        lr: learning rate.
+        weight_decay: of the parameters that decay.
+        betas: of Adam.
+
+    Raises:
+        InputError: all parameters are frozen, or `layer_decay` is set and there are no layers in a chain.
+    """
+    groups: list[Any] = trainable(module)
+    if player in settings.optimizers:
+        own: Optimizer = settings.optimizers[player](groups)
+        return own
+    layer_decay = settings.layer_decay if player in OF_MODEL else None
+    decay_norms = settings.decay_norms or not weight_decay
+    if layer_decay is not None or not decay_norms:
+        groups = groups_of(module, lr=lr, decay_norms=decay_norms, layer_decay=layer_decay)
+    if settings.optimizer == "sgd":
+        return SGD(groups, lr, settings.momentum, weight_decay=weight_decay, nesterov=settings.nesterov)
+    kind = AdamW if settings.optimizer == "adamw" else Adam
     return kind(groups, lr, betas=betas, weight_decay=weight_decay)
 
 
-def decayed(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameters as an optimizer's groups: those of two or more dimensions, and the others without weight decay."""
-    found = list(parameters)
-    weights, others = ([one for one in found if (one.dim() > 1) == wide] for wide in (True, False))
-    groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def check_factories(factories: Mapping[str, OptimizerFactory], players: Iterable[str]) -> None:
-    """Raises InputError unless every factory is for one of `players`."""
+def check_factories(
+    factories: Mapping[str, OptimizerFactory], players: Iterable[str], layer_decay: float | None = None
+) -> None:
+    """Raises InputError unless every factory is for one of `players`, and none for rates that `layer_decay` sets."""
     names = tuple(players)
     for name in factories:
         if name not in names:
@@ -57,6 +67,11 @@ def check_factories(factories: Mapping[str, OptimizerFactory], players: Iterable
         if not callable(factories[name]):
             told = type(factories[name]).__name__
             raise InputTypeError(f"optimizers has a {told} for {name!r}; it must be a function of the parameters")
+        if layer_decay is not None and name in OF_MODEL:
+            raise InputError(
+                f"layer_decay is {layer_decay}, and optimizers has the key {name!r}; an optimizer of your own sets its "
+                "rates itself"
+            )
 
 
 def check_update(
@@ -67,6 +82,7 @@ def check_update(
     label_smoothing: float,
     clip: float | None,
     micro_batches: int,
+    layer_decay: float | None,
 ) -> None:
     """Raises InputError unless the settings of an update that all methods share are in range.
 
@@ -85,6 +101,10 @@ def check_update(
     if clip is not None:
         number("clip", clip, 1e-12)
     whole("micro_batches", micro_batches, 1)
+    if layer_decay is not None:
+        number("layer_decay", layer_decay, 1e-12)
+        if layer_decay > 1:
+            raise InputError(f"layer_decay is {layer_decay}; it must be in (0, 1]")
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

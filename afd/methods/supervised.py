@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -44,7 +44,9 @@ class Optimized(Method):
         weight_decay: on the model's weights.
         optimizer: of every player: "sgd", "adam" or "adamw".
         nesterov: momentum of SGD as Nesterov's.
-        decay_norms: weight decay also on the parameters of fewer than two dimensions: those of norms, and biases.
+        decay_norms: weight decay also on parameters of fewer than two dimensions (of norms, biases), and on those of a
+            transformer's positions and tokens.
+        layer_decay: the model's rates fall by this factor from each of its layers to the one before; None for one rate.
         optimizers: the user's own instead, as {player: factory}; the model's is "task".
         label_smoothing: share of the label that is spread over all classes, as in `torch.nn.CrossEntropyLoss`.
         clip: largest norm of each optimizer's gradient; None for any.
@@ -65,6 +67,7 @@ class Optimized(Method):
     label_smoothing: float = 0.0
     clip: float | None = None
     micro_batches: int = 1
+    layer_decay: float | None = None
 
     of_optimizers: ClassVar[frozenset[str]] = frozenset({"lr", "momentum", "weight_decay"})
     players: ClassVar[tuple[str, ...]] = ("task",)  # that have an optimizer
@@ -81,7 +84,7 @@ class Optimized(Method):
                 f"micro_batches is {self.micro_batches}, but the losses of {type(self).__name__} couple the rows of a "
                 "batch, so that it cannot be passed in parts"
             )
-        check_factories(self.optimizers, self.players)
+        check_factories(self.optimizers, self.players, self.layer_decay)
         check_update(
             momentum=self.momentum,
             nesterov=self.nesterov and self.optimizer,
@@ -89,20 +92,12 @@ class Optimized(Method):
             label_smoothing=self.label_smoothing,
             clip=self.clip,
             micro_batches=self.micro_batches,
+            layer_decay=self.layer_decay,
         )
 
-    def optimizer_of(self, player: str, parameters: Iterable[nn.Parameter]) -> Optimizer:
-        """The optimizer that a player's parameters are moved by."""
-        return optimizer_for(
-            parameters,
-            self.optimizers.get(player),
-            name=self.optimizer,
-            lr=self.lr,
-            momentum=self.momentum,
-            nesterov=self.nesterov,
-            weight_decay=self.weight_decay,
-            decay_norms=self.decay_norms,
-        )
+    def optimizer_of(self, player: str, module: nn.Module) -> Optimizer:
+        """The optimizer that the trainable parameters of a player's module are moved by."""
+        return optimizer_for(self, player, module, lr=self.lr, weight_decay=self.weight_decay)
 
     def cross_entropy(self, logits: Tensor, y: Tensor | None) -> Tensor:
         """The mean cross-entropy [] of logits [N, K] and a batch's labels, smoothed as set."""
@@ -326,7 +321,7 @@ class SupervisedStep(Step):
         self.settings = method.core
         self.model = TrainedModel(self.settings.running(network, execution).passes(network), self.attacks)
         self.parameters = trainable(self.model.passes)
-        self.optimizers = {"task": self.settings.optimizer_of("task", self.parameters)}
+        self.optimizers = {"task": self.settings.optimizer_of("task", self.model.passes)}
         self._losses = Losses(method, self.model)
         self._wrapped = wrap(self._losses)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from afd.nn.classifier import FeatureClassifier, FeatureSplit, Split, split
 from afd.nn.encoders import ACTIVATIONS, VGG, ConvNet, Encoder, PreActResNet, ResNet18, WideResNet
-from afd.nn.networks import MODELS, build_model
+from afd.nn.freezing import freeze
+from afd.nn.networks import MODELS, build_model, build_named
+from afd.nn.normalized import Normalized
+from afd.nn.resnet50 import ResNet50
 from afd.nn.spectral import (
     ProjectionDiscriminator,
     SpectralEmbedding,
@@ -14,6 +17,7 @@ from afd.nn.spectral import (
     convert_spectral_state,
 )
 
-__all__ = ["ACTIVATIONS", "MODELS", "VGG", "ConvNet", "Encoder", "FeatureClassifier", "FeatureSplit", "PreActResNet"]
-__all__ += ["ProjectionDiscriminator", "ResNet18", "SpectralEmbedding", "SpectralGroup", "SpectralLayer"]
-__all__ += ["SpectralLinear", "Split", "WideResNet", "build_model", "convert_spectral_state", "split"]
+__all__ = ["ACTIVATIONS", "MODELS", "VGG", "ConvNet", "Encoder", "FeatureClassifier", "FeatureSplit", "Normalized"]
+__all__ += ["PreActResNet", "ProjectionDiscriminator", "ResNet18", "ResNet50", "SpectralEmbedding", "SpectralGroup"]
+__all__ += ["SpectralLayer", "SpectralLinear", "Split", "WideResNet", "build_model", "build_named"]
+__all__ += ["convert_spectral_state", "freeze", "split"]

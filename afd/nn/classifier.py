@@ -131,6 +131,8 @@ class FeatureSplit(nn.Module):
 
     Attributes:
         plain_layout: as in `FeatureClassifier`.
+        recipe: what `afd.nn.build_named` made the model from, in plain JSON; None if that did not.
+        built: the layers that it then had.
         settles: whether the number of classes is not known yet, and the first logits that are asked for say it.
 
     Raises:
@@ -138,6 +140,9 @@ class FeatureSplit(nn.Module):
         InputError: the model has no such linear layer, or has it inside of something compiled, or has parameters that
             are yet without values.
     """
+
+    recipe: dict[str, Any] | None = None
+    built: list[Any] | None = None
 
     def __init__(
         self,

@@ -48,7 +48,8 @@ OF_AVERAGES = ("ema_warmup", "ema_buffers")
 # of a config: may change when resumed
 FREE = {
     "out", "overwrite", "device", "resume", "weights", "save_every", "log_every", "data.root",
-    "data.extra_data", "graph", "execution.graph", "on_alarm",
+    "data.extra_data", "graph", "execution.graph", "on_alarm", "checkpoint_activations",
+    "execution.checkpoint_activations",
 }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from afd.checkpoint import CheckpointError, CheckpointManager, packed
-from afd.deprecated import OldAttributes, with_new_keys
+from afd.deprecated import with_new_keys
 from afd.errors import InputError
 from afd.methods import Method, Step
 from afd.methods.inputs import device_of
@@ -31,28 +30,12 @@ from afd.runtime import Group, commit
 from afd.training.alarms import Alarm, Watch
 from afd.training.callbacks import DivergedError, EpochReport, LossTracker
 from afd.training.data import Loader, ResumableLoader
+from afd.training.position import Position, Spent
 from afd.training.schedules import Average, Rates
 from afd.training.settings import check_same_run, describe, facts
 from afd.training.weights import NETWORK, facts_of
 
 UNCOMPARED = {"lr", "params", "foreach", "fused", "capturable"}  # the schedule's, or how it is computed
-
-
-@dataclass
-class Position(OldAttributes):
-    """How far a run has come: the epoch in progress, steps of it that are done, and steps in all.
-
-    A method takes one step on each batch, or as many as its `repeats`; `batch` counts each of them.
-    """
-
-    epoch: int = 1
-    batch: int = 0
-    global_step: int = 0
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `dataclasses.asdict` said."""
-        for name, value in with_new_keys(state).items():
-            setattr(self, name, value)
 
 
 # --- State_dicts ----------------------------------------------------------------------------------------------------
@@ -166,6 +149,7 @@ class Resumable(ABC):
     def _reset(self) -> None:
         """As before a run."""
         self.position, self.losses, self.history = Position(), LossTracker(self.group), list[EpochReport]()
+        self.spent = Spent()
         self.best: EpochReport | None = None
         self.steps_per_epoch = 0  # of the epoch in progress
         self.generators: dict[str, Any] | None = None  # where they stood when `fit` ended
@@ -274,6 +258,7 @@ class Resumable(ABC):
             self.note(f"there is nothing to go on from in {self.folder}; the run begins anew")
         else:
             self._load({**content[0], "metadata": content[1]}, str(source.newest), steps)
+            self.spent.load_state_dict(content[1].get("spent", {}))
 
     def state_dict(self) -> dict[str, Any]:
         """All that the run is at this moment, for another trainer of the same arguments to go on from.
@@ -304,6 +289,7 @@ class Resumable(ABC):
             "report": dataclasses.asdict(self.history[-1]) if self.history else None,
             "commit": commit(),
             "position": dataclasses.asdict(self.position),
+            "spent": self.spent.state_dict(self.group.device),
             "losses": self.losses.state_dict(),
             "batches": self.steps_per_epoch,
             "history": [dataclasses.asdict(report) for report in self.history],
@@ -328,6 +314,7 @@ class Resumable(ABC):
         if "metadata" not in saved:
             raise CheckpointError(f"what is loaded is no state_dict of a Trainer; it holds {', '.join(saved)[:200]}")
         self._load(saved, "the state_dict")
+        self.spent.load_state_dict(saved["metadata"].get("spent", {}))
         self.best = max(self.history, key=lambda report: report.rank, default=None)
 
     def _load(self, saved: Mapping[str, Any], source: str, steps: int | None = None) -> None:

@@ -39,11 +39,11 @@ from afd.training.callbacks import (
 )
 from afd.training.data import Loader, check_loaders
 from afd.training.mixing import Mixing
+from afd.training.position import Position
 from afd.training.recording import recorded
 from afd.training.schedules import EpsWarmup, Rates, Schedule, averaged, schedule_named
 from afd.training.settings import built, check_settings, differences, overridden
 from afd.training.signals import BY_CALLBACK, LeftError, Stop, StoppedError, on_signals
-from afd.training.state import Position
 from afd.training.validation import UndoneError, Validated
 
 
@@ -92,6 +92,7 @@ class Trainer(Validated):
         on_alarm: what is done where a model collapses, hides its gradients, stays at chance or has gradients that
             explode (`afd.training.alarms`): "warn"; "stop" after that validation; "rollback", at most three times, to
             the last good epoch, and on with a stronger attack or a smaller learning rate; or "off": nobody looks.
+        spent: seconds in `fit`, images and memory that the run has cost, those before a checkpoint included.
         best: the report of the epoch whose weights are in ``best.pt``: that of the highest score, of equals the last.
         history: the reports of all epochs.
         begun: whether `fit` has come as far as training.
@@ -198,10 +199,12 @@ class Trainer(Validated):
         if self.fitting:
             raise InputError("fit was called while it runs; a callback may call stop")
         self.fitting = True
+        self.spent.begin()
         try:
             with guard(self.device), isolated(self.device), all_or_none(StoppedError), self._claimed():
                 return self._fit(train, validation)
         finally:
+            self.spent.end()
             self.fitting = False
 
     def _fit(self, train: Loader, validation: Loader) -> list[EpochReport]:
@@ -296,6 +299,7 @@ class Trainer(Validated):
                 raise
             at.batch, at.global_step = at.batch + 1, at.global_step + 1
             since = self.losses.count(len(x), since)
+            self.spent.images += self.group.size * len(x)
             self.shown.moved(self.group.size * len(x))
             at_report = at.global_step % self.log_every == 0 or at.batch == steps
             if at_report:
@@ -367,6 +371,7 @@ class Trainer(Validated):
         # what a rollback may undo is not the best
         best = self.best is None or (found.rank >= self.best.rank and (good or self.on_alarm != "rollback"))
         self.history.append(found)
+        self.spent.epochs += 1
         self.best = found if best else self.best
         self.position = Position(found.epoch + 1, 0, found.global_step)
         self.losses = LossTracker(self.group)

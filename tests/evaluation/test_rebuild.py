@@ -23,7 +23,7 @@ from afd.evaluation.outcome import read_results
 from afd.methods import AFD, METHODS, Execution, Natural
 from afd.nn.networks import from_recipe, recipe_of
 from afd.training import CheckpointError, Trainer, load_checkpoint, load_weights, save_checkpoint, save_weights
-from afd.training.weights import rebuild
+from afd.training.rebuilt import rebuild
 
 CPU = torch.device("cpu")
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
@@ -216,7 +216,9 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path, mine, capsys):
         assert len(error) < 700
         return error
 
-    assert "does not load into a LeNet: Error(s) in loading" in told(checkpoint, "--model", f"{mine}few")
+    assert "does not load into a LeNet: its last layer, head, has 10 classes there and 3 here" in told(
+        checkpoint, "--model", f"{mine}few"
+    )
     assert "does not load into a FeatureClassifier" in told(checkpoint, "--model", f"{mine}small")
     assert "does not load into a Sequential" in told(tmp_path / "w.pt", "--model", f"{mine}plain")
     assert "w.pt does not say which network it holds" in told(tmp_path / "w.pt", "--data", "digits")

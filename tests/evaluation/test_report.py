@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from afd.evaluation import checks
-from afd.evaluation.command import present
 from afd.evaluation.report import ADVICE, LARGER, TEMPLATES, VERDICTS, advice, advised
+from afd.evaluation.terminal import present
 
 CHECKS = Path(checks.__file__)
 

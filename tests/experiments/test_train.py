@@ -15,6 +15,7 @@ from afd.cli import main
 from afd.evaluation import accuracy
 from afd.experiments import train
 from afd.methods import METHODS
+from afd.nn import build_model
 from afd.options import fraction
 
 
@@ -63,7 +64,7 @@ def test_a_checkpoint_rebuilds_the_model_and_its_accuracy(trained):
     assert config["data"]["name"] == "digits"
     assert config["method"]["attack"]["eps"] == config["test"]["eps"] == 0.2
     assert metadata["method"] == config["method"]["name"] == "afd"
-    model = train.build_model("convnet", (1, 8, 8), 10, config["model"]["width"])
+    model = build_model("convnet", (1, 8, 8), 10, config["model"]["width"])
     model.load_state_dict(state["model"])
     validation = train.Batches(data.load("digits").validation, 50)
     assert accuracy(model, validation) == pytest.approx(metadata["report"]["natural"])
@@ -298,8 +299,6 @@ def test_a_radius_at_which_nothing_can_be_learnt_is_warned_of(tmp_path, capsys):
     "arguments",
     [
         ["--loss", "gan"],
-        ["--data", "faces"],
-        ["--model", "vgg"],
         ["--eps", "much"],
         ["--speed", "9"],
     ],
@@ -311,6 +310,14 @@ def test_words_that_are_not_allowed_are_refused_by_the_parser(arguments, capsys)
     assert told.count("\n") == 1
     assert arguments[0] in told
     assert told.endswith("; see afd train --help\n")
+
+
+@pytest.mark.parametrize(("name", "value"), [("data", "faces"), ("model", "vgg")])
+def test_a_data_set_or_network_that_there_is_not_is_refused(name, value, capsys):
+    assert main(["train", f"--{name}", value]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"afd: error: {name} is '{value}'; ")
+    assert told.count("\n") == 1
 
 
 def test_a_method_that_there_is_not_is_refused(capsys):
@@ -395,7 +402,7 @@ def test_best_last_and_average_are_measured_and_written(tmp_path, monkeypatch, c
         weights = {"best": train.weights_in(tmp_path, best[0]), "last": last[0]["model"]}
         if words:
             weights["EMA"] = last[0]["average"]["weights"]
-        model = train.build_model("convnet", (1, 8, 8), 10, 4)
+        model = build_model("convnet", (1, 8, 8), 10, 4)
         test = train.Batches(data.load("digits").limited(90).test, 90)
         for state, kept in weights.items():
             model.load_state_dict(kept)

@@ -9,6 +9,7 @@ from torch import nn
 
 from afd.config import DataConfig, ModelConfig, TrainConfig
 from afd.data import Images
+from afd.data.datasets import NAMES
 from afd.errors import InputError, InputTypeError
 from afd.execution import Execution
 from afd.methods.inputs import settle
@@ -27,6 +28,8 @@ PUBLISHED = [name for name in MODELS if name not in ("convnet", "resnet18")]
         ("resnet18", (1, 28, 28), 16, 128),
         ("resnet18", (3, 32, 32), 16, 128),
         ("resnet18", (5, 32, 32), 8, 64),
+        ("resnet50", (1, 8, 8), 1, 32),
+        ("resnet50", (3, 70, 64), 2, 64),
         ("preactresnet18", (1, 8, 8), 4, 32),
         ("preactresnet18", (1, 28, 28), 2, 16),
         ("preactresnet18", (3, 32, 32), 2, 16),
@@ -295,15 +298,15 @@ def test_a_network_of_ours_need_not_be_tried_before_it_is_trained(name):
     assert tried
 
 
-@pytest.mark.parametrize("data", PRESETS)
+@pytest.mark.parametrize("data", NAMES)
 def test_a_published_network_has_its_own_width_where_none_is_named(data):
     def width(name, told=None):
         given = {"data": {"name": data}, "model": {"name": name, "width": told}}
         return TrainConfig.from_json(given).settled().model.width
 
     assert {name: width(name) for name in MODELS} == {
-        "convnet": PRESETS[data].width, "resnet18": PRESETS[data].width, "preactresnet18": 64, "wideresnet28-10": 16,
-        "wideresnet34-10": 16, "vgg11-bn": 64, "vgg13-bn": 64, "vgg16-bn": 64, "vgg19-bn": 64,
+        "convnet": PRESETS[data].width, "resnet18": PRESETS[data].width, "resnet50": 64, "preactresnet18": 64,
+        "wideresnet28-10": 16, "wideresnet34-10": 16, "vgg11-bn": 64, "vgg13-bn": 64, "vgg16-bn": 64, "vgg19-bn": 64,
     }  # fmt: skip
     assert (width(None), width("vgg16-bn", 5)) == (PRESETS[data].width, 5)
 
@@ -318,7 +321,7 @@ def test_a_config_says_its_activation_where_it_is_not_the_one_that_all_had():
 
 
 def test_wrong_models_are_named():
-    with pytest.raises(InputError, match="model is 'vgg'; allowed are convnet, resnet18, preactresnet18, wideres"):
+    with pytest.raises(InputError, match="model is 'vgg'; allowed are convnet, resnet18, resnet50, preactres"):
         build_model("vgg", (1, 8, 8), 10, 8)
     with pytest.raises(InputError, match=r"image_shape is \(1, 3, 8\)"):
         build_model("convnet", (1, 3, 8), 10, 8)

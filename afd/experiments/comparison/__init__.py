@@ -25,10 +25,11 @@ from afd.evaluation.command import EvaluationStoppedError
 from afd.evaluation.store import check_folder, contents, lock, numbered
 from afd.experiments.assembly import splits_for
 from afd.experiments.comparison import budget
-from afd.experiments.comparison.budget import BudgetError, StepCosts, seconds_in
+from afd.experiments.comparison.budget import BudgetError, seconds_in, within
 from afd.experiments.comparison.record import PARENT, RECORD, TABLE, Comparison, Record
 from afd.experiments.comparison.report import WRITTEN, present
 from afd.experiments.comparison.runs import GO_ON, Runs, check_protocol, say
+from afd.experiments.costs import StepCosts, cost_of, images_per_second
 from afd.files import FolderError, point_to, write_whole
 from afd.installation import needed_by
 from afd.passes import UncountableError
@@ -211,19 +212,19 @@ def _planned(asked: Comparison, place: Place, splits: Splits[Any], device: torch
     steps = {name: _steps(name, entry.config, splits, device) for name, entry in new.items()}
     if asked.epochs is None and asked.passes is None:
         at = _countable("at", asked, _steps("at", asked.timed, splits, device))
-        cost = budget.cost_of(asked.timed, splits.train, at).per_image
+        cost = cost_of(asked.timed, splits.train, at).per_image
         assert cost is not None
         seconds = seconds_in(str(asked.budget))
-        speed = budget.images_per_second(asked.timed, splits.train, device, seconds)
+        speed = images_per_second(asked.timed, splits.train, device, seconds)
         asked = dataclasses.replace(asked, passes=seconds * speed * cost)
         say(console, f"{asked.budget} of at are {asked.passes:.4g} passes here, at {speed:,.0f} images/s")
     costs, short = {}, dict[str, BudgetError]()
     for name, entry in new.items():
         if asked.passes is None:
-            costs[name] = budget.cost_of(entry.config, splits.train, steps[name])
+            costs[name] = cost_of(entry.config, splits.train, steps[name])
             continue
         try:
-            costs[name] = _countable(name, asked, steps[name]).within(asked.passes)
+            costs[name] = within(_countable(name, asked, steps[name]), asked.passes)
         except BudgetError as error:
             short[name] = error
     if asked.passes is not None and short:

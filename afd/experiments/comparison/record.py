@@ -13,15 +13,16 @@ import torch
 
 from afd._version import __version__
 from afd.attacks.union import balls_in
-from afd.config import TrainConfig
+from afd.config import LATER_OF_MODEL, TrainConfig
 from afd.data import Splits
 from afd.errors import InputError, look_up
 from afd.evaluation.attacks import Epsilon
 from afd.evaluation.command import exactly
 from afd.evaluation.outcome import ResultsError, device_name
-from afd.experiments.comparison.budget import Cost, seconds_in
+from afd.experiments.comparison.budget import seconds_in
 from afd.experiments.comparison.report import write_all
 from afd.experiments.comparison.rows import ENDED, ended
+from afd.experiments.costs import Cost
 from afd.files import check_source, write_whole
 from afd.installation import needed_by
 from afd.methods.registry import spelled
@@ -199,7 +200,10 @@ def _ball_as_json(config: TrainConfig) -> dict[str, Any]:
 
 def _network_of(config: TrainConfig) -> dict[str, Any]:
     """The network of a settled run, in plain types."""
-    return {one: getattr(config.model, one) for one in ("name", "width", "activation", "normalize")}
+    model = config.model
+    found = {one: getattr(model, one) for one in ("name", "width", "activation", "normalize")}
+    return found | {name: getattr(model, name) for name, without in LATER_OF_MODEL.items() if name != "activation"
+                    and getattr(model, name) != without}  # fmt: skip
 
 
 def content_of(file: Path) -> dict[str, Any]:

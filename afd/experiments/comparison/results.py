@@ -15,11 +15,11 @@ from typing import Any
 
 from afd.attacks.ball import NORMS
 from afd.errors import InputError
-from afd.evaluation.command import present_table
 from afd.evaluation.outcome import RESULTS, read_results
 from afd.evaluation.plots import plot_sweeps
 from afd.evaluation.report import Results, Table, comparison, table_1, table_2, union_table
 from afd.evaluation.store import REPORT, check_folder, contents, discard, lock, numbered
+from afd.evaluation.terminal import present_table
 from afd.experiments.comparison.record import PARENT, RECORD, read_finished
 from afd.experiments.comparison.report import FIGURES_CSV, MARKDOWN, PICTURE, present, told, write_all
 from afd.experiments.comparison.rows import MADE, Content, Difference, ball_of

@@ -19,7 +19,7 @@ from afd.cli import main
 from afd.data import load
 from afd.entries import made
 from afd.evaluation.outcome import read_results
-from afd.experiments import comparison
+from afd.experiments import comparison, costs
 from afd.experiments.comparison import budget, runs
 from afd.experiments.comparison.record import waiting
 from afd.methods import Natural
@@ -112,7 +112,7 @@ def test_planned_passes_are_those_that_runs_really_take(tmp_path, monkeypatch):
 
 
 def test_a_budget_is_so_many_seconds_of_adversarial_training_here(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "images_per_second", lambda *_: 100.0)
+    monkeypatch.setattr(comparison, "images_per_second", lambda *_: 100.0)
     monkeypatch.setattr(runs.Runs, "run", lambda _: None)
     status, content = compared(tmp_path / "out", "--methods", "natural,trades", "--budget", "2.5s")
     assert status == 0
@@ -120,7 +120,7 @@ def test_a_budget_is_so_many_seconds_of_adversarial_training_here(tmp_path, monk
     assert content["entries"]["natural"]["epochs"] * content["entries"]["natural"]["epoch_images"] == 7 * 60
     assert content["entries"]["trades"]["passes_per_image"] == 8 + 1
     assert "passes = 1250.0" in (tmp_path / "out" / "table.toml").read_text()
-    monkeypatch.setattr(budget, "images_per_second", lambda *_: 1.0)  # nobody asks again
+    monkeypatch.setattr(comparison, "images_per_second", lambda *_: 1.0)  # nobody asks again
     status, content = compared(tmp_path / "out", "--methods", "natural,trades,at", "--budget", "0m2.5s")
     assert status == 0
     assert content["budget"]["passes"] == 1250.0
@@ -141,7 +141,7 @@ def test_a_speed_is_measured_in_a_twentieth_of_the_budget_or_a_few_steps(seconds
         self.step.update = lambda _: taken.append(clock.taking(seconds, lambda: None)())
 
     monkeypatch.setattr(Trainer, "_build_step", timed)
-    assert budget.images_per_second(config, images, torch.device("cpu"), asked) == pytest.approx(30 / seconds)
+    assert costs.images_per_second(config, images, torch.device("cpu"), asked) == pytest.approx(30 / seconds)
     assert len(taken) == pytest.approx(steps, abs=1)
 
 
@@ -325,7 +325,7 @@ def test_what_is_finished_is_not_done_again(undisturbed, tmp_path, monkeypatch):
     out = shutil.copytree(undisturbed, tmp_path / "out")
     for name in ("train", "evaluate_to_folder"):
         monkeypatch.setattr(runs, name, None)
-    monkeypatch.setattr(budget, "images_per_second", None)
+    monkeypatch.setattr(comparison, "images_per_second", None)
     status, content = compared(out)
     assert status == 0
     assert content == record(undisturbed) | {"commit": content["commit"]}
@@ -457,10 +457,10 @@ def test_natural_training_that_joins_late_is_transferred_from_where_one_asks(tmp
 
 
 def test_the_file_of_a_comparison_repeats_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "images_per_second", lambda *_: 200.0)
+    monkeypatch.setattr(comparison, "images_per_second", lambda *_: 200.0)
     status, content = compared(tmp_path / "one", "--methods", "natural,at", "--budget", "1s", "--seeds", "2")
     assert status == 0
-    monkeypatch.setattr(budget, "images_per_second", None)
+    monkeypatch.setattr(comparison, "images_per_second", None)
     assert main(["compare", "--config", str(tmp_path / "one" / "table.toml"), "--out", str(tmp_path / "two")]) == 0
     again = record(tmp_path / "two")
     assert again["budget"].pop("at_images_per_second") is None
@@ -693,7 +693,7 @@ def test_a_folder_of_something_else_is_left_alone(capsys, tmp_path):
 
 
 def test_a_budget_of_less_than_an_epoch_says_what_would_be_needed(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(budget, "images_per_second", lambda *_: 10.0)
+    monkeypatch.setattr(comparison, "images_per_second", lambda *_: 10.0)
     told = refused(capsys, *WORDS[1:], "--methods", "natural,mart", "--budget", "6s", "--out", str(tmp_path / "out"))
     # an image of at is 5 passes: 50 passes a second; one epoch of mart takes 60 images of 8 passes
     assert "the budget of 300 passes is less than one epoch of 'mart', which takes 480" in told
@@ -717,8 +717,8 @@ def test_passes_of_a_network_without_convolutions_are_not_guessed(capsys, tmp_pa
         model.encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, model.num_features))
         return model
 
-    real = budget.model_for
-    monkeypatch.setattr(budget, "model_for", flat)
+    real = costs.model_for
+    monkeypatch.setattr(costs, "model_for", flat)
     words = (*WORDS[1:], "--methods", "at", "--out", str(tmp_path / "out"))
     assert "cannot be counted; name the length of all runs with --epochs" in refused(capsys, *words, "--budget", "1s")
     table = f"budget = '1s'\npasses = 1e6\ntrain = '{' '.join(TINY)}'\n[entries]\nat = 'at'\n"
