@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 import tomllib
 import warnings
@@ -143,8 +144,8 @@ def test_every_option_of_a_method_and_its_attack_has_a_help_line_and_its_own_nam
         ("at --attack-start-scale -1", "attack-start-scale is -1"),
         ("at+toy_methods:Perturbed+toy_methods:Perturbed", "of which two have a setting 'gamma'"),
         ("at --lr 0", "lr is 0"),
-        ("at --config nowhere.toml", "config is nowhere.toml; there is no such file, and recipes are mnist-afd-joint"),
-        ("--config mnist-nothing", "config is mnist-nothing; there is no such file, and recipes are mnist-afd-joint"),
+        ("at --config nowhere.toml", "config is nowhere.toml; there is no such file, and recipes are imagenet-"),
+        ("--config mnist-nothing", "config is mnist-nothing; there is no such file, and recipes are imagenet-"),
     ],
 )
 def test_a_mistake_is_one_line(words, message, capsys):
@@ -279,9 +280,9 @@ def test_a_file_of_nothing_is_one_line(text, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", recipes())
-def test_a_recipe_is_a_run_of_that_name_and_says_what_was_found_with_it(name, tmp_path, monkeypatch):
+def test_a_recipe_is_a_run_of_that_name_and_says_more_of_it(name, tmp_path, monkeypatch):
     text = (RECIPES / f"{name}.toml").read_text()
-    assert text.startswith(f"# afd train --config {name}\n# ")
+    assert re.match(rf"# afd train --config {name}( --data folder:PATH)?( --weights FILE)?\n# ", text)
     config = asked(f"--config {name} --epochs 7")
     assert config.settled() == dataclasses.replace(TrainConfig.read(RECIPES / f"{name}.toml"), epochs=7).settled()
     assert TrainConfig.from_json(config.settled().as_json()).settled() == config.settled()

@@ -279,7 +279,7 @@ def _check_network(model: ModelConfig) -> None:
 
 
 def recipes() -> list[str]:
-    """Names of the runs that come with afd, each a TOML file that says what was found with it."""
+    """Names of the runs that come with afd, each a TOML file that says what was found with it, if it was run."""
     return sorted(file.stem for file in RECIPES.glob("*.toml"))
 
 
