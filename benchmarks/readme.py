@@ -155,9 +155,26 @@ def learning(documents: list[Document]) -> Rows:
             yield f"`{case.settings['command']}`", *accuracies, taken, str(told)
 
 
+def loading(documents: list[Document]) -> Rows:
+    """Who reads images from files how fast, and what training loses by it."""
+    headings = ("work", "by", "images/s", "of Pillow's", "seconds an epoch", "of the time from memory",
+                "peak MiB: trainer", "worker")  # fmt: skip
+    columns = {"images_per_second": "{:,.0f}", "of_pillow": "{:.2f}x", "epoch_seconds": "{:.1f}",
+               "of_memory": "{:.2f}x", "own": mebibytes, "worker": mebibytes}  # fmt: skip
+    yield headings
+    works = {"reading": "reading {files:,} JPEG files of {images}", "memory": "memory while reading",
+             "training": "an epoch of {files:,} images, {network}"}  # fmt: skip
+    for document in documents:
+        for name, case in document.cases.items():
+            told = works[name].format(**case.settings)
+            for candidate, found in case.candidates.items():
+                yield told, candidate, *(shown(found.figures.get(key), form) for key, form in columns.items())
+                told = ""
+
+
 TABLES = {"attacks": attacks, "kernels": kernels, "step": steps, "methods": methods, "discriminator": discriminator,
           "agreement": agreement, "autoattack": against_pyautoattack, "learning": learning,
-          "passes": passes}  # fmt: skip
+          "passes": passes, "loading": loading}  # fmt: skip
 
 
 def cases(documents: list[Document]) -> Iterator[tuple[str, Mapping[str, Candidate]]]:

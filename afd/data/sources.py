@@ -133,7 +133,7 @@ class FolderSource(Source):
     def pixels(self, number: int, least: int = 0) -> Pixels:
         """See `Source`."""
         try:
-            content = (self.folder / self.files[number]).read_bytes()
+            content = content_of(f"{self.name}/{self.files[number]}")
         except OSError as error:
             raise BadImageError(error.strerror or in_a_line(error)) from error
         return decoding.decoded(content, least)
@@ -198,6 +198,18 @@ def class_folders(folder: Path) -> list[str]:
     return found
 
 
+def content_of(path: str) -> bytes:
+    """All bytes of a file, without what objects of a path and of a file cost: small images are decoded in less."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        parts = [os.read(descriptor, os.fstat(descriptor).st_size + 1)]
+        while parts[-1]:  # of what is read in several parts, as from some mounted stores
+            parts.append(os.read(descriptor, 2**20))
+    finally:
+        os.close(descriptor)
+    return b"".join(parts) if len(parts) > 2 else parts[0]
+
+
 def named(names: Sequence[str]) -> str:
     """The first few of many names."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
@@ -226,7 +238,7 @@ def _files_below(folder: Path, before: str) -> Iterator[str]:
 class RowsSource(Source):
     """Rows with an image and a label each, such as a split of a Hugging Face data set.
 
-    An image is one of Pillow's, the bytes of a file or a dict with them under "bytes" (as with
+    An image is one of Pillow's, the bytes of a file, a dict with them under "bytes" or with the file's "path" (as with
     ``datasets.Image(decode=False)``, which is faster), or an array uint8 [H, W], [H, W, 3] or [3, H, W].
 
     Args:
@@ -267,25 +279,36 @@ class RowsSource(Source):
 
     def pixels(self, number: int, least: int = 0) -> Pixels:
         """See `Source`."""
-        found = self.rows[number][self.image]
-        if isinstance(found, dict) and isinstance(found.get("bytes"), bytes):
-            found = found["bytes"]
+        found = self._held(number)
         if isinstance(found, bytes):
             return decoding.decoded(found, least)
         if hasattr(found, "convert"):
             return decoding.of_image(found)
-        return _coloured(np.asarray(found))
+        try:
+            return _coloured(np.asarray(found))
+        except (InputError, InputTypeError) as error:
+            raise BadImageError(str(error)) from error
 
     def size(self, number: int) -> tuple[int, int]:
         """See `Source`."""
-        found = self.rows[number][self.image]
-        if isinstance(found, dict) and isinstance(found.get("bytes"), bytes):
-            found = found["bytes"]
+        found = self._held(number)
         if isinstance(found, bytes):
             file: BinaryIO = io.BytesIO(found)
             return decoding.size_of(file)
         height, width, _ = self.pixels(number).shape
         return height, width
+
+    def _held(self, number: int) -> Any:
+        """The bytes of a row's file, or its image in another form."""
+        found = self.rows[number][self.image]
+        if not isinstance(found, dict):
+            return found
+        if isinstance(found.get("bytes"), bytes):
+            return found["bytes"]
+        try:
+            return content_of(str(found.get("path")))
+        except OSError as error:
+            raise BadImageError(f"{found.get('path')}: {error.strerror or error}") from error
 
 
 def _coloured(array: Any) -> Pixels:

@@ -250,6 +250,16 @@ def test_rows_hold_images_in_any_usual_form(form):
     assert images.classes == ("0", "1", "2")
 
 
+def test_rows_that_hold_no_image_are_named(tmp_path):
+    rows = Rows(
+        [np.zeros((4, 4), np.float32), {"bytes": None, "path": str(tmp_path / "gone.png")}, b"", None], [0, 1, 1, 0]
+    )
+    with pytest.raises(
+        DataError, match=r"4 of 4 files of Rows hold no whole image: row 0: .*float32.*; row 1: .*gone\.png"
+    ):
+        stored(RowsSource(rows), workers=0)
+
+
 @pytest.mark.parametrize(
     ("rows", "told"),
     [
