@@ -107,9 +107,7 @@ def test_every_option_of_a_benchmark_has_a_help_line(work, capsys):
 def test_no_command_shows_the_commands(capsys):
     assert main([]) == 2
     told = capsys.readouterr().err
-    assert told.startswith(
-        "afd: error: the command is missing; allowed are train, plan, evaluate, compare, bench, "
-    )
+    assert told.startswith("afd: error: the command is missing; allowed are train, plan, evaluate, compare, bench, ")
     with pytest.raises(SystemExit) as shown:
         main(["--help"])
     assert not shown.value.code
