@@ -143,7 +143,9 @@ def _check_fit(name: str, model: FeatureSplit, images: Images) -> None:
         with evaluating(model):
             model.settle(torch.full((2, *images.shape), 0.5))
     except AfdError as error:
-        raise UnusableModelError(f"model {name} is of no use for {images.name}'s {size} images: {error}") from error
+        how = " of afd.nn.split, in a function package.module:function" if "as feature_layer" in str(error) else ""
+        told_so = f"model {name} is of no use for {images.name}'s {size} images: {error}{how}"
+        raise UnusableModelError(told_so) from error
     except Exception as error:  # the model's own: whatever it raises is told, with its traceback
         raise UnusableModelError(f"model {name} does not take {images.name}'s {size} images: {told(error)}") from error
     if model.num_classes != images.num_classes:

@@ -19,10 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from afd.errors import InputError
+from afd.nn.normalized import plain_model
 from afd.nn.outputs import linear_layers
 
 LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-LEAST = 2  # layers with weights of a block: what one of them keeps is no more than its input
+LEAST = 2  # layers of a block: a single one keeps little more than what enters it
 FLAT = 8  # layers of a Sequential without blocks, from which on it is passed in parts
 
 
@@ -30,10 +31,10 @@ class Recomputing:
     """The blocks of a network, which keep only what enters them while a training pass runs.
 
     Blocks are the modules in the network's lists (ModuleList, Sequential, ModuleDict) that have at least two layers
-    with weights. A block which itself holds a list of several alike, such as a stage of ResNet-like blocks, is looked
-    into. A long list of single layers, as VGG's, is passed in about as many parts as each has layers. A network without
-    lists is taken apart by the children of its outermost module. What holds the last linear layer is left out, as
-    its inputs are kept anyway.
+    with weights, norms not counted. One which itself holds a list of several blocks alike, such as a stage of a ResNet,
+    is looked into. In a network whose lists hold none, several modules alike inside of one are such a list (RegNet,
+    Inception), or else the outermost modules are its blocks. A long list of single layers, as VGG's, is passed in about
+    as many parts as each has layers. What holds the last linear layer is left out: it is the smallest part.
 
     Args:
         model: the network.
@@ -43,13 +44,15 @@ class Recomputing:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        model = plain_model(model)
         head = [*linear_layers(model).values()][-1]
         held = {id(module) for module in model.modules() if any(one is head for one in module.modules())}
-        self.blocks = [block for block in _blocks(model) if id(block) not in held]
+        blocks = [*_blocks(model, _is_list)] or [*_blocks(model, _has_several)]
+        self.blocks = [block for block in blocks if id(block) not in held]
+        inside = held | {id(one) for block in self.blocks for one in block.modules()}
         flat = [one for one in model.modules() if isinstance(one, nn.Sequential) and _is_flat(one)]
-        inside = {id(one) for block in self.blocks for one in block.modules()} | held
         self.rows = [one for one in flat if id(one) not in inside]
-        if not self.blocks and not self.rows:  # such as Inception's
+        if not self.blocks and not self.rows:
             self.blocks = [one for one in model.children() if id(one) not in held and _layers(one) >= LEAST]
         if not self.blocks and not self.rows:
             raise InputError(
@@ -71,37 +74,39 @@ class Recomputing:
             yield
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+def _blocks(module: nn.Module, lists: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
     """The outermost blocks inside of a module, in order."""
     for child in module.children():
-        inside = isinstance(module, LISTS) and not isinstance(child, LISTS) and _layers(child) >= LEAST
-        if inside and not _is_stage(child):
+        stage = any(lists(one) and _has_several(one) for one in child.modules())
+        if lists(module) and _may_be_block(child) and not stage:
             yield child
         else:
-            yield from _blocks(child)
+            yield from _blocks(child, lists)
 
 
-def _is_stage(module: nn.Module) -> bool:
-    """Whether a module holds a list of several blocks alike."""
-    for one in module.modules():
-        if isinstance(one, LISTS):
-            kinds = [
-                type(child) for child in one.children() if not isinstance(child, LISTS) and _layers(child) >= LEAST
-            ]
-            if len(kinds) > 1 and len(set(kinds)) < len(kinds):
-                return True
-    return False
+def _is_list(module: nn.Module) -> bool:
+    return isinstance(module, LISTS)
+
+
+def _has_several(module: nn.Module) -> bool:
+    """Whether a module has several blocks alike."""
+    kinds = [type(child) for child in module.children() if _may_be_block(child)]
+    return len(set(kinds)) < len(kinds)
+
+
+def _may_be_block(module: nn.Module) -> bool:
+    return not isinstance(module, LISTS) and _layers(module) >= LEAST
 
 
 def _layers(module: nn.Module) -> int:
-    """How many layers with weights of their own it has."""
-    return sum(any(True for _ in one.parameters(recurse=False)) for one in module.modules())
+    """How many layers with weights it has, norms and the like not counted."""
+    return sum(any(one.dim() > 1 for one in layer.parameters(recurse=False)) for layer in module.modules())
 
 
-def _is_flat(module: nn.Module) -> bool:
-    children = list(module.children())
-    single = all(next(child.children(), None) is None for child in children)
-    return type(module) is nn.Sequential and single and len(children) >= FLAT and _layers(module) >= 2 * LEAST
+def _is_flat(row: nn.Sequential) -> bool:
+    """Whether it is a long list of single layers."""
+    single = all(next(child.children(), None) is None for child in row)
+    return type(row) is nn.Sequential and single and len(row) >= FLAT and _layers(row) >= 2 * LEAST
 
 
 @contextmanager
@@ -129,7 +134,7 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any], *inputs: Any, **n
 def _in_parts(row: nn.Sequential, x: Tensor) -> Tensor:
     """What a list of single layers returns, in parts that begin with a layer with weights."""
     layers = list(row)
-    weighted = [place for place, layer in enumerate(layers) if _layers(layer) and not isinstance(layer, _BatchNorm)]
+    weighted = [place for place, layer in enumerate(layers) if _layers(layer)]
     each = max(1, round(math.sqrt(len(weighted))))
     starts = [0, *weighted[each::each], len(layers)]
     for start, end in pairwise(starts):

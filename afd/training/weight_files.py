@@ -20,7 +20,7 @@ from afd.nn.normalized import Normalized, plain_model
 KEY = "afd"  # of a state_dict's metadata: what `afd.training.weights.facts_of` says
 # where training scripts keep the weights, beside what else they save: the model's before an average's
 WITHIN = ("state_dict", "model_state_dict", "model", "model_ema", "state_dict_ema")
-WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
+OUTERMOST = re.compile(r"^(module|_orig_mod|model)\.")
 OUTER = re.compile(r"^((module|_orig_mod|model)\.)+")
 ATTACKER = re.compile(r"^(module\.)?attacker\.")  # of the library robustness, which keeps the model twice
 # means and deviations of images, inside of a network
@@ -140,12 +140,14 @@ def by_own_names(state: Mapping[str, Any], model: nn.Module, source: str) -> dic
     """
     own = model.state_dict().keys()
     once = _once(state)
-    forms = [dict(state), *({one.sub("", name): value for name, value in once.items()} for one in (WRAPPERS, OUTER))]
-    named = max(forms, key=lambda form: len(form.keys() & own))
-    return _without_stats({**named}, model, source, own)
+    forms = [{**state}, once]
+    while (bare := {OUTERMOST.sub("", name): value for name, value in forms[-1].items()}).keys() != forms[-1].keys():
+        forms.append(bare)
+    named = max(forms, key=lambda form: len(form.keys() & own))  # of equals, that with the most before its names
+    return _without_stats(named, model, source, own)
 
 
-def _once(state: Mapping[str, Any]) -> Mapping[str, Any]:
+def _once(state: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not ATTACKER.match(name)}
 
 

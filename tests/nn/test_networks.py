@@ -13,7 +13,18 @@ from afd.data.datasets import NAMES
 from afd.errors import InputError, InputTypeError
 from afd.execution import Execution
 from afd.methods.inputs import settle
-from afd.nn import ACTIVATIONS, MODELS, VGG, ConvNet, FeatureClassifier, PreActResNet, ResNet18, WideResNet, build_model
+from afd.nn import (
+    ACTIVATIONS,
+    MODELS,
+    VGG,
+    ConvNet,
+    FeatureClassifier,
+    PreActResNet,
+    ResNet18,
+    ResNet50,
+    WideResNet,
+    build_model,
+)
 from afd.presets import PRESETS
 
 PUBLISHED = [name for name in MODELS if name not in ("convnet", "resnet18")]
@@ -57,6 +68,7 @@ def test_features_have_length_one_and_feed_the_classifier(name, shape, width, fe
     ("name", "parameters"),
     [
         ("resnet18", 11_173_962),  # ResNet-18 with a 3x3 stem and 10 classes
+        ("resnet50", 23_528_522),
         ("preactresnet18", 11_172_170),
         ("wideresnet28-10", 36_479_194),
         ("wideresnet34-10", 46_160_474),
@@ -71,6 +83,20 @@ def test_networks_have_as_many_parameters_as_published(name, parameters):
     with torch.device("meta"):
         model = build_model(name, (3, 32, 32), 10, settled.model.width)
     assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+def test_resnet50_has_the_parameters_of_torchvisions_and_its_names():
+    with torch.device("meta"):
+        model = build_model("resnet50", (3, 224, 224), 1000, 64)
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032
+    names = {name: list(one.shape) for name, one in model.encoder.named_parameters()}
+    assert len(names) == 159
+    assert names["conv1.weight"] == [64, 3, 7, 7]
+    assert names["layer1.0.downsample.0.weight"] == [256, 64, 1, 1]
+    assert names["layer4.2.conv2.weight"] == [512, 512, 3, 3]
+    assert names["layer3.5.bn3.bias"] == [1024]
+    assert model.encoder.layer2[0].conv2.stride == (2, 2)  # "v1.5"
+    assert model.encoder.layer2[0].conv1.stride == (1, 1)
 
 
 def test_resnet18_is_the_eighteen_layer_network_of_the_paper():
@@ -134,6 +160,20 @@ class Literal:
             x = self.act(out + x)
         return x.mean((2, 3))
 
+    def resnet50(self, x):
+        x = self.act(self.bn("bn1", self.conv("conv1", x, 2)))
+        x = F.pad(x, (1, 1, 1, 1), value=-math.inf).unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))
+        for stage, blocks in ((1, 3), (2, 4), (3, 6), (4, 3)):
+            for block in range(blocks):
+                name, stride = f"layer{stage}.{block}", 2 if stage > 1 and block == 0 else 1
+                out = self.act(self.bn(f"{name}.bn1", self.conv(f"{name}.conv1", x)))
+                out = self.act(self.bn(f"{name}.bn2", self.conv(f"{name}.conv2", out, stride)))
+                out = self.bn(f"{name}.bn3", self.conv(f"{name}.conv3", out))
+                if block == 0:
+                    x = self.bn(f"{name}.downsample.1", self.conv(f"{name}.downsample.0", x, stride))
+                x = self.act(out + x)
+        return x.mean((2, 3))
+
     def preactresnet18(self, x, final_norm=True):
         x = self.conv("conv1", x)
         for stage in (1, 2, 3, 4):
@@ -179,6 +219,7 @@ def named(name, activation):
 LITERAL = {
     "convnet": (lambda act: ConvNet((3, 32, 32), 4, 8, act), lambda net, x: net.convnet(x)),
     "resnet18": (lambda act: ResNet18(3, 4, act), lambda net, x: net.resnet18(x)),
+    "resnet50": (lambda act: ResNet50(3, 4, activation=act), lambda net, x: net.resnet50(x)),
     "preactresnet18": (lambda act: PreActResNet(3, 4, activation=act), lambda net, x: net.preactresnet18(x)),
     "Wong et al.": (
         lambda act: PreActResNet(3, 4, activation=act, final_norm=False),
