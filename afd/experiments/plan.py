@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from afd.config import TrainConfig
+from afd.data.datasets import short
+from afd.data.stored import usual_workers
 from afd.errors import AfdError, InputError
 from afd.experiments.folder import ROOT, check_files
 from afd.experiments.spent import PLAN, described, duration, size
@@ -176,14 +178,9 @@ def _speed(config: TrainConfig, whole: dict[str, Any]) -> dict[str, Any]:
     }
     if loading is not None:
         workers = config.data.workers
-        used = default_workers() if workers is None else max(1, workers)
+        used = usual_workers() if workers is None else max(1, workers)
         found |= {"workers": used, "workers_that_do": max(1, ceil(used * steps / loading))}
     return found
-
-
-def default_workers() -> int:
-    """How many processes read files where nobody says how many."""
-    return min(8, max(1, (os.cpu_count() or 2) - 1))
 
 
 def _time(config: TrainConfig, whole: dict[str, Any], each: float) -> dict[str, float]:
@@ -282,7 +279,7 @@ def table(plain: dict[str, Any]) -> Table:
     config = TrainConfig.from_json(plain["run"])
     assert config.method is not None
     title = (
-        f"{config.data.name} {spelled(config.method)}: {config.epochs} epochs on {plain['device'] or 'this machine'}"
+        f"{short(config.data.name)} {spelled(config.method)}: {config.epochs} epochs on {plain['device'] or 'this machine'}"
     )
     shown = Table(title=title, title_justify="left")
     for column in ("what", "figure", ""):
