@@ -278,9 +278,8 @@ def table(plain: dict[str, Any]) -> Table:
     """A plan as it is shown."""
     config = TrainConfig.from_json(plain["run"])
     assert config.method is not None
-    title = (
-        f"{short(config.data.name)} {spelled(config.method)}: {config.epochs} epochs on {plain['device'] or 'this machine'}"
-    )
+    place = plain["device"] or "this machine"
+    title = f"{short(config.data.name)} {spelled(config.method)}: {config.epochs} epochs on {place}"
     shown = Table(title=title, title_justify="left")
     for column in ("what", "figure", ""):
         shown.add_column(column)
