@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from afd.bench.results import Candidate, Case, Document, device_name, read
+from afd.bench.results import Candidate, Case, Document, read
 from afd.errors import AfdError
+from afd.machine import device_name
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS = "--epochs 30"

@@ -7,7 +7,7 @@ import torch
 from afd.metrics import packed
 
 MADE = {
-    "machine": {"device": "CPU (x86_64, 1 thread)", "system": "Linux"},
+    "machine": {"device": "AMD EPYC, 1 thread", "system": "Linux"},
     "versions": {"afd": "0.1.0", "torch": "2.13.0+cpu", "python": "3.11.7"}, "commit": "0123abc",
 }  # fmt: skip
 CHECK = {"name": "Square beats white-box", "verdict": "fail", "number": 0.021, "unit": "of the images", "allowed": 0.01}

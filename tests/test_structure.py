@@ -27,7 +27,7 @@ MOST_FILES, MOST_LINES = 160, 400  # of the library in Python: what one can find
 FLOORS = (
     {"_version", "errors"},
     {"deprecated", "files", "process", "processes"},
-    {"graphs", "installation", "memory", "python_state", "runtime"},
+    {"graphs", "installation", "machine", "python_state", "runtime"},
     {"_C"},
     {"ops"},
     {"data", "nn"},

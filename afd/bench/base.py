@@ -20,11 +20,12 @@ from typing import Any, ClassVar, Literal, NoReturn, get_args, get_origin, get_t
 import torch
 
 from afd.bench import results
-from afd.bench.results import Case, Column, Document, Figure, device_name, earlier, now
+from afd.bench.results import Case, Column, Document, Figure, earlier, now
 from afd.errors import InputError, count, one_of
 from afd.files import check_file_target, check_path, check_writable, missing, remove_empty
 from afd.graphs import guard
 from afd.installation import needed_by
+from afd.machine import device_name
 from afd.runtime import device_named
 
 with needed_by("a benchmark"):

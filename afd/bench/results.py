@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +18,7 @@ from afd._version import __version__
 from afd.errors import AfdError
 from afd.files import check_source, write_whole
 from afd.installation import needed_by, save_picture
+from afd.machine import device_name
 from afd.runtime import commit
 
 FORMAT, VERSION = "afd-bench", 2
@@ -176,15 +175,6 @@ def differences(old: Document, new: Document, case: str) -> str:
 
 
 # --- The environment: what a figure means nothing without ------------------------------------------------------------
-
-
-def device_name(device: torch.device) -> str:
-    """The model of the GPU or CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:

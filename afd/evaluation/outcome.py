@@ -21,6 +21,7 @@ from afd.evaluation.attacks import Epsilon, Stage
 from afd.evaluation.model import Model, describe, divergence
 from afd.evaluation.protocol import Protocol
 from afd.files import check_source, write_whole
+from afd.machine import device_with_threads
 from afd.metrics import interval, packed
 from afd.runtime import Group
 
@@ -330,7 +331,7 @@ def summarize(
         "divergence": divergence,
         "settings": settings,
         "versions": {"afd": __version__, "torch": torch.__version__, "python": platform.python_version()},
-        "machine": {"device": device_name(images.device), "system": platform.system()},
+        "machine": {"device": device_with_threads(images.device), "system": platform.system()},
     }
 
 
@@ -352,14 +353,6 @@ def attack_summary(outcome: Outcome, stage: Stage) -> dict[str, Any]:
         "not_finite": counts.get("not finite", 0),
         "seconds": counts.get("milliseconds", 0) / 1000,
     }
-
-
-def device_name(device: torch.device) -> str:
-    """What the evaluation ran on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU ({platform.machine()}, {threads} thread{'s' if threads > 1 else ''})"
 
 
 def write_results(folder: Path, results: dict[str, Any]) -> None:

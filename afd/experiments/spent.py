@@ -9,7 +9,7 @@ import torch
 
 from afd.config import TrainConfig
 from afd.errors import InputError, in_a_line
-from afd.evaluation.outcome import device_name
+from afd.machine import device_with_threads
 from afd.training.position import Spent
 from afd.training.settings import differences
 
@@ -30,7 +30,7 @@ def cost_as_json(spent: Spent, device: torch.device, config: TrainConfig) -> dic
         "hours": known["seconds"] / 3600,
         "seconds_per_epoch": known["seconds"] / known["epochs"] if known["epochs"] else None,
         "images_seen": known["images"],
-        "device": device_name(device),
+        "device": device_with_threads(device),
         "peak_memory": known["memory"],
     }
     planned = plan_of(config)

@@ -25,11 +25,10 @@ from afd.checkpoint import packed
 from afd.config import TrainConfig
 from afd.data import Splits
 from afd.errors import AfdError, in_a_line, out_of_memory
-from afd.evaluation.outcome import device_name
 from afd.experiments.assembly import plain, splits_for, test_attack, train_batches
 from afd.experiments.costs import StepCosts, TimedSteps
 from afd.experiments.train import TEST_STEPS
-from afd.memory import available_memory, peak_memory
+from afd.machine import available_memory, device_with_threads, peak_memory
 from afd.passes import KINDS, UncountableError, by_operations, counted
 from afd.runtime import Group, device_named
 from afd.training.data import Loader
@@ -149,7 +148,7 @@ def trial(config: TrainConfig, seconds: float, *, whole: bool) -> dict[str, Any]
         AfdError: it cannot be trained so.
     """
     device = device_named(config.device)
-    found: dict[str, Any] = {"device": device_name(device), "available": available_memory(device)}
+    found: dict[str, Any] = {"device": device_with_threads(device), "available": available_memory(device)}
     splits = splits_for(config)
     steps = TimedSteps(config, splits.train, device)
     stepping = list[float]()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from afd.deprecated import OldAttributes, with_new_keys
-from afd.memory import peak_memory
+from afd.machine import peak_memory
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Spent:
     Attributes:
         seconds: of the calls of `fit` that have ended, and of those before a checkpoint that was gone on from.
         images: that steps were taken on, of all processes, each as often as it was met.
-        memory: bytes that a process has held at most, as of `afd.memory.peak_memory`; of several, the leading one.
+        memory: bytes that a process has held at most, as of `afd.machine.peak_memory`; of several, the leading one.
         epochs: that were closed, those that a rollback has undone included.
     """
 

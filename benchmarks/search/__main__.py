@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from afd import data
 from afd.attacks import APGD, PGDSettings, Square
-from afd.bench.results import device_name
 from afd.data import Batches, MixedBatches
+from afd.machine import device_name
 from afd.methods import AT, TRADES, Execution
 from afd.nn import build_model
 from afd.passes import counted

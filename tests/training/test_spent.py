@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from afd.attacks import PGDSettings
-from afd.memory import available_memory, peak_memory
+from afd.machine import available_memory, peak_memory
 from afd.methods import AT, Free, Natural
 from afd.training import Trainer, position
 from afd.training.position import Spent

@@ -18,13 +18,14 @@ from afd.data import Splits
 from afd.errors import InputError, look_up
 from afd.evaluation.attacks import Epsilon
 from afd.evaluation.command import exactly
-from afd.evaluation.outcome import ResultsError, device_name
+from afd.evaluation.outcome import ResultsError
 from afd.experiments.comparison.budget import seconds_in
 from afd.experiments.comparison.report import write_all
 from afd.experiments.comparison.rows import ENDED, ended
 from afd.experiments.costs import Cost
 from afd.files import check_source, write_whole
 from afd.installation import needed_by
+from afd.machine import device_with_threads
 from afd.methods.registry import spelled
 from afd.runtime import commit
 
@@ -274,7 +275,7 @@ class Record:
             "reference": asked.reference,
             "seeds": [],
             "entries": {},
-            "machine": {"device": device_name(device), "system": platform.system()},
+            "machine": {"device": device_with_threads(device), "system": platform.system()},
             "versions": {"afd": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "commit": commit(),
         }

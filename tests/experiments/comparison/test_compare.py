@@ -405,7 +405,7 @@ def test_each_run_says_where_it_was_made(undisturbed, tmp_path, monkeypatch):
     where = {name: content[name] for name in ("machine", "versions", "commit")}
     assert all(run["made"] == where for run in runs_of(content).values())
     monkeypatch.setattr("afd.experiments.train.commit", lambda: "fedcba9")
-    monkeypatch.setattr("afd.evaluation.outcome.device_name", lambda _: "Imaginary H200")
+    monkeypatch.setattr("afd.machine.device_name", lambda _: "Imaginary H200")
     status, content = compared(out, "--methods", "natural,at,fgsm-rs", "--epochs", "2")
     assert status == 0
     made_here = content["entries"]["fgsm-rs"]["runs"]["0"]["made"]

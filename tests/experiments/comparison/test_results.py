@@ -147,7 +147,7 @@ def test_comparisons_are_put_into_one_table(tmp_path):
     text = (tmp_path / "deeper" / "out" / "table.md").read_text()
     rows = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
     assert rows[2:6] == ["natural", "at (one)", "at (other)", "trades"]
-    assert "- machine: device CPU (x86_64, 1 thread), system Linux" in text
+    assert "- machine: device AMD EPYC, 1 thread, system Linux" in text
     assert "- made otherwise: at (other) (seed 0), trades (seed 0): device Xeon" in text
     assert "seeds: 0, 1" in text
     assert f"afd compare --results {one} {other}" in text

@@ -1,14 +1,31 @@
-"""How much memory this process has taken at most, and how much there is: of a GPU, or of the machine."""
+"""The machine: its devices by name, the memory that this process has taken at most, and how much there is."""
 
 from __future__ import annotations
 
+import platform
+import re
 import resource
 import sys
 from pathlib import Path
 
 import torch
 
-STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")  # of Linux
+# of Linux
+STATUS, MEMINFO, CPUINFO = Path("/proc/self/status"), Path("/proc/meminfo"), Path("/proc/cpuinfo")
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = re.search(r"^model name\s*: (.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else None
+    return found[1] if found else platform.processor() or platform.machine()
+
+
+def device_with_threads(device: torch.device) -> str:
+    """The device, with what its speed hangs on: a GPU by its name, a CPU with the number of torch's threads."""
+    threads = f", {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
+    return device_name(device) + threads * (device.type != "cuda")
 
 
 def peak_memory(device: torch.device) -> int:
