@@ -287,8 +287,8 @@ MEANINGS = {  # of parts of torch's errors
         "the method differentiates gradients, and the model has a layer whose gradient torch cannot differentiate "
         "({reason}); attention can be, inside of torch.nn.attention.sdpa_kernel(SDPBackend.MATH)",
     ),
-    "tensors was saved during": "a pass goes another way when activations are computed anew than at first, as LLR's do, "
-    "by the clean batch's statistics; go without checkpoint_activations",
+    "tensors was saved during": "a pass goes another way where activations are computed anew, as LLR's do, by the "
+    "clean batch's statistics; go without checkpoint_activations",
     "nference tensors cannot be saved": "the model holds a tensor that was made in torch.inference_mode, which no "
     "gradient goes through; make it outside of that mode",
 }
