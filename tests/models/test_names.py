@@ -166,20 +166,20 @@ def test_what_a_network_does_not_take_is_told(noise, tmp_path):
     with pytest.raises(InputError, match="model is a SqueezeNet without a linear layer"):
         trained("at", "torchvision:squeezenet1_1", tmp_path / "run", noise())
     with pytest.raises(
-        UnusableModelError, match="name the layer that the features enter as feature_layer of afd.nn.split"
+        UnusableModelError, match=r"name the layer that the features enter as feature_layer of afd.nn.split"
     ):
         trained("at", "timm:levit_128s", tmp_path / "run", noise())
     with pytest.raises(
-        UnusableModelError, match="drop-path is 0.1, but model torchvision:resnet18 has no stochastic de"
+        UnusableModelError, match=r"drop-path is 0.1, but model torchvision:resnet18 has no stochastic de"
     ):
         build_named("torchvision:resnet18", (3, 32, 32), 10, drop_path=0.1)
     with pytest.raises(
-        UnusableModelError, match="drop-path is 0.1, but model timm:densenet121 has no stochastic depth"
+        UnusableModelError, match=r"drop-path is 0.1, but model timm:densenet121 has no stochastic depth"
     ):
         build_named("timm:densenet121", (3, 32, 32), 10, drop_path=0.1)
     with pytest.raises(UnusableModelError, match="torchvision:vit_b_16 takes square images, and these are 32x64"):
         build_named("torchvision:vit_b_16", (3, 32, 64), 10)
-    with pytest.raises(UnusableModelError, match="timm:vit_tiny_patch16_224 (cannot be built|does not take|is of no)"):
+    with pytest.raises(UnusableModelError, match=r"timm:vit_tiny_patch16_224 (cannot be built|does not take|is of no)"):
         trained("at", "timm:vit_tiny_patch16_224", tmp_path / "run", noise((3, 8, 8)))
 
 
