@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 PEERS := $(VENV)/.peers
 SOURCES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: demo test test-slow test-gpu sanitize lint format bench gpu gpu-pack clean
+.PHONY: demo test test-slow test-gpu test-models sanitize lint format bench gpu gpu-pack clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)
@@ -22,6 +22,19 @@ test-slow: $(READY)
 
 test-gpu: $(READY)
 	$(BIN)/pytest -m gpu
+
+# What is claimed of timm, torchvision and Hugging Face, with these libraries and their own torch, in an environment apart.
+MODELS_VENV := .venv-models
+MODELS_READY := $(MODELS_VENV)/.ready
+
+test-models: $(MODELS_READY)
+	OMP_NUM_THREADS=1 $(MODELS_VENV)/bin/pytest -m models $(or $(TESTS),tests/models)
+
+$(MODELS_READY): $(SOURCES) constraints-models.txt
+	test -x $(MODELS_VENV)/bin/python || $(PYTHON) -m venv $(MODELS_VENV)
+	$(MODELS_VENV)/bin/pip install --quiet --constraint constraints-models.txt --editable ".[train,models]" \
+		datasets pytest pytest-benchmark hypothesis
+	touch $@
 
 # The tests of the ops, with the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer; FUZZ random calls.
 FUZZ ?= 13000
@@ -75,7 +88,7 @@ gpu-pack:
 	$(PYTHON) benchmarks/gpu_pack.py build/wheels "$(GPU_PYTHON)" "$(DATA)" "$(COMMIT)"
 
 clean:
-	rm -rf $(VENV) build afd/*.so *.egg-info demo
+	rm -rf $(VENV) $(MODELS_VENV) build afd/*.so *.egg-info demo
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -21,7 +21,7 @@ from afd.bench import op_cases
 ROOT = Path(__file__).parents[1]
 PACKAGE, CSRC = ROOT / "afd", ROOT / "csrc"
 OPS = sorted(path.stem for path in (CSRC / "cuda").glob("*.cu") if path.stem != "runtime")
-MOST_FILES, MOST_LINES = 160, 400  # of the library in Python: what one can find one's way in, and read at a sitting
+MOST_FILES, MOST_LINES = 170, 400  # of the library in Python: what one can find one's way in, and read at a sitting
 
 # From the ground up; a room may import from lower floors and from itself.
 FLOORS = (

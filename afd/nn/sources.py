@@ -190,6 +190,34 @@ def _hugging_face_config(name: str) -> Any:
         ) from error
 
 
+def as_hugging_face_reads(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A state_dict by the names that a Hugging Face model has in memory, which are not always those of its files.
+
+    Any other model's is returned as it is.
+    """
+    if "transformers" not in sys.modules:  # then it is none of theirs
+        return state
+    from transformers import PreTrainedModel
+    from transformers.utils import logging
+
+    if not isinstance(model, PreTrainedModel):
+        return state
+    loud, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)  # what does not fit is told by us
+    logging.disable_progress_bar()
+    try:
+        read, found = type(model).from_pretrained(
+            None, config=model.config, state_dict=dict(state), output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        logging.set_verbosity(loud)
+        if bar:
+            logging.enable_progress_bar()
+    others = {name for name, *_shapes in found["mismatched_keys"]} | {*found["unexpected_keys"]}
+    named = {name: one for name, one in read.state_dict().items() if name not in found["missing_keys"]}
+    return named | {name: state[name] for name in others if name in state}
+
+
 # --- Functions of the user's ------------------------------------------------------------------------------------------
 
 

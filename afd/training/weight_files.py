@@ -16,6 +16,7 @@ from afd.errors import in_a_line
 from afd.installation import needed_by, require
 from afd.nn import Encoder, FeatureClassifier
 from afd.nn.normalized import Normalized, plain_model
+from afd.nn.sources import as_hugging_face_reads
 
 KEY = "afd"  # of a state_dict's metadata: what `afd.training.weights.facts_of` says
 # where training scripts keep the weights, beside what else they save: the model's before an average's
@@ -144,7 +145,8 @@ def by_own_names(state: Mapping[str, Any], model: nn.Module, source: str) -> dic
     while (bare := {OUTERMOST.sub("", name): value for name, value in forms[-1].items()}).keys() != forms[-1].keys():
         forms.append(bare)
     named = max(forms, key=lambda form: len(form.keys() & own))  # of equals, that with the most before its names
-    return _without_stats(named, model, source, own)
+    named = _without_stats(named, model, source, own)
+    return named if named.keys() == own else as_hugging_face_reads(named, plain_model(model))
 
 
 def _once(state: Mapping[str, Any]) -> dict[str, Any]:

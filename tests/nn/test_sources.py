@@ -63,7 +63,7 @@ def test_a_network_is_built_again_from_its_recipe_until_it_is_changed():
 
 def test_a_function_may_split_by_itself():
     assert isinstance(build_named("networks_of_mine:own", SHAPE, 10), FeatureClassifier)
-    with pytest.raises(InputError, match="input-stats are given, but model .* returns a FeatureClassifier, split alr"):
+    with pytest.raises(InputError, match=r"input-stats are given, but model .* returns a FeatureClassifier, split alr"):
         build_named("networks_of_mine:own", SHAPE, 10, input_stats=((0.5,), (0.5,)))
 
 
@@ -98,7 +98,7 @@ def test_a_new_head_is_the_last_linear_layer_and_all_else_stays():
 
 def test_names_of_no_network_are_told():
     with pytest.raises(
-        InputError, match="model is 'resnet'; allowed are .*vgg19-bn, timm:NAME, torchvision:NAME, hf:NAM"
+        InputError, match=r"model is 'resnet'; allowed are .*vgg19-bn, timm:NAME, torchvision:NAME, hf:NAM"
     ):
         check_model("resnet")
     for name in ("resnet50", "timm:x", "torchvision:x", "hf:x", "a.b:c"):
