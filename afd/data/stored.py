@@ -127,8 +127,9 @@ class StoredImages:
         return Images(pixels, labels, self.scale, self.num_classes, self.name)
 
 
-def usual_workers(processes: int = 1) -> int:
-    """One less than there are cores for each of several processes, at least 1 and at most `MOST_WORKERS`."""
+def usual_workers() -> int:
+    """One less than there are cores for each of torchrun's processes here, at least 1 and at most `MOST_WORKERS`."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // processes - 1))
 
 

@@ -324,7 +324,7 @@ def _time_rows(plain: dict[str, Any]) -> list[tuple[str, str, str]]:
             (
                 "images/s of loading alone",
                 _rate(speed["loading"]),
-                f"the limit is {limit}; {speed['workers_that_do']} workers would do (now {speed['workers']})",
+                f"the limit is {limit}; workers that would do: {speed['workers_that_do']} (now {speed['workers']})",
             )
         )
     parts = f"{duration(times['training'])} training, {duration(times['validation'])} validation"

@@ -19,7 +19,7 @@ from afd.data.decoding import BadImageError
 from afd.data.images import CropAndFlip
 from afd.data.sizing import Resolution, Sizing, resolutions_of
 from afd.data.sources import FolderSource, Source
-from afd.data.stored import Decoder, StoredImages, by_workers, stored
+from afd.data.stored import Decoder, StoredImages, by_workers, stored, usual_workers
 from afd.data.streaming import ResizedCropAndFlip, StreamedBatches
 from afd.errors import InputError, InputTypeError
 
@@ -292,3 +292,12 @@ def test_images_are_the_same_however_they_are_loaded(files):
     assert torch.equal(with_workers(files, 2).take(part).loaded().pixels, whole.take(part).pixels)
     assert torch.equal(files.take(part).labels, whole.take(part).labels)
     assert np.array_equal(whole.pixels[20].permute(1, 2, 0).numpy(), np.asarray(image_files.picture(20)))
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"), [(2, 1, 1), (1, 1, 1), (8, 1, 7), (64, 1, 8), (16, 4, 3), (4, 4, 1)]
+)
+def test_the_usual_workers_leave_a_core_to_each_process(monkeypatch, cores, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert usual_workers() == workers
