@@ -112,7 +112,7 @@ class AutoAttackBench(Benchmark):
         if self.images > len(test):
             raise InputError(f"images is {self.images}; the test set of {self.data} has {len(test)}")
         x, y = (part[: self.images].to(device) for part in (test.images(torch.arange(self.images)), test.labels))
-        eps = Epsilon.of(self.eps) if self.eps else trained_at(model, test)
+        eps = Epsilon.of(self.eps) if self.eps else trained_at(model, self.data)
         check_radius(eps, self.norm, math.prod(x.shape[1:]))
         attacked = Attacked(model.network.eval(), x, y, self.norm, float(eps))
         for part in self.listed("parts"):

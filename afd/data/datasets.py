@@ -7,7 +7,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,19 @@ from afd.data.images import Images
 from afd.errors import DataError, InputError, one_of, whole
 from afd.installation import needed_by
 
-if TYPE_CHECKING:  # which needs what reads image files
-    from afd.data.stored import StoredImages
 
-Kind = TypeVar("Kind", "Images", "StoredImages", Any)
+class Labelled(Protocol):
+    """Labelled images, in memory or in files."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+
+    def take(self, index: Tensor) -> Any:
+        """Those at these positions."""
+
+
+Kind = TypeVar("Kind", bound=Labelled)
 
 
 def stratified(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

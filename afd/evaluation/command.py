@@ -158,9 +158,10 @@ def _evaluate(config: EvaluateConfig, output: Output, console: Console) -> None:
         images = test_images(config, model, group)
         if union is None and radii is None and config.norm == "Linf" and config.protocol != "paper":
             union = trained_in(model)
+        kind = kind_of(images.name, max(images.shape[1:]))
         protocol = named(
             config.protocol, data=images.name, norm=config.norm, epsilons=radii,
-            trained_at=trained_at(model, images), reference=config.reference, transfer=surrogate is not None,
+            trained_at=trained_at(model, kind), reference=config.reference, transfer=surrogate is not None,
             union=union,
         )  # fmt: skip
         results = evaluate_to_folder(
@@ -316,13 +317,13 @@ def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
 ATTACKS = (("method", "attack"), ("attack",))
 
 
-def trained_at(model: Model, images: Images) -> Epsilon:
-    """The L∞ radius that a checkpoint was trained at, or its data set's usual one."""
+def trained_at(model: Model, kind: str) -> Epsilon:
+    """The L∞ radius that a checkpoint was trained at, or that which `PRESETS` has for such data."""
     for path in (("config", "test"), *((run, *attack) for run in ("config", "run") for attack in ATTACKS)):
         eps, norm = (look_up(model.metadata, *path, name) for name in ("eps", "norm"))
         if isinstance(eps, (int, float)) and 0 < eps < float("inf") and norm in (None, "Linf"):
             return exactly(float(eps))
-    return exactly(PRESETS[kind_of(images.name, max(images.shape[1:]))].eps)
+    return exactly(PRESETS[kind].eps)
 
 
 def trained_in(model: Model) -> dict[Norm, Epsilon] | None:

@@ -73,7 +73,7 @@ def _safetensors(path: Path | str) -> dict[str, Any]:
 
 def is_of_objects(error: BaseException | None) -> bool:
     """Whether a file could not be read because it holds objects of Python classes, which would run its code."""
-    return isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error)
+    return isinstance(error, pickle.UnpicklingError) and re.search("nsupported (global|class)", str(error)) is not None
 
 
 def of_objects(path: Path | str) -> CheckpointError:

@@ -102,7 +102,7 @@ def test_and_in_micro_batches(method):
 
 
 def test_a_method_whose_passes_go_another_way_in_their_backward_says_so():
-    with pytest.raises(InputError, match="as LLR's do, by the clean batch's statistics; go without checkpoint_activ"):
+    with pytest.raises(InputError, match="as those of LLR do, by the clean batch's statistics; go without"):
         trained("llr", "resnet18", sparing=True)
 
 

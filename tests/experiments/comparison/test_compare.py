@@ -409,7 +409,7 @@ def test_each_run_says_where_it_was_made(undisturbed, tmp_path, monkeypatch):
     status, content = compared(out, "--methods", "natural,at,fgsm-rs", "--epochs", "2")
     assert status == 0
     made_here = content["entries"]["fgsm-rs"]["runs"]["0"]["made"]
-    assert (made_here["commit"], made_here["machine"]["device"]) == ("fedcba9", "Imaginary H200")
+    assert (made_here["commit"], made_here["machine"]["device"]) == ("fedcba9", "Imaginary H200, 1 thread")
     assert content["entries"]["at"]["runs"]["0"]["made"] == where
     assert "- made otherwise: fgsm-rs (seed 0): device Imaginary H200, commit fedcba9" in (out / "table.md").read_text()
 
