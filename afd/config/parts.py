@@ -52,7 +52,7 @@ class DataConfig:
     batch_size: int = 128
     """Images a batch."""
     augment: bool | None = None
-    """Random crop with padding 4 and horizontal flip. Default: for CIFAR only."""
+    """Random crop (see --crop-scale) and horizontal flip. Default: for CIFAR and for images in files."""
     extra_data: Path | None = None
     """More images to train on: an .npz file, or a folder with a folder of PNG or JPEG files for each class."""
     extra_share: Number | None = None
@@ -96,7 +96,8 @@ class TestConfig:
     norm: Norm = "Linf"
     """Norm of the ball."""
     eps: Number | None = None
-    """Radius of the ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR; in L2 0.75, 2 and 0.5; in L1 2, 10 and 12."""
+    """Radius of the ball. Default: 0.2 digits, 0.3 MNIST, 8/255 CIFAR; in L2 0.75, 2 and 0.5; in L1 2, 10 and 12.
+    Images in files: as CIFAR up to an --image-size of 64, beyond it 4/255, 2 and 255."""
     union: str | None = None
     """Balls in whose union it is tested instead, such as Linf=8/255,L2=0.5,L1=12."""
 
@@ -113,7 +114,8 @@ class RunConfig:
     """How a run goes, whatever is trained."""
 
     epochs: int | None = None
-    """Passes over the training images. Default: 60 digits, 10 MNIST, 300 CIFAR; divided by a method's repeats."""
+    """Passes over the training images. Default: 60 digits, 10 MNIST, 300 CIFAR, 100 files; divided by a method's
+    repeats."""
     lr_schedule: Literal["step", "cosine", "one-cycle"] = "step"
     """How all learning rates change over the run."""
     milestones: tuple[Number, ...] = (0.5, 5 / 6)
