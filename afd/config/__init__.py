@@ -154,6 +154,8 @@ class TrainConfig(RunConfig):
             raise InputError(f"test-share is {data.test_share}; it must be a share between 0 and 1")
         if data.crop_scale is not None and not 0 < data.crop_scale <= 1:
             raise InputError(f"crop-scale is {data.crop_scale}; it must be a share of an image, in (0, 1]")
+        if data.crop_scale is not None and data.augment is False:
+            raise InputError(f"crop-scale is {data.crop_scale}, but augment is False; nothing is cropped then")
         if resolutions_of(data.resolutions) and data.image_size is None:
             raise InputError("resolutions are given, but image-size is missing: the side that is validated and tested")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,9 +81,9 @@ def drawn_by_class(labels: Tensor, count: int, seed: int) -> Tensor:
 def resolved(name: str) -> str:
     """The name of data, its path written out from the root of the file system, so that it means the same everywhere."""
     kind, _, place = name.partition(":")
-    if f"{kind}:" not in FILES or "://" in place:
+    if f"{kind}:" not in FILES or not place or "://" in place:
         return name
-    return f"{kind}:{Path(place).expanduser().absolute()}"
+    return f"{kind}:{os.path.normpath(Path(place).expanduser().absolute())}"
 
 
 def short(name: str) -> str:

@@ -25,7 +25,10 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 JPEG = b"\xff\xd8"
 PLAIN = ("YCbCr", "RGB", "Gray")  # kinds of JPEG whose pixels are the same by either library
 DEEP = ("I", "I;16", "I;16B", "F")  # Pillow's modes of more than 8 bits, which RGB would cut off
-ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+# MPO is what Pillow calls a JPEG with more behind it, as many cameras write them
+ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+DEPTH = 24  # where a PNG says its bits a channel
+LONGEST = 64  # an image that is so many times as long as wide is cut before it is resized
 TAIL = 12  # bytes
 
 
@@ -46,9 +49,8 @@ def size_of(file: Any) -> tuple[int, int]:
     """
     try:
         with Image.open(file, formats=FORMATS) as image:
-            found, kind, mode = (image.height, image.width), str(image.format), image.mode
-            if mode in DEEP:
-                raise BadImageError(f"it is a {kind} of more than 8 bits a channel")
+            found, kind = (image.height, image.width), str(image.format)
+            _check_depth(image)
             length = file.seek(0, io.SEEK_END)
             if kind == "WEBP":
                 file.seek(4)
@@ -116,9 +118,23 @@ def of_image(image: Any) -> Pixels:
         raise BadImageError(in_a_line(error)) from error
 
 
+def _check_depth(image: Image.Image) -> None:
+    """Raises BadImageError for more than 8 bits a channel, which RGB would cut off."""
+    file = getattr(image, "fp", None)
+    deep = image.mode in DEEP
+    if image.format == "PNG" and file is not None:  # of colours, Pillow tells only what it makes of them
+        place = file.tell()
+        file.seek(0)
+        deep |= bytes(file.read(DEPTH + 1))[DEPTH:] == b"\x10"
+        file.seek(place)
+    if deep:
+        raise BadImageError(
+            f"it is {f'a {image.format}' if image.format else 'an image'} of more than 8 bits a channel"
+        )
+
+
 def _in_colours(image: Image.Image) -> Pixels:
-    if image.mode in DEEP:
-        raise BadImageError(f"it is a {image.format} of more than 8 bits a channel")
+    _check_depth(image)
     image.load()  # numpy would make something else of what is cut short
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
@@ -134,6 +150,7 @@ def fitted(pixels: Pixels, shorter: int, side: int) -> Pixels:
     Returns:
         uint8 [side, side, 3].
     """
+    pixels = _shortened(pixels)
     height, width = pixels.shape[:2]
     if min(height, width) != shorter:
         scale = shorter / min(height, width)
@@ -142,3 +159,13 @@ def fitted(pixels: Pixels, shorter: int, side: int) -> Pixels:
         pixels, (width, height) = np.asarray(resized), size
     top, left = (height - side) // 2, (width - side) // 2
     return pixels[top : top + side, left : left + side]
+
+
+def _shortened(pixels: Pixels) -> Pixels:
+    """The middle of an image that is very much longer than wide: resized as a whole it might take all memory."""
+    height, width = pixels.shape[:2]
+    most = LONGEST * min(height, width)
+    if max(height, width) <= most:
+        return pixels
+    top, left = max(0, height - most) // 2, max(0, width - most) // 2
+    return pixels[top : top + most, left : left + most]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from afd.data.datasets import TEST_SEED, VALIDATION_SEED, Splits, stratified
+from afd.data.datasets import FILES, TEST_SEED, VALIDATION_SEED, Splits, stratified
 from afd.data.shards import ShardSource, shards_by_part
-from afd.data.sources import FolderSource, ListedSource, Source, class_folders
-from afd.data.stored import StoredImages, stored, usual_workers
-from afd.errors import DataError, InputError
+from afd.data.sources import FolderSource, ListedSource, Source, class_folders, has_folders
+from afd.data.stored import StoredImages, stored
+from afd.errors import DataError, InputError, InputTypeError, number
 from afd.files import check_source
 
 TEST_SHARE = 0.2
@@ -57,13 +57,10 @@ def load_files(name: str, settings: FileSettings = FileSettings()) -> Splits[Sto
             and is not to be skipped; sizes differ, and none is named.
         InputError: a setting is out of range.
     """
-    kind, _, place = name.partition(":")
-    for told, share in (("validation", settings.validation), ("test-share", settings.test_share)):
-        if share is not None and not 0 < share < 1:
-            raise InputError(f"{told} is {share}; it must be a share between 0 and 1")
-    found = _folder_parts(Path(place).expanduser()) if kind == "folder" else _shard_parts(place)
+    found = _parts(name, settings)
     train = _checked(found.train, settings)
-    validation, test = (None if one is None else _checked(one, settings) for one in (found.validation, found.test))
+    fewer = replace(settings, workers=None if settings.workers is None else min(settings.workers, train.workers))
+    validation, test = (None if one is None else _checked(one, fewer, True) for one in (found.validation, found.test))
     for other in (validation, test):
         if other is not None and other.shape != train.shape:
             raise DataError(
@@ -80,12 +77,39 @@ def load_files(name: str, settings: FileSettings = FileSettings()) -> Splits[Sto
     return Splits(train, validation, test)
 
 
+def load_test_files(name: str, settings: FileSettings = FileSettings()) -> StoredImages:
+    """The test images of `load_files` alone: of data that have some apart, no others are looked at.
+
+    Raises:
+        DataError, InputError: as of `load_files`.
+    """
+    test = _parts(name, settings).test
+    return load_files(name, settings).test if test is None else _checked(test, settings, True)
+
+
+def _parts(name: str, settings: FileSettings) -> _Parts:
+    if not isinstance(name, str):
+        raise InputTypeError(f"name is a {type(name).__name__}; it must be folder:PATH or shards:PATTERN")
+    kind, _, place = name.partition(":")
+    if f"{kind}:" not in FILES or not place:
+        raise InputError(f"name is {name!r}; it must be folder:PATH or shards:PATTERN")
+    for told, share in (("validation", settings.validation), ("test-share", settings.test_share)):
+        if share is not None:
+            number(told, share, 0)
+            if not 0 < share < 1:
+                raise InputError(f"{told} is {share}; it must be a share between 0 and 1")
+    return _folder_parts(Path(place).expanduser()) if kind == "folder" else _shard_parts(place)
+
+
 def _told(images: StoredImages) -> str:
     return "x".join(map(str, images.shape[1:]))
 
 
-def _checked(source: Source, settings: FileSettings) -> StoredImages:
-    workers = min(usual_workers(), len(source)) if settings.workers is None else settings.workers
+def _checked(source: Source, settings: FileSettings, other: bool = False) -> StoredImages:
+    """A part's images, looked at; one beside the training images may have fewer than there are workers."""
+    workers = settings.workers
+    if workers is not None and other:
+        workers = min(workers, len(source))
     return stored(
         source, image_size=settings.image_size, resize=settings.resize, bad=settings.bad, workers=workers
     )  # fmt: skip
@@ -93,7 +117,12 @@ def _checked(source: Source, settings: FileSettings) -> StoredImages:
 
 def _held_out(images: StoredImages, share: float, seed: int) -> tuple[StoredImages, StoredImages]:
     rest, held = stratified(images.labels, share, seed)
-    return images.take(rest), images.take(held)
+    if not len(held):
+        raise DataError(
+            f"{images.name} has one image of each class, and none to spare for validation or test; give it folders "
+            "for these"
+        )
+    return images.take(rest), replace(images.take(held), held_out=True)
 
 
 @dataclass(frozen=True)
@@ -124,8 +153,10 @@ def _folder_parts(folder: Path) -> _Parts:
         return next((names[one] for one in of if one in names), None)
 
     inside = part(TRAIN)
+    if inside is not None and not has_folders(inside):  # it holds images, and so is a class of that name
+        return _named(FolderSource(folder), None, None)
     if inside is None:
-        if others := [names[one].name for one in (*VALIDATION, *TEST) if one in names]:
+        if others := [names[one].name for one in (*VALIDATION, *TEST) if one in names and has_folders(names[one])]:
             raise DataError(f"{folder} holds {' and '.join(others)}, but no train; there must be training images")
         return _named(FolderSource(folder), None, None)
     train = FolderSource(inside)
@@ -140,7 +171,7 @@ def _folder_parts(folder: Path) -> _Parts:
 
 
 def _shard_parts(pattern: str) -> _Parts:
-    by_part = shards_by_part(pattern, {"validation": VALIDATION, "test": TEST})
+    by_part = shards_by_part(pattern, {"train": TRAIN, "validation": VALIDATION, "test": TEST})
     if "train" not in by_part:
         raise DataError(
             f"data is the shards {pattern}, all of which are named {' or '.join(by_part)}; none is to train"

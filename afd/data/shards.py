@@ -9,12 +9,7 @@ folder, where only the newest few stay: no disk need hold all of it.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import io
-import json
-import os
 import re
-import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,15 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from afd.data import decoding, fetch
-from afd.data.decoding import ENDINGS, BadImageError, Pixels
-from afd.data.sources import TOLD, Names, Source, named
+from afd.data import decoding
+from afd.data.decoding import BadImageError, Pixels
+from afd.data.shard_files import index_of, is_there, local, remote
+from afd.data.sources import MOST_CLASSES, Names, Source, named
 from afd.errors import DataError, in_a_line
-from afd.files import write_whole
 
-LABELS = ("label", "cls", "class")
 GROUP = 8  # shards whose images are shuffled together
-KEPT = 3 * GROUP  # shards from URLs that stay on the disk
 LONGEST = 10_000  # shards that braces may stand for
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERED = re.compile(r"(.*?)(\d+)(\D*)")
@@ -51,7 +44,7 @@ class ShardSource(Source):
 
     def __init__(self, shards: Sequence[str], classes: Sequence[str] | None = None) -> None:
         self.shards, self.name = tuple(shards), shards[0] if len(shards) == 1 else f"{shards[0]} ... {shards[-1]}"
-        indexes = [_index_of(shard) for shard in shards]
+        indexes = [index_of(shard) for shard in shards]
         self.counts = np.array([len(one["offset"]) for one in indexes], dtype=np.int64)
         self.first = np.concatenate([[0], np.cumsum(self.counts)])
         self.offsets, self.lengths, self.sizes = (
@@ -63,7 +56,7 @@ class ShardSource(Source):
             for start, one in zip(self.first[:-1], indexes, strict=True)
             for place, reason in zip(one["damaged"], one["reason"], strict=True)
         }
-        labels = np.concatenate([one["label"] for one in indexes])
+        labels = _plain_numbers(np.concatenate([one["label"] for one in indexes]))
         self.classes = tuple(_classes_in(labels) if classes is None else classes)
         numbers = {name: number for number, name in enumerate(self.classes)}
         if unknown := sorted({str(label) for label in np.unique(labels)} - set(numbers)):
@@ -74,6 +67,11 @@ class ShardSource(Source):
     def told(self, number: int) -> str:
         """Its name, and that of its shard."""
         return f"{self.names[number]} in {self.shards[self._shard(number)]}"
+
+    def identity(self, number: int) -> str:
+        """Its name, place and length in its shard."""
+        shard = self.shards[self._shard(number)].rpartition("/")[2]
+        return f"{shard} {self.names[number]} {self.offsets[number]} {self.lengths[number]}"
 
     def size(self, number: int) -> tuple[int, int]:
         """As was found when the shard was indexed."""
@@ -104,11 +102,22 @@ class ShardSource(Source):
         return int(np.searchsorted(self.first, number, side="right")) - 1
 
 
+def _plain_numbers(labels: Any) -> Any:
+    """Labels that are all numbers without zeros in front."""
+    kinds, inverse = np.unique(labels, return_inverse=True)
+    if all(str(one).isascii() and str(one).isdigit() for one in kinds):
+        return np.array([str(int(one)) for one in kinds])[inverse]
+    return labels
+
+
 def _classes_in(labels: Any) -> list[str]:
     found = sorted(map(str, np.unique(labels)))
-    if all(one.isascii() and one.isdigit() for one in found):
-        return [str(number) for number in range(max(map(int, found)) + 1)]
-    return found
+    if not all(one.isascii() and one.isdigit() for one in found):
+        return found
+    most = max(map(int, found))
+    if most >= MOST_CLASSES:
+        raise DataError(f"a label is {most}; numbers of classes must be below {MOST_CLASSES}")
+    return [str(number) for number in range(most + 1)]
 
 
 # --- Which shards -----------------------------------------------------------------------------------------------------
@@ -119,18 +128,26 @@ def shards_by_part(pattern: str, parts: Mapping[str, Sequence[str]]) -> dict[str
 
     Args:
         pattern: a path or URL with ``{000..127}`` or ``{train,val}`` for several, or with ``*``, ``?``, ``[...]``.
-        parts: words, as parts of a file's name, by what they stand for; all others are "train".
+        parts: words in the name of a shard, or else of its folder, by what they stand for; all others are "train".
 
     Raises:
         DataError: there is no such shard, one of several numbered ones is missing, or it stands for too many.
     """
     found = [shard for one in expanded(pattern) for shard in _matching(one)]
+    if not found:
+        raise DataError(f"{pattern} stands for no shard")
     by_part: dict[str, list[str]] = {}
     for shard in found:
-        words = re.split(r"[^a-z]+", shard.rpartition("/")[2].lower())
-        part = next((part for part, told in parts.items() if set(told) & set(words)), "train")
-        by_part.setdefault(part, []).append(shard)
+        by_part.setdefault(_part_of(shard, parts), []).append(shard)
     return by_part
+
+
+def _part_of(shard: str, parts: Mapping[str, Sequence[str]]) -> str:
+    """The part that the name of a shard tells first, or else that its folder is called; all others are to train on."""
+    known = {word: part for part, words in parts.items() for word in words}
+    folders, _, name = shard.lower().rpartition("/")
+    told = (*re.split(r"[^a-z]+", name), folders.rpartition("/")[2])
+    return next((known[word] for word in told if word in known), "train")
 
 
 def expanded(pattern: str) -> list[str]:
@@ -139,32 +156,35 @@ def expanded(pattern: str) -> list[str]:
     Raises:
         DataError: for more than `LONGEST` names.
     """
+    found = [pattern]
+    while any(BRACES.search(one) for one in found):
+        found = [one for name in found for one in _once(name)]
+        if len(found) > LONGEST:
+            raise DataError(f"{pattern} stands for more than {LONGEST} shards")
+    return found
+
+
+def _once(pattern: str) -> list[str]:
+    """What a pattern's first braces stand for."""
     braces = BRACES.search(pattern)
     if braces is None:
         return [pattern]
     low, dots, high = braces[1].partition("..")
+    words = braces[1].split(",")
     if dots and low.isdecimal() and high.isdecimal():
-        width, numbers = len(low), range(int(low), int(high) + 1)
-        if len(numbers) > LONGEST:
-            raise DataError(
-                f"{braces[0]} in {pattern} stands for {len(numbers)} shards; at most {LONGEST} may be named"
-            )
-        words = [f"{number:0{width}d}" for number in numbers]
-    else:
-        words = braces[1].split(",")
-    return [
-        one for word in words for one in expanded(f"{pattern[: braces.start()]}{word}{pattern[braces.end() :]}")
-    ]  # fmt: skip
+        last = min(int(high), int(low) + LONGEST)  # of more, it is said that they are too many
+        words = [f"{number:0{len(low)}d}" for number in range(int(low), last + 1)]
+    return [f"{pattern[: braces.start()]}{word}{pattern[braces.end() :]}" for word in words]
 
 
 def _matching(pattern: str) -> list[str]:
     """The shards of a name, or those that a pattern with wildcards matches, none of which may be missing."""
     if not any(sign in pattern for sign in "*?["):
-        if not _is_there(pattern):
+        if not is_there(pattern):
             raise DataError(f"the shard {pattern} is missing")
         return [pattern]
     if "://" in pattern:
-        system, path = _remote(pattern)
+        system, path = remote(pattern)
         found = sorted(map(system.unstrip_protocol, system.glob(path)))
     else:
         folder = Path(pattern).expanduser().parent
@@ -187,160 +207,3 @@ def _check_numbers(shards: Sequence[str]) -> None:
         if lost := sorted(set(range(min(numbers), max(numbers))) - set(numbers)):
             told = [f"{before}{number:0{width}d}{after}" for number in lost]
             raise DataError(f"of numbered shards, {named(told)} is missing; if it is to be, name the others in braces")
-
-
-# --- Files and URLs ---------------------------------------------------------------------------------------------------
-
-
-def _remote(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path there."""
-    import fsspec
-
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{url} cannot be read: {in_a_line(error)}") from error
-    return system, path
-
-
-def _is_there(shard: str) -> bool:
-    if "://" not in shard:
-        return Path(shard).expanduser().is_file()
-    system, path = _remote(shard)
-    try:
-        return bool(system.isfile(path))
-    except Exception as error:  # whatever a store, or the way there, has against it
-        raise DataError(f"{shard} cannot be read: {in_a_line(error)}") from error
-
-
-def _cache() -> Path:
-    folder = fetch.default_root() / "shards"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def local(shard: str) -> Path:
-    """The file of a shard; of one at a URL, a copy, which is fetched where it is not there.
-
-    Several processes may ask: a copy appears whole, and one that another process is reading may be removed under it.
-    """
-    if "://" not in shard:
-        return Path(shard).expanduser()
-    folder = _cache()
-    copy = folder / f"{hashlib.sha256(shard.encode()).hexdigest()[:32]}.tar"
-    try:
-        os.utime(copy)  # the newest, of those that are there
-    except FileNotFoundError:
-        system, path = _remote(shard)
-        part = folder / f"{copy.name}.{os.getpid()}.part"
-        try:
-            system.get_file(path, str(part))
-            part.replace(copy)
-        except Exception as error:  # whatever a store, or the way there, has against it
-            part.unlink(missing_ok=True)
-            raise BadImageError(f"its shard cannot be fetched: {in_a_line(error)}") from error
-        _forget_oldest(folder)
-    return copy
-
-
-def _forget_oldest(folder: Path) -> None:
-    aged = []
-    for one in folder.glob("*.tar"):
-        try:
-            aged.append((one.stat().st_mtime, one))
-        except FileNotFoundError:  # another process was quicker
-            continue
-    for _, one in sorted(aged)[:-KEPT]:
-        one.unlink(missing_ok=True)
-
-
-# --- The index of a shard ---------------------------------------------------------------------------------------------
-
-
-def _index_of(shard: str) -> dict[str, Any]:
-    """Names, places, sizes and labels of a shard's images: made when it is first met, and kept in the cache folder."""
-    state = _state(shard)
-    file = _cache() / f"{hashlib.sha256(f'1 {state}'.encode()).hexdigest()[:32]}.npz"
-    if file.exists():
-        with np.load(file, allow_pickle=False) as kept:
-            return dict(kept)
-    found = _indexed(shard)
-    content = io.BytesIO()
-    np.savez(content, **found)
-    write_whole(file, content.getbuffer())
-    return found
-
-
-def _state(shard: str) -> str:
-    """What changes with the content of a shard: its length and time."""
-    if "://" not in shard:
-        known = Path(shard).expanduser().stat()
-        return f"{Path(shard).expanduser().resolve()} {known.st_size} {known.st_mtime_ns}"
-    system, path = _remote(shard)
-    told = system.info(path)
-    return f"{shard} {told.get('size')} {told.get('ETag') or told.get('mtime') or told.get('created') or ''}"
-
-
-def _indexed(shard: str) -> dict[str, Any]:
-    images: dict[str, tarfile.TarInfo] = {}
-    labels: dict[str, str] = {}
-    sizes, problems = dict[str, tuple[int, int]](), dict[str, str]()
-    try:
-        path = local(shard)
-        length = path.stat().st_size
-        with tarfile.open(path, "r:") as archive, path.open("rb") as file:
-            for member in archive:
-                if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
-                    continue
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, ending = name.partition(".")
-                key, ending = f"{folder}{slash}{stem}", f".{ending.lower()}"
-                if member.offset_data + member.size > length:
-                    raise DataError(f"the shard {shard} is cut short in {member.name}")
-                file.seek(member.offset_data)
-                if ending.endswith(ENDINGS):
-                    images[key] = member
-                    try:
-                        sizes[key] = decoding.size_of(io.BytesIO(file.read(member.size)))
-                    except BadImageError as error:
-                        sizes[key], problems[key] = (0, 0), str(error)
-                elif ending in (".cls", ".json"):
-                    labels.setdefault(key, _label(shard, member.name, file.read(member.size), ending))
-            file.seek(archive.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # by which an archive ends
-                raise DataError(f"the shard {shard} is cut short behind {len(images)} images")
-    except (OSError, tarfile.TarError, BadImageError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"the shard {shard} cannot be read: {in_a_line(error)}") from error
-    if not images:
-        raise DataError(f"the shard {shard} holds no {TOLD} files")
-    if lost := [key for key in images if key not in labels]:
-        raise DataError(
-            f"the shard {shard} has no class of {named(lost)}; it is read from a member of that name in .cls or .json"
-        )
-    keys = list(images)
-    damaged = [place for place, key in enumerate(keys) if key in problems]
-    return {
-        "name": np.array([images[key].name for key in keys]),
-        "offset": np.array([images[key].offset_data for key in keys], dtype=np.int64),
-        "length": np.array([images[key].size for key in keys], dtype=np.int64),
-        "size": np.array([sizes[key] for key in keys], dtype=np.int32).reshape(-1, 2),
-        "label": np.array([labels[key] for key in keys]),
-        "damaged": np.array(damaged, dtype=np.int64),
-        "reason": np.array([problems[keys[place]] for place in damaged], dtype=np.str_),
-    }
-
-
-def _label(shard: str, name: str, content: bytes, ending: str) -> str:
-    try:
-        if ending == ".cls":
-            found: Any = content.decode().strip()
-        else:
-            told = json.loads(content)
-            found = next((told[one] for one in LABELS if one in told), None) if isinstance(told, dict) else told
-    except ValueError as error:
-        raise DataError(f"{name} in the shard {shard} cannot be read: {in_a_line(error)}") from error
-    if isinstance(found, bool) or not isinstance(found, (int, str)) or found == "":
-        raise DataError(f"{name} in the shard {shard} names no class, but {found!r}; it must be a number or a name")
-    return str(found)

@@ -70,7 +70,19 @@ def resolutions_of(words: Sequence[str]) -> tuple[Resolution, ...]:
         if not (colon and side.isdecimal() and epoch.isdecimal() and int(side) and int(epoch)):
             raise InputError(f"one of the resolutions is {word!r}; it must be SIDE:EPOCH, such as 128:1")
         found.append(Resolution(int(side), int(epoch)))
-    epochs = [one.epoch for one in found]
-    if epochs and (epochs[0] != 1 or epochs != sorted(set(epochs))):
-        raise InputError(f"resolutions are {' '.join(words)}; they must begin with epoch 1, and epochs must ascend")
+    check_order(found)
     return tuple(found)
+
+
+def check_order(resolutions: Sequence[Resolution]) -> None:
+    """Raises InputError unless resolutions begin with epoch 1, and their epochs ascend."""
+    epochs = [one.epoch for one in resolutions]
+    if epochs and (epochs[0] != 1 or epochs != sorted(set(epochs))):
+        told = " ".join(f"{one.side}:{one.epoch}" for one in resolutions)
+        raise InputError(f"resolutions are {told}; they must begin with epoch 1, and epochs must ascend")
+
+
+def side_in(resolutions: Sequence[Resolution], epoch: int, usual: int) -> int:
+    """The side of training images in an epoch, counted from 1 (before it, that of the first)."""
+    begun = [one.side for one in resolutions if one.epoch <= max(epoch, 1)]
+    return begun[-1] if begun else usual

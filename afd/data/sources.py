@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,8 @@ from afd.errors import DataError, InputError, InputTypeError, in_a_line
 
 SHOWN = 3  # of many names, in a message
 TOLD = "JPEG, PNG or WebP"
+HIDDEN = (".", "__MACOSX")
+MOST_CLASSES = 100_000
 
 
 class Source(ABC):
@@ -43,6 +46,18 @@ class Source(ABC):
     @abstractmethod
     def told(self, number: int) -> str:
         """What messages call an image."""
+
+    def identity(self, number: int) -> str:
+        """What tells an image from another, wherever all of them lie."""
+        return self.told(number)
+
+    def digest(self) -> str:
+        """SHA-256 over what all images are, and their classes."""
+        found = hashlib.sha256(repr(self.classes).encode(errors="surrogateescape"))
+        found.update(self.labels.numpy().tobytes())
+        for number in range(len(self)):
+            found.update(self.identity(number).encode(errors="surrogateescape"))
+        return found.hexdigest()
 
     @abstractmethod
     def pixels(self, number: int, least: int = 0) -> Pixels:
@@ -130,6 +145,13 @@ class FolderSource(Source):
         """Its path."""
         return str(self.folder / self.files[number])
 
+    def identity(self, number: int) -> str:
+        """Its path in the folder, and its length."""
+        try:
+            return f"{self.files[number]} {(self.folder / self.files[number]).stat().st_size}"
+        except OSError:  # it is gone, or a link to nothing
+            return self.files[number]
+
     def pixels(self, number: int, least: int = 0) -> Pixels:
         """See `Source`."""
         try:
@@ -167,7 +189,7 @@ class ListedSource(FolderSource):
         numbers = {name: number for number, name in enumerate(classes)}
         files, labels = list[str](), list[int]()
         try:
-            for line in listing.read_text().splitlines():
+            for line in filter(str.strip, listing.read_text().splitlines()):
                 file, _, rest = line.partition("\t")
                 label = rest.partition("\t")[0]
                 if label not in numbers:
@@ -180,6 +202,8 @@ class ListedSource(FolderSource):
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{listing} cannot be read: {in_a_line(error)}") from error
+        if not files:
+            raise DataError(f"{listing} lists no images")
         self.files, self.labels = Names(files), torch.tensor(labels, dtype=torch.int64)
 
 
@@ -190,12 +214,22 @@ def class_folders(folder: Path) -> list[str]:
         DataError: there are none, or it cannot be read.
     """
     try:
-        found = sorted(one.name for one in os.scandir(folder) if one.is_dir() and not one.name.startswith("."))
+        found = sorted(one.name for one in os.scandir(folder) if one.is_dir() and not one.name.startswith(HIDDEN))
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
+    for name in found:
+        if not name.isprintable():
+            raise DataError(f"{folder} holds the class folder {name!r}; the name of a class must be printable UTF-8")
     if not found:
         raise DataError(f"{folder} holds no folders; it must hold one for each class, with {TOLD} files")
     return found
+
+
+def has_folders(folder: Path) -> bool:
+    """Whether folders lie in a folder, or nothing at all."""
+    with os.scandir(folder) as entries:
+        found = [one.is_dir() for one in entries if not one.name.startswith(HIDDEN)]
+    return any(found) or not found
 
 
 def content_of(path: str) -> bytes:
@@ -221,13 +255,15 @@ def _files_below(folder: Path, before: str) -> Iterator[str]:
     try:
         with os.scandir(folder) as entries:
             for one in entries:
-                if one.name.startswith("."):
+                if one.name.startswith(HIDDEN):
                     continue
                 path = f"{before}/{one.name}"
                 if one.is_dir():
                     yield from _files_below(folder / one.name, path)
                 elif one.name.lower().endswith(ENDINGS):
                     yield path
+    except DataError:
+        raise
     except OSError as error:
         raise DataError(f"{folder} cannot be read: {error.strerror or error}") from error
 
@@ -255,9 +291,11 @@ class RowsSource(Source):
         self, rows: Any, image: str = "image", label: str = "label", classes: Sequence[str] | None = None
     ) -> None:
         self.rows, self.image, self.name = rows, image, type(rows).__name__
+        if isinstance(rows, Mapping) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+            raise InputTypeError(f"rows is a {type(rows).__name__}; it must have rows by their number, and a length")
         if not len(rows):
             raise InputError("rows is empty; there must be at least one image")
-        columns = list(rows[0]) if isinstance(rows[0], dict) else []
+        columns = list(rows[0]) if isinstance(rows[0], Mapping) else []
         for name in (image, label):
             if name not in columns:
                 raise InputError(f"rows have {', '.join(map(str, columns)) or 'no names'}; they have no {name!r}")
@@ -265,13 +303,14 @@ class RowsSource(Source):
         labels = np.asarray(list(column))
         if labels.dtype.kind not in "iu" or labels.ndim != 1:
             raise InputError(f"{label!r} is of {labels.dtype} {list(labels.shape)}; labels must be integers, one a row")
-        self.labels = torch.from_numpy(labels.astype(np.int64))
         if classes is None:
             classes = getattr((getattr(rows, "features", None) or {}).get(label), "names", None)
         low, high = int(labels.min()), int(labels.max())
+        most = MOST_CLASSES if classes is None else len(classes)
+        if low < 0 or high >= most:
+            raise InputError(f"labels run from {low} to {high}; they must be in [0, {most})")
+        self.labels = torch.from_numpy(labels.astype(np.int64))
         self.classes = tuple(map(str, range(high + 1)) if classes is None else classes)
-        if low < 0 or high >= len(self.classes):
-            raise InputError(f"labels run from {low} to {high}; they must be in [0, {len(self.classes)})")
 
     def told(self, number: int) -> str:
         """Its number."""
@@ -284,10 +323,7 @@ class RowsSource(Source):
             return decoding.decoded(found, least)
         if hasattr(found, "convert"):
             return decoding.of_image(found)
-        try:
-            return _coloured(np.asarray(found))
-        except (InputError, InputTypeError) as error:
-            raise BadImageError(str(error)) from error
+        return _coloured(np.asarray(found))
 
     def size(self, number: int) -> tuple[int, int]:
         """See `Source`."""
@@ -300,11 +336,18 @@ class RowsSource(Source):
 
     def _held(self, number: int) -> Any:
         """The bytes of a row's file, or its image in another form."""
-        found = self.rows[number][self.image]
+        row = self.rows[number]
+        if not isinstance(row, Mapping) or self.image not in row:
+            raise BadImageError(f"it has no {self.image!r}")
+        found = row[self.image]
+        if isinstance(found, bytearray | memoryview):
+            return bytes(found)
+        if isinstance(found, str | Path):
+            found = {"path": found}
         if not isinstance(found, dict):
             return found
-        if isinstance(found.get("bytes"), bytes):
-            return found["bytes"]
+        if isinstance(found.get("bytes"), bytes | bytearray | memoryview):
+            return bytes(found["bytes"])
         try:
             return content_of(str(found.get("path")))
         except OSError as error:
@@ -314,11 +357,11 @@ class RowsSource(Source):
 def _coloured(array: Any) -> Pixels:
     """An array of an image as uint8 [H, W, 3]."""
     if array.dtype != np.uint8:
-        raise InputTypeError(f"an image is an array of {array.dtype}; it must be uint8")
-    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+        raise BadImageError(f"it is an array of {array.dtype}; it must be uint8")
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.ndim == 2:
-        array = np.repeat(array[..., None], 3, axis=2)
-    if array.ndim != 3 or array.shape[2] != 3:
-        raise InputError(f"an image is an array of {list(array.shape)}; it must be [H, W], [H, W, 3] or [3, H, W]")
-    return np.ascontiguousarray(array)
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3):
+        raise BadImageError(f"it is an array of {list(array.shape)}; it must be [H, W], [H, W, 3] or [3, H, W]")
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +20,7 @@ from afd.data.decoding import BadImageError, Pixels, fitted
 from afd.data.images import Images
 from afd.data.sizing import Sizing
 from afd.data.sources import SHOWN, Source
-from afd.errors import DataError, InputError, one_of, whole
+from afd.errors import DataError, InputError, InputTypeError, one_of, whole
 
 BAD = ("error", "skip")
 MOST_WORKERS = 8
@@ -39,6 +40,7 @@ class StoredImages:
             one takes its place.
         workers: processes that decode; 0 for the caller's own.
         left_out: names of images that were found damaged before, with the reasons.
+        held_out: whether others of the source are to train on, and these were drawn to be none of them.
 
     Raises:
         InputError: `bad` is none of these, or there are more workers than images.
@@ -51,6 +53,7 @@ class StoredImages:
     bad: str = "error"
     workers: int = 0
     left_out: tuple[str, ...] = field(default=(), repr=False)
+    held_out: bool = False
     scale = 255.0
 
     def __post_init__(self) -> None:
@@ -103,12 +106,9 @@ class StoredImages:
         return replace(found, chosen="{} (drawn class by class)") if count < len(self) else found
 
     def digest(self) -> str:
-        """SHA-256 over names and labels, so that a run does not go on with other images."""
-        found = hashlib.sha256(self.index.numpy().tobytes())
-        found.update(self.labels.numpy().tobytes())
-        found.update(repr(self.classes).encode())
-        for number in self.index.tolist():
-            found.update(self.source.told(number).rpartition("/")[2].encode(errors="surrogateescape"))
+        """SHA-256 over what these images are, so that a run does not go on with others."""
+        found = hashlib.sha256(self.source.digest().encode())
+        found.update(self.index.numpy().tobytes())
         return found.hexdigest()
 
     def loaded(self) -> Images:
@@ -137,7 +137,7 @@ def usual_workers() -> int:
 
 
 Positions = np.ndarray[Any, np.dtype[np.int64]]
-Decoded = tuple[Tensor, Tensor, list[tuple[int, str]]]
+Decoded = tuple[Tensor, Tensor, dict[int, str]]
 
 
 class Decoder:
@@ -151,20 +151,23 @@ class Decoder:
     def __init__(self, images: StoredImages, sizing: Sizing | None) -> None:
         self.source, self.numbers, self.bad = images.source, images.index.numpy(), images.bad
         self.shape, self.sizing = images.shape, sizing
+        self.damaged: dict[int, str] = {}  # positions that were tried before
 
     def __getitem__(self, positions: Positions) -> Decoded:
         """Pixels uint8 [B, 3, H, W], which positions they are of, and what is damaged, with the reasons."""
         height, width = self.shape[1:] if self.sizing is None else (self.sizing.side,) * 2
         pixels = torch.empty(len(positions), 3, height, width, dtype=torch.uint8)
-        rows, used, problems = pixels.numpy(), positions.copy(), list[tuple[int, str]]()
+        rows, used, problems = pixels.numpy(), positions.copy(), dict[int, str]()
         for row, wanted in enumerate(positions):
             for after in range(len(self.numbers)):
-                used[row] = (wanted + after) % len(self.numbers)
+                used[row] = at = (wanted + after) % len(self.numbers)
                 try:
-                    rows[row] = self._image(int(self.numbers[used[row]])).transpose(2, 0, 1)
+                    if at in self.damaged:
+                        raise BadImageError(self.damaged[at])
+                    rows[row] = self._image(int(self.numbers[at])).transpose(2, 0, 1)
                     break
                 except BadImageError as error:
-                    problems.append((int(used[row]), str(error)))
+                    problems[int(at)] = self.damaged[int(at)] = str(error)
                     if self.bad == "error":
                         return pixels, torch.from_numpy(used), problems
         return pixels, torch.from_numpy(used), problems
@@ -191,12 +194,13 @@ def decoded_batches(
     for found in by_workers(Decoder(images, sizing), batches, images.workers, pinned=pinned):
         _, _, problems = found
         if problems and images.bad == "error":
-            position, reason = problems[0]
+            ((position, reason),) = problems.items()
             raise DataError(
                 f"{images.told(position)} holds no whole image: {reason}; leave such files out by --bad-images skip"
             )
         if len(problems) >= len(images):
-            raise DataError(f"none of the {len(images)} images of {images.name} can be decoded: {problems[0][1]}")
+            reason = next(iter(problems.values()))
+            raise DataError(f"none of the {len(images)} images of {images.name} can be decoded: {reason}")
         yield found
 
 
@@ -222,7 +226,9 @@ def by_workers(work: Any, batches: Sequence[Any], workers: int, *, pinned: bool 
         worker_init_fn=_let_the_parent_end,
         generator=torch.Generator("cpu"),  # which it draws its workers' seeds from: not the run's
     )
-    iterator = iter(loader)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*worker processes in total", UserWarning)  # the user has named the number
+        iterator = iter(loader)
     while True:
         try:
             found = next(iterator)
@@ -243,8 +249,9 @@ def _as_it_is(found: Any) -> Any:
 
 
 def _let_the_parent_end(_worker: int) -> None:
-    """Ctrl-C goes to all processes of a terminal; the one that trains finishes its step, and needs its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Signals may go to a whole group of processes; the one that trains finishes its step, and needs its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # --- Looked at before anything is trained -----------------------------------------------------------------------------
@@ -313,6 +320,8 @@ def stored(
             are of several sizes, and no size is named.
         InputError: a size is out of range, or there are more workers than images.
     """
+    if not isinstance(source, Source):
+        raise InputTypeError(f"source is a {type(source).__name__}; it must be a Source, such as FolderSource(folder)")
     one_of("bad_images", bad, BAD)
     if resize is not None and image_size is None:
         raise InputError(f"resize is {resize}, but image_size is missing")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from afd.data.images import Augment, Batches, in_unit
-from afd.data.sizing import Resolution, Sizing
+from afd.data.sizing import Resolution, Sizing, check_order, side_in
 from afd.data.stored import StoredImages, decoded_batches
 from afd.errors import InputError, InputTypeError, number, whole
 
@@ -29,7 +29,7 @@ class ResizedCropAndFlip:
     bilinear. What becomes of an image depends on its own draw alone, whatever else is in its batch.
 
     Attributes:
-        side: of the square that comes out.
+        side: of the square that comes out; or height and width.
         scale: least share of the area, in (0, 1].
         flip: whether images are mirrored.
 
@@ -38,15 +38,21 @@ class ResizedCropAndFlip:
         InputTypeError: side is no whole number.
     """
 
-    side: int
+    side: int | tuple[int, int]
     scale: float = 0.25
     flip: bool = True
 
     def __post_init__(self) -> None:
-        whole("side", self.side, 1)
+        for length in self.shape:
+            whole("side", length, 1)
         number("crop_scale", self.scale, 1e-6)
         if self.scale > 1:
             raise InputError(f"crop_scale is {self.scale}; it must be a share of the area, in (0, 1]")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of what comes out."""
+        return self.side if isinstance(self.side, tuple) else (self.side, self.side)
 
     def __call__(self, x: Tensor, draws: Tensor) -> Tensor:
         """The augmented batch, float32 [B, C, side, side] in the range of x.
@@ -64,8 +70,11 @@ class ResizedCropAndFlip:
             raise InputTypeError(f"draws is {draws.dtype} {list(draws.shape)}; it must be torch.int64 [{len(x)}]")
         height, width = x.shape[2:]
         top, left, high, wide = self.parts(draws, height, width)
-        steps = (torch.arange(self.side, dtype=torch.float32, device=x.device) + 0.5) / self.side
-        rows, columns = (first[:, None] + length[:, None] * steps for first, length in ((top, high), (left, wide)))
+        steps = [(torch.arange(one, dtype=torch.float32, device=x.device) + 0.5) / one for one in self.shape]
+        rows, columns = (
+            first[:, None] + length[:, None] * along
+            for first, length, along in ((top, high, steps[0]), (left, wide, steps[1]))
+        )
         if self.flip:
             columns = torch.where(((draws >> 4 * BITS) & 1).bool()[:, None], columns.flip(1), columns)
         # from pixels, where 0 is the outer edge of the first, to [-1, 1]
@@ -100,7 +109,7 @@ class StreamedBatches(Batches):
         batch_size: images per batch of all processes together; the last batch may have fewer.
         shuffle: serve in an order drawn anew for each epoch.
         seed: which sequence of orders and augmentations, at least 0.
-        augment: as in `Batches`; of a `ResizedCropAndFlip`, side is that of the epoch.
+        augment: as in `Batches`; with resolutions, the side of a `ResizedCropAndFlip` is that of the epoch.
         device: where to serve batches; None for the CPU.
         rank: as in `Batches`.
         world_size: as in `Batches`.
@@ -135,6 +144,10 @@ class StreamedBatches(Batches):
             shuffle=shuffle, seed=seed, augment=augment, rank=rank, world_size=world_size,
             channels_last=channels_last,
         )  # fmt: skip
+        for one in resolutions:
+            if not isinstance(one, Resolution):
+                raise InputTypeError(f"one of the resolutions is {one!r}; it must be a Resolution(side, epoch)")
+        check_order(resolutions)
         if resolutions and images.sizing is None:
             raise InputError("resolutions are given, but the images have no image_size")
         self.device, self.resolutions = torch.device("cpu" if device is None else device), tuple(resolutions)
@@ -150,8 +163,7 @@ class StreamedBatches(Batches):
         """The side of images in an epoch; None where they have no `Sizing`."""
         if self.images.sizing is None:
             return None
-        begun = [one.side for one in self.resolutions if one.epoch <= max(epoch, 1)]
-        return begun[-1] if begun else self.images.sizing.side
+        return side_in(self.resolutions, epoch, self.images.sizing.side)
 
     def with_index(self, batch: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """As `starting_at`, and which of the images each batch holds, int64 [B]."""
@@ -163,7 +175,7 @@ class StreamedBatches(Batches):
         for pixels, used, problems in decoded_batches(
             self.images, mine, self._sizing(side), pinned=self.device.type == "cuda"
         ):
-            self.damaged |= dict(problems)
+            self.damaged |= problems
             x = self._augmented(pixels, None if draws is None else draws[used], side)
             yield x, self._here(labels[used]), self._here(used)
 
@@ -178,8 +190,9 @@ class StreamedBatches(Batches):
     def _augmented(self, pixels: Tensor, draws: Tensor | None, side: int | None) -> Tensor:
         """A batch of bytes as it is served."""
         crop, pixels = self.augment, self._here(pixels)
-        if isinstance(crop, ResizedCropAndFlip) and draws is not None and side is not None:
-            cropped = replace(crop, side=side)(pixels, self._here(draws))
+        if isinstance(crop, ResizedCropAndFlip) and draws is not None:
+            crop = replace(crop, side=side) if self.resolutions and side is not None else crop
+            cropped = crop(pixels, self._here(draws))
             found = in_unit(cropped, self.images.scale)
             return found.contiguous(memory_format=torch.channels_last) if self.channels_last else found
         index = torch.arange(len(pixels), device=self.device)

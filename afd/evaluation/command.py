@@ -17,7 +17,8 @@ from afd import data
 from afd.attacks import Norm
 from afd.attacks.union import RADIUS_IN, balls_in
 from afd.data import Images
-from afd.data.files import FileSettings, load_files
+from afd.data.datasets import resolved
+from afd.data.files import FileSettings, load_test_files
 from afd.data.sources import named as few
 from afd.data.stored import StoredImages
 from afd.errors import AfdError, InputError, look_up
@@ -72,6 +73,8 @@ class EvaluateConfig:
     """Side of the square that the network sees of a file's image. Default: as in training."""
     resize: int | None = None
     """Shorter side that a file's image is brought to before. Default: as in training."""
+    bad_images: Literal["error", "skip"] | None = None
+    """What is done about files that hold no whole image: error, or skip. Default: as in training."""
     images: int | None = None
     """Attack the first so many test images. Default: 1000 for quick, else all."""
     norm: Norm = "Linf"
@@ -267,19 +270,20 @@ def named_images(
         name: of the data.
         trained: the data that the model was trained on, which says sizes where the words do not, and the root.
     """
-    name = name or str(config.data)
+    name = resolved(name or str(config.data))
     if data.check_data(name) in data.NAMES:
         known = trained.get("root") if name == trained.get("name") else None
         return data.load(name, config.data_root or known, download=group.leads).test
     sizes = trained if config.image_size is None else {"image_size": config.image_size}
     asked = {one: trained.get(one) for one in ("validation", "test_share")}
+    asked["bad"] = config.bad_images or trained.get("bad_images")
     asked |= {"image_size": sizes.get("image_size"), "resize": config.resize or sizes.get("resize")}
     return _test_files(name, FileSettings(**{one: value for one, value in asked.items() if value is not None}))
 
 
 @cache  # it looks at all files
 def _test_files(name: str, settings: FileSettings) -> StoredImages:
-    return load_files(name, settings).test
+    return load_test_files(name, settings)
 
 
 def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
@@ -304,6 +308,12 @@ def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
         raise InputError(
             f"model {model.source} was trained on the {len(theirs)} classes {few(theirs)}; {name} has "
             f"{len(test.classes)}, {few(test.classes)}: they must be the same, in the same order"
+        )
+    drawn_of = trained.get("files")
+    if isinstance(test, StoredImages) and test.held_out and drawn_of not in (None, test.source.digest()):
+        raise InputError(
+            f"{name} holds other files than when {model.source} was trained, so other test images would be drawn, "
+            "perhaps some that it was trained on; name a folder of test images with --data"
         )
     count = config.images
     if count is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,18 +51,24 @@ def splits_for(config: TrainConfig) -> Splits[Any]:
     return load_files(asked.name, file_settings(asked)).limited(asked.limit)
 
 
-def classes_of(images: Images | StoredImages) -> tuple[str, ...]:
-    """Names of the classes of images in files."""
-    return images.classes if isinstance(images, StoredImages) else ()
+def facts_of(splits: Splits[Any]) -> dict[str, Any]:
+    """What checkpoints keep of images in files: names of classes, and what test images are drawn of, where they are."""
+    test = splits.test
+    if not isinstance(test, StoredImages):
+        return {}
+    return {"classes": list(test.classes), **({"files": test.source.digest()} if test.held_out else {})}
 
 
-def damaged_in(splits: Splits[Any], batches: Batches) -> tuple[str, ...]:
-    """Files that hold no whole image and were left out, before training or when they were decoded for it."""
+def damaged_in(splits: Splits[Any], group: Group, *served: Batches) -> tuple[str, ...]:
+    """Files that hold no whole image and were left out, before the run or when any process has decoded them in it."""
     parts = (splits.train, splits.validation, splits.test)
     found = [name for part in parts if isinstance(part, StoredImages) for name in part.left_out]
-    if isinstance(batches, StreamedBatches):
-        images = batches.images
-        found += [f"{images.told(place)}: {reason}" for place, reason in sorted(batches.damaged.items())]
+    for batches in served:
+        if isinstance(batches, StreamedBatches):
+            images, damaged = batches.images, dict[int, str]()
+            for others in group.gather(batches.damaged):
+                damaged |= others
+            found += [f"{images.told(place)}: {reason}" for place, reason in sorted(damaged.items())]
     return tuple(dict.fromkeys(found))
 
 
@@ -112,12 +119,13 @@ def begin_with(model: FeatureClassifier | FeatureSplit, path: Path, new_head: in
     model.normalize = normalize
 
 
-def trainer_for(config: TrainConfig, model: FeatureClassifier | FeatureSplit, classes: Sequence[str] = ()) -> Trainer:
-    """The trainer that a settled config describes, without callbacks; its checkpoints keep the names of the classes."""
+def trainer_for(
+    config: TrainConfig, model: FeatureClassifier | FeatureSplit, facts: Mapping[str, Any] = MappingProxyType({})
+) -> Trainer:
+    """The trainer that a settled config describes, without callbacks; its checkpoints keep `facts` of the data, too."""
     kept = config.as_json()
     kept["data"].pop("workers", None)  # which have no say in what a run comes to
-    if classes:
-        kept["data"]["classes"] = list(classes)
+    kept["data"] |= facts
     assert config.method is not None
     assert config.epochs is not None
     return Trainer(
@@ -241,10 +249,9 @@ def check_resolutions(model: nn.Module, batches: Batches) -> None:
 
 def augmentation(asked: DataConfig, shape: tuple[int, int, int]) -> CropAndFlip | ResizedCropAndFlip:
     """What training images of a shape go through: padded crops where they are small, parts of them beyond."""
-    side = max(shape[1:])
-    if asked.crop_scale is None and side <= SMALL:
+    if asked.crop_scale is None and max(shape[1:]) <= SMALL:
         return CropAndFlip()
-    return ResizedCropAndFlip(side, CROP_SCALE if asked.crop_scale is None else asked.crop_scale)
+    return ResizedCropAndFlip(shape[1:], CROP_SCALE if asked.crop_scale is None else asked.crop_scale)
 
 
 def plain(images: Images | StoredImages, device: torch.device) -> Batches:

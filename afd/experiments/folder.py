@@ -63,7 +63,8 @@ def discard_records(folder: Path) -> None:
 
 
 def check_files(config: TrainConfig) -> None:
-    """Raises CheckpointError or InputError if a file to begin with is not there, or would be discarded."""
+    """Raises CheckpointError or InputError if a file to begin with is not there, or what is there would be spoilt."""
+    _check_apart(config)
     resumed = Path(config.resume) if config.resume and config.resume != "auto" else None
     for argument, file in (("weights", config.weights), ("resume", resumed)):
         if file is None:
@@ -75,6 +76,17 @@ def check_files(config: TrainConfig) -> None:
             raise InputError(f"{argument} is {file}, which is a folder; name a checkpoint in it")
         if config.overwrite and config.out is not None and is_discarded(file, config.out):
             raise InputError(f"{argument} is {file}, which overwrite would discard; name another folder")
+
+
+def _check_apart(config: TrainConfig) -> None:
+    """Raises InputError if a run's folder would lie among the class folders of its images, as one of them."""
+    kind, _, place = config.data.name.partition(":")
+    if kind != "folder":
+        return
+    images, out = Path(place), (config.out or ROOT).absolute()
+    inside = images / "train" if (images / "train").is_dir() else images
+    if inside in (out, *out.parents):
+        raise InputError(f"out is {config.out or ROOT}, among the class folders of {inside}; name another with --out")
 
 
 def is_discarded(file: Path, folder: Path) -> bool:

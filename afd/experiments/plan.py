@@ -23,6 +23,7 @@ from afd.data.stored import usual_workers
 from afd.errors import AfdError, InputError
 from afd.experiments.folder import ROOT, check_files
 from afd.experiments.spent import PLAN, described, duration, size
+from afd.experiments.trial import growth
 from afd.files import write_whole
 from afd.installation import needed_by
 from afd.methods.registry import spelled
@@ -188,7 +189,7 @@ def _time(config: TrainConfig, whole: dict[str, Any], each: float) -> dict[str, 
     assert config.epochs is not None
     sizes, passes = whole["sizes"], whole["passes"]
     share = 1.0 if passes is None else passes["cost"] / passes["timed"]
-    training = sizes["epoch"] * each * share
+    training = sizes["epoch"] * each * share * growth(config)  # steps take about as long as images are large
     validation = sizes["validation"] * whole["validation"]
     states = 2 + (config.ema is not None)  # best, last, average
     test = states * sizes["test"] * whole["test"]

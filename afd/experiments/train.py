@@ -23,9 +23,9 @@ from afd.data.datasets import short
 from afd.errors import AfdError, InputError, ModelError, in_a_line
 from afd.experiments.assembly import (
     check_resolutions,
-    classes_of,
     damaged_in,
     damaged_lines,
+    facts_of,
     model_for,
     plain,
     splits_for,
@@ -149,10 +149,11 @@ def _train_in(
     """`train` in a folder that is its own."""
     torch.manual_seed(config.seed)
     model = model_for(config, splits.train)
-    trainer = trainer_for(config, model.to(device), classes_of(splits.train))
+    trainer = trainer_for(config, model.to(device), facts_of(splits))
     if group.size > 1:  # the weights are drawn; from here on, processes draw apart
         torch.manual_seed(config.seed * group.size + group.rank)
     name, batches = _name(config), train_batches(config, splits.train, device, group)
+    validation, test = plain(splits.validation, device), plain(splits.test, device)
     plan_of(config)  # which is refused now rather than at the end
     assert config.epochs is not None
     best = folder / "best.pt"
@@ -162,13 +163,13 @@ def _train_in(
         trainer.callbacks = [*first, terminal, tensorboard(folder), json_lines(folder / "log.jsonl")]
         trainer.progress = terminal
         check_resolutions(model, batches)
-        trainer.fit(batches, plain(splits.validation, device))
+        trainer.fit(batches, validation)
         group.wait()  # for the files
-        measured = _measured(folder, config, model, plain(splits.test, device), group, terminal)
+        measured = _measured(folder, config, model, test, group, terminal)
         if group.leads:
             save_weights(folder / "model.pt", model)
         alarms, cost = tuple(trainer.alarms), cost_as_json(trainer.spent, device, config)
-        found, damaged = vars(measured["best"]), damaged_in(splits, batches)
+        found, damaged = vars(measured["best"]), damaged_in(splits, group, batches, validation, test)
         result = Result(config, model, best, **found, measured=measured, alarms=alarms, damaged=damaged, cost=cost)
         if group.leads:
             write_whole(folder / "result.json", _as_json(result, len(splits.test), trainer.rollbacks))

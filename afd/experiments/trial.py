@@ -24,6 +24,7 @@ import torch
 from afd.checkpoint import packed
 from afd.config import TrainConfig
 from afd.data import Splits
+from afd.data.sizing import resolutions_of, side_in
 from afd.errors import AfdError, in_a_line, out_of_memory
 from afd.experiments.assembly import plain, splits_for, test_attack, train_batches
 from afd.experiments.costs import StepCosts, TimedSteps
@@ -150,7 +151,7 @@ def trial(config: TrainConfig, seconds: float, *, whole: bool) -> dict[str, Any]
     device = device_named(config.device)
     found: dict[str, Any] = {"device": device_with_threads(device), "available": available_memory(device)}
     splits = splits_for(config)
-    steps = TimedSteps(config, splits.train, device)
+    steps = TimedSteps(at_largest(config), splits.train, device)
     stepping = list[float]()
 
     def step(images: int) -> None:
@@ -182,9 +183,26 @@ def trial(config: TrainConfig, seconds: float, *, whole: bool) -> dict[str, Any]
         attack = test_attack(config, TEST_STEPS).build(trainer.network)
         found["test"] = _measured(trainer, plain(splits.test, device), attack, SHARES["test"] * seconds).seconds
         if ":" in config.data.name:
-            loader = train_batches(config, splits.train, device)
+            loader = train_batches(at_largest(config), splits.train, device)
             found["loading"] = loading_speed(loader, SHARES["loading"] * seconds)
     return found
+
+
+def at_largest(config: TrainConfig) -> TrainConfig:
+    """The run with the largest of its resolutions from the beginning, as that is what has to fit."""
+    sides = [one.side for one in resolutions_of(config.data.resolutions)]
+    kept = (f"{max(sides)}:1",) if sides else ()
+    return replace(config, data=replace(config.data, resolutions=kept))
+
+
+def growth(config: TrainConfig) -> float:
+    """The mean over the epochs of a run of an image's area, over that of the largest."""
+    resolutions, usual = resolutions_of(config.data.resolutions), config.data.image_size
+    if not resolutions or usual is None:
+        return 1.0
+    assert config.epochs is not None
+    areas = [side_in(resolutions, epoch, usual) ** 2 for epoch in range(1, config.epochs + 1)]
+    return statistics.mean(areas) / max(one.side for one in resolutions) ** 2
 
 
 def _measured(trainer: Trainer, batches: Loader, attack: Any, seconds: float) -> Found:

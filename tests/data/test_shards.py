@@ -12,7 +12,7 @@ import torch
 from image_files import shard
 from PIL import Image
 
-from afd.data import DataError, shards
+from afd.data import DataError, shard_files, shards
 from afd.data.files import FileSettings, load_files
 from afd.data.shards import ShardSource, expanded, shards_by_part
 from afd.data.stored import stored
@@ -23,7 +23,7 @@ HERE = FileSettings(workers=0)
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """A cache folder of the test's own."""
-    monkeypatch.setattr(shards.fetch, "default_root", lambda: tmp_path / "cache")
+    monkeypatch.setattr(shard_files.fetch, "default_root", lambda: tmp_path / "cache")
     return tmp_path / "cache" / "shards"
 
 
@@ -80,8 +80,8 @@ def test_an_index_is_made_once_and_again_when_the_shard_changes(tmp_path, monkey
     pattern = three(tmp_path)
     first = ShardSource(expanded(pattern))
     made = []
-    real = shards._indexed
-    monkeypatch.setattr(shards, "_indexed", lambda one: made.append(one) or real(one))
+    real = shard_files._indexed
+    monkeypatch.setattr(shard_files, "_indexed", lambda one: made.append(one) or real(one))
     again = ShardSource(expanded(pattern))
     assert made == []
     assert np.array_equal(first.offsets, again.offsets)
@@ -122,7 +122,7 @@ def store():
 
 
 def test_what_is_at_urls_is_read_alike_and_few_copies_stay(tmp_path, store, cache, monkeypatch):
-    monkeypatch.setattr(shards, "KEPT", 2)
+    monkeypatch.setattr(shard_files, "KEPT", 2)
     pattern = three(tmp_path)
     for number in range(3):
         store.pipe(f"/set/train-{number:03d}.tar", (tmp_path / f"train-{number:03d}.tar").read_bytes())

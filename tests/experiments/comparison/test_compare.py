@@ -411,7 +411,10 @@ def test_each_run_says_where_it_was_made(undisturbed, tmp_path, monkeypatch):
     made_here = content["entries"]["fgsm-rs"]["runs"]["0"]["made"]
     assert (made_here["commit"], made_here["machine"]["device"]) == ("fedcba9", "Imaginary H200, 1 thread")
     assert content["entries"]["at"]["runs"]["0"]["made"] == where
-    assert "- made otherwise: fgsm-rs (seed 0): device Imaginary H200, 1 thread, commit fedcba9" in (out / "table.md").read_text()
+    assert (
+        "- made otherwise: fgsm-rs (seed 0): device Imaginary H200, 1 thread, commit fedcba9"
+        in (out / "table.md").read_text()
+    )
 
 
 def test_a_record_of_before_is_gone_on_with(undisturbed, tmp_path):
