@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -278,12 +277,7 @@ def named_images(
     asked = {one: trained.get(one) for one in ("validation", "test_share")}
     asked["bad"] = config.bad_images or trained.get("bad_images")
     asked |= {"image_size": sizes.get("image_size"), "resize": config.resize or sizes.get("resize")}
-    return _test_files(name, FileSettings(**{one: value for one, value in asked.items() if value is not None}))
-
-
-@cache  # it looks at all files
-def _test_files(name: str, settings: FileSettings) -> StoredImages:
-    return load_test_files(name, settings)
+    return load_test_files(name, FileSettings(**{one: value for one, value in asked.items() if value is not None}))
 
 
 def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import image_files
 import numpy as np
@@ -84,6 +86,32 @@ def test_sixteen_bits_are_not_cut_to_eight():
     for read in (decoding.decoded, lambda held: decoding.size_of(io.BytesIO(held))):
         with pytest.raises(BadImageError, match="more than 8 bits"):
             read(file.getvalue())
+
+
+def test_sixteen_bits_of_colour_are_not_cut_either():
+    header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(2 * (1 + 2 * 6)))), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(held)) + name + held + struct.pack(">I", zlib.crc32(name + held)) for name, held in chunks
+    )
+    for read in (decoding.decoded, lambda held: decoding.size_of(io.BytesIO(held))):
+        with pytest.raises(BadImageError, match="more than 8 bits"):
+            read(data)
+
+
+def test_a_jpeg_with_more_behind_it_as_cameras_write_them_is_one():
+    file = io.BytesIO()
+    image_files.picture(1, 16, 24).save(file, "MPO", save_all=True, append_images=[image_files.picture(2, 16, 24)])
+    assert decoding.size_of(io.BytesIO(file.getvalue())) == (16, 24)
+    assert np.array_equal(decoding.decoded(file.getvalue()), of_pillow(file.getvalue()))
+
+
+def test_a_strip_is_cut_before_it_is_resized():
+    pixels = np.zeros((2, 60_000, 3), dtype=np.uint8)
+    pixels[:, 29_990:30_010] = 255
+    found = decoding.fitted(pixels, 224, 224)
+    assert found.shape == (224, 224, 3)
+    assert found.min() == 255
 
 
 def test_a_large_jpeg_is_decoded_in_part_of_its_size_where_that_is_enough():

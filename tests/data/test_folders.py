@@ -16,7 +16,7 @@ from afd.data import DataError
 from afd.data.files import FileSettings, load_files
 from afd.data.sources import FolderSource, RowsSource
 from afd.data.stored import stored
-from afd.errors import InputError
+from afd.errors import InputError, InputTypeError
 
 HERE = FileSettings(workers=0)
 
@@ -215,6 +215,66 @@ def test_settings_out_of_range_are_refused(tmp_path, settings, told):
     assert told in refused(tmp_path, FileSettings(**{"workers": 0, **settings}))
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    folder(tmp_path, {"": 10}, classes=["bus", "car", "train"])
+    assert load_files(f"folder:{tmp_path}", HERE).train.classes == ("bus", "car", "train")
+
+
+def test_a_part_without_class_folders_is_no_part(tmp_path):
+    folder(tmp_path, {"train": 4})
+    write(tmp_path / "val" / "1.png", 1)
+    assert "val holds no folders" in refused(tmp_path)
+
+
+def test_names_that_cannot_be_shown_are_refused(tmp_path):
+    folder(tmp_path, {"": 4}, classes=["a", "b\nc"])
+    assert "holds the class folder 'b\\nc'" in refused(tmp_path)
+
+
+def test_what_archives_and_systems_leave_behind_is_no_class(tmp_path):
+    folder(tmp_path, {"": 10})
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "ant" / "Thumbs.db").write_bytes(b"no image")
+    assert load_files(f"folder:{tmp_path}", HERE).train.classes == CLASSES
+
+
+def test_a_link_to_a_folder_above_ends_in_one_line(tmp_path):
+    folder(tmp_path, {"": 4})
+    (tmp_path / "ant" / "up").symlink_to(tmp_path)
+    assert refused(tmp_path).count("cannot be read") == 1
+
+
+def test_one_image_of_each_class_is_none_to_spare(tmp_path):
+    folder(tmp_path, {"": 1})
+    assert "has one image of each class, and none to spare" in refused(tmp_path)
+
+
+def test_a_listing_without_lines_is_named(tmp_path):
+    folder(tmp_path, {"train": 3})
+    (tmp_path / "val" / "images").mkdir(parents=True)
+    (tmp_path / "val" / "val_annotations.txt").write_text("\n\n")
+    assert "val_annotations.txt lists no images" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("folder:", "name is 'folder:'"), ("ants", "name is 'ants'"), (None, "name is a NoneType")]
+)
+def test_names_of_no_files_are_refused(name, told):
+    with pytest.raises((InputError, InputTypeError), match=told):
+        load_files(name)
+
+
+def test_fewer_validation_images_than_workers_are_enough(tmp_path):
+    folder(tmp_path, {"train": 4, "val": 1, "test": 1})
+    splits = load_files(f"folder:{tmp_path}", FileSettings(workers=8))
+    assert [part.workers for part in (splits.train, splits.validation, splits.test)] == [8, 3, 3]
+
+
+def test_a_source_is_wanted():
+    with pytest.raises(InputTypeError, match="source is a str"):
+        stored("flowers")
+
+
 # --- Rows of somebody's own -------------------------------------------------------------------------------------------
 
 
@@ -236,6 +296,7 @@ FORMS = {
     "bytes": lambda data: data,
     "dict": lambda data: {"bytes": data, "path": None},
     "HWC": lambda data: np.asarray(Image.open(io.BytesIO(data))),
+    "bytearray": bytearray,
     "CHW": lambda data: torch.from_numpy(np.asarray(Image.open(io.BytesIO(data))).copy()).permute(2, 0, 1),
 }
 
@@ -248,6 +309,22 @@ def test_rows_hold_images_in_any_usual_form(form):
     assert torch.equal(images.loaded().pixels, torch.from_numpy(expected).permute(0, 3, 1, 2))
     assert images.labels.tolist() == [1, 0, 2, 1]
     assert images.classes == ("0", "1", "2")
+
+
+def test_rows_may_name_files_and_grey_images_are_coloured(tmp_path):
+    path = write(tmp_path / "1.png", 3)
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    images = stored(RowsSource(Rows([path, str(path), grey, grey[..., None], grey[None]], [0, 1, 0, 1, 1])), workers=0)
+    found = images.loaded().pixels
+    assert torch.equal(found[0], found[1])
+    for row in (2, 3, 4):
+        assert np.array_equal(found[row].numpy(), np.broadcast_to(grey, (3, 8, 8)))
+
+
+@pytest.mark.parametrize("rows", [{"image": [1], "label": [0]}, iter([1])])
+def test_what_has_no_rows_is_refused(rows):
+    with pytest.raises(InputTypeError, match="it must have rows by their number, and a length"):
+        RowsSource(rows)
 
 
 def test_rows_that_hold_no_image_are_named(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import tarfile
 
@@ -201,3 +202,106 @@ def test_damaged_images_in_shards_are_found_when_they_are_indexed(tmp_path):
 def test_one_class_in_all_shards_is_not_enough(tmp_path):
     three(tmp_path, label=lambda _: "0")
     assert "holds one class, 0" in refused(f"{tmp_path}/*.tar")
+
+
+def tar(path, members):
+    """A shard of members, by name."""
+    with tarfile.open(path, "w") as archive:
+        for name, held in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(held)
+            archive.addfile(member, io.BytesIO(held))
+    return str(path)
+
+
+def images(*names):
+    return [(name, image_files.content(number, f".{name.rpartition('.')[2]}")) for number, name in enumerate(names)]
+
+
+def test_a_mask_beside_an_image_is_no_image(tmp_path):
+    members = images("a.jpg", "a.seg.png", "b.seg.png", "b.jpg")
+    source = ShardSource([tar(tmp_path / "0.tar", [*members, ("a.cls", b"0"), ("b.cls", b"1\n")])])
+    assert [source.told(number).partition(" ")[0] for number in range(2)] == ["a.jpg", "b.jpg"]
+    assert source.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "a.png"), ("a.jpg", "a.jpg")])
+def test_two_images_of_one_sample_are_named(tmp_path, names):
+    told = refused(tar(tmp_path / "0.tar", [*images(*names), ("a.cls", b"0")]))
+    assert f"holds {names[0]} and {names[1]}, two images of one sample" in told
+
+
+def test_names_with_dots_are_hinted_at(tmp_path):
+    assert "has no dot but before its ending" in refused(tar(tmp_path / "0.tar", images("0.000.jpg", "0.001.jpg")))
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (["train/0.tar", "val/0.tar"], {"train": 1, "validation": 1}),
+        (["my-train-test-0.tar", "my-test-0.tar"], {"train": 1, "test": 1}),
+        (["set/0.tar", "set/1.tar"], {"train": 2}),
+        (["test/train-0.tar"], {"train": 1}),
+    ],
+)
+def test_a_shard_is_of_the_part_that_it_tells_first_or_its_folder_is_called(tmp_path, names, parts):
+    for name in names:
+        shard(tmp_path / name, 0, 3)
+    told = {"train": ("train",), "validation": ("val",), "test": ("test",)}
+    pattern = f"{tmp_path}/{{{','.join(names)}}}"
+    assert {part: len(found) for part, found in shards_by_part(pattern, told).items()} == parts
+
+
+def test_a_pattern_of_nothing_or_of_too_much_is_said(tmp_path):
+    assert refused(f"{tmp_path}/a-{{5..1}}.tar") == f"{tmp_path}/a-{{5..1}}.tar stands for no shard"
+    for pattern in ("a-{0..99999}.tar", "a-{0..999}{0..999}{0..999}.tar"):
+        assert "stands for more than 10000 shards" in refused(pattern)
+
+
+def test_numbers_with_zeros_in_front_are_numbers(tmp_path):
+    shard(tmp_path / "0.tar", 0, 6, label=lambda number: f"{number % 2:02d}")
+    assert ShardSource([f"{tmp_path}/0.tar"]).labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_a_class_file_goes_before_a_json_that_says_none(tmp_path):
+    members = [*images("a.jpg"), ("a.json", b'{"caption": "x"}'), ("a.cls", b"2")]
+    assert ShardSource([tar(tmp_path / "0.tar", members)]).labels.tolist() == [2]
+
+
+def test_links_and_packed_shards_are_named(tmp_path):
+    path = tar(tmp_path / "0.tar", [*images("a.jpg"), ("a.cls", b"0")])
+    packed = tmp_path / "1.tar"
+    packed.write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    assert "is packed (gzip); unpack it" in refused(packed)
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.jpg"
+        archive.addfile(link)
+    assert "b.jpg in the shard" in refused(path)
+
+
+def test_a_label_that_would_make_a_hundred_million_classes_is_refused(tmp_path):
+    shard(tmp_path / "0.tar", 0, 3, label=lambda number: str(300_000_000 + number))
+    assert "a label is 300000002; numbers of classes must be below 100000" in refused(f"{tmp_path}/0.tar")
+
+
+def test_a_damaged_index_is_made_anew(tmp_path, cache):
+    pattern = three(tmp_path)
+    ShardSource(expanded(pattern))
+    for file in cache.glob("*.npz"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert len(ShardSource(expanded(pattern))) == 30
+
+
+def test_a_cache_folder_that_cannot_be_made_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(shard_files.fetch, "default_root", lambda: tmp_path / "file" / "afd")
+    assert "the cache folder" in refused(three(tmp_path))
+
+
+def test_a_digest_knows_what_lies_in_the_shards(tmp_path):
+    pattern = three(tmp_path)
+    before = stored(ShardSource(expanded(pattern)), workers=0).digest()
+    assert stored(ShardSource(expanded(pattern)), workers=0).digest() == before
+    shard(tmp_path / "train-001.tar", 40, 10, label=lambda number: str((number - 30) % 3))
+    assert stored(ShardSource(expanded(pattern)), workers=0).digest() != before

@@ -173,12 +173,27 @@ def test_resolutions_that_say_nothing_are_refused(words):
         resolutions_of(words)
 
 
+def test_parts_of_images_that_are_no_squares_keep_their_shape(tmp_path):
+    images = stored(FolderSource(folder(tmp_path, {"": 3}, height=12, width=20)), workers=0)
+    loader = StreamedBatches(images, 4, augment=ResizedCropAndFlip((12, 20), 0.5))
+    assert served(loader)[0][0].shape == (4, 3, 12, 20)
+    assert served(StreamedBatches(images, 4, augment=ResizedCropAndFlip(9)))[0][0].shape == (4, 3, 9, 9)
+
+
+@pytest.mark.parametrize("resolutions", [["8:1"], [Resolution(8, 3)]])
+def test_resolutions_of_another_kind_are_refused(files, resolutions):
+    with pytest.raises((InputError, InputTypeError), match="resolutions"):
+        StreamedBatches(files, 4, resolutions=resolutions)
+
+
 def test_resolutions_need_a_size(files):
     with pytest.raises(InputError, match="no image_size"):
         StreamedBatches(files, 4, resolutions=(Resolution(8, 1),))
 
 
-@pytest.mark.parametrize("settings", [{"side": 0}, {"side": 8, "scale": 0.0}, {"side": 8, "scale": 1.5}])
+@pytest.mark.parametrize(
+    "settings", [{"side": 0}, {"side": (8, 0)}, {"side": 8, "scale": 0.0}, {"side": 8, "scale": 1.5}]
+)
 def test_crops_out_of_range_are_refused(settings):
     with pytest.raises(InputError):
         ResizedCropAndFlip(**settings)
@@ -232,6 +247,13 @@ def test_a_set_of_damaged_images_ends():
         served(StreamedBatches(stored(Late(4, set(range(4))), workers=0, bad="skip"), 2))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_half_of_the_images_may_be_damaged(workers):
+    loader = StreamedBatches(stored(Late(60, set(range(30))), workers=workers, bad="skip"), 20)
+    assert {number for _, _, index in served(loader) for number in index.tolist()} == set(range(30, 60))
+    assert sorted(loader.damaged) == list(range(30))
+
+
 def test_what_was_found_is_kept_with_the_position_and_other_images_are_refused():
     loader = StreamedBatches(stored(Late(10, {3}), workers=0, bad="skip"), 5)
     served(loader)
@@ -265,7 +287,7 @@ def test_workers_go_on_when_a_terminal_interrupts_everybody():
 
 class _Interrupted:
     def __getitem__(self, number):
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT if number % 2 else signal.SIGTERM)
         return number
 
 
@@ -284,6 +306,9 @@ def test_a_digest_knows_names_and_classes(tmp_path):
     (tmp_path / "b" / "ant" / "000.png").rename(tmp_path / "b" / "ant" / "zzz.png")
     assert stored(FolderSource(tmp_path / "b"), workers=0).digest() != one.digest()
     assert one.take(torch.tensor([0, 1, 2])).digest() != one.digest()
+    before, file = one.digest(), tmp_path / "a" / "bee" / "001.png"
+    file.write_bytes(file.read_bytes() + b"\0")
+    assert stored(FolderSource(tmp_path / "a"), workers=0).digest() != before
 
 
 def test_images_are_the_same_however_they_are_loaded(files):

@@ -138,9 +138,49 @@ def test_files_that_are_left_out_are_in_the_report(here, capsys):
     assert len(load_files(f"folder:{data}", FileSettings(bad="skip")).train.left_out) == 1
 
 
+def test_damage_that_only_decoding_shows_is_counted_in_every_part(here, capsys):
+    data = folder(here / "set", {"train": 6, "val": 2, "test": 2}, height=32, width=32)
+    for part, file in (("train", "ant/001.png"), ("val", "bee/000.png"), ("test", "cat/001.png")):
+        content = bytearray((data / part / file).read_bytes())
+        content[60:70] = bytes(10)  # in the middle of its pixels
+        (data / part / file).write_bytes(content)
+    words = ["train", "at", *FEW, "--data", f"folder:{data}", "--epochs", "1", "--workers", "1", "--out", "run"]
+    assert main([*words, "--bad-images", "skip"]) == 0
+    left = json.loads((here / "run" / "result.json").read_text())["damaged"]
+    assert [one.partition(": ")[0].removeprefix(f"{data}/") for one in left] == [
+        "train/ant/001.png",
+        "val/bee/000.png",
+        "test/cat/001.png",
+    ]
+    assert main(["evaluate", "run", "--images", "6", "--out", "found"]) == 0  # which skips as training did
+    assert main(["evaluate", "run", "--images", "6", "--bad-images", "error", "--out", "none"]) == 2
+    assert "cat/001.png holds no whole image" in capsys.readouterr().err
+
+
+def test_test_images_that_would_be_drawn_otherwise_are_refused(here, capsys):
+    folder(here / "set", {"": 20})
+    words = ["train", "at", *FEW, "--data", "folder:set", "--epochs", "1", "--out", "run", "--workers", "0"]
+    assert main(words) == 0
+    assert main(["evaluate", "run", "--images", "6", "--out", "found"]) == 0
+    write(here / "set" / "ant" / "more.png", 99)
+    assert main(["evaluate", "run", "--images", "6", "--out", "again"]) == 2
+    assert "holds other files than when" in capsys.readouterr().err
+
+
+def test_a_run_does_not_lie_among_its_classes(here, capsys, monkeypatch):
+    folder(here / "set", {"": 10})
+    monkeypatch.chdir(here / "set")
+    words = ["train", "at", *FEW, "--data", "folder:.", "--epochs", "1", "--workers", "0"]
+    for out in ([], ["--out", "run"], ["--out", "."]):
+        assert main([*words, *out]) == 2
+        assert "among the class folders of" in capsys.readouterr().err
+    assert sorted(one.name for one in here.joinpath("set").iterdir()) == ["ant", "bee", "cat"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--data", "folder:set", "--crop-scale", "0.5", "--augment", "False"], "nothing is cropped then"),
         (["--data", "folder:"], "data is 'folder:'"),
         (["--data", "folder:nowhere"], "which is not there"),
         (["--data", "folder:set", "--workers", "99"], "workers is 99; there are 24 images"),

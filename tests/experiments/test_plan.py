@@ -12,10 +12,10 @@ from rich.console import Console
 from torch import nn
 
 from afd.cli import main
-from afd.config import TrainConfig
+from afd.config import DataConfig, TrainConfig
 from afd.errors import AfdError
 from afd.experiments import plan, trial
-from afd.experiments.trial import Found, loading_speed, tried
+from afd.experiments.trial import Found, at_largest, growth, loading_speed, tried
 from afd.options import train_config
 from afd.passes import by_operations
 
@@ -375,3 +375,11 @@ def test_a_real_trial_in_processes_of_their_own(tmp_path, capsys):
     assert 1 / 20 < epoch["found"] / epoch["planned"] < 20
     assert cost["plan"]["peak_memory"]["planned"] == plain["memory"]["batch"]
     assert "plan: an epoch, " in capsys.readouterr().out
+
+
+def test_growing_images_are_planned_at_their_largest_and_for_the_mean_of_their_areas():
+    data = DataConfig("folder:none", image_size=64, resolutions=("16:1", "64:2", "32:4"))
+    config = TrainConfig(data=data, epochs=4)
+    assert at_largest(config).data.resolutions == ("64:1",)
+    assert growth(config) == pytest.approx((16**2 + 64**2 + 64**2 + 32**2) / 4 / 64**2)
+    assert growth(dataclasses.replace(config, data=DataConfig("folder:none", image_size=64))) == 1
