@@ -104,6 +104,8 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> tup
     except Exception as error:  # on damaged bytes the unpickler stumbles in any way it can
         told = isinstance(error, RuntimeError | pickle.UnpicklingError | zipfile.BadZipFile)
         reason = str(error).splitlines()[0] if told and str(error) else "torch.save has not written what it holds"
+        if "weights_only" in reason:  # torch's advice to load it without is none for a file of which nothing is known
+            reason = "it holds something else than tensors and plain types, which is not loaded, as that may run code"
         raise CheckpointError(f"checkpoint {path} is damaged or of another kind: {reason}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise OtherFileError(f"{path} is not an afd checkpoint")

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from afd.errors import InputError, one_of
 from afd.nn import Split
 from afd.nn.classifier import unwrapped
+from afd.nn.freezing import synchronised
 from afd.nn.modes import Buffers, eager
 from afd.nn.recomputing import Recomputing
 from afd.ops import backend, checks
@@ -98,7 +99,7 @@ class Execution(Passes):
             return model
         if device.type != "cuda":
             raise InputError(f"sync_batchnorm is True, but the model is on {device}; torch offers it on CUDA only")
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return synchronised(model)
 
     def passes(self, model: Split) -> nn.Module:
         """A module x -> (features, logits), both float32 or wider, that runs `model` as chosen."""

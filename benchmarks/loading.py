@@ -183,11 +183,12 @@ from afd.data.images import CropAndFlip
 from afd.data.sources import FolderSource
 from afd.data.stored import stored
 from afd.data.streaming import StreamedBatches
+from afd.machine import peak_memory
 images = stored(FolderSource(Path(sys.argv[1])), workers=2)
 for number, _ in enumerate(StreamedBatches(images, 128, shuffle=True, augment=CropAndFlip())):
     if number == 30:
         break
-print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+print(peak_memory(torch.device("cpu")), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 """
 
 
@@ -201,7 +202,7 @@ def peaks(folder: Path, files: int) -> tuple[float, float]:
             for number in range(each):
                 (Path(place) / one.name / f"{number:06d}.jpg").symlink_to(known[number % len(known)])
         found = subprocess.run([sys.executable, "-c", PEAK, place], capture_output=True, text=True, check=True).stdout
-    own, worker = (1024 * float(one) for one in found.split())
+    own, worker = map(float, found.split())
     return own, worker
 
 

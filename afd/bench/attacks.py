@@ -158,8 +158,11 @@ class AttackBench(Benchmark):
         x = torch.rand(self.batch or (known[2] if known else 128), *self.size, device=device)
         try:
             with torch.no_grad():
-                y = torch.cat([model(part).argmax(1) for part in x.split(128)])
-        except (RuntimeError, ValueError, IndexError) as error:
+                found = [model(part) for part in x.split(128)]
+                if not all(isinstance(one, Tensor) for one in found):
+                    raise TypeError(f"it returns a {type(found[0]).__name__}, and other libraries take logits alone")
+                y = torch.cat([one.argmax(1) for one in found])
+        except Exception as error:  # the model's own
             if out_of_memory(error):
                 raise
             told, reason = "x".join(map(str, self.size)), str(error).split("\n", 1)[0]

@@ -358,12 +358,13 @@ def _only_size(source: Source, found: Inspection) -> tuple[int, int]:
     Raises:
         DataError: there are several.
     """
-    sizes, first, counts = np.unique(found.sizes[found.good], axis=0, return_index=True, return_counts=True)
-    if len(sizes) > 1:
+    size = found.sizes[found.good[0]]
+    if ((found.sizes != size).any(1) & (found.sizes[:, 0] > 0)).any():
+        sizes, first, counts = np.unique(found.sizes[found.good], axis=0, return_index=True, return_counts=True)
         order = np.argsort(-counts)[:SHOWN]
         shown = ", ".join(
             f"{sizes[one][0]}x{sizes[one][1]} ({counts[one]}, such as {source.told(int(found.good[first[one]]))})"
             for one in order
         )
         raise DataError(f"images of {source.name} are of {len(sizes)} sizes: {shown}; name one for all by --image-size")
-    return int(sizes[0][0]), int(sizes[0][1])
+    return int(size[0]), int(size[1])

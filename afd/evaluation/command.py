@@ -221,7 +221,7 @@ def load(
         if name:
             raise InputError(f"model is {name}, but {spec} is a function already; it goes with a checkpoint")
         if source_of(spec)[0]:
-            return evaluated(_named(spec, images, input_stats), spec, device)
+            return evaluated(_named(spec, images, input_stats).eval(), spec, device)
         return from_factory(spec, device)
     own = _named(name, images, input_stats) if name else None
     rebuilt = rebuild(Path(spec), device, own)

@@ -22,6 +22,7 @@ from afd.data.sources import SHOWN
 from afd.data.stored import StoredImages
 from afd.data.streaming import ResizedCropAndFlip, StreamedBatches
 from afd.errors import AfdError, InputError, in_a_line
+from afd.execution import untouched
 from afd.methods.ramps import ramps_of
 from afd.nn import FeatureClassifier, FeatureSplit, build_named, freeze
 from afd.nn.modes import evaluating
@@ -193,8 +194,12 @@ def _check_fit(name: str, model: FeatureSplit, images: Images | StoredImages) ->
     """Tries somebody else's model on two grey images of the data's shape before anything is trained."""
     size = "x".join(map(str, images.shape))
     try:
+        grey = torch.full((2, *images.shape), 0.5)
         with evaluating(model):
-            model.settle(torch.full((2, *images.shape), 0.5))
+            model.settle(grey)
+        with untouched(model), torch.no_grad():  # some go another way in training
+            model.train()
+            model(grey)
     except AfdError as error:
         how = " of afd.nn.split, in a function package.module:function" if "as feature_layer" in str(error) else ""
         told_so = f"model {name} is of no use for {images.name}'s {size} images: {error}{how}"

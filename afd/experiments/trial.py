@@ -153,6 +153,7 @@ def trial(config: TrainConfig, seconds: float, *, whole: bool) -> dict[str, Any]
     splits = splits_for(config)
     steps = TimedSteps(at_largest(config), splits.train, device)
     stepping = list[float]()
+    untrained = {name: one.clone() for name, one in steps.trainer.network.state_dict().items() if torch.is_tensor(one)}
 
     def step(images: int) -> None:
         steps.take(images)
@@ -162,6 +163,8 @@ def trial(config: TrainConfig, seconds: float, *, whole: bool) -> dict[str, Any]
     begin = size if device.type == "cuda" or config.compile else FEWEST_IMAGES
     taken = tried(step, size, SHARES["steps"] * seconds, begin=begin, memory=lambda: peak_memory(device))
     before = peak_memory(device)
+    # what a few steps on few images have made of it may be anything, NaN included
+    steps.trainer.network.load_state_dict(untrained, strict=False)
     trainer, held_out = steps.trainer, plain(splits.validation, device)
     validated = _measured(trainer, held_out, trainer.judge, SHARES["validation"] * seconds)
     state = trainer.state_dict()

@@ -12,6 +12,7 @@ from torch import nn
 from afd.errors import InputError, one_of, whole
 from afd.nn.classifier import FeatureClassifier, FeatureSplit
 from afd.nn.encoders import VGG, ConvNet, Encoder, PreActResNet, ResNet18, WideResNet
+from afd.nn.modes import without_wrappers
 from afd.nn.normalized import Normalized, Stats, normalized, stats_from, stats_of
 from afd.nn.resnet50 import ResNet50
 from afd.nn.sources import SOURCES, Shape, build_foreign, source_of, with_new_head
@@ -126,17 +127,19 @@ def build_named(
     network, found = build_foreign(name, image_shape, num_classes, drop_path=drop_path, described=described)
     if new_head is not None and not source_of(name)[0]:
         network = with_new_head(network, new_head)
-    if isinstance(network, FeatureClassifier | FeatureSplit):  # a function that splits by itself says all by itself
-        if input_stats is not None:
-            raise InputError(
-                f"input-stats are given, but model {name} returns a {type(network).__name__}, split already; split an "
-                "afd.nn.Normalized there"
-            )
+    network = without_wrappers(network)
+    split_already = isinstance(network, FeatureClassifier | FeatureSplit)
+    if input_stats is not None and (split_already or isinstance(network, Normalized)):
+        told = "split already; split an afd.nn.Normalized there" if split_already else "which normalises images itself"
+        raise InputError(f"input-stats are given, but model {name} returns a {type(network).__name__}, {told}")
+    if isinstance(network, FeatureClassifier):  # a function that splits by itself says all by itself
         return network
-    model = FeatureSplit(normalized(network, input_stats), normalize=None if normalize else False)
+    scaled = None if normalize else False
+    model = network if split_already else FeatureSplit(normalized(network, input_stats), normalize=scaled)
+    assert isinstance(model, FeatureSplit)
     model.recipe = {
         "name": name, "shape": list(image_shape), "classes": num_classes, "new_head": new_head, "drop_path": drop_path,
-        "described": found,
+        "described": found, "input_stats": stats_of(model.model) if input_stats is not None else None,
     }  # fmt: skip
     model.built = _layers(model.model)
     return model
@@ -179,7 +182,7 @@ def _foreign_recipe(model: FeatureSplit) -> dict[str, Any] | None:
     """That of a network of `build_named`, whose layers were noted then: not all can be built without weights."""
     if model.recipe is None or _layers(model.model) != model.built:
         return None
-    plain = {"normalize": model.normalize is not False, "input_stats": stats_of(model.model)}
+    plain = {"normalize": model.normalize is not False}
     return {name: one for name, one in {**model.recipe, **plain}.items() if one is not None}
 
 

@@ -60,7 +60,10 @@ class Normalized(nn.Module):
 
 
 def _numbers(name: str, given: Sequence[float] | float) -> tuple[float, ...]:
-    numbers = tuple(map(float, given if isinstance(given, Sequence | Tensor) else (given,)))
+    try:
+        numbers = tuple(float(one) for one in torch.as_tensor(given, dtype=torch.float64, device="cpu").reshape(-1))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name} is {given!r}; it must be numbers, one a channel") from error
     if not numbers or not all(map(math.isfinite, numbers)):
         raise InputError(f"{name} is {given!r}; it must be finite numbers, one a channel")
     return numbers
@@ -69,16 +72,18 @@ def _numbers(name: str, given: Sequence[float] | float) -> tuple[float, ...]:
 def _taken_out(_module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
     """The model's tensors by its own names."""
     within = f"{prefix}model."
-    for name in [name for name in state if name.startswith(within)]:
-        state[prefix + name[len(within) :]] = state.pop(name)
+    names = [name for name in state if name.startswith(within)]
+    held = [state.pop(name) for name in names]  # first, as a name without it may be another's with it
+    state.update({prefix + name[len(within) :]: one for name, one in zip(names, held, strict=True)})
     versions = getattr(state, "_metadata", {})  # of the layers, by their names: here both, as loading asks for either
     versions.update({prefix + name[len(within) :]: one for name, one in versions.items() if name.startswith(within)})
 
 
 def _put_inside(state: dict[str, Any], prefix: str, *_others: Any) -> None:
     """And back, for loading."""
-    for name in [name for name in state if name.startswith(prefix)]:
-        state[f"{prefix}model.{name[len(prefix) :]}"] = state.pop(name)
+    names = [name for name in state if name.startswith(prefix)]
+    held = [state.pop(name) for name in names]
+    state.update({f"{prefix}model.{name[len(prefix) :]}": one for name, one in zip(names, held, strict=True)})
 
 
 def normalized(model: nn.Module, stats: Stats | None) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from afd.errors import AfdError, in_a_line
+from afd.errors import AfdError, InputError, in_a_line
 from afd.installation import require
 from afd.nn.outputs import linear_layers
 
@@ -273,8 +273,13 @@ def with_new_head(model: nn.Module, num_classes: int) -> nn.Module:
     """The model with a fresh last linear layer, the one that `afd.nn.split` takes, of so many outputs.
 
     Raises:
-        InputError: it has no linear layer.
+        InputError: it has no linear layer, or is split already, by a layer of its own.
     """
+    if hasattr(model, "features_and_logits"):
+        raise InputError(
+            f"new-head is {num_classes}, but the model is a {type(model).__name__}, split already; give it a new head "
+            "there"
+        )
     name, old = list(linear_layers(model).items())[-1]
     fresh = nn.Linear(
         old.in_features, num_classes, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype

@@ -20,7 +20,7 @@ from afd.nn.sources import as_hugging_face_reads
 
 KEY = "afd"  # of a state_dict's metadata: what `afd.training.weights.facts_of` says
 # where training scripts keep the weights, beside what else they save: the model's before an average's
-WITHIN = ("state_dict", "model_state_dict", "model", "model_ema", "state_dict_ema")
+WITHIN = ("state_dict", "model_state_dict", "model", "net", "model_ema", "state_dict_ema")
 OUTERMOST = re.compile(r"^(module|_orig_mod|model)\.")
 OUTER = re.compile(r"^((module|_orig_mod|model)\.)+")
 ATTACKER = re.compile(r"^(module\.)?attacker\.")  # of the library robustness, which keeps the model twice
@@ -52,13 +52,24 @@ def read_weights(path: Path | str) -> tuple[dict[str, Any], dict[str, Any]]:
         if is_of_objects(error):
             raise of_objects(path) from error
         raise CheckpointError(f"{path} cannot be read: {in_a_line(error)}") from error
-    if isinstance(state, Mapping):
-        state = next((state[name] for name in WITHIN if isinstance(state.get(name), Mapping)), state)
-    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+    found = _state_dict_in(state)
+    if found is None:
         held = ", ".join(map(str, list(state)[:8])) if isinstance(state, Mapping) else type(state).__name__
         hint = "; see afd.training.released for the paper's checkpoints" if "E_state_dict" in held else ""
         raise CheckpointError(f"{path} holds no state_dict of a model, but {held or 'nothing'}{hint}")
-    return dict(state), dict(getattr(state, "_metadata", {}).get(KEY, {}))
+    return dict(found), dict(getattr(found, "_metadata", {}).get(KEY, {}))
+
+
+def _state_dict_in(content: Any) -> Mapping[str, Any] | None:
+    """The state_dict among what a file holds: itself, or what lies under the first name of `WITHIN` that has one."""
+    if not isinstance(content, Mapping):
+        return None
+    within = (_state_dict_in(content[name]) for name in WITHIN if name in content)
+    found = next((one for one in within if one is not None), None)
+    if found is not None:
+        return found
+    named = all(isinstance(name, str) for name in content)
+    return content if named and any(isinstance(value, Tensor) for value in content.values()) else None
 
 
 def _safetensors(path: Path | str) -> dict[str, Any]:
@@ -198,6 +209,9 @@ def fit_into(model: nn.Module, state: Mapping[str, Any], source: str, head: str,
         CheckpointError: it does not fit; the message lists what is missing, what is not of the model, and what has
             another shape.
     """
+    spoilt = [name for name, one in state.items() if isinstance(one, Tensor) and not one.isfinite().all()]
+    if spoilt:
+        raise CheckpointError(f"{source} holds {len(spoilt)} tensors with NaN or infinite values ({_first(spoilt)})")
     own = model.state_dict()
     if fresh_head:
         kept = {name: one for name, one in own.items() if name.startswith(f"{head}.")}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from afd.errors import InputError
+from afd.errors import InputError, InputTypeError
 from afd.methods import AFD, AT
 from afd.nn import Normalized, freeze
+from afd.nn.freezing import synchronised
 from afd.nn.modes import evaluating
 from afd.training import Trainer
 
@@ -69,7 +71,40 @@ def test_a_frozen_norm_stays_in_evaluation_mode_and_so_does_its_copy():
         with evaluating(one):
             assert not one[3].training
         assert [layer.training for layer in one] == [True, False, True, True, True, True, True]
-    assert twin[1].train.__self__ is twin[1]
+    assert twin[1].train.layer is twin[1]
     plain = network()
     plain[1].requires_grad_(False)
     assert plain.train()[1].training  # by hand, the mode is the user's
+
+
+def test_a_frozen_model_is_pickled_and_its_layers_stay_as_they_were():
+    model = network()
+    freeze(model, ["0.*", "1.*"])
+    again = pickle.loads(pickle.dumps(model))
+    assert not again.train()[1].training
+    assert again[4].training
+    assert model.train()[4].training
+
+
+def test_synchronised_norms_stay_frozen():
+    model = network()
+    freeze(model, ["0.*", "1.*"])
+    layers = synchronised(model).train()
+    assert [type(layers[place]) for place in (1, 4)] == [nn.SyncBatchNorm, nn.SyncBatchNorm]
+    assert [layers[place].training for place in (1, 4)] == [False, True]
+
+
+def test_a_weight_that_two_layers_share_has_both_names():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[1].weight = model[0].weight
+    assert freeze(model, ["1.*"]) == ["1.weight", "1.bias"]
+    assert not model[0].weight.requires_grad
+
+
+def test_one_pattern_is_a_list_of_it_and_two_calls_do_not_freeze_all():
+    with pytest.raises(InputTypeError, match="patterns is '0"):
+        freeze(network(), "0.*")
+    model = network()
+    freeze(model, ["[0-4].*"])
+    with pytest.raises(InputError, match="leaves nothing to train"):
+        freeze(model, ["6.*"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -155,3 +156,43 @@ def test_words_for_means_and_deviations():
     ):
         with pytest.raises(InputError, match=told):
             Normalized(network(), mean, std)
+
+
+class Tuned(nn.Module):
+    """A network around another, called model as often, with a layer of its own that is called as one of the other's."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential()
+        self.model.add_module("fc", nn.Linear(12, 5))
+        self.fc = nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.fc(self.model(x.flatten(1)))
+
+
+def test_no_name_of_the_model_takes_anothers_place():
+    plain = Tuned()
+    around = Normalized(copy.deepcopy(plain), 0.5, 0.25)
+    state = around.state_dict()
+    assert state.keys() == plain.state_dict().keys()
+    assert all(torch.equal(one, plain.state_dict()[name]) for name, one in state.items())
+    fresh = Normalized(Tuned(), 0.5, 0.25)
+    fresh.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 3, 2, 2)
+    assert torch.equal(fresh(x), plain((x - 0.5) / 0.25))
+    twice = Normalized(Normalized(Tuned(), 0.5, 0.25), 0.5, 0.25)
+    twice.load_state_dict(state)
+    assert all(torch.equal(one, state[name]) for name, one in twice.state_dict().items())
+
+
+@pytest.mark.parametrize("mean", [np.array([0.1, 0.2, 0.3]), torch.tensor(0.5), (0.1, 0.2, 0.3), 0.5])
+def test_means_may_be_numbers_in_any_form(mean):
+    std = np.ones_like(np.asarray(mean))
+    assert Normalized(network(), mean, std).stats[0] == pytest.approx(np.asarray(mean).reshape(-1).tolist())
+
+
+@pytest.mark.parametrize("mean", [None, "imagenet", ["a"]])
+def test_what_is_no_number_is_said(mean):
+    with pytest.raises(InputError, match=r"mean is .*; it must be numbers"):
+        Normalized(network(), mean, 0.5)

@@ -14,7 +14,7 @@ from torch import nn
 from afd.cli import main
 from afd.errors import InputError
 from afd.installation import ExtraMissingError
-from afd.nn import FeatureClassifier, FeatureSplit, build_named
+from afd.nn import FeatureClassifier, FeatureSplit, Normalized, build_named, split
 from afd.nn.networks import check_model, from_recipe, recipe_of
 from afd.nn.sources import UnusableModelError, build_foreign, with_new_head
 
@@ -117,3 +117,36 @@ def test_a_library_that_is_not_installed_is_named_with_how_to_add_it(name, packa
     words = ["--limit", "40", "--epochs", "1", "--out", "nothing"]
     assert main(["train", "at", "--model", name, *words]) == 2
     assert f"needs {package}, which is not installed" in capsys.readouterr().err
+
+
+def normalising():
+    return Normalized(plain(4), 0.5, 0.25)
+
+
+def in_parallel():
+    return nn.DataParallel(plain(4))
+
+
+def split_already():
+    return split(plain(4), "1")
+
+
+@pytest.mark.parametrize("name", ["normalising", "in_parallel", "split_already"])
+def test_what_a_function_returns_is_built_again_as_it_was(name):
+    torch.manual_seed(0)
+    model = build_named(f"networks_of_mine:{name}", SHAPE, 4)
+    again = from_recipe(recipe_of(model))
+    again.model.load_state_dict(model.model.state_dict())
+    assert again.feature_layer == model.feature_layer
+    x = torch.rand(3, *SHAPE)
+    assert torch.equal(again(x), model(x))
+
+
+def test_images_are_not_normalised_twice():
+    with pytest.raises(InputError, match="returns a Normalized, which normalises images itself"):
+        build_named("networks_of_mine:normalising", SHAPE, 4, input_stats=((0.5,), (0.25,)))
+
+
+def test_a_split_model_has_its_head():
+    with pytest.raises(InputError, match="new-head is 4, but the model is a FeatureSplit, split already"):
+        build_named("networks_of_mine:split_already", SHAPE, 4, new_head=4)

@@ -146,3 +146,45 @@ def test_torchvisions_resnet50_loads_into_afds_by_its_own_names(tmp_path):
     stats = {"normalize.mean": torch.full((3,), 0.5), "normalize.std": torch.full((3,), 0.25)}
     torch.save({**{f"model.{name}": one for name, one in named.items()}, **stats}, tmp_path / "w.pt")
     torch.testing.assert_close(load_weights(tmp_path / "w.pt", normalised).eval()(x), theirs((x - 0.5) / 0.25))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"net": state(), "acc": 94.1},
+        {"state_dict": {"model": state()}},
+        {"state_dict": {"epoch": 3}, "model": state()},
+        {"model": {"name": "net"}, "net": state()},
+    ],
+)
+def test_the_weights_are_found_wherever_scripts_keep_them(content, tmp_path):
+    torch.save(content, tmp_path / "w.pt")
+    assert read_weights(tmp_path / "w.pt")[0].keys() == state().keys()
+
+
+def test_names_that_are_no_words_are_no_state_dict(tmp_path):
+    torch.save({**state(), 0: torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="holds no state_dict of a model"):
+        read_weights(tmp_path / "w.pt")
+
+
+def test_weights_that_are_not_finite_are_named():
+    spoilt = state()
+    spoilt["fc.bias"][1] = float("nan")
+    with pytest.raises(CheckpointError, match=r"w.pt holds 1 tensors with NaN or infinite values \(fc.bias\)"):
+        fit_into(Net(), spoilt, "w.pt", "fc")
+
+
+class Evil:
+    """What would run code where it is loaded."""
+
+    def __reduce__(self):
+        return exit, (3,)
+
+
+def test_what_would_run_code_is_neither_run_nor_advised(tmp_path):
+    torch.save({"model": state(), "args": Evil()}, tmp_path / "w.pt")
+    for load in (read_weights, rebuild):
+        with pytest.raises(CheckpointError) as caught:
+            load(tmp_path / "w.pt")
+        assert "weights_only" not in str(caught.value) or "holds pickled Python objects" in str(caught.value)
