@@ -249,9 +249,8 @@ def _as_it_is(found: Any) -> Any:
 
 
 def _let_the_parent_end(_worker: int) -> None:
-    """Signals may go to a whole group of processes; the one that trains finishes its step, and needs its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C goes to all processes of a terminal; the one that trains finishes its step, and needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # not SIGTERM, by which Python ends what is left of them at its exit
 
 
 # --- Looked at before anything is trained -----------------------------------------------------------------------------

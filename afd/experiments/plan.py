@@ -23,6 +23,7 @@ from afd.data.stored import usual_workers
 from afd.errors import AfdError, InputError
 from afd.experiments.folder import ROOT, check_files
 from afd.experiments.spent import PLAN, described, duration, size
+from afd.experiments.train import TEST_STEPS
 from afd.experiments.trial import growth
 from afd.files import write_whole
 from afd.installation import needed_by
@@ -191,8 +192,11 @@ def _time(config: TrainConfig, whole: dict[str, Any], each: float) -> dict[str, 
     share = 1.0 if passes is None else passes["cost"] / passes["timed"]
     training = sizes["epoch"] * each * share * growth(config)  # steps take about as long as images are large
     validation = sizes["validation"] * whole["validation"]
-    states = 2 + (config.ema is not None)  # best, last, average
-    test = states * sizes["test"] * whole["test"]
+    states = min(2 + (config.ema is not None), config.epochs + (config.ema is not None))  # best, last, average
+    each_tested = whole["test"]
+    if passes is not None:  # a test tried on few images is slow: passes of a step are known better
+        each_tested = min(each_tested, whole["seconds"] / passes["timed"] * (2 * TEST_STEPS + 2))
+    test = states * sizes["test"] * each_tested
     run = config.epochs * (training + validation) + test
     return {
         "training": training,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import textwrap
 
 import image_files
 import numpy as np
@@ -287,7 +289,7 @@ def test_workers_go_on_when_a_terminal_interrupts_everybody():
 
 class _Interrupted:
     def __getitem__(self, number):
-        os.kill(os.getpid(), signal.SIGINT if number % 2 else signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
         return number
 
 
@@ -326,3 +328,20 @@ def test_the_usual_workers_leave_a_core_to_each_process(monkeypatch, cores, proc
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert usual_workers() == workers
+
+
+def test_a_process_ends_although_it_has_read_half_of_an_epoch(tmp_path):
+    folder(tmp_path, {"": 20})
+    code = """
+        import sys
+        from pathlib import Path
+        from afd.data.sources import FolderSource
+        from afd.data.stored import stored
+        from afd.data.streaming import StreamedBatches
+        batches = iter(StreamedBatches(stored(FolderSource(Path(sys.argv[1])), workers=2), 2))
+        next(batches)
+        print("read", flush=True)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "read\n"), ended.stderr
