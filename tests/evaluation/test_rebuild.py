@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path, mine, capsys):
     trained("lenet", tmp_path / "run")
     checkpoint = tmp_path / "run" / "best.pt"
     save_weights(tmp_path / "w.pt", lenet())
-    torch.save({"epoch": 3, "net": lenet().state_dict()}, tmp_path / "nested.pt")
+    torch.save({"epoch": 3, "mine": lenet().state_dict()}, tmp_path / "nested.pt")
     torch.save({"E_state_dict": {}, "epoch": 3}, tmp_path / "released.pt")
 
     def told(*words):
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path, mine, capsys):
     assert "does not load into a FeatureClassifier" in told(checkpoint, "--model", f"{mine}small")
     assert "does not load into a Sequential" in told(tmp_path / "w.pt", "--model", f"{mine}plain")
     assert "w.pt does not say which network it holds" in told(tmp_path / "w.pt", "--data", "digits")
-    assert "holds no state_dict of a model, but epoch, net" in told(tmp_path / "nested.pt")
+    assert "holds no state_dict of a model, but epoch, mine" in told(tmp_path / "nested.pt")
     assert "see afd.training.released" in told(tmp_path / "released.pt")
     assert "name it with --data" in told(checkpoint, "--model", f"{mine}lenet")
     assert "does not take mnist's 1x28x28 images" in told(checkpoint, "--model", f"{mine}lenet", "--data", "mnist")
