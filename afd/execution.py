@@ -23,7 +23,7 @@ from afd.errors import InputError, one_of
 from afd.nn import Split
 from afd.nn.classifier import unwrapped
 from afd.nn.freezing import synchronised
-from afd.nn.modes import Buffers, eager
+from afd.nn.modes import Buffers, eager, extended_norms
 from afd.nn.recomputing import Recomputing
 from afd.ops import backend, checks
 from afd.python_state import snapshot
@@ -97,6 +97,8 @@ class Execution(Passes):
             model._apply(_channels_last)
         if not self.sync_batchnorm:
             return model
+        if more := extended_norms(model):
+            raise InputError(f"sync_batchnorm is True, but the model has a {more[0]}, which torch does not synchronise")
         if device.type != "cuda":
             raise InputError(f"sync_batchnorm is True, but the model is on {device}; torch offers it on CUDA only")
         return synchronised(model)

@@ -182,3 +182,13 @@ def test_a_step_that_nobody_looks_at_runs_the_model_and_the_step_and_nothing_els
     assert set(Counter(quiet) - Counter(counted.names)) == {"afd::pgd_step_"}
     assert "aten::linalg_vector_norm" in looked
     assert len(looked) >= len(quiet) + 8
+
+
+def test_a_norm_with_an_activation_of_its_own_is_not_exchanged_for_one_without():
+    class WithReLU(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), WithReLU(2))
+    with pytest.raises(InputError, match="the model has a WithReLU, which torch does not synchronise"):
+        execution.Execution(sync_batchnorm=True).prepare(model)

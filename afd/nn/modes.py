@@ -96,6 +96,12 @@ def without_wrappers(model: nn.Module) -> nn.Module:
     return without_wrappers(model.module) if isinstance(model, DataParallel | DistributedDataParallel) else model
 
 
+def extended_norms(model: nn.Module) -> list[str]:
+    """Classes of BatchNorm layers that do more than torch's own, such as timm's with an activation."""
+    norms = (layer for layer in model.modules() if isinstance(layer, _BatchNorm))
+    return [type(one).__name__ for one in norms if not type(one).__module__.startswith("torch.nn.")]
+
+
 def _training(module: nn.Module) -> bool:
     return bool(getattr(module, "training", False))  # frozen TorchScript has no such flag
 
