@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,8 +52,9 @@ class Source(ABC):
         """What tells an image from another, wherever all of them lie."""
         return self.told(number)
 
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 over what all images are, and their classes."""
+        """SHA-256 over what all images are, and their classes: it asks for the length of every file, and so once."""
         found = hashlib.sha256(repr(self.classes).encode(errors="surrogateescape"))
         found.update(self.labels.numpy().tobytes())
         for number in range(len(self)):

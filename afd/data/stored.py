@@ -107,7 +107,7 @@ class StoredImages:
 
     def digest(self) -> str:
         """SHA-256 over what these images are, so that a run does not go on with others."""
-        found = hashlib.sha256(self.source.digest().encode())
+        found = hashlib.sha256(self.source.digest.encode())
         found.update(self.index.numpy().tobytes())
         return found.hexdigest()
 

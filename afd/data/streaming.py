@@ -152,7 +152,6 @@ class StreamedBatches(Batches):
             raise InputError("resolutions are given, but the images have no image_size")
         self.device, self.resolutions = torch.device("cpu" if device is None else device), tuple(resolutions)
         self.damaged: dict[int, str] = {}  # found while decoding, by position
-        self._digest: str | None = None
 
     @staticmethod
     def _check_images(images: Any) -> None:
@@ -206,8 +205,7 @@ class StreamedBatches(Batches):
 
     def state_dict(self) -> dict[str, Any]:
         """Which images these are, and what was found damaged among them: a checkpoint has it."""
-        self._digest = self._digest or self.images.digest()
-        return {"images": len(self.images), "digest": self._digest, "damaged": dict(self.damaged)}
+        return {"images": len(self.images), "digest": self.images.digest(), "damaged": dict(self.damaged)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Finds that the images are those that `state_dict` said; what is known to be damaged is added.

@@ -304,7 +304,7 @@ def test_images(config: EvaluateConfig, model: Model, group: Group) -> Images:
             f"{len(test.classes)}, {few(test.classes)}: they must be the same, in the same order"
         )
     drawn_of = trained.get("files")
-    if isinstance(test, StoredImages) and test.held_out and drawn_of not in (None, test.source.digest()):
+    if isinstance(test, StoredImages) and test.held_out and drawn_of not in (None, test.source.digest):
         raise InputError(
             f"{name} holds other files than when {model.source} was trained, so other test images would be drawn, "
             "perhaps some that it was trained on; name a folder of test images with --data"

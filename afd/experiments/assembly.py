@@ -57,7 +57,7 @@ def facts_of(splits: Splits[Any]) -> dict[str, Any]:
     test = splits.test
     if not isinstance(test, StoredImages):
         return {}
-    return {"classes": list(test.classes), **({"files": test.source.digest()} if test.held_out else {})}
+    return {"classes": list(test.classes), **({"files": test.source.digest} if test.held_out else {})}
 
 
 def damaged_in(splits: Splits[Any], group: Group, *served: Batches) -> tuple[str, ...]:
